@@ -1,0 +1,368 @@
+"""The torch backend: every operation of :mod:`fastunet.ops` as a composition of ATen calls.
+
+Any device and any floating dtype, float64 included. It is the CPU path, the fallback on GPUs that Triton does not
+serve, and the twin the Triton kernels are compared with. Each function has the name and the signature of its twin in
+:mod:`fastunet.kernels`.
+
+A *source* is three arguments ``(x, affine, relu)`` that stand for the tensor ``z = act(scale·(x − centre) + shift)``:
+``x`` is (N, C, H, W); ``affine`` is None (identity) or (3, C) with rows scale, shift, centre, in float32
+(float64 for a float64 ``x``); ``relu`` says whether act is ReLU or the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def stats_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of statistics, affines and accumulators for tensors of ``dtype``: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def memory_format(*tensors: Tensor | None) -> torch.memory_format:
+    """channels_last if any of ``tensors`` is (and could not as well be called contiguous), else contiguous."""
+    for t in tensors:
+        if t is not None and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+# ---- sources -----------------------------------------------------------------------------------------------------
+
+
+def affine_act(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
+    """z = act(scale·(x − centre) + shift), in x's dtype and memory format; a new tensor."""
+    z = _normalise(x, affine, relu)
+    return (x.clone() if z is x else z).contiguous(memory_format=memory_format(x))
+
+
+def affine_act_backward(dz: Tensor, x: Tensor, affine: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
+    """Gradients (dx, daffine) of :func:`affine_act`; daffine is empty without an affine."""
+    dx, daffine = _normalise_backward(dz, x, affine, relu, _normalise(x, affine, relu) if relu else None)
+    return (dz.clone() if dx is dz else dx).contiguous(memory_format=memory_format(x)), daffine
+
+
+def _normalise(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
+    """The value of a source; a plain one is returned as it is."""
+    if affine is None:
+        return x.relu() if relu else x
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    scale, shift, centre = affine.unbind(0)
+    z = F.batch_norm(x, centre, torch.ones_like(centre), scale, shift, False, 0.0, 0.0)
+    return z.relu_() if relu else z
+
+
+def _normalise_backward(
+    dz: Tensor, x: Tensor, affine: Tensor | None, relu: bool, z: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients (dx, daffine) from that of the source's value ``z``, which is read only under a ReLU."""
+    if relu:
+        assert z is not None
+        dz = aten.threshold_backward(dz, z, 0)
+    if affine is None:
+        return dz, x.new_empty(0, dtype=stats_dtype(x.dtype))
+    if x.numel() == 0:
+        return torch.empty_like(x), torch.zeros_like(affine)
+    scale, _, centre = affine.unbind(0)
+    dx, dscale, dshift = aten.native_batch_norm_backward(
+        dz, x, scale, centre, torch.ones_like(centre), None, None, False, 0.0, [True, True, True]
+    )
+    return dx, torch.stack([dscale, dshift, -scale * dshift])
+
+
+def bn_affine(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The affine of a batch normalisation: rows weight·rsqrt(var + eps), bias, mean; (3, C) in mean's dtype."""
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
+    return torch.stack([scale, shift, mean])
+
+
+def bn_affine_backward(
+    daffine: Tensor, var: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dmean, dvar, dweight, dbias) of :func:`bn_affine`, all in daffine's dtype."""
+    dscale, dshift, dcentre = daffine.unbind(0)
+    rstd = torch.rsqrt(var + eps)
+    dvar = -0.5 * dscale * rstd**3
+    if weight is not None:
+        dvar = dvar * weight
+    return dcentre.clone(), dvar, dscale * rstd, dshift.clone()
+
+
+# ---- convolutions ------------------------------------------------------------------------------------------------
+
+
+def _batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over (N, H, W) of y as rounded to its dtype: two (C,) tensors in stats_dtype."""
+    dtype = stats_dtype(y.dtype)
+    if y.numel() == 0:
+        return y.new_zeros(y.shape[1], dtype=dtype), y.new_zeros(y.shape[1], dtype=dtype)
+    mean, var = torch.batch_norm_update_stats(y, None, None, 0.0)
+    return mean.to(dtype), var.to(dtype)
+
+
+def _form_dy(dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, y: Tensor, mean: Tensor) -> Tensor:
+    """The gradient of the raw convolution output: dy + dmean/M + (2/M)·dvar·(y − mean), with M = N·H·W."""
+    if dy is not None and dmean is None and dvar is None:
+        return dy
+    if y.numel() == 0:
+        return torch.zeros_like(y)
+    count = y.numel() // y.shape[1]
+    slope = torch.zeros_like(mean) if dvar is None else dvar * (2.0 / count)
+    level = torch.zeros_like(mean) if dmean is None else dmean / count
+    wide = y.to(mean.dtype)  # one rounding, at the end
+    total = F.batch_norm(wide, mean, torch.ones_like(mean), slope, level, False, 0.0, 0.0)
+    if dy is not None:
+        total += dy
+    return total.to(y.dtype)
+
+
+def _frame(z: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
+    """z placed at (top, left) in a zero frame of ``size``; negative offsets crop, as does what sticks out."""
+    height, width = z.shape[-2:]
+    pad = [left, size[1] - width - left, top, size[0] - height - top]
+    return F.pad(z, pad) if any(pad) else z
+
+
+def _unframe(g: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
+    """The adjoint of :func:`_frame`: the gradient of a tensor of ``size`` that was placed at (top, left)."""
+    return _frame(g, size, -top, -left)
+
+
+def conv2d(
+    x0: Tensor,
+    affine0: Tensor | None,
+    relu0: bool,
+    x1: Tensor | None,
+    affine1: Tensor | None,
+    relu1: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    size: Sequence[int],
+    offset: Sequence[int],
+    stats: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Convolution of one or two sources, concatenated along the channels in a zero frame; see :mod:`fastunet.ops`."""
+    z = _frame(_normalise(x0, affine0, relu0), size, offset[0], offset[1])
+    if x1 is not None:
+        z = torch.cat([z, _frame(_normalise(x1, affine1, relu1), size, offset[2], offset[3])], 1)
+    y = F.conv2d(z, weight, bias, stride, weight.shape[-1] // 2)
+    y = y.contiguous(memory_format=memory_format(x0, x1, weight))
+    mean, var = _batch_stats(y) if stats else _nothing(y, 2)
+    return y, mean, var, z if save and z is not x0 else x0.new_empty(0)
+
+
+def _nothing(like: Tensor, count: int) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0, dtype=stats_dtype(like.dtype)) for _ in range(count))
+
+
+def conv2d_backward(
+    dy: Tensor | None,
+    dmean: Tensor | None,
+    dvar: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    x0: Tensor,
+    affine0: Tensor | None,
+    relu0: bool,
+    x1: Tensor | None,
+    affine1: Tensor | None,
+    relu1: bool,
+    weight: Tensor,
+    z: Tensor,
+    stride: int,
+    size: Sequence[int],
+    offset: Sequence[int],
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dx0, daffine0, dx1, daffine1, dweight, dbias); those not asked for in ``mask`` (source 0, source 1,
+    weight, bias) are empty."""
+    sources = [(x0, affine0, relu0, offset[0], offset[1])]
+    if x1 is not None:
+        sources.append((x1, affine1, relu1, offset[2], offset[3]))
+    dy = _form_dy(dy, dmean, dvar, y, mean)
+    if z.numel() == 0:
+        placed = [_frame(_normalise(x, affine, relu), size, top, left) for x, affine, relu, top, left in sources]
+        z = placed[0] if len(placed) == 1 else torch.cat(placed, 1)
+    need_dz = mask[0] or mask[1]
+    pad = weight.shape[-1] // 2
+    dz, dweight, dbias = aten.convolution_backward(
+        dy, z, weight, [weight.shape[0]], [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], 1, [need_dz, mask[2], mask[3]]
+    )
+    grads: list[Tensor] = []
+    start = 0
+    for (x, affine, relu, top, left), wanted in zip(sources, mask, strict=False):
+        stop = start + x.shape[1]
+        if wanted:
+            g = _unframe(dz[:, start:stop], x.shape[-2:], top, left)
+            normalised = _unframe(z[:, start:stop], x.shape[-2:], top, left)
+            grads += _normalise_backward(g, x, affine, relu, normalised)
+        else:
+            grads += [x.new_empty(0), *_nothing(x, 1)]
+        start = stop
+    if x1 is None:
+        grads += [x0.new_empty(0), *_nothing(x0, 1)]
+    dx0, daffine0, dx1, daffine1 = grads
+    return (
+        dx0.contiguous(memory_format=memory_format(x0)) if mask[0] else dx0,
+        daffine0,
+        dx1.contiguous(memory_format=memory_format(x1)) if mask[1] else dx1,
+        daffine1,
+        dweight.contiguous(memory_format=memory_format(weight)) if mask[2] else weight.new_empty(0),
+        dbias if mask[3] else weight.new_empty(0),
+    )
+
+
+def _transpose_geometry(weight: Tensor) -> tuple[list[int], list[int]]:
+    """(padding, output_padding) that make a stride-2 transposed convolution double the size: kernel 2 or 3."""
+    return ([0, 0], [0, 0]) if weight.shape[-1] == 2 else ([1, 1], [1, 1])
+
+
+def conv_transpose2d(
+    x: Tensor, affine: Tensor | None, relu: bool, weight: Tensor, bias: Tensor | None, stats: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Stride-2 transposed convolution of one source to twice its size; weight is (C, K, 2, 2) or (C, K, 3, 3)."""
+    padding, output_padding = _transpose_geometry(weight)
+    y = F.conv_transpose2d(_normalise(x, affine, relu), weight, bias, 2, padding, output_padding)
+    y = y.contiguous(memory_format=memory_format(x, weight))
+    mean, var = _batch_stats(y) if stats else _nothing(y, 2)
+    return y, mean, var
+
+
+def conv_transpose2d_backward(
+    dy: Tensor | None,
+    dmean: Tensor | None,
+    dvar: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dx, daffine, dweight, dbias); those not asked for in ``mask`` (source, weight, bias) are empty."""
+    padding, output_padding = _transpose_geometry(weight)
+    dy = _form_dy(dy, dmean, dvar, y, mean)
+    z = _normalise(x, affine, relu)
+    dz, dweight, dbias = aten.convolution_backward(
+        dy, z, weight, [weight.shape[1]], [2, 2], padding, [1, 1], True, output_padding, 1, list(mask)
+    )
+    if mask[0]:
+        dx, daffine = _normalise_backward(dz, x, affine, relu, z)
+        dx = dx.contiguous(memory_format=memory_format(x))
+    else:
+        dx, daffine = x.new_empty(0), _nothing(x, 1)[0]
+    return (
+        dx,
+        daffine,
+        dweight.contiguous(memory_format=memory_format(weight)) if mask[1] else weight.new_empty(0),
+        dbias if mask[2] else weight.new_empty(0),
+    )
+
+
+# ---- pooling and upsampling --------------------------------------------------------------------------------------
+
+
+def _signed(x: Tensor, affine: Tensor | None) -> Tensor:
+    """x, negated in the channels whose scale is negative: there the largest z comes from the smallest x."""
+    if affine is None or (x.device.type == "cpu" and bool((affine[0] > 0).all())):
+        return x
+    return torch.where((affine[0] < 0).view(1, -1, 1, 1), -x, x)
+
+
+def _max_pool(x: Tensor, affine: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The winning signed values of each 2×2 window and their flat indices; the first where scale = 0 and no NaN."""
+    signed = _signed(x, affine)
+    values, indices = aten.max_pool2d_with_indices(signed, [2, 2], [2, 2])
+    if affine is not None and signed is not x:
+        height, width = values.shape[-2:]
+        flat = (affine[0] == 0).view(1, -1, 1, 1) & ~values.isnan()
+        rows = torch.arange(height, device=x.device).view(-1, 1) * (2 * x.shape[-1])
+        first = rows + 2 * torch.arange(width, device=x.device)
+        values = torch.where(flat, signed[..., : 2 * height : 2, : 2 * width : 2], values)
+        indices = torch.where(flat, first, indices)
+    return values, indices
+
+
+def max_pool2x2(x: Tensor, affine: Tensor | None) -> Tensor:
+    """2×2 max-pool of a source, on raw values: BN and ReLU are monotone, so the winner is known by the scale's sign.
+
+    The result has the same affine and activation as ``x``. Scale > 0 takes the maximum, < 0 the minimum, = 0 the first;
+    NaN propagates. Odd rows and columns at the end are dropped, as in ``nn.MaxPool2d(2)``.
+    """
+    if affine is None:
+        return F.max_pool2d(x, 2)
+    values, _ = _max_pool(x, affine)
+    return _signed(values, affine).contiguous(memory_format=memory_format(x))
+
+
+def max_pool2x2_backward(x: Tensor, affine: Tensor | None, dp: Tensor | None, dskip: Tensor | None) -> Tensor:
+    """dx = dskip + dp at the winner of each window (recomputed from x); either gradient may be None."""
+    dx = torch.zeros_like(x) if dskip is None else dskip
+    if dp is not None:
+        _, indices = _max_pool(x, affine)
+        dx = dx + aten.max_pool2d_with_indices_backward(dp, x, [2, 2], [2, 2], [0, 0], [1, 1], False, indices)
+    return dx.clone(memory_format=memory_format(x)) if dx is dskip else dx.contiguous(memory_format=memory_format(x))
+
+
+def _centred(outer: Tensor, height: int, width: int) -> tuple[list[int], int, int]:
+    """Size of ``outer`` and the (top, left) that centre height × width in it, as F.pad(diff // 2, diff − diff // 2)."""
+    size = list(outer.shape[-2:])
+    return size, (size[0] - height) // 2, (size[1] - width) // 2
+
+
+def upsample_concat(
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    skip: Tensor | None,
+    skip_affine: Tensor | None,
+    skip_relu: bool,
+    align_corners: bool,
+    skip_first: bool,
+) -> Tensor:
+    """Bilinear ×2 of a source; with a skip source: centred in its size (zero pad or crop) and concatenated with it."""
+    up = F.interpolate(_normalise(x, affine, relu), scale_factor=2.0, mode="bilinear", align_corners=align_corners)
+    if skip is None:
+        return up.contiguous(memory_format=memory_format(x))
+    size, top, left = _centred(skip, *up.shape[-2:])
+    parts = [_normalise(skip, skip_affine, skip_relu), _frame(up, size, top, left)]
+    return torch.cat(parts if skip_first else parts[::-1], 1).contiguous(memory_format=memory_format(x, skip))
+
+
+def upsample_concat_backward(
+    dy: Tensor,
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    skip: Tensor | None,
+    skip_affine: Tensor | None,
+    skip_relu: bool,
+    align_corners: bool,
+    skip_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dx, daffine, dskip, dskip_affine); the last two are empty without a skip."""
+    doubled = [2 * x.shape[-2], 2 * x.shape[-1]]
+    dskip, dskip_affine = x.new_empty(0), _nothing(x, 1)[0]
+    if skip is not None:
+        split = [skip.shape[1], x.shape[1]] if skip_first else [x.shape[1], skip.shape[1]]
+        first, second = dy.split(split, 1)
+        dz_skip, dy = (first, second) if skip_first else (second, first)
+        dskip, dskip_affine = affine_act_backward(dz_skip, skip, skip_affine, skip_relu)
+            _, top, left = _centred(skip, *doubled)
+        dy = _unframe(dy, doubled, top, left)
+    dz = aten.upsample_bilinear2d_backward(dy.contiguous(), doubled, list(x.shape), align_corners, None, None)
+    dx, daffine = affine_act_backward(dz, x, affine, relu)
+    return dx, daffine, dskip, dskip_affine

@@ -1,0 +1,633 @@
+"""The operators ``torch.ops.fastunet.*``: the one place where they are registered.
+
+Each operator has a schema, two implementations with one signature (:mod:`fastunet.aten`, :mod:`fastunet.kernels`), a
+fake that gives the result's shape, dtype and strides, and an exact derivative. The last argument of every operator,
+``backend``, is "torch", "triton" or "auto" (see :func:`resolve_backend`). Derivatives are once differentiable.
+
+A *source* ``(x, affine, relu)`` stands for ``act(scale·(x − centre) + shift)``: see :mod:`fastunet.aten`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastunet import aten
+from fastunet.aten import memory_format, stats_dtype
+
+BACKENDS = ("auto", "torch", "triton")
+_LIBRARY = torch.library.Library("fastunet", "DEF")
+
+
+# ---- choice ------------------------------------------------------------------------------------------------------
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@functools.cache
+def triton_unavailable(device_type: str, index: int | None = None) -> str | None:
+    """Why the Triton kernels cannot run on this device, in a few words; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'fastunet[triton]')"
+    if interpreting():
+        return None if device_type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
+    if device_type != "cuda":
+        return f"Triton kernels need a CUDA device and the tensors are on {device_type}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        return "the Triton kernels need compute capability 8.0 (Ampere) or newer"
+    return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend ("torch" or "triton") that serves tensors of ``dtype`` on ``device``.
+
+    ``backend="auto"`` takes FASTUNET_BACKEND if that is set, else Triton wherever its kernels run: CUDA GPUs of
+    compute capability 8.0 or newer, or CPU tensors under TRITON_INTERPRET=1. float64 on a GPU and bfloat16 in the
+    interpreter (whose bfloat16 arithmetic is wrong) go to torch.
+
+    Raises:
+        ValueError: unknown backend, or "triton" asked for where it cannot run.
+    """
+    if backend == "auto":
+        backend = os.environ.get("FASTUNET_BACKEND", "auto")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; check FASTUNET_BACKEND too")
+    if backend == "torch":
+        return backend
+    reason = triton_unavailable(device.type, device.index)
+    if reason is None and interpreting() and dtype == torch.bfloat16:
+        reason = "Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there"
+    if backend == "triton":
+        if reason is not None:
+            raise ValueError(f"backend='triton' cannot be used here: {reason}")
+        return backend
+    if reason is not None:
+        if device.type == "cuda":
+            _warn_once(f"fastunet runs on the torch backend: {reason}")
+        return "torch"
+    return "torch" if dtype == torch.float64 and not interpreting() else "triton"
+
+
+def _module(backend: str, like: Tensor) -> ModuleType:
+    if resolve_backend(backend, like.device, like.dtype) == "torch":
+        return aten
+    from fastunet import kernels
+
+    return kernels
+
+
+def _format(backend: str, *tensors: Tensor | None) -> torch.memory_format:
+    """The memory format of a result computed from ``tensors``: channels_last from Triton, else theirs."""
+    like = tensors[0]
+    assert like is not None
+    if resolve_backend(backend, like.device, like.dtype) == "triton":
+        return torch.channels_last
+    return memory_format(*tensors)
+
+
+# ---- registration ------------------------------------------------------------------------------------------------
+
+
+def _register(
+    schema: str, fake: Callable[..., Any], function: type[torch.autograd.Function] | None = None
+) -> Callable[..., Any]:
+    """Define one operator from its schema; its implementation is the function of that name in the chosen backend."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+
+    def implementation(*args: Any) -> Any:
+        *operands, backend = args
+        like = next(x for x in operands if isinstance(x, Tensor))
+        call = getattr(_module(backend, like), name)
+        with torch._C._DisableAutocast():
+            if like.device.type == "cuda":
+                with torch.cuda.device(like.device):
+                    return call(*operands)
+            return call(*operands)
+
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastunet::{name}", fake, lib=_LIBRARY)
+    if function is not None:
+        _LIBRARY.impl(name, lambda *args: function.apply(*args), "Autograd")
+    return getattr(torch.ops.fastunet, name).default  # type: ignore[no-any-return]
+
+
+def _below_autograd(operator: Callable[..., Any], *args: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+def _given(gradient: Tensor, wanted: bool) -> Tensor | None:
+    return gradient if wanted else None
+
+
+def _empty_stats(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=stats_dtype(x.dtype))
+
+
+# ---- affine_act --------------------------------------------------------------------------------------------------
+
+
+class _AffineAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, affine: Tensor | None, relu: bool, backend: str) -> Tensor:
+        ctx.save_for_backward(x, affine)
+        ctx.config = (relu, backend)
+        return _below_autograd(affine_act, x, affine, relu, backend)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> Any:
+        dx, daffine = affine_act_backward(dz, *ctx.saved_tensors, *ctx.config)
+        return _given(dx, ctx.needs_input_grad[0]), _given(daffine, ctx.needs_input_grad[1]), None, None
+
+
+def _affine_act_fake(x: Tensor, affine: Tensor | None, relu: bool, backend: str) -> Tensor:
+    return torch.empty_like(x, memory_format=_format(backend, x))
+
+
+def _affine_act_backward_fake(dz: Tensor, x: Tensor, affine: Tensor | None, relu: bool, backend: str) -> Any:
+    dx = torch.empty_like(x, memory_format=_format(backend, x))
+    return dx, _empty_stats(x) if affine is None else torch.empty_like(affine)
+
+
+affine_act = _register(
+    "affine_act(Tensor x, Tensor? affine, bool relu, str backend) -> Tensor", _affine_act_fake, _AffineAct
+)
+affine_act_backward = _register(
+    "affine_act_backward(Tensor dz, Tensor x, Tensor? affine, bool relu, str backend) -> (Tensor, Tensor)",
+    _affine_act_backward_fake,
+)
+
+
+# ---- bn_affine ---------------------------------------------------------------------------------------------------
+
+
+class _BnAffine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(var, weight)
+        ctx.config = (eps, backend)
+        ctx.dtypes = (weight.dtype if weight is not None else None, bias.dtype if bias is not None else None)
+        return _below_autograd(bn_affine, mean, var, weight, bias, eps, backend)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, daffine: Tensor) -> Any:
+        var, weight = ctx.saved_tensors
+        dmean, dvar, dweight, dbias = bn_affine_backward(daffine, var, weight, *ctx.config)
+        need = ctx.needs_input_grad
+        return (
+            _given(dmean, need[0]),
+            _given(dvar, need[1]),
+            dweight.to(ctx.dtypes[0]) if need[2] else None,
+            dbias.to(ctx.dtypes[1]) if need[3] else None,
+            None,
+            None,
+        )
+
+
+bn_affine = _register(
+    "bn_affine(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str backend) -> Tensor",
+    lambda mean, var, weight, bias, eps, backend: mean.new_empty((3, mean.shape[0])),
+    _BnAffine,
+)
+bn_affine_backward = _register(
+    "bn_affine_backward(Tensor daffine, Tensor var, Tensor? weight, float eps, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda daffine, var, weight, eps, backend: tuple(torch.empty_like(var) for _ in range(4)),
+)
+
+
+# ---- conv2d ------------------------------------------------------------------------------------------------------
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x0: Tensor,
+        affine0: Tensor | None,
+        relu0: bool,
+        x1: Tensor | None,
+        affine1: Tensor | None,
+        relu1: bool,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: int,
+        size: Sequence[int],
+        offset: Sequence[int],
+        stats: bool,
+        save: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        y, mean, var, z = _below_autograd(
+            conv2d, x0, affine0, relu0, x1, affine1, relu1, weight, bias, stride, size, offset, stats, save, backend
+        )
+        # y is needed only to spread the gradient of the statistics; its storage is the consumer's saved input anyway.
+        ctx.save_for_backward(y if stats else x0.new_empty(0), mean, x0, affine0, x1, affine1, weight, z)
+        ctx.config = (relu0, relu1, stride, size, offset, backend)
+        ctx.mark_non_differentiable(z)
+        if not stats:
+            ctx.mark_non_differentiable(mean, var)
+        return y, mean, var, z
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, _dz: Tensor | None
+    ) -> Any:
+        y, mean, x0, affine0, x1, affine1, weight, z = ctx.saved_tensors
+        relu0, relu1, stride, size, offset, backend = ctx.config
+        if dy is None and dmean is None and dvar is None:
+            return (None,) * 14
+        need = ctx.needs_input_grad
+        mask = [need[0] or need[1], need[3] or need[4], need[6], need[7]]
+        dx0, daffine0, dx1, daffine1, dweight, dbias = conv2d_backward(
+            dy, dmean, dvar, y, mean, x0, affine0, relu0, x1, affine1, relu1,
+            weight, z, stride, size, offset, mask, backend,
+        )  # fmt: skip
+        return (
+            _given(dx0, need[0]), _given(daffine0, need[1]), None,
+            _given(dx1, need[3]), _given(daffine1, need[4]), None,
+            _given(dweight, need[6]), _given(dbias, need[7]), *(None,) * 6,
+        )  # fmt: skip
+
+
+def _conv2d_fake(
+    x0: Tensor,
+    affine0: Tensor | None,
+    relu0: bool,
+    x1: Tensor | None,
+    affine1: Tensor | None,
+    relu1: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    size: Sequence[int],
+    offset: Sequence[int],
+    stats: bool,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, filters = x0.shape[0], weight.shape[0]
+    height, width = ((n - 1) // stride + 1 for n in size)
+    form = _format(backend, x0, x1, weight)
+    y = x0.new_empty((batch, filters, height, width)).contiguous(memory_format=form)
+    mean, var = (x0.new_empty(filters if stats else 0, dtype=stats_dtype(x0.dtype)) for _ in range(2))
+    plain = affine0 is None and not relu0 and x1 is None and list(size) == list(x0.shape[-2:])
+    if save and not plain:
+        z = x0.new_empty((batch, weight.shape[1], *size)).contiguous(memory_format=_format(backend, x0, x1))
+    else:
+        z = x0.new_empty(0)
+    return y, mean, var, z
+
+
+def _conv2d_backward_fake(
+    dy: Tensor | None,
+    dmean: Tensor | None,
+    dvar: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    x0: Tensor,
+    affine0: Tensor | None,
+    relu0: bool,
+    x1: Tensor | None,
+    affine1: Tensor | None,
+    relu1: bool,
+    weight: Tensor,
+    z: Tensor,
+    stride: int,
+    size: Sequence[int],
+    offset: Sequence[int],
+    mask: Sequence[bool],
+    backend: str,
+) -> Any:
+    results = []
+    for x, affine, wanted in ((x0, affine0, mask[0]), (x1, affine1, mask[1])):
+        if x is None or not wanted:
+            results += [x0.new_empty(0), _empty_stats(x0)]
+        else:
+            results += _source_gradient_fake(x, affine, backend)
+    return (*results, *_weight_gradient_fake(weight, mask[2], mask[3], weight.shape[0]))
+
+
+def _source_gradient_fake(x: Tensor, affine: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=_format(backend, x))
+    return dx, _empty_stats(x) if affine is None else torch.empty_like(affine)
+
+
+def _weight_gradient_fake(weight: Tensor, need_weight: bool, need_bias: bool, filters: int) -> tuple[Tensor, Tensor]:
+    dweight = torch.empty_like(weight, memory_format=memory_format(weight)) if need_weight else weight.new_empty(0)
+    return dweight, weight.new_empty(filters if need_bias else 0)
+
+
+conv2d = _register(
+    "conv2d(Tensor x0, Tensor? affine0, bool relu0, Tensor? x1, Tensor? affine1, bool relu1, Tensor weight,"
+    " Tensor? bias, int stride, SymInt[] size, SymInt[] offset, bool stats, bool save, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _conv2d_fake,
+    _Conv2d,
+)
+conv2d_backward = _register(
+    "conv2d_backward(Tensor? dy, Tensor? dmean, Tensor? dvar, Tensor y, Tensor mean, Tensor x0, Tensor? affine0,"
+    " bool relu0, Tensor? x1, Tensor? affine1, bool relu1, Tensor weight, Tensor z, int stride, SymInt[] size,"
+    " SymInt[] offset, bool[] mask, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _conv2d_backward_fake,
+)
+
+
+# ---- conv_transpose2d --------------------------------------------------------------------------------------------
+
+
+class _ConvTranspose2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        affine: Tensor | None,
+        relu: bool,
+        weight: Tensor,
+        bias: Tensor | None,
+        stats: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        y, mean, var = _below_autograd(conv_transpose2d, x, affine, relu, weight, bias, stats, backend)
+        ctx.save_for_backward(y if stats else x.new_empty(0), mean, x, affine, weight)
+        ctx.config = (relu, backend)
+        if not stats:
+            ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None) -> Any:
+        y, mean, x, affine, weight = ctx.saved_tensors
+        relu, backend = ctx.config
+        if dy is None and dmean is None and dvar is None:
+            return (None,) * 7
+        need = ctx.needs_input_grad
+        mask = [need[0] or need[1], need[3], need[4]]
+        dx, daffine, dweight, dbias = conv_transpose2d_backward(
+            dy, dmean, dvar, y, mean, x, affine, relu, weight, mask, backend
+        )
+        return (
+            _given(dx, need[0]), _given(daffine, need[1]), None,
+            _given(dweight, need[3]), _given(dbias, need[4]), None, None,
+        )  # fmt: skip
+
+
+def _conv_transpose2d_fake(
+    x: Tensor, affine: Tensor | None, relu: bool, weight: Tensor, bias: Tensor | None, stats: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, height, width = x.shape
+    filters = weight.shape[1]
+    y = x.new_empty((batch, filters, 2 * height, 2 * width)).contiguous(memory_format=_format(backend, x, weight))
+    mean, var = (x.new_empty(filters if stats else 0, dtype=stats_dtype(x.dtype)) for _ in range(2))
+    return y, mean, var
+
+
+def _conv_transpose2d_backward_fake(
+    dy: Tensor | None,
+    dmean: Tensor | None,
+    dvar: Tensor | None,
+    y: Tensor,
+    mean: Tensor,
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    mask: Sequence[bool],
+    backend: str,
+) -> Any:
+    source = _source_gradient_fake(x, affine, backend) if mask[0] else (x.new_empty(0), _empty_stats(x))
+    return (*source, *_weight_gradient_fake(weight, mask[1], mask[2], weight.shape[1]))
+
+
+conv_transpose2d = _register(
+    "conv_transpose2d(Tensor x, Tensor? affine, bool relu, Tensor weight, Tensor? bias, bool stats, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _conv_transpose2d_fake,
+    _ConvTranspose2d,
+)
+conv_transpose2d_backward = _register(
+    "conv_transpose2d_backward(Tensor? dy, Tensor? dmean, Tensor? dvar, Tensor y, Tensor mean, Tensor x,"
+    " Tensor? affine, bool relu, Tensor weight, bool[] mask, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _conv_transpose2d_backward_fake,
+)
+
+
+# ---- max_pool2x2 -------------------------------------------------------------------------------------------------
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, affine: Tensor | None, backend: str) -> Tensor:
+        ctx.save_for_backward(x, affine)
+        ctx.backend = backend
+        return _below_autograd(max_pool2x2, x, affine, backend)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dp: Tensor) -> Any:
+        return max_pool2x2_backward(*ctx.saved_tensors, dp, None, ctx.backend), None, None
+
+
+class _PoolFork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, affine: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, affine)
+        ctx.backend = backend
+        return _below_autograd(max_pool2x2, x, affine, backend), x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dp: Tensor | None, dskip: Tensor | None) -> Any:
+        if dp is None:
+            return dskip, None, None
+        return max_pool2x2_backward(*ctx.saved_tensors, dp, dskip, ctx.backend), None, None
+
+
+def _max_pool_fake(x: Tensor, affine: Tensor | None, backend: str) -> Tensor:
+    batch, channels, height, width = x.shape
+    pooled = x.new_empty((batch, channels, height // 2, width // 2))
+    return pooled.contiguous(memory_format=_format(backend, x))
+
+
+max_pool2x2 = _register("max_pool2x2(Tensor x, Tensor? affine, str backend) -> Tensor", _max_pool_fake, _MaxPool)
+max_pool2x2_backward = _register(
+    "max_pool2x2_backward(Tensor x, Tensor? affine, Tensor? dp, Tensor? dskip, str backend) -> Tensor",
+    lambda x, affine, dp, dskip, backend: torch.empty_like(x, memory_format=_format(backend, x)),
+)
+
+# A pooled activation is also a skip connection: pool_fork returns (pooled, x), and its backward adds the two gradients
+# in the pass that scatters the first. x comes back as a view, which only a composite operator may return.
+_LIBRARY.define("pool_fork(Tensor(a) x, Tensor? affine, str backend) -> (Tensor, Tensor(a))")
+_LIBRARY.impl("pool_fork", lambda *args: _PoolFork.apply(*args), "CompositeImplicitAutograd")
+pool_fork = torch.ops.fastunet.pool_fork.default
+
+
+# ---- upsample_concat ---------------------------------------------------------------------------------------------
+
+
+class _UpsampleConcat(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        affine: Tensor | None,
+        relu: bool,
+        skip: Tensor | None,
+        skip_affine: Tensor | None,
+        skip_relu: bool,
+        align_corners: bool,
+        skip_first: bool,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, affine, skip, skip_affine)
+        ctx.config = (relu, skip_relu, align_corners, skip_first, backend)
+        return _below_autograd(  # type: ignore[no-any-return]
+            upsample_concat, x, affine, relu, skip, skip_affine, skip_relu, align_corners, skip_first, backend
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, affine, skip, skip_affine = ctx.saved_tensors
+        relu, skip_relu, *rest = ctx.config
+        dx, daffine, dskip, dskip_affine = upsample_concat_backward(
+            dy, x, affine, relu, skip, skip_affine, skip_relu, *rest
+        )
+        need = ctx.needs_input_grad
+        return (
+            _given(dx, need[0]), _given(daffine, need[1]), None,
+            _given(dskip, need[3]), _given(dskip_affine, need[4]), *(None,) * 4,
+        )  # fmt: skip
+
+
+def _upsample_concat_fake(
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    skip: Tensor | None,
+    skip_affine: Tensor | None,
+    skip_relu: bool,
+    align_corners: bool,
+    skip_first: bool,
+    backend: str,
+) -> Tensor:
+    batch, channels, height, width = x.shape
+    shape = (batch, channels, 2 * height, 2 * width)
+    if skip is not None:
+        shape = (batch, channels + skip.shape[1], skip.shape[2], skip.shape[3])
+    return x.new_empty(shape).contiguous(memory_format=_format(backend, x, skip))
+
+
+def _upsample_concat_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    skip: Tensor | None,
+    skip_affine: Tensor | None,
+    skip_relu: bool,
+    align_corners: bool,
+    skip_first: bool,
+    backend: str,
+) -> Any:
+    lower = _source_gradient_fake(x, affine, backend)
+    if skip is None:
+        return (*lower, x.new_empty(0), _empty_stats(x))
+    return (*lower, *_source_gradient_fake(skip, skip_affine, backend))
+
+
+upsample_concat = _register(
+    "upsample_concat(Tensor x, Tensor? affine, bool relu, Tensor? skip, Tensor? skip_affine, bool skip_relu,"
+    " bool align_corners, bool skip_first, str backend) -> Tensor",
+    _upsample_concat_fake,
+    _UpsampleConcat,
+)
+upsample_concat_backward = _register(
+    "upsample_concat_backward(Tensor dy, Tensor x, Tensor? affine, bool relu, Tensor? skip, Tensor? skip_affine,"
+    " bool skip_relu, bool align_corners, bool skip_first, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _upsample_concat_backward_fake,
+)
+
+
+# ---- softmax_stats -----------------------------------------------------------------------------------------------
+
+
+class _SoftmaxStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        pixel_weight: Tensor | None,
+        mode: str,
+        ignore_index: int,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(logits, labels, pixel_weight)
+        ctx.config = (mode, ignore_index, backend)
+        return _below_autograd(  # type: ignore[no-any-return]
+            softmax_stats, logits, labels, pixel_weight, mode, ignore_index, backend
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dstats: Tensor) -> Any:
+        return softmax_stats_backward(dstats, *ctx.saved_tensors, *ctx.config), *(None,) * 5
+
+
+def _softmax_stats_fake(
+    logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int, backend: str
+) -> Tensor:
+    return logits.new_empty((logits.shape[0], logits.shape[1], 6), dtype=stats_dtype(logits.dtype))
+
+
+def _softmax_stats_backward_fake(
+    dstats: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    mode: str,
+    ignore_index: int,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=memory_format(logits))
+
+
+softmax_stats = _register(
+    "softmax_stats(Tensor logits, Tensor labels, Tensor? pixel_weight, str mode, int ignore_index, str backend)"
+    " -> Tensor",
+    _softmax_stats_fake,
+    _SoftmaxStats,
+)
+softmax_stats_backward = _register(
+    "softmax_stats_backward(Tensor dstats, Tensor logits, Tensor labels, Tensor? pixel_weight, str mode,"
+    " int ignore_index, str backend) -> Tensor",
+    _softmax_stats_backward_fake,
+)

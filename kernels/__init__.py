@@ -1,0 +1,34 @@
+"""Triton kernels of fastunet, one operation per file. Import as ``fastunet.kernels``.
+
+Every launcher has the name, the arguments and the results of its twin in :mod:`fastunet.aten`;
+:mod:`fastunet.ops` registers both behind one operator.
+"""
+
+if __name__ != "fastunet.kernels":
+    raise ImportError(
+        f"these kernels must be imported as 'fastunet.kernels', not as '{__name__}': install fastunet with "
+        "'pip install -e .' and import it by that name"
+    )
+
+from fastunet.kernels.affine import affine_act, affine_act_backward, bn_affine, bn_affine_backward
+from fastunet.kernels.conv import conv2d, conv2d_backward, conv_transpose2d, conv_transpose2d_backward
+from fastunet.kernels.pool import max_pool2x2, max_pool2x2_backward
+from fastunet.kernels.softmax_stats import softmax_stats, softmax_stats_backward
+from fastunet.kernels.upsample import upsample_concat, upsample_concat_backward
+
+__all__ = [
+    "affine_act",
+    "affine_act_backward",
+    "bn_affine",
+    "bn_affine_backward",
+    "conv2d",
+    "conv2d_backward",
+    "conv_transpose2d",
+    "conv_transpose2d_backward",
+    "max_pool2x2",
+    "max_pool2x2_backward",
+    "softmax_stats",
+    "softmax_stats_backward",
+    "upsample_concat",
+    "upsample_concat_backward",
+]

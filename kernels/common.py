@@ -1,0 +1,105 @@
+"""What the kernels share: layout at the door, the source read, and sums in a fixed order.
+
+Layout. Kernels read and write NHWC memory (channels_last) and compute addresses from sizes alone, as
+``((n·H + h)·W + w)·C + c`` in 64 bits: strides of size-1 dimensions are ambiguous and never looked at.
+Accumulation is float32, or float64 for float64 tensors (interpreter only).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.core import PropagateNan
+
+from fastunet.aten import stats_dtype
+
+PROPAGATE_ALL = tl.constexpr(PropagateNan.ALL)
+
+_TL_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The Triton dtype in which tensors of ``dtype`` are accumulated."""
+    return _TL_DTYPES[stats_dtype(dtype)]
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """``x`` in dense channels_last memory: itself if it already is, else one copy."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_nhwc(like: Tensor, batch: int, channels: int, height: int, width: int) -> Tensor:
+    """An uninitialised channels_last tensor of ``like``'s dtype and device."""
+    return torch.empty(
+        (batch, channels, height, width), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def block(size: int, most: int, least: int = 16) -> int:
+    """The power of two that covers ``size``, within [least, most]."""
+    return max(least, min(most, triton.next_power_of_2(size)))
+
+
+@triton.jit
+def load_affine(affine_ptr, c, C, HAS_AFFINE: tl.constexpr, ACC: tl.constexpr):
+    """Rows scale, shift, centre of an affine (3, C) at channels ``c``; identity without one and beyond C."""
+    if HAS_AFFINE:
+        scale = tl.load(affine_ptr + c, mask=c < C, other=0.0)
+        shift = tl.load(affine_ptr + C + c, mask=c < C, other=0.0)
+        centre = tl.load(affine_ptr + 2 * C + c, mask=c < C, other=0.0)
+    else:
+        scale = tl.full(c.shape, 1.0, ACC)
+        shift = tl.full(c.shape, 0.0, ACC)
+        centre = tl.full(c.shape, 0.0, ACC)
+    return scale, shift, centre
+
+
+@triton.jit
+def normalise(x, scale, shift, centre, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr):
+    """act(scale·(x − centre) + shift) in the accumulator dtype; vectors broadcast against x's last axis.
+
+    16-bit x: one multiply-add with the folded shift, whose rounding is far below x's own. Wider x: the difference first,
+    so that a mean much larger than the deviation costs no digits.
+    """
+    z = x.to(ACC)
+    if HAS_AFFINE:
+        if x.dtype.primitive_bitwidth == 16:
+            z = z * scale[None, :] + (shift - scale * centre)[None, :]
+        else:
+            z = (z - centre[None, :]) * scale[None, :] + shift[None, :]
+    if RELU:
+        z = tl.maximum(z, 0.0, propagate_nan=PROPAGATE_ALL)
+    return z
+
+
+@triton.jit
+def _sum_slabs_kernel(x_ptr, y_ptr, slabs, length, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """y[g, l] = Σ_{i<GROUP} x[g·GROUP + i, l], in the order of i."""
+    group = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < length
+    total = tl.zeros([BLOCK], y_ptr.dtype.element_ty)
+    for i in range(GROUP):
+        row = group * GROUP + i
+        total += tl.load(x_ptr + row * length + column, mask=inside & (row < slabs), other=0.0)
+    tl.store(y_ptr + group * length + column, total, mask=inside)
+
+
+def sum_slabs(x: Tensor) -> Tensor:
+    """Sum of ``x`` over its first dimension, in a fixed tree order: the same bits on every run."""
+    slabs, length = x.shape[0], x[0].numel() if x.shape[0] else x.numel()
+    if slabs == 0 or length == 0:
+        return x.new_zeros(x.shape[1:])
+    shape = x.shape[1:]
+    group = 32
+    columns = min(256, max(32, triton.next_power_of_2(length)))
+    while slabs > 1:
+        groups = triton.cdiv(slabs, group)
+        y = torch.empty((groups, length), dtype=x.dtype, device=x.device)
+        _sum_slabs_kernel[(groups, triton.cdiv(length, columns))](
+            x, y, slabs, length, GROUP=group, BLOCK=columns, num_warps=columns // 32 if columns < 128 else 4
+        )
+        x, slabs = y, groups
+    return x.reshape(shape)
