@@ -361,7 +361,7 @@ def upsample_concat_backward(
         first, second = dy.split(split, 1)
         dz_skip, dy = (first, second) if skip_first else (second, first)
         dskip, dskip_affine = affine_act_backward(dz_skip, skip, skip_affine, skip_relu)
-            _, top, left = _centred(skip, *doubled)
+        _, top, left = _centred(skip, *doubled)
         dy = _unframe(dy, doubled, top, left)
     dz = aten.upsample_bilinear2d_backward(dy.contiguous(), doubled, list(x.shape), align_corners, None, None)
     dx, daffine = affine_act_backward(dz, x, affine, relu)

@@ -296,7 +296,7 @@ def _conv2d_fake(
     y = x0.new_empty((batch, filters, height, width)).contiguous(memory_format=form)
     mean, var = (x0.new_empty(filters if stats else 0, dtype=stats_dtype(x0.dtype)) for _ in range(2))
     plain = affine0 is None and not relu0 and x1 is None and list(size) == list(x0.shape[-2:])
-    if save and not plain:
+    if save and not plain and resolve_backend(backend, x0.device, x0.dtype) == "torch":
         z = x0.new_empty((batch, weight.shape[1], *size)).contiguous(memory_format=_format(backend, x0, x1))
     else:
         z = x0.new_empty(0)

@@ -1,0 +1,79 @@
+# make demo     train a small U-Net and draw what it learned
+# make test     lint, types, tests
+# make verify   every operation against float64 truth, on this machine
+# make gate     compile every kernel for every GPU, with no GPU, and read the machine code
+# make bench    time fastunet against plain PyTorch
+#
+# Each makes .venv if there is none and installs what it needs; the second time it starts at once.
+# Variables: PYTHON (3.10 or newer), VENV, JOBS (test processes), TORCH (what to ask pip for), ARGS (passed on to
+# demo, verify, gate and bench: make demo ARGS="--images DIR --masks DIR").
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+# Without an NVIDIA GPU one version is named, so that pip prefers its +cpu build wherever pip is set up to find one.
+ifeq ($(shell command -v nvidia-smi),)
+TORCH ?= torch==2.13.0
+else
+TORCH ?= torch>=2.10
+endif
+
+BIN := $(VENV)/bin
+TYPES := build/types
+
+.PHONY: demo test lint types unit verify gate bench clean
+
+demo: $(VENV)/.fastunet
+	$(BIN)/python -m fastunet demo $(ARGS)
+
+test: lint types unit
+
+lint: $(VENV)/.fastunet-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.fastunet-test
+	@mkdir -p $(TYPES)/fastunet
+	@ln -sfn ../../benchmarks $(TYPES)/benchmarks
+	@find $(TYPES)/fastunet -type l -delete
+	@ln -s $(CURDIR)/fastunet/* $(TYPES)/fastunet/
+	@ln -s $(CURDIR)/kernels $(TYPES)/fastunet/kernels
+	cd $(TYPES) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+unit: $(VENV)/.fastunet-test
+	$(BIN)/pytest -n $(JOBS) $(ARGS)
+
+verify: $(VENV)/.fastunet-test
+	$(BIN)/python -m fastunet verify $(ARGS)
+
+gate: $(VENV)/.fastunet-test
+	$(BIN)/python -m benchmarks.gate $(ARGS)
+
+bench: $(VENV)/.fastunet-test
+	$(BIN)/pytest benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+# ---- the virtual environment -------------------------------------------------------------------------------------
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "fastunet needs Python 3.10 or newer and '$(PYTHON)' is not: name one, as in make demo PYTHON=python3.12" >&2; \
+		exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: | $(VENV)/.made
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install '$(TORCH)'
+	@touch $@
+
+$(VENV)/.fastunet: pyproject.toml | $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.fastunet-test: pyproject.toml | $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	@touch $@ $(VENV)/.fastunet

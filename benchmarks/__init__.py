@@ -1,0 +1,1 @@
+"""Instruments: the compile gate and the timings. Run from a checkout: ``python -m benchmarks.gate``."""

@@ -1,0 +1,188 @@
+"""The lazily normalised tensor that flows between blocks, and the operations that read and produce it.
+
+An :class:`Activation` ``(x, affine, relu)`` stands for ``z = act(scale·(x − centre) + shift)``, where ``x`` is the raw
+output of a convolution and ``affine`` the batch normalisation that follows it. Consumers apply it while they load, so
+z need never be stored. One set of operations serves networks with and without batch normalisation: without an affine
+and a ReLU an Activation is an ordinary tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastunet import ops
+from fastunet.aten import stats_dtype
+
+POLICIES = ("speed", "memory")
+
+
+class Config(NamedTuple):
+    """How a block computes: ``backend`` (see :func:`fastunet.ops.resolve_backend`) and ``policy``.
+
+    Policy "speed" lets the torch backend keep what it normalised for the backward; "memory" recomputes it.
+    """
+
+    backend: str = "auto"
+    policy: str = "speed"
+
+    @classmethod
+    def checked(cls, backend: str, policy: str) -> Config:
+        if backend not in ops.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        return cls(backend, policy)
+
+
+class Activation(NamedTuple):
+    """``act(scale·(x − centre) + shift)``: x (N, C, H, W); affine (3, C) or None; relu says whether act is ReLU."""
+
+    x: Tensor
+    affine: Tensor | None = None
+    relu: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether the value is ``x`` itself."""
+        return self.affine is None and not self.relu
+
+    def tensor(self, config: Config) -> Tensor:
+        """The value z (N, C, H, W), stored: for code outside fastunet."""
+        return self.x if self.plain else ops.affine_act(self.x, self.affine, self.relu, config.backend)
+
+
+class Placed(NamedTuple):
+    """One or two activations, concatenated along the channels in a frame of ``size`` (H, W) that is zero elsewhere.
+
+    ``offset`` is (top, left) of the first, then of the second; negative offsets crop.
+    """
+
+    first: Activation
+    second: Activation | None
+    size: tuple[int, int]
+    offset: tuple[int, int, int, int]
+
+    @classmethod
+    def alone(cls, act: Activation) -> Placed:
+        return cls(act, None, (act.x.shape[-2], act.x.shape[-1]), (0, 0, 0, 0))
+
+    @classmethod
+    def with_skip(cls, up: Activation, skip: Activation, skip_first: bool) -> Placed:
+        """``up`` centred in ``skip``'s size by F.pad(diff // 2, diff − diff // 2), beside it."""
+        height, width = skip.x.shape[-2], skip.x.shape[-1]
+        top, left = (height - up.x.shape[-2]) // 2, (width - up.x.shape[-1]) // 2
+        if skip_first:
+            return cls(skip, up, (height, width), (0, 0, top, left))
+        return cls(up, skip, (height, width), (top, left, 0, 0))
+
+    def tensor(self, config: Config) -> Tensor:
+        """The concatenated values (N, C0 + C1, H, W), stored."""
+        z = _frame(self.first.tensor(config), self.size, self.offset[:2])
+        if self.second is None:
+            return z
+        return torch.cat([z, _frame(self.second.tensor(config), self.size, self.offset[2:])], 1)
+
+
+def _frame(z: Tensor, size: Sequence[int], offset: Sequence[int]) -> Tensor:
+    (height, width), (top, left) = size, offset
+    below, right = height - top - z.shape[-2], width - left - z.shape[-1]
+    return nn.functional.pad(z, [left, right, top, below]) if top or left or below or right else z
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of convolution operands: autocast's where it is enabled for x's device, else x's."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _operands(act: Activation, weight: Tensor, bias: Tensor | None) -> tuple[Activation, Tensor, Tensor | None]:
+    dtype = compute_dtype(act.x)
+    if weight.dtype != dtype and not torch.is_autocast_enabled(act.x.device.type):
+        raise TypeError(
+            f"input and weights must have one dtype, got input {act.x.dtype} and weights {weight.dtype}; convert one of "
+            "them (model.to(dtype) or x.to(dtype)) or run under torch.autocast"
+        )
+    return act._replace(x=act.x.to(dtype)), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+class Raw(NamedTuple):
+    """A convolution's output and, where asked for, its batch statistics over (N, H, W)."""
+
+    y: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+def conv2d(placed: Placed, conv: nn.Conv2d, stats: bool, config: Config) -> Raw:
+    """A 3×3 (padding 1, stride 1 or 2) or 1×1 convolution of what is placed, with its bias."""
+    first, weight, bias = _operands(placed.first, conv.weight, conv.bias)
+    second = placed.second
+    x1, affine1, relu1 = (None, None, False) if second is None else (second.x.to(first.x.dtype), *second[1:])
+    y, mean, var, _ = ops.conv2d(
+        *first, x1, affine1, relu1, weight, bias, conv.stride[0], placed.size, placed.offset, stats,
+        config.policy == "speed", config.backend,
+    )  # fmt: skip
+    return Raw(y, mean, var)
+
+
+def conv_transpose2d(act: Activation, conv: nn.ConvTranspose2d, stats: bool, config: Config) -> Raw:
+    """A stride-2 transposed convolution to twice the size, with its bias."""
+    act, weight, bias = _operands(act, conv.weight, conv.bias)
+    return Raw(*ops.conv_transpose2d(*act, weight, bias, stats, config.backend))
+
+
+def uses_batch_stats(bn: nn.BatchNorm2d) -> bool:
+    """Whether ``bn`` normalises by the statistics of the batch, as nn.BatchNorm2d decides it."""
+    return bn.training or (bn.running_mean is None and bn.running_var is None)
+
+
+def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, config: Config) -> Activation:
+    """The activation BN(y), or ReLU(BN(y)); updates ``bn``'s running statistics as nn.BatchNorm2d does.
+
+    Raises:
+        ValueError: batch statistics of a single value per channel, as PyTorch.
+    """
+    if uses_batch_stats(bn):
+        count = raw.y.shape[0] * raw.y.shape[2] * raw.y.shape[3]
+        if count == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {tuple(raw.y.shape)}; "
+                "use a larger batch or picture, or model.eval()"
+            )
+        mean, var = raw.mean, raw.var
+        if bn.training and bn.track_running_stats and bn.running_mean is not None and bn.running_var is not None:
+            assert bn.num_batches_tracked is not None
+            bn.num_batches_tracked.add_(1)
+            momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+            update_running_stats(bn.running_mean, bn.running_var, mean.detach(), var.detach(), count, momentum)
+    else:
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        dtype = stats_dtype(raw.y.dtype)
+        mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
+    return Activation(raw.y, ops.bn_affine(mean, var, bn.weight, bn.bias, bn.eps, config.backend), relu)
+
+
+def update_running_stats(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
+) -> None:
+    """running ← running + momentum·(batch − running) in place, with the unbiased variance of ``count`` values."""
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_((var * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
+
+
+def pool_fork(act: Activation, config: Config) -> tuple[Activation, Activation]:
+    """(2×2 max-pooled, the activation itself for its skip connection); one backward pass serves both."""
+    pooled, x = ops.pool_fork(act.x, act.affine, config.backend)
+    return act._replace(x=pooled), act._replace(x=x)
+
+
+def upsample(act: Activation, align_corners: bool, config: Config) -> Activation:
+    """Bilinear ×2 of the activation's value; the result is plain."""
+    x = ops.upsample_concat(*act, None, None, False, align_corners, True, config.backend)
+    return Activation(x)

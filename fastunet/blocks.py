@@ -1,0 +1,370 @@
+"""The blocks U-Nets are made of: ordinary nn.Modules that can also be run lazily.
+
+Each block has the submodules, and so the state_dict keys, that people know, and two ways to run: ``forward`` takes and
+returns tensors; ``lazy`` takes and returns :class:`~fastunet.activation.Activation` and is what the networks call.
+Submodules that fastunet does not know exactly (replaced, hooked, pruned, wrapped, compiled) are called as the modules
+they are, on stored tensors, and everything around them stays lazy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _torch_module
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from fastunet.activation import (
+    Activation,
+    Config,
+    Placed,
+    batch_norm,
+    conv2d,
+    conv_transpose2d,
+    pool_fork,
+    upsample,
+    uses_batch_stats,
+)
+
+
+def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` is exactly a ``kind`` with no hook, no replaced forward and no compiled call.
+
+    Only then may its computation be done without calling it.
+    """
+    return (
+        type(module) is kind
+        and not (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        )
+        and "forward" not in module.__dict__
+        and module._compiled_call_impl is None
+        and not _torch_module._has_any_global_hook()
+    )
+
+
+def _is_conv(module: nn.Module) -> bool:
+    if not untouched(module, nn.Conv2d):
+        return False
+    assert isinstance(module, nn.Conv2d)
+    known = (((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1)), ((1, 1), (1, 1), (0, 0)))
+    return (
+        (module.kernel_size, module.stride, module.padding) in known
+        and module.dilation == (1, 1)
+        and module.groups == 1
+        and module.padding_mode == "zeros"
+    )
+
+
+def _is_conv_transpose(module: nn.Module) -> bool:
+    if not untouched(module, nn.ConvTranspose2d):
+        return False
+    assert isinstance(module, nn.ConvTranspose2d)
+    shape = (module.kernel_size, module.stride, module.padding, module.output_padding)
+    known = (((2, 2), (2, 2), (0, 0), (0, 0)), ((3, 3), (2, 2), (1, 1), (1, 1)))
+    return shape in known and module.dilation == (1, 1) and module.groups == 1
+
+
+def _is_pool(module: nn.Module) -> bool:
+    if not untouched(module, nn.MaxPool2d):
+        return False
+    assert isinstance(module, nn.MaxPool2d)
+    settings = (module.kernel_size, module.stride, module.padding, module.dilation)
+    return settings == (2, 2, 0, 1) and not (module.ceil_mode or module.return_indices)
+
+
+def _is_upsample(module: nn.Module) -> bool:
+    if not untouched(module, nn.Upsample):
+        return False
+    assert isinstance(module, nn.Upsample)
+    return module.mode == "bilinear" and module.size is None and module.scale_factor in (2, 2.0, (2.0, 2.0))
+
+
+class Layer(NamedTuple):
+    """A convolution and what directly follows it."""
+
+    conv: nn.Conv2d | nn.ConvTranspose2d
+    norm: nn.BatchNorm2d | None
+    relu: bool
+
+
+def _split(modules: list[nn.Module]) -> tuple[list[Layer], list[nn.Module]]:
+    """The longest prefix that reads conv [BN] [ReLU] conv … and can be run lazily, and the rest."""
+    layers: list[Layer] = []
+    i = 0
+    while i < len(modules) and (_is_conv(modules[i]) or _is_conv_transpose(modules[i])):
+        conv = modules[i]
+        i += 1
+        norm = modules[i] if i < len(modules) and untouched(modules[i], nn.BatchNorm2d) else None
+        i += norm is not None
+        relu = i < len(modules) and untouched(modules[i], nn.ReLU)
+        i += relu
+        layers.append(Layer(conv, norm, relu))  # type: ignore[arg-type]
+    return layers, modules[i:]
+
+
+def lazily(modules: list[nn.Module], placed: Placed, config: Config) -> Activation:
+    """``modules`` one after the other on what is placed: lazily as far as they read conv [BN] [ReLU] …, then as modules."""
+    layers, rest = _split(modules)
+    for conv, norm, relu in layers:
+        stats = norm is not None and uses_batch_stats(norm)
+        if isinstance(conv, nn.Conv2d):
+            raw = conv2d(placed, conv, stats, config)
+        else:
+            source = placed.first if placed.second is None else Activation(placed.tensor(config))
+            raw = conv_transpose2d(source, conv, stats, config)
+        act = Activation(raw.y, None, relu) if norm is None else batch_norm(raw, norm, relu, config)
+        placed = Placed.alone(act)
+    if not rest and placed.second is None:
+        return placed.first
+    z = placed.tensor(config)
+    for module in rest:
+        z = module(z)
+    return Activation(z)
+
+
+class LazyModule(nn.Module):
+    """A block with a lazy way to run, and the :class:`~fastunet.activation.Config` it runs with."""
+
+    config: Config = Config()
+
+    def is_lazy(self) -> bool:
+        """Whether the network may run this block lazily: the class is fastunet's own and nobody listens to its calls."""
+        return type(self).__module__ == __name__ and untouched(self, type(self))
+
+
+class LazyBlock(LazyModule):
+    """A block with one input."""
+
+    def lazy(self, placed: Placed) -> Activation:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lazy(Placed.alone(Activation(x))).tensor(self.config)
+
+
+def run(block: nn.Module, placed: Placed, config: Config) -> Activation:
+    """``block`` applied to what is placed: lazily if it may be, else as a module on a stored tensor."""
+    if isinstance(block, LazyBlock) and block.is_lazy():
+        return block.lazy(placed)
+    return Activation(block(placed.tensor(config)))
+
+
+class ConvSequence(LazyBlock, nn.Sequential):
+    """An nn.Sequential of convolution, BatchNorm2d and ReLU modules."""
+
+    def lazy(self, placed: Placed) -> Activation:
+        return lazily(list(self), placed, self.config)
+
+
+class DoubleConv(LazyBlock):
+    """(3×3 convolution → BatchNorm → ReLU) twice: (N, in, H, W) → (N, out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, mid_channels: int | None = None, *, bias: bool = False):
+        super().__init__()
+        mid_channels = mid_channels or out_channels
+        self.double_conv = ConvSequence(
+            nn.Conv2d(in_channels, mid_channels, 3, padding=1, bias=bias),
+            nn.BatchNorm2d(mid_channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=bias),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+    def lazy(self, placed: Placed) -> Activation:
+        return run(self.double_conv, placed, self.config)
+
+
+class OutConv(LazyBlock):
+    """The 1×1 convolution to logits: (N, in, H, W) → (N, out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+
+    def lazy(self, placed: Placed) -> Activation:
+        return lazily([self.conv], placed, self.config)
+
+
+class Down(LazyModule):
+    """2×2 max-pool, then :class:`DoubleConv`: (N, in, H, W) → (N, out, H // 2, W // 2)."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = False):
+        super().__init__()
+        self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), DoubleConv(in_channels, out_channels, bias=bias))
+
+    def lazy(self, act: Activation) -> tuple[Activation, Activation]:
+        """(the block's output, the input again for its skip connection)."""
+        if not untouched(self.maxpool_conv, nn.Sequential):
+            z = act.tensor(self.config)
+            return Activation(self.maxpool_conv(z)), Activation(z)
+        first, *rest = self.maxpool_conv
+        below, skip = pool(first, act, self.config)
+        for module in rest:
+            below = run(module, Placed.alone(below), self.config)
+        return below, skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lazy(Activation(x))[0].tensor(self.config)
+
+
+class Up(LazyModule):
+    """Double the size, centre in the skip connection's size, concatenate (skip first), :class:`DoubleConv`.
+
+    (N, in, h, w) and (N, in / 2, H, W) → (N, out, H, W).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bilinear: bool = True, *, bias: bool = False):
+        super().__init__()
+        self.up: nn.Module
+        if bilinear:
+            self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+            self.conv = DoubleConv(in_channels, out_channels, in_channels // 2, bias=bias)
+        else:
+            self.up = nn.ConvTranspose2d(in_channels, in_channels // 2, 2, stride=2)
+            self.conv = DoubleConv(in_channels, out_channels, bias=bias)
+
+    def lazy(self, act: Activation, skip: Activation) -> Activation:
+        up = enlarge(self.up, act, self.config)
+        return run(self.conv, Placed.with_skip(up, skip, skip_first=True), self.config)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.lazy(Activation(x), Activation(skip)).tensor(self.config)
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, stride: int = 1) -> list[nn.Module]:
+    """A 3×3 convolution with bias, BatchNorm and ReLU."""
+    return [nn.Conv2d(in_channels, out_channels, 3, stride, 1), nn.BatchNorm2d(out_channels), nn.ReLU()]
+
+
+class StridedDown(LazyModule):
+    """Two convolutions, then a strided one: (N, in, H, W) → its input (N, out, H, W) and output (N, out, H/2, W/2)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.Conv_BN_ReLU_2 = ConvSequence(
+            *conv_bn_relu(in_channels, out_channels), *conv_bn_relu(out_channels, out_channels)
+        )
+        self.downsample = ConvSequence(*conv_bn_relu(out_channels, out_channels, 2))
+
+    def lazy(self, placed: Placed) -> tuple[Activation, Activation]:
+        """(for the skip connection, for the next block)."""
+        skip = run(self.Conv_BN_ReLU_2, placed, self.config)
+        return skip, run(self.downsample, Placed.alone(skip), self.config)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        skip, below = self.lazy(Placed.alone(Activation(x)))
+        return skip.tensor(self.config), below.tensor(self.config)
+
+
+class StridedUp(LazyModule):
+    """Two convolutions, a 3×3 transposed one, concatenation with the skip connection.
+
+    (N, in, h, w) and (N, out, 2h, 2w) → (N, 2·out, 2h, 2w), the upsampled half first.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        doubled = 2 * out_channels
+        self.Conv_BN_ReLU_2 = ConvSequence(*conv_bn_relu(in_channels, doubled), *conv_bn_relu(doubled, doubled))
+        self.upsample = ConvSequence(
+            nn.ConvTranspose2d(doubled, out_channels, 3, 2, 1, output_padding=1), nn.BatchNorm2d(out_channels), nn.ReLU()
+        )
+
+    def lazy(self, placed: Placed, skip: Activation) -> Placed:
+        act = run(self.Conv_BN_ReLU_2, placed, self.config)
+        up = run(self.upsample, Placed.alone(act), self.config)
+        return Placed.with_skip(up, skip, skip_first=False)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.lazy(Placed.alone(Activation(x)), Activation(skip)).tensor(self.config)
+
+
+def strided_descend(block: nn.Module, placed: Placed, config: Config) -> tuple[Activation, Activation]:
+    """A :class:`StridedDown`, or what replaced it: (its skip connection, its output)."""
+    if isinstance(block, StridedDown) and block.is_lazy():
+        return block.lazy(placed)
+    skip, below = block(placed.tensor(config))
+    return Activation(skip), Activation(below)
+
+
+def strided_ascend(block: nn.Module, placed: Placed, skip: Activation, config: Config) -> Placed:
+    """A :class:`StridedUp`, or what replaced it, and the skip connection: what the next block reads."""
+    if isinstance(block, StridedUp) and block.is_lazy():
+        return block.lazy(placed, skip)
+    return Placed.alone(Activation(block(placed.tensor(config), skip.tensor(config))))
+
+
+def pool(module: nn.Module, act: Activation, config: Config) -> tuple[Activation, Activation]:
+    """(``module`` applied to the activation, the activation again for its skip connection)."""
+    if _is_pool(module):
+        return pool_fork(act, config)
+    z = act.tensor(config)
+    return Activation(module(z)), Activation(z)
+
+
+def enlarge(module: nn.Module, act: Activation, config: Config) -> Activation:
+    """An upsampling ``module`` (nn.Upsample, nn.ConvTranspose2d, ConvSequence, …) applied to the activation."""
+    if _is_upsample(module):
+        assert isinstance(module, nn.Upsample)
+        return upsample(act, bool(module.align_corners), config)
+    if isinstance(module, LazyBlock):
+        return run(module, Placed.alone(act), config)
+    return lazily([module], Placed.alone(act), config)
+
+
+def descend(block: nn.Module, act: Activation, config: Config) -> tuple[Activation, Activation]:
+    """A downward ``block`` on an activation: (its output, the activation again for its skip connection)."""
+    if isinstance(block, Down) and block.is_lazy():
+        return block.lazy(act)
+    z = act.tensor(config)
+    return Activation(block(z)), Activation(z)
+
+
+def ascend(block: nn.Module, act: Activation, skip: Activation, config: Config) -> Activation:
+    """An upward ``block`` on an activation and its skip connection."""
+    if isinstance(block, Up) and block.is_lazy():
+        return block.lazy(act, skip)
+    return Activation(block(act.tensor(config), skip.tensor(config)))
+
+
+@contextmanager
+def _frozen_running_stats(*modules: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of every BatchNorm below ``modules`` as they are, whoever runs it."""
+    norms = [m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)]
+    kept = [(m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            if batches is not None:
+                assert norm.num_batches_tracked is not None
+                norm.num_batches_tracked.copy_(batches)
+
+
+def checkpointed(function: Callable[..., Any], modules: Sequence[nn.Module], *acts: Activation) -> Any:
+    """``function(*acts)``, whose intermediate tensors are recomputed in the backward instead of kept.
+
+    The recomputation leaves the running statistics of ``modules`` alone: they were updated in the forward.
+    """
+    if torch.compiler.is_compiling():  # the compiler recomputes without repeating side effects
+        return checkpoint(function, *acts, use_reentrant=False)
+    recomputing = False
+
+    def forward_then_recompute(*acts: Activation) -> Any:
+        nonlocal recomputing
+        if recomputing:
+            with _frozen_running_stats(*modules):
+                return function(*acts)
+        recomputing = True
+        return function(*acts)
+
+    return checkpoint(forward_then_recompute, *acts, use_reentrant=False)

@@ -1,0 +1,132 @@
+"""Typed functions over the fused operations: arguments are checked and every error is one sentence."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastunet import ops
+from fastunet.activation import Activation, Placed, compute_dtype, update_running_stats
+from fastunet.aten import stats_dtype
+
+__all__ = ["conv_bn_relu", "upsample_pad_concat"]
+
+
+def _check_4d(name: str, x: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"expected {name} of shape (N, C, H, W), got {tuple(x.shape)}; reshape it")
+    if not x.is_floating_point():
+        raise TypeError(f"expected a floating-point {name}, got {x.dtype}; convert it with .float()")
+
+
+def _check_vector(name: str, v: Tensor | None, channels: int) -> None:
+    if v is not None and v.shape != (channels,):
+        raise ValueError(f"expected {name} of shape ({channels},), one value per filter, got {tuple(v.shape)}")
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: int = 1,
+    relu: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """ReLU(BN(conv(x))): the batch statistics come out of the convolution, the normalisation is one pass.
+
+    Args:
+        x: (N, C, H, W), floating point.
+        weight: (K, C, 3, 3), padding 1, or (K, C, 1, 1).
+        bn_weight, bn_bias: (K,) scale and shift of the normalisation, or None.
+        running_mean, running_var: (K,), updated in place if ``training``; needed if not ``training``.
+        bias: (K,) added by the convolution, or None.
+        training: normalise by the statistics of the batch (biased variance) instead of the running ones.
+        momentum: running ← running + momentum·(batch − running), with the unbiased variance.
+        eps: added to the variance.
+        stride: 1, or 2 for a 3×3 weight.
+        relu: False leaves the normalised value as it is.
+        backend: see :func:`fastunet.ops.resolve_backend`.
+
+    Returns:
+        (N, K, H', W') in x's dtype (autocast's where enabled), H' = ⌈H / stride⌉.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit, or one value per channel in training.
+    """
+    _check_4d("x", x)
+    _check_4d("weight", weight)
+    filters, channels, *kernel = weight.shape
+    if kernel not in ([3, 3], [1, 1]) or channels != x.shape[1]:
+        raise ValueError(
+            f"expected weight of shape (K, {x.shape[1]}, 3, 3) or (K, {x.shape[1]}, 1, 1) for an x of shape "
+            f"{tuple(x.shape)}, got {tuple(weight.shape)}"
+        )
+    if stride != 1 and (stride != 2 or kernel != [3, 3]):
+        raise ValueError(f"expected stride 1, or 2 for a 3×3 weight, got stride {stride} and a {kernel[0]}×{kernel[1]} one")
+    for name, v in (("bn_weight", bn_weight), ("bn_bias", bn_bias), ("bias", bias)):
+        _check_vector(name, v, filters)
+    for name, v in (("running_mean", running_mean), ("running_var", running_var)):
+        _check_vector(name, v, filters)
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError("expected running_mean and running_var when training=False; pass both, or training=True")
+    dtype = compute_dtype(x)
+    if weight.dtype != dtype and dtype == x.dtype:
+        raise TypeError(f"expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; convert one of them")
+    placed = Placed.alone(Activation(x.to(dtype)))
+    y, mean, var, _ = ops.conv2d(
+        *placed.first, None, None, False, weight.to(dtype), None if bias is None else bias.to(dtype), stride,
+        placed.size, placed.offset, training, True, backend,
+    )  # fmt: skip
+    if training:
+        count = y.numel() // filters
+        if count == 1:
+            raise ValueError(f"expected more than one value per channel in training, got an output of {tuple(y.shape)}")
+        if running_mean is not None and running_var is not None:
+            update_running_stats(running_mean, running_var, mean.detach(), var.detach(), count, momentum)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, var = running_mean.to(stats_dtype(dtype)), running_var.to(stats_dtype(dtype))
+    affine = ops.bn_affine(mean, var, bn_weight, bn_bias, eps, backend)
+    return ops.affine_act(y, affine, relu, backend)  # type: ignore[no-any-return]
+
+
+def upsample_pad_concat(
+    x: Tensor, skip: Tensor, *, align_corners: bool = True, skip_first: bool = True, backend: str = "auto"
+) -> Tensor:
+    """Bilinear ×2 of ``x``, centred in ``skip``'s size by zero padding or cropping, concatenated with ``skip``.
+
+    The padding is F.pad(up, [dx // 2, dx − dx // 2, dy // 2, dy − dy // 2]) with dy, dx the differences in size; negative
+    ones crop. The backward is a gather: the same bits on every run.
+
+    Args:
+        x: (N, C, h, w), floating point.
+        skip: (N, S, H, W) of x's dtype and device.
+        align_corners: as in torch.nn.Upsample.
+        skip_first: concatenate (skip, up) rather than (up, skip).
+        backend: see :func:`fastunet.ops.resolve_backend`.
+
+    Returns:
+        (N, S + C, H, W).
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit.
+    """
+    _check_4d("x", x)
+    _check_4d("skip", skip)
+    if x.shape[0] != skip.shape[0]:
+        raise ValueError(f"expected x and skip of one batch size, got {x.shape[0]} and {skip.shape[0]}")
+    if x.dtype != skip.dtype:
+        raise TypeError(f"expected x and skip of one dtype, got {x.dtype} and {skip.dtype}; convert one of them")
+    if 0 in x.shape[2:]:
+        raise ValueError(f"expected an x with pixels to upsample, got shape {tuple(x.shape)}")
+    return ops.upsample_concat(  # type: ignore[no-any-return]
+        x, None, False, skip, None, False, align_corners, skip_first, backend
+    )

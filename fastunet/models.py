@@ -1,0 +1,373 @@
+"""The networks: drop-in U-Nets with the well-known constructors, attributes, state_dict keys and outputs.
+
+Each forward is the composition of lazily normalised operations of :mod:`fastunet.activation`; the same networks in
+plain PyTorch are in :mod:`fastunet.reference`. Inputs are (N, C, H, W) floating-point tensors; outputs have the dtype
+and the memory format that the plain network would give.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastunet.activation import Activation, Config, Placed
+from fastunet.aten import memory_format
+from fastunet.blocks import (
+    ConvSequence,
+    DoubleConv,
+    Down,
+    LazyModule,
+    OutConv,
+    StridedDown,
+    StridedUp,
+    Up,
+    ascend,
+    checkpointed,
+    conv_bn_relu,
+    descend,
+    enlarge,
+    lazily,
+    pool,
+    run,
+    strided_ascend,
+    strided_descend,
+)
+
+
+class _Network(nn.Module):
+    """What the networks share: the configuration, the checks at the door, checkpointing, the output's layout."""
+
+    multiple = 1  # height and width must be multiples of this
+
+    def __init__(self, channels: int, backend: str, policy: str):
+        super().__init__()
+        self.config = Config.checked(backend, policy)
+        self.checkpointing = False
+        self._channels = channels
+
+    def _configure(self) -> None:
+        """Hand the configuration to every block: called at the end of a constructor."""
+        for module in self.modules():
+            if isinstance(module, LazyModule):
+                module.config = self.config
+
+    def use_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute each stage's intermediate tensors in the backward instead of keeping them.
+
+        Less memory for more time; gradients are the same and running statistics are updated once.
+        """
+        self.checkpointing = enabled
+
+    def _stage(self, function: Callable[..., Any], block: nn.Module | tuple[nn.Module, ...], *args: Any) -> Any:
+        """function(block, *args, config), checkpointed if that is on."""
+        blocks = block if isinstance(block, tuple) else (block,)
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return function(*blocks, *args, self.config)
+        return checkpointed(lambda *acts: function(*blocks, *acts, self.config), blocks, *args)
+
+    def _enter(self, x: Tensor) -> Activation:
+        if x.dim() != 4:
+            raise ValueError(f"expected an input of shape (N, C, H, W), got {_shape(x)}; add a batch dimension?")
+        if x.shape[1] != self._channels:
+            raise ValueError(
+                f"expected {self._channels} input channels, got {x.shape[1]} in an input of shape {_shape(x)}; build the "
+                f"model with that number of channels or convert the pictures"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"expected a floating-point input, got {x.dtype}; scale it, for example x.float() / 255")
+        height, width = x.shape[-2:]
+        if height < 16 or width < 16:
+            raise ValueError(f"expected height and width of at least 16, got {height}×{width}; pad or enlarge the input")
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(
+                f"expected height and width divisible by {self.multiple}, got {height}×{width}; pad or resize the input"
+            )
+        return Activation(x)
+
+    def _leave(self, act: Activation, x: Tensor, last: nn.Module) -> Tensor:
+        """The stored output in channels_last if the input or the last convolution's weights are, else contiguous."""
+        weight = getattr(last, "weight", None)
+        form = memory_format(x, weight if isinstance(weight, Tensor) and weight.dim() == 4 else None)
+        return act.tensor(self.config).contiguous(memory_format=form)
+
+
+def _shape(x: Tensor) -> str:
+    return "(" + ", ".join(str(n) for n in x.shape) + ")"
+
+
+class UNet(_Network):
+    """The U-Net of milesial/Pytorch-UNet: its attributes, state_dict keys and outputs.
+
+    Args:
+        n_channels: channels of the input.
+        n_classes: channels of the output.
+        bilinear: upsample by bilinear interpolation (align_corners=True) instead of 2×2 transposed convolution.
+        base_c: channels of the first block; 64 in the paper.
+        conv_bias: biases in the 3×3 convolutions, as in upstream checkpoints before version 3.
+        backend: "auto", "torch" or "triton"; see :func:`fastunet.ops.resolve_backend`.
+        policy: "speed", or "memory": keep nothing normalised for the backward.
+
+    Shape: (N, n_channels, H, W) with H, W ≥ 16 → logits (N, n_classes, H, W).
+
+    Raises:
+        ValueError: wrong rank, channels or size of the input; batch statistics of one value (a single 16×16 picture in
+            training), as PyTorch.
+        TypeError: an integer input, or weights of another dtype outside autocast.
+
+    Source: Ronneberger, Fischer, Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", 2015, with
+    padding and batch normalisation.
+    """
+
+    def __init__(
+        self,
+        n_channels: int,
+        n_classes: int,
+        bilinear: bool = False,
+        base_c: int = 64,
+        *,
+        conv_bias: bool = False,
+        backend: str = "auto",
+        policy: str = "speed",
+    ):
+        super().__init__(n_channels, backend, policy)
+        self.n_channels = n_channels
+        self.n_classes = n_classes
+        self.bilinear = bilinear
+        factor = 2 if bilinear else 1
+        self.inc = DoubleConv(n_channels, base_c, bias=conv_bias)
+        self.down1 = Down(base_c, base_c * 2, bias=conv_bias)
+        self.down2 = Down(base_c * 2, base_c * 4, bias=conv_bias)
+        self.down3 = Down(base_c * 4, base_c * 8, bias=conv_bias)
+        self.down4 = Down(base_c * 8, base_c * 16 // factor, bias=conv_bias)
+        self.up1 = Up(base_c * 16, base_c * 8 // factor, bilinear, bias=conv_bias)
+        self.up2 = Up(base_c * 8, base_c * 4 // factor, bilinear, bias=conv_bias)
+        self.up3 = Up(base_c * 4, base_c * 2 // factor, bilinear, bias=conv_bias)
+        self.up4 = Up(base_c * 2, base_c, bilinear, bias=conv_bias)
+        self.outc = OutConv(base_c, n_classes)
+        self._configure()
+
+    def forward(self, x: Tensor) -> Tensor:
+        act = self._stage(run, self.inc, Placed.alone(self._enter(x)))
+        skips = []
+        for down in (self.down1, self.down2, self.down3, self.down4):
+            act, skip = self._stage(descend, down, act)
+            skips.append(skip)
+        for up in (self.up1, self.up2, self.up3, self.up4):
+            act = self._stage(ascend, up, act, skips.pop())
+        act = run(self.outc, Placed.alone(act), self.config)
+        return self._leave(act, x, getattr(self.outc, "conv", self.outc))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As nn.Module's. Upstream checkpoints carry ``mask_values`` among the weights: kept as an attribute."""
+        if "mask_values" in state_dict:
+            self.mask_values = state_dict["mask_values"]
+            state_dict = OrderedDict((key, value) for key, value in state_dict.items() if key != "mask_values")
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+class StridedUNet(_Network):
+    """The U-Net that learns its resampling: strided convolutions down, transposed convolutions up, a sigmoid head.
+
+    Every convolution has a bias and is followed by BatchNorm and ReLU, except the last. Concatenation is (up, skip).
+
+    Args:
+        n_channels: channels of the input.
+        n_classes: channels of the output.
+        base_c: channels of the first block.
+        backend, policy: as in :class:`UNet`.
+
+    Shape: (N, n_channels, H, W) with H, W divisible by 16 → probabilities (N, n_classes, H, W), for nn.BCELoss.
+
+    Raises:
+        ValueError, TypeError: as :class:`UNet`; also for H or W not divisible by 16.
+
+    Source: seed 000.
+    """
+
+    multiple = 16
+
+    def __init__(
+        self, n_channels: int = 3, n_classes: int = 3, base_c: int = 64, *, backend: str = "auto", policy: str = "speed"
+    ):
+        super().__init__(n_channels, backend, policy)
+        self.n_channels = n_channels
+        self.n_classes = n_classes
+        self.d1 = StridedDown(n_channels, base_c)
+        self.d2 = StridedDown(base_c, base_c * 2)
+        self.d3 = StridedDown(base_c * 2, base_c * 4)
+        self.d4 = StridedDown(base_c * 4, base_c * 8)
+        self.u1 = StridedUp(base_c * 8, base_c * 8)
+        self.u2 = StridedUp(base_c * 16, base_c * 4)
+        self.u3 = StridedUp(base_c * 8, base_c * 2)
+        self.u4 = StridedUp(base_c * 4, base_c)
+        self.o = ConvSequence(
+            *conv_bn_relu(base_c * 2, base_c),
+            *conv_bn_relu(base_c, base_c),
+            nn.Conv2d(base_c, n_classes, 3, 1, 1),
+            nn.Sigmoid(),
+        )
+        self._configure()
+
+    def forward(self, x: Tensor) -> Tensor:
+        placed = Placed.alone(self._enter(x))
+        skips = []
+        for down in (self.d1, self.d2, self.d3, self.d4):
+            skip, below = self._stage(strided_descend, down, placed)
+            placed = Placed.alone(below)
+            skips.append(skip)
+        for up in (self.u1, self.u2, self.u3, self.u4):
+            placed = self._stage(strided_ascend, up, placed, skips.pop())
+        return self._leave(run(self.o, placed, self.config), x, self.o[-2])
+
+
+class _HubNetwork(_Network):
+    """Four encoders with max-pooling, a bottleneck, four decoders behind 2×2 transposed convolutions.
+
+    Concatenation is (up, skip). Subclasses name the modules.
+    """
+
+    multiple = 16
+
+    def __init__(self, in_channels: int, out_channels: int, init_features: int, backend: str, policy: str):
+        super().__init__(in_channels, backend, policy)
+        features = [init_features * 2**level for level in range(5)]
+        for level, width in enumerate(features[:4], 1):
+            before = in_channels if level == 1 else features[level - 2]
+            setattr(self, f"encoder{level}", self._block(before, width, f"enc{level}"))
+            self._add_pool(level)
+        self.bottleneck = self._block(features[3], features[4], "bottleneck")
+        for level in (4, 3, 2, 1):
+            width = features[level - 1]
+            setattr(self, f"upconv{level}", nn.ConvTranspose2d(2 * width, width, 2, stride=2))
+            setattr(self, f"decoder{level}", self._block(2 * width, width, f"dec{level}"))
+        self._add_head(nn.Conv2d(init_features, out_channels, 1))
+        self._configure()
+
+    def _block(self, in_channels: int, out_channels: int, name: str) -> ConvSequence:
+        raise NotImplementedError
+
+    def _add_pool(self, level: int) -> None:
+        raise NotImplementedError
+
+    def _add_head(self, head: nn.Conv2d) -> None:
+        raise NotImplementedError
+
+    def _pool(self, level: int) -> nn.Module:
+        raise NotImplementedError
+
+    def _decode(self, x: Tensor, head: nn.Module) -> Tensor:
+        act = self._enter(x)
+        skips = []
+        for level in (1, 2, 3, 4):
+            act = self._stage(run, self.get_submodule(f"encoder{level}"), Placed.alone(act))
+            act, skip = pool(self._pool(level), act, self.config)
+            skips.append(skip)
+        act = self._stage(run, self.bottleneck, Placed.alone(act))
+        for level in (4, 3, 2, 1):
+            up = enlarge(self.get_submodule(f"upconv{level}"), act, self.config)
+            placed = Placed.with_skip(up, skips.pop(), skip_first=False)
+            act = self._stage(run, self.get_submodule(f"decoder{level}"), placed)
+        return self._leave(lazily([head], Placed.alone(act), self.config), x, head)
+
+
+class PlainUNet(_HubNetwork):
+    """The U-Net without batch normalisation: convolutions with bias and ReLU; logits out.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        init_features: channels of the first encoder.
+        backend, policy: as in :class:`UNet`.
+
+    Shape: (N, in_channels, H, W) with H, W divisible by 16 → logits (N, out_channels, H, W).
+
+    Raises:
+        ValueError, TypeError: as :class:`UNet`; also for H or W not divisible by 16.
+
+    Source: seed 004.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        init_features: int = 32,
+        *,
+        backend: str = "auto",
+        policy: str = "speed",
+    ):
+        super().__init__(in_channels, out_channels, init_features, backend, policy)
+
+    def _block(self, in_channels: int, out_channels: int, name: str) -> ConvSequence:
+        return ConvSequence(
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1),
+            nn.ReLU(inplace=True),
+        )
+
+    def _add_pool(self, level: int) -> None:
+        self.pool = nn.MaxPool2d(2)
+
+    def _pool(self, level: int) -> nn.Module:
+        return self.pool
+
+    def _add_head(self, head: nn.Conv2d) -> None:
+        self.output = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._decode(x, self.output)
+
+
+class BrainUNet(_HubNetwork):
+    """mateuszbuda's brain-segmentation U-Net as published on PyTorch Hub: its state_dict keys and outputs.
+
+    Args:
+        in_channels: channels of the input; the published weights expect each volume z-scored.
+        out_channels: channels of the output.
+        init_features: channels of the first encoder.
+        backend, policy: as in :class:`UNet`.
+
+    Shape: (N, in_channels, H, W) with H, W divisible by 16 → probabilities (N, out_channels, H, W).
+
+    Raises:
+        ValueError, TypeError: as :class:`UNet`; also for H or W not divisible by 16.
+
+    Source: Buda, Saha, Mazurowski, "Association of genomic subtypes of lower-grade gliomas with shape features
+    automatically extracted by a deep learning algorithm", 2019.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 1,
+        init_features: int = 32,
+        *,
+        backend: str = "auto",
+        policy: str = "speed",
+    ):
+        super().__init__(in_channels, out_channels, init_features, backend, policy)
+
+    def _block(self, in_channels: int, out_channels: int, name: str) -> ConvSequence:
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, channels in ((1, in_channels), (2, out_channels)):
+            layers[f"{name}conv{i}"] = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
+            layers[f"{name}norm{i}"] = nn.BatchNorm2d(out_channels)
+            layers[f"{name}relu{i}"] = nn.ReLU(inplace=True)
+        return ConvSequence(layers)
+
+    def _add_pool(self, level: int) -> None:
+        setattr(self, f"pool{level}", nn.MaxPool2d(2, stride=2))
+
+    def _pool(self, level: int) -> nn.Module:
+        return self.get_submodule(f"pool{level}")
+
+    def _add_head(self, head: nn.Conv2d) -> None:
+        self.conv = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self._decode(x, self.conv))

@@ -1,0 +1,173 @@
+"""Every operation of fastunet in a few lines of plain PyTorch, differentiated by autograd, in any floating dtype.
+
+The functions take the arguments of the operators of the same name in :mod:`fastunet.ops`, less those that say how to
+compute (``save``, ``backend``). A *source* ``(x, affine, relu)`` is x (N, C, H, W) with affine None or (3, C), rows
+scale, shift, centre: it stands for ``act(scale·(x − centre) + shift)``, act being ReLU or the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ---- sources -----------------------------------------------------------------------------------------------------
+
+
+def affine_act(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
+    """The value of a source, in x's dtype."""
+    z = x
+    if affine is not None:
+        scale, shift, centre = affine.view(3, -1, 1, 1)
+        z = (scale * (x - centre) + shift).to(x.dtype)
+    return F.relu(z) if relu else z
+
+
+def bn_affine(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The affine (3, C) of a batch norm: scale = weight/√(var + eps), shift = bias, centre = mean, all (C,)."""
+    scale = 1 / torch.sqrt(var + eps)
+    if weight is not None:
+        scale = weight * scale
+    return torch.stack([scale, torch.zeros_like(mean) if bias is None else bias, mean])
+
+
+def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over N, H and W: two (C,)."""
+    return y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)
+
+
+# ---- convolutions, pooling, upsampling ---------------------------------------------------------------------------
+
+
+def _frame(z: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
+    """z at (top, left) of an image of zeros of ``size``; what sticks out is cut off."""
+    height, width = z.shape[2:]
+    return F.pad(z, [left, size[1] - width - left, top, size[0] - height - top])
+
+
+def _centre(z: Tensor, size: Sequence[int]) -> Tensor:
+    """z in the middle of an image of zeros of ``size``; an odd difference leaves the larger part below and right."""
+    return _frame(z, size, (size[0] - z.shape[2]) // 2, (size[1] - z.shape[3]) // 2)
+
+
+def conv2d(
+    x0: Tensor,
+    affine0: Tensor | None,
+    relu0: bool,
+    x1: Tensor | None,
+    affine1: Tensor | None,
+    relu1: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    size: Sequence[int],
+    offset: Sequence[int],
+    stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolution, padded by half its odd kernel, of one source or of the concatenation of two.
+
+    Each source lies at its offset (top0, left0, top1, left1) in a frame of zeros of ``size`` (H, W). Returns
+    (y, mean, var), the last two being :func:`batch_stats` of y, or empty without ``stats``.
+    """
+    z = _frame(affine_act(x0, affine0, relu0), size, offset[0], offset[1])
+    if x1 is not None:
+        z = torch.cat([z, _frame(affine_act(x1, affine1, relu1), size, offset[2], offset[3])], 1)
+    y = F.conv2d(z, weight, bias, stride, weight.shape[-1] // 2)
+    return y, *(batch_stats(y) if stats else (y.new_empty(0), y.new_empty(0)))
+
+
+def conv_transpose2d(
+    x: Tensor, affine: Tensor | None, relu: bool, weight: Tensor, bias: Tensor | None, stats: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Transposed convolution of stride 2 to (N, K, 2·H, 2·W) with weight (C, K, 2, 2) or (C, K, 3, 3).
+
+    Returns (y, mean, var) as :func:`conv2d` does.
+    """
+    margin = 0 if weight.shape[-1] == 2 else 1
+    y = F.conv_transpose2d(affine_act(x, affine, relu), weight, bias, 2, margin, margin)
+    return y, *(batch_stats(y) if stats else (y.new_empty(0), y.new_empty(0)))
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    stride: int = 1,
+) -> Tensor:
+    """relu(batch_norm(conv2d(x))): running statistics are updated in place in training and used outside of it."""
+    y = F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2)
+    return F.relu(F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps))
+
+
+def max_pool2x2(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
+    """2×2 max-pool of a source's value: (N, C, ⌊H/2⌋, ⌊W/2⌋). (The operator returns it before affine and ReLU.)"""
+    return F.max_pool2d(affine_act(x, affine, relu), 2)
+
+
+def upsample_concat(
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    skip: Tensor | None,
+    skip_affine: Tensor | None,
+    skip_relu: bool,
+    align_corners: bool,
+    skip_first: bool,
+) -> Tensor:
+    """Bilinear ×2 of a source; with a skip source: centred in its size (zero pad or crop) and concatenated with it."""
+    up = F.interpolate(affine_act(x, affine, relu), scale_factor=2, mode="bilinear", align_corners=align_corners)
+    if skip is None:
+        return up
+    parts = [affine_act(skip, skip_affine, skip_relu), _centre(up, skip.shape[2:])]
+    return torch.cat(parts if skip_first else parts[::-1], 1)
+
+
+# ---- losses and scores -------------------------------------------------------------------------------------------
+
+
+def one_hot(labels: Tensor, n_classes: int, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """Labels (N, H, W) as (N, C, H, W) of zeros and ones; a pixel labelled ``ignore_index`` is zero in every class."""
+    classes = torch.arange(n_classes, device=labels.device).view(1, -1, 1, 1)
+    hot = (labels.unsqueeze(1) == classes) & (labels != ignore_index).unsqueeze(1)
+    return hot.to(dtype)
+
+
+def _overlaps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Per class, over the batch: true positives Σp·y, false positives Σp − Σp·y, false negatives Σy − Σp·y."""
+    p = logits.softmax(1)
+    y = one_hot(labels, logits.shape[1], -1, logits.dtype)
+    overlap, total, truth = (v.sum((0, 2, 3)) for v in (p * y, p, y))
+    return overlap, total - overlap, truth - overlap
+
+
+def dice_loss(logits: Tensor, labels: Tensor, beta: float = 1.0, smooth: float = 1e-5) -> Tensor:
+    """Seed 002's Dice loss of logits (N, C, H, W) and labels (N, H, W): 1 − mean over classes of
+    ((1 + β²)·tp + s) / ((1 + β²)·tp + β²·fn + fp + s), all sums over the whole batch."""
+    tp, fp, fn = _overlaps(logits, labels)
+    weighted = (1 + beta**2) * tp
+    return 1 - ((weighted + smooth) / (weighted + beta**2 * fn + fp + smooth)).mean()
+
+
+def soft_miou(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
+    """Seed 002's mIoU: mean over classes of (tp + s) / (tp + fn + fp + s), of probabilities. A class that neither
+    occurs nor is predicted scores near 1, so the mean flatters where classes are absent."""
+    tp, fp, fn = _overlaps(logits, labels)
+    return ((tp + smooth) / (tp + fn + fp + smooth)).mean()
+
+
+def confusion_matrix(predicted: Tensor, labels: Tensor, n_classes: int, ignore_index: int = -100) -> Tensor:
+    """(C, C) int64 counts of pixels by [label, predicted class], from two (N, H, W); ``ignore_index`` is not counted."""
+    kept = labels != ignore_index
+    counts = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=labels.device)
+    for truth, guess in zip(labels[kept].tolist(), predicted[kept].tolist(), strict=True):
+        counts[truth, guess] += 1
+    return counts

@@ -1,0 +1,52 @@
+"""What every test shares: the device, the backends, and a seed.
+
+Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors. Triton reads TRITON_INTERPRET when a
+kernel is defined, so it is set here, before any test imports one. Tests that compile for real start a process of
+their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# One thread a process: the tensors are tiny, and `pytest -n` already fills the cores.
+torch.set_num_threads(1)
+
+# The interpreter has no steady pace, and a red test must be red again when it is looked into.
+settings.register_profile("fastunet", deadline=None, derandomize=True)
+settings.load_profile("fastunet")
+
+
+@pytest.fixture
+def device() -> str:
+    """ "cuda" on a machine with a GPU, else "cpu"."""
+    return DEVICE
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn; "triton" is the GPU where there is one, else the interpreter."""
+    name: str = request.param
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed; it is part of pip install 'fastunet[test]' on Linux")
+    return name
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Every test starts from the same random state."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - third-party code may draw from the global state
+    torch.manual_seed(0)
+    return 0
