@@ -74,17 +74,15 @@ def normalise(x, scale, shift, centre, HAS_AFFINE: tl.constexpr, RELU: tl.conste
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slabs"])
 def _sum_slabs_kernel(x_ptr, y_ptr, slabs, length, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """y[g, l] = Σ_{i<GROUP} x[g·GROUP + i, l], in the order of i."""
+    """y[g, l] = Σ_{i<GROUP} x[g·GROUP + i, l], in a fixed tree order."""
     group = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < length
-    total = tl.zeros([BLOCK], y_ptr.dtype.element_ty)
-    for i in range(GROUP):
-        row = group * GROUP + i
-        total += tl.load(x_ptr + row * length + column, mask=inside & (row < slabs), other=0.0)
-    tl.store(y_ptr + group * length + column, total, mask=inside)
+    row = group * GROUP + tl.arange(0, GROUP)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = (row < slabs)[:, None] & (column < length)[None, :]
+    x = tl.load(x_ptr + row[:, None] * length + column[None, :], mask=mask, other=0.0)
+    tl.store(y_ptr + group * length + column, tl.sum(x, 0), mask=column < length)
 
 
 def sum_slabs(x: Tensor) -> Tensor:
@@ -94,12 +92,12 @@ def sum_slabs(x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[1:])
     shape = x.shape[1:]
     group = 32
-    columns = min(256, max(32, triton.next_power_of_2(length)))
+    columns = block(length, 128, 32)
     while slabs > 1:
         groups = triton.cdiv(slabs, group)
         y = torch.empty((groups, length), dtype=x.dtype, device=x.device)
         _sum_slabs_kernel[(groups, triton.cdiv(length, columns))](
-            x, y, slabs, length, GROUP=group, BLOCK=columns, num_warps=columns // 32 if columns < 128 else 4
+            x, y, slabs, length, GROUP=group, BLOCK=columns, num_warps=4
         )
         x, slabs = y, groups
     return x.reshape(shape)
