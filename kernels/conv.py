@@ -316,11 +316,10 @@ def _precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _tile_shape(height: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(TILE_H, TILE_W): 128 pixels (64 for 32-bit and wider), at most 16 wide, not much larger than the picture."""
-    pixels = 128 if dtype.itemsize == 2 else 64
+def _tile_shape(height: int, width: int, pixels: int) -> tuple[int, int]:
+    """(TILE_H, TILE_W) of at most ``pixels`` and at least 16, at most 16 wide, not much larger than the picture."""
     columns = block(width, 16, 4)
-    return min(pixels // columns, block(height, pixels, 16 // columns)), columns
+    return block(height, pixels // columns, 16 // columns), columns
 
 
 class _Source:
@@ -358,12 +357,13 @@ def _forward(
     if y.numel() == 0:
         mean = x.new_zeros(filters if stats else 0, dtype=dtype)
         return y, mean, mean.clone()
-    tile_h, tile_w = _tile_shape(tile_height, tile_width, x.dtype)
+    narrow = x.dtype.itemsize == 2
+    tile_h, tile_w = _tile_shape(tile_height, tile_width, 128 if narrow else 64)
     tiles_h, tiles_w = triton.cdiv(tile_height, tile_h), triton.cdiv(tile_width, tile_w)
     tiles = batch * parities * tiles_h * tiles_w
     partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
-    block_k = block(filters, 64)
+    block_k = block(filters, 64 if narrow else 32)
     _conv_fwd_kernel[(tiles * triton.cdiv(filters, block_k),)](
         x, first.affine_or_x, second.x, second.affine_or_x, nhwc(weight), x if bias is None else bias, y,
         *partials, counts,
@@ -373,8 +373,8 @@ def _forward(
         KSIZE=ksize, STRIDE=stride, PAD=pad, TRANSPOSED=transposed,
         AFFINE=first.affine is not None, RELU=first.relu, TWO=len(sources) == 2,
         AFFINE1=second.affine is not None, RELU1=second.relu, BIAS=bias is not None, STATS=stats,
-        TILE_H=tile_h, TILE_W=tile_w, BLOCK_C=block(max(s.channels for s in sources), 32), BLOCK_K=block_k,
-        ACC=accumulator(x.dtype), PRECISION=_precision(), num_warps=4, num_stages=2,
+        TILE_H=tile_h, TILE_W=tile_w, BLOCK_C=block(max(s.channels for s in sources), 32 if narrow else 16), BLOCK_K=block_k,
+        ACC=accumulator(x.dtype), PRECISION=_precision(), num_warps=8 if narrow else 4, num_stages=3 if narrow else 2,
     )  # fmt: skip
     if not stats:
         return y, partials[0], partials[1]
@@ -472,11 +472,12 @@ def _dgrad(
     parities = stride * stride if transposed else 1
     step = stride if transposed else 1
     rows, columns = triton.cdiv(source.height, step), triton.cdiv(source.width, step)
-    tile_h, tile_w = _tile_shape(rows, columns, x.dtype)
+    narrow = x.dtype.itemsize == 2
+    tile_h, tile_w = _tile_shape(rows, columns, 128 if narrow else 64)
     tiles_h, tiles_w = triton.cdiv(rows, tile_h), triton.cdiv(columns, tile_w)
     tiles = batch * parities * tiles_h * tiles_w
     partials = x.new_empty((tiles, 2, channels) if source.affine is not None else 0, dtype=stats_dtype(x.dtype))
-    block_c = block(channels, 64)
+    block_c = block(channels, 64 if narrow else 32)
     _conv_dgrad_kernel[(tiles * triton.cdiv(channels, block_c),)](
         dy, nhwc(weight), x, source.affine_or_x, dx, partials,
         height, width, source.height, source.width, frame[0], frame[1], source.top, source.left,
@@ -484,7 +485,7 @@ def _dgrad(
         KSIZE=weight.shape[-1], STRIDE=stride, PAD=pad, TRANSPOSED=transposed,
         AFFINE=source.affine is not None, RELU=source.relu,
         TILE_H=tile_h, TILE_W=tile_w, BLOCK_K=block(filters, 32), BLOCK_C=block_c,
-        ACC=accumulator(x.dtype), PRECISION=_precision(), num_warps=4, num_stages=2,
+        ACC=accumulator(x.dtype), PRECISION=_precision(), num_warps=8 if narrow else 4, num_stages=2,
     )  # fmt: skip
     if source.affine is not None:
         daffine[:2] = sum_slabs(partials)
@@ -501,10 +502,12 @@ def _wgrad(
     batch = fixed.x.shape[0]
     if fixed.x.numel() == 0 or weight.numel() == 0:
         return torch.zeros_like(weight)
-    tile_h, tile_w = _tile_shape(fixed.height, fixed.width, fixed.x.dtype)
+    narrow = weight.dtype.itemsize == 2
+    tile_h, tile_w = _tile_shape(fixed.height, fixed.width, 128 if narrow else 32)
     tiles_h, tiles_w = triton.cdiv(fixed.height, tile_h), triton.cdiv(fixed.width, tile_w)
     tiles = batch * tiles_h * tiles_w
-    block_a, block_b = block(rows, 64), block(max(moved.channels for _, moved in pairs), 64)
+    widest = 64 if narrow else 32
+    block_a, block_b = block(rows, widest), block(max(moved.channels for _, moved in pairs), widest)
     # Enough programs to fill a large GPU a few times over; the same number on every device, for the same bits.
     per_slab = triton.cdiv(rows, block_a) * triton.cdiv(columns, block_b) * ksize * ksize
     tiles_per_slab = triton.cdiv(tiles, min(tiles, triton.cdiv(1024, per_slab)))
