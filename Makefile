@@ -8,7 +8,9 @@
 # Variables: PYTHON (3.10 or newer), VENV, JOBS (test processes), TORCH (what to ask pip for), ARGS (passed on to
 # demo, verify, gate and bench: make demo ARGS="--images DIR --masks DIR").
 
-PYTHON ?= python3
+SUPPORTED := import sys; sys.exit(sys.version_info < (3, 10))
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 VENV ?= .venv
 JOBS ?= 2
 ARGS ?=
@@ -40,7 +42,7 @@ types: $(VENV)/.fastunet-test
 	@find $(TYPES)/fastunet -type l -delete
 	@ln -s $(CURDIR)/fastunet/* $(TYPES)/fastunet/
 	@ln -s $(CURDIR)/kernels $(TYPES)/fastunet/kernels
-	cd $(TYPES) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+	@cd $(TYPES) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
 unit: $(VENV)/.fastunet-test
 	$(BIN)/pytest -n $(JOBS) $(ARGS)
@@ -60,20 +62,22 @@ clean:
 # ---- the virtual environment -------------------------------------------------------------------------------------
 
 $(VENV)/.made:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-		echo "fastunet needs Python 3.10 or newer and '$(PYTHON)' is not: name one, as in make demo PYTHON=python3.12" >&2; \
-		exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(or $(PYTHON),false) -c '$(SUPPORTED)' 2>/dev/null || { \
+		echo "fastunet needs Python 3.10 or newer, which is not '$(or $(PYTHON),python3)': name one with PYTHON=..." >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "Making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
 	@touch $@
 
 $(VENV)/.torch: | $(VENV)/.made
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install '$(TORCH)'
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
+		echo "Installing $(TORCH) (TORCH=... chooses another)"; $(BIN)/python -m pip install --quiet '$(TORCH)'; }
 	@touch $@
 
 $(VENV)/.fastunet: pyproject.toml | $(VENV)/.torch
-	$(BIN)/python -m pip install --quiet -e .
+	@echo "Installing fastunet"
+	@$(BIN)/python -m pip install --quiet -e .
 	@touch $@
 
 $(VENV)/.fastunet-test: pyproject.toml | $(VENV)/.torch
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	@echo "Installing fastunet and what its tests need"
+	@$(BIN)/python -m pip install --quiet -e '.[test]'
 	@touch $@ $(VENV)/.fastunet

@@ -77,7 +77,7 @@ def _read_nvidia(cubin: bytes, ptx: str, shared: int, dots: int) -> Resources:
         sass = _cuobjdump("--dump-sass", file.name)
     numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     opcodes = Counter(_SASS.findall(sass))
-    names = Counter({name: 0 for name in ()})
+    names: Counter[str] = Counter()
     for opcode, count in opcodes.items():
         names[opcode.partition(".")[0]] += count
     return Resources(
@@ -85,10 +85,10 @@ def _read_nvidia(cubin: bytes, ptx: str, shared: int, dots: int) -> Resources:
         spilled_bytes=numbers["STACK"] + numbers["LOCAL"] or 4 * (names["LDL"] + names["STL"]),
         shared_bytes=shared,
         dots=dots,
-        tensor={name: count for name, count in sorted(names.items()) if name.endswith("MMA") and name != "FMMA"},
+        tensor={name: count for name, count in sorted(names.items()) if name.endswith("MMA")},
         loads=_widths((opcode, count) for opcode, count in opcodes.items() if opcode.startswith(("LDG", "LDGSTS"))),
         stores=_widths((opcode, count) for opcode, count in opcodes.items() if opcode.startswith("STG")),
-        tma=sum(count for name, count in names.items() if name.startswith("UTMA") and name != "UTMACMDFLUSH"),
+        tma=names["UTMALDG"] + names["UTMASTG"],
         float64=len(re.findall(r"\.f64\b", ptx)),
     )
 

@@ -1,8 +1,8 @@
 """Which kernels a launcher launches, and with what: without a GPU, without data, without running anything.
 
-Launchers are called with tensors on the meta device. Inside :func:`record` every ``kernel[grid](...)`` is noted instead
-of run; :func:`specialise` then asks Triton's own binder what it would compile for a chip. So the gate compiles what a GPU
-would compile, and the notes hold the grid and every argument for whoever wants to count bytes.
+Launchers are called with tensors on the meta device. Inside :func:`record` every ``kernel[grid](...)`` is noted
+instead of run; :func:`specialise` then asks Triton's own binder what it would compile for a chip. So the gate compiles
+what a GPU would compile, and the notes hold the grid and every argument for whoever wants to count bytes.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Specialisation:
 
 
 @functools.cache
-def _binder(kernel: Any, backend_of: GPUTarget) -> Any:
-    return create_function_from_signature(kernel.signature, kernel.params, make_backend(backend_of))
+def _binder(kernel: Any, target: GPUTarget) -> Any:
+    return create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
 
 
 def specialise(launch: Launch, target: GPUTarget) -> Specialisation:

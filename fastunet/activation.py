@@ -104,8 +104,8 @@ def _operands(act: Activation, weight: Tensor, bias: Tensor | None) -> tuple[Act
     dtype = compute_dtype(act.x)
     if weight.dtype != dtype and not torch.is_autocast_enabled(act.x.device.type):
         raise TypeError(
-            f"input and weights must have one dtype, got input {act.x.dtype} and weights {weight.dtype}; convert one of "
-            "them (model.to(dtype) or x.to(dtype)) or run under torch.autocast"
+            f"expected input and weights of one dtype, got {act.x.dtype} and {weight.dtype}; convert one of them "
+            "(model.to(dtype) or x.to(dtype)) or run under torch.autocast"
         )
     return act._replace(x=act.x.to(dtype)), weight.to(dtype), None if bias is None else bias.to(dtype)
 

@@ -11,7 +11,7 @@ A *source* is three arguments ``(x, affine, relu)`` that stand for the tensor ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ def _normalise(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
         return x.relu() if relu else x
     if x.numel() == 0:
         return torch.empty_like(x)
-    scale, shift, centre = affine.unbind(0)
+    scale, shift, centre = affine.contiguous().unbind(0)
     z = F.batch_norm(x, centre, torch.ones_like(centre), scale, shift, False, 0.0, 0.0)
     return z.relu_() if relu else z
 
@@ -70,7 +70,7 @@ def _normalise_backward(
         return dz, x.new_empty(0, dtype=stats_dtype(x.dtype))
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(affine)
-    scale, _, centre = affine.unbind(0)
+    scale, _, centre = affine.contiguous().unbind(0)  # ATen's channels_last kernels take the rows for dense
     dx, dscale, dshift = aten.native_batch_norm_backward(
         dz, x, scale, centre, torch.ones_like(centre), None, None, False, 0.0, [True, True, True]
     )
@@ -366,3 +366,119 @@ def upsample_concat_backward(
     dz = aten.upsample_bilinear2d_backward(dy.contiguous(), doubled, list(x.shape), align_corners, None, None)
     dx, daffine = affine_act_backward(dz, x, affine, relu)
     return dx, daffine, dskip, dskip_affine
+
+
+# ---- softmax statistics ------------------------------------------------------------------------------------------
+
+
+def _class_axis(logits: Tensor) -> int:
+    """The axis of the classes in a run of pixels: 1, (pixels, C), where they are adjacent in memory; else 0."""
+    return 1 if logits.stride(1) == 1 and logits.shape[1] > 1 else 0
+
+
+def _pixel_rows(t: Tensor, axis: int) -> Tensor:
+    """(N, C, H, W) as (N, C, H·W), or as (N, H·W, C) for a class axis of 1; (N, H, W) as (N, H·W)."""
+    t = t.flatten(-2)
+    return t.transpose(1, 2) if t.dim() == 3 and axis == 1 else t
+
+
+def _pixel_runs(
+    logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, axis: int
+) -> Iterator[tuple[int, tuple[slice, ...], Tensor, Tensor, Tensor | None]]:
+    """Runs of one sample's pixels that fit a CPU's cache: (sample, index of the run, logits, int64 labels, weights)."""
+    dtype = stats_dtype(logits.dtype)
+    if mode == "sigmoid" and labels.dim() == 3:
+        labels = labels.unsqueeze(1)
+    x, label = _pixel_rows(logits, axis), _pixel_rows(labels, axis)
+    weight = None if pixel_weight is None else _pixel_rows(pixel_weight, axis)
+    step = max(1, (1 << 18 if logits.device.type == "cpu" else 1 << 24) // logits.shape[1])
+    for n in range(logits.shape[0]):
+        for start in range(0, x.shape[2 - axis], step):
+            pixels = slice(start, start + step)
+            run = (pixels,) if axis == 1 else (slice(None), pixels)
+            yield (
+                n,
+                run,
+                x[n][run].to(dtype),
+                label[n][run if label.dim() == 3 else pixels].to(torch.int64),
+                None if weight is None else weight[n, pixels].to(dtype),
+            )
+
+
+def _zero_where(t: Tensor, mask: Tensor) -> Tensor:
+    """t with zeros, in place, where the mask (which broadcasts) is set."""
+    if t.device.type == "cpu" and not mask.any():  # the common case, and cheaper to find out than to write
+        return t
+    return t.masked_fill_(mask, 0)
+
+
+def _sum_by_class(index: Tensor, values: Tensor | None, classes: int) -> Tensor:
+    """For each class k, the sum of ``values`` (1 if None) where ``index`` is k, in a fixed order."""
+    if index.device.type == "cpu":
+        weights = None if values is None else values.to(torch.float64)
+        return torch.bincount(index, weights, classes + 1)[:classes]
+    member = index == torch.arange(classes, device=index.device).unsqueeze(1)
+    return (member if values is None else torch.where(member, values, 0)).sum(1)
+
+
+def softmax_stats(logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int) -> Tensor:
+    """Per sample and class TP, Σp, Σy, Σp², Σw·CE, Σw: (N, C, 6); see :func:`fastunet.losses.softmax_stats`."""
+    batch, classes = logits.shape[:2]
+    stats = logits.new_zeros((batch, classes, 6), dtype=stats_dtype(logits.dtype))
+    axis = _class_axis(logits)
+    for n, _, x, label, w in _pixel_runs(logits, labels, pixel_weight, mode, axis):
+        valid = label != ignore_index
+        if mode == "softmax":
+            known = valid & (label >= 0) & (label < classes)
+            row = label.clamp(0, classes - 1).unsqueeze(axis)
+            index = torch.where(known, label, classes)
+            log_p = F.log_softmax(x, axis)
+            ce = -log_p.gather(axis, row).squeeze(axis)
+            p = log_p.exp_()
+            tp = _sum_by_class(index, p.gather(axis, row).squeeze(axis), classes)
+            y = _sum_by_class(index, None, classes)
+            weight = y if w is None else _sum_by_class(index, w, classes)
+            ce = _sum_by_class(index, ce if w is None else ce * w, classes)
+            p = _zero_where(p, ~valid.unsqueeze(axis))
+        else:
+            positive = valid & (label == 1)
+            p = _zero_where(x.sigmoid(), ~valid)
+            ce = _zero_where(-F.logsigmoid(torch.where(positive, x, -x)), ~valid)
+            weight = valid if w is None else torch.where(valid, w.unsqueeze(axis), 0)
+            ce = (ce if w is None else ce * weight).sum(1 - axis)
+            tp, y, weight = (t.sum(1 - axis) for t in (p * positive, positive, weight))
+        stats[n] += torch.stack([tp, p.sum(1 - axis), y, p.square().sum(1 - axis), ce, weight], 1)
+    return stats
+
+
+def softmax_stats_backward(
+    dstats: Tensor, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int
+) -> Tensor:
+    """The gradient of the logits, in their dtype and memory format; the probabilities are computed again."""
+    classes = logits.shape[1]
+    dlogits = torch.empty_like(logits, memory_format=memory_format(logits))
+    axis = _class_axis(logits)
+    dx = _pixel_rows(dlogits, axis)
+    for n, run, x, label, w in _pixel_runs(logits, labels, pixel_weight, mode, axis):
+        dtp, dp, _, dp2, dce, _ = dstats[n].unbind(1)
+        valid = label != ignore_index
+        if mode == "softmax":
+            # dx = q − p·Σq with q = p·(dP + 2p·dP2), and at the label + p·dTP − w·dCE.
+            known = valid & (label >= 0) & (label < classes)
+            row = label.clamp(0, classes - 1)
+            p = F.softmax(x, axis)
+            p_y = p.gather(axis, row.unsqueeze(axis)).squeeze(axis)
+            at_label = torch.where(known, p_y * dtp[row] - (dce[row] if w is None else dce[row] * w), 0)
+            q = torch.addcmul(dp.unsqueeze(1 - axis), p, dp2.unsqueeze(1 - axis), value=2).mul_(p)
+            q.scatter_add_(axis, row.unsqueeze(axis), at_label.unsqueeze(axis))
+            torch.addcmul(q, p, q.sum(axis, keepdim=True), value=-1, out=dx[n][run])
+            valid = valid.unsqueeze(axis)
+        else:
+            dtp, dp, dp2, dce = (t.unsqueeze(1 - axis) for t in (dtp, dp, dp2, dce))
+            positive = (label == 1).to(x.dtype)
+            p = x.sigmoid()
+            q = torch.addcmul(dp, p, dp2, value=2).addcmul_(positive, dtp).mul_(p * (1 - p))
+            ce = p - positive if w is None else (p - positive).mul_(w.unsqueeze(axis))
+            torch.addcmul(q, ce, dce, out=dx[n][run])
+        _zero_where(dx[n][run], ~valid)
+    return dlogits

@@ -108,7 +108,7 @@ def _split(modules: list[nn.Module]) -> tuple[list[Layer], list[nn.Module]]:
 
 
 def lazily(modules: list[nn.Module], placed: Placed, config: Config) -> Activation:
-    """``modules`` one after the other on what is placed: lazily as far as they read conv [BN] [ReLU] …, then as modules."""
+    """``modules`` in turn on what is placed: lazily as far as they read conv [BN] [ReLU] …, then as modules."""
     layers, rest = _split(modules)
     for conv, norm, relu in layers:
         stats = norm is not None and uses_batch_stats(norm)
@@ -133,7 +133,7 @@ class LazyModule(nn.Module):
     config: Config = Config()
 
     def is_lazy(self) -> bool:
-        """Whether the network may run this block lazily: the class is fastunet's own and nobody listens to its calls."""
+        """Whether a network may run this block lazily: its class is fastunet's own and nobody listens to its calls."""
         return type(self).__module__ == __name__ and untouched(self, type(self))
 
 
@@ -273,7 +273,9 @@ class StridedUp(LazyModule):
         doubled = 2 * out_channels
         self.Conv_BN_ReLU_2 = ConvSequence(*conv_bn_relu(in_channels, doubled), *conv_bn_relu(doubled, doubled))
         self.upsample = ConvSequence(
-            nn.ConvTranspose2d(doubled, out_channels, 3, 2, 1, output_padding=1), nn.BatchNorm2d(out_channels), nn.ReLU()
+            nn.ConvTranspose2d(doubled, out_channels, 3, 2, 1, output_padding=1),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(),
         )
 
     def lazy(self, placed: Placed, skip: Activation) -> Placed:

@@ -19,6 +19,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from fastunet.errors import UserError
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm", ".ppm")
 MASK_ENDINGS = ("_mask", "_gt")  # what a mask's name may add to the stem of its image, in any case
 MAX_CLASSES = 64
@@ -28,7 +30,7 @@ Array = npt.NDArray[Any]
 Colour = tuple[int, int, int]
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The pictures cannot be used as they are; the message is one sentence with the file and the fix."""
 
 
@@ -95,9 +97,7 @@ class Pictures(Sequence[Pair]):
         at = min(max(round((1 - holdout) * length), MIN_SIZE), length - MIN_SIZE)
         parts = []
         for start, size in ((0, at), (at, length - at)):
-            piece = Pair(
-                pair.name, pair.image.narrow(axis + 1, start, size), pair.labels.narrow(axis, start, size)
-            )
+            piece = Pair(pair.name, pair.image.narrow(axis + 1, start, size), pair.labels.narrow(axis, start, size))
             parts.append(Pictures(self.names, self.channels, self.classes, lambda _, piece=piece: piece))  # type: ignore[misc]
         return parts[0], parts[1]
 
@@ -112,7 +112,8 @@ def random_crops(
     """
     queue: list[int] = []
     while True:
-        images, labels = [], []
+        images: list[Tensor] = []
+        labels: list[Tensor] = []
         for _ in range(batch):
             queue = queue or rng.permutation(len(pictures)).tolist()
             pair = pictures[queue.pop()]
@@ -134,7 +135,7 @@ def _window(length: int, size: int, rng: np.random.Generator) -> Tensor:
 
 
 def _remembered(load: Callable[[int], Pair], room: int = 1 << 30) -> Callable[[int], Pair]:
-    """``load`` that keeps what it loaded, up to ``room`` bytes: small sets are read once, large ones do not fill RAM."""
+    """``load`` that keeps up to ``room`` bytes: a small set is read once, a large one does not fill the memory."""
     kept: dict[int, Pair] = {}
 
     def remembered(index: int) -> Pair:
@@ -179,7 +180,7 @@ def open_folders(images: Path, masks: Path) -> Pictures:
         _check_size(image_path, (image.shape[2], image.shape[1]), mask_path, mask.size)
         any_colour |= image.shape[0] == 3
         palettes.add(bytes(mask.getpalette() or ()) if mask.mode == "P" else None)
-        in_colour |= mask.mode not in ("P", *_GREY_MODES) and not _is_grey(mask)
+        in_colour |= mask.mode == "RGB" and _has_colour(np.asarray(mask))
     # Palette indices mean the same class in two files only if their palettes agree.
     in_colour |= len(palettes) > 1
     values = _class_values([mask for _, mask in pairs], in_colour)
@@ -203,21 +204,23 @@ def find_pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         mask_files = [path for path in mask_files if _without_ending(path.stem) is not None]
         image_files = [path for path in image_files if path not in mask_files]
         if not image_files or not mask_files:
-            raise DataError(f"{images} holds images or masks but not both: call the mask of a.png a_mask.png or a_GT.png")
-    pairs: list[tuple[Path, Path]] = []
-    free = {path: path.stem for path in mask_files}
-    by_stem: dict[str, list[Path]] = {}
-    for path in mask_files:
-        for stem in {path.stem, _without_ending(path.stem)} - {None}:
-            by_stem.setdefault(str(stem), []).append(path)
-    taken: dict[str, Path] = {}
+            raise DataError(
+                f"{images} holds images or masks but not both: call the mask of a.png a_mask.png or a_GT.png"
+            )
+    by_stem: dict[str, Path] = {}
     for image in image_files:
-        if image.stem in taken:
-            raise DataError(f"{taken[image.stem]} and {image.name} have the same name and so the same mask: rename one")
-        taken[image.stem] = image
-    for image in image_files:
+        if image.stem in by_stem:
+            raise DataError(f"{by_stem[image.stem]} and {image.name} would share a mask by their name: rename one")
+        by_stem[image.stem] = image
+    candidates: dict[str, list[Path]] = {}
+    for mask in mask_files:
         # a_mask.png is the mask of a.png, or of a_mask.png if there is such an image
-        found = [mask for mask in by_stem.get(image.stem, []) if mask.stem == image.stem or mask.stem not in taken]
+        shorter = _without_ending(mask.stem)
+        stem = mask.stem if mask.stem in by_stem or shorter is None else shorter
+        candidates.setdefault(stem, []).append(mask)
+    pairs = []
+    for image in image_files:
+        found = candidates.pop(image.stem, [])
         if not found:
             raise DataError(
                 f"{image} has no mask in {masks}: expected {image.stem}, {image.stem}_mask or {image.stem}_GT with a "
@@ -226,23 +229,27 @@ def find_pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         if len(found) > 1:
             names = " and ".join(path.name for path in found)
             raise DataError(f"{image} has several masks in {masks}, {names}: keep one of them")
-        free.pop(found[0], None)
         pairs.append((image, found[0]))
-    if free:
-        raise DataError(f"mask {next(iter(free))} has no image in {images}: add the image or take the mask away")
+    for mask, *_ in candidates.values():
+        raise DataError(f"mask {mask} has no image in {images}: add the image or take the mask away")
     return pairs
 
 
 def _without_ending(stem: str) -> str | None:
     """The stem without ``_mask`` or ``_GT``; None if it has neither."""
-    return next((stem[: -len(end)] for end in MASK_ENDINGS if stem.lower().endswith(end) and len(stem) > len(end)), None)
+    return next(
+        (stem[: -len(end)] for end in MASK_ENDINGS if stem.lower().endswith(end) and len(stem) > len(end)), None
+    )
 
 
 def _pictures_in(folder: Path, option: str) -> list[Path]:
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"{option} {folder} {problem}: give the folder that holds the pictures")
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
+    try:
+        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
+    except OSError as error:
+        raise DataError(f"{option} {folder} cannot be listed ({error.strerror}): check its permissions") from error
     if not found:
         kinds = ", ".join(suffix[1:] for suffix in SUFFIXES)
         raise DataError(f"{option} {folder} holds no pictures: expected files of type {kinds} in the folder itself")
@@ -257,16 +264,19 @@ def _check_size(image: Path, image_size: tuple[int, int], mask: Path, mask_size:
         raise DataError(f"{image} is {image_size[0]}×{image_size[1]}, smaller than {MIN_SIZE}×{MIN_SIZE}: take it away")
 
 
-_GREY_MODES = ("1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_NUMBER_MODES = ("I", "F", "I;16", "I;16L", "I;16B")
+_GREY_MODES = ("1", "L", "LA", *_NUMBER_MODES)
 
 
 def _open(path: Path) -> Image.Image:
-    """The decoded picture, upright as viewers show it."""
+    """The decoded picture, upright as viewers show it, in a grey mode, with a palette ("P") or as "RGB"."""
     try:
         with Image.open(path) as file:
             pages = getattr(file, "n_frames", 1)
             file.load()
             picture = ImageOps.exif_transpose(file)
+            if picture.mode not in ("P", *_GREY_MODES):
+                picture = picture.convert("RGB")
     except Exception as error:  # decoders of damaged files raise whatever they stumble on
         reason = (error.strerror if isinstance(error, OSError) else None) or "damaged, or not a picture"
         raise DataError(f"cannot read {path} ({reason}): replace it, or take it and its partner away") from error
@@ -275,14 +285,14 @@ def _open(path: Path) -> Image.Image:
     return picture
 
 
-def _is_grey(picture: Image.Image) -> bool:
-    pixels = np.asarray(picture.convert("RGB"))
-    return bool((pixels == pixels[..., :1]).all())
+def _has_colour(pixels: Array) -> bool:
+    """Whether red, green and blue of (H, W, 3) pixels differ anywhere."""
+    return bool((pixels != pixels[..., :1]).any())
 
 
 def _numbers(picture: Image.Image, path: Path) -> Array:
     """The pixels (H, W) of a picture in a grey mode; 0 and 255 in a black and white one."""
-    pixels = np.asarray(picture.convert("L") if picture.mode in ("1", "LA", "La") else picture)
+    pixels = np.asarray(picture.convert("L") if picture.mode in ("1", "LA") else picture)
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise DataError(f"{path} holds NaN or infinite pixels: replace them")
     return pixels
@@ -293,21 +303,22 @@ def _read_image(path: Path) -> Array:
     picture = _open(path)
     if picture.mode in _GREY_MODES:
         return _numbers(picture, path)[None]
-    pixels = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
-    return pixels[:1] if (pixels == pixels[:1]).all() else pixels
+    pixels = np.asarray(picture.convert("RGB"))
+    channels: Array = (pixels if _has_colour(pixels) else pixels[..., :1]).transpose(2, 0, 1)
+    return channels
 
 
 def _read_mask(path: Path, in_colour: bool) -> npt.NDArray[np.int64]:
     """(H, W) class codes: RGB colours as 0xRRGGBB if ``in_colour``, else grey values or palette indices."""
     picture = _open(path)
-    wide = picture.mode in _GREY_MODES and picture.mode not in ("1", "L", "LA", "La")
-    if in_colour and wide:
-        raise DataError(f"mask {path} holds 16-bit numbers while other masks hold colours: save all in one way")
     if in_colour:
+        if picture.mode in _NUMBER_MODES:
+            raise DataError(f"mask {path} holds wide numbers while other masks hold colours: save all in one way")
         red, green, blue = np.asarray(picture.convert("RGB")).astype(np.int64).transpose(2, 0, 1)
-        return red << 16 | green << 8 | blue
-    if picture.mode not in ("P", *_GREY_MODES):
-        picture = picture.convert("RGB").getchannel(0)
+        colours: npt.NDArray[np.int64] = red << 16 | green << 8 | blue
+        return colours
+    if picture.mode == "RGB":
+        picture = picture.getchannel(0)
     pixels = np.asarray(picture) if picture.mode == "P" else _numbers(picture, path)
     codes = pixels.astype(np.int64)
     if not (codes == pixels).all():
@@ -318,15 +329,17 @@ def _read_mask(path: Path, in_colour: bool) -> npt.NDArray[np.int64]:
 def _class_values(masks: Sequence[Path], in_colour: bool) -> npt.NDArray[np.int64]:
     """The sorted class codes of all masks."""
     values = np.empty(0, np.int64)
-    for path in masks:
+    for path in tqdm(masks, desc="reading masks", unit="mask", delay=1.0, leave=False):
         found = np.unique(_read_mask(path, in_colour))
         if len(found) > 2 and path.suffix.lower() in (".jpg", ".jpeg"):
-            raise DataError(f"mask {path} is a JPEG, which blurs the {len(found)} class values in it: save masks as PNG")
+            raise DataError(
+                f"mask {path} is a JPEG, which blurs the {len(found)} class values in it: save masks as PNG"
+            )
         values = np.union1d(values, found)
         if len(values) > MAX_CLASSES:
             raise DataError(
-                f"the masks hold more than {MAX_CLASSES} different values (up to {path}): expected one value per class, "
-                "not instance numbers or soft edges"
+                f"the masks hold more than {MAX_CLASSES} different values (counted up to {path}): expected one value "
+                "per class, not numbered objects or soft edges"
             )
     if len(values) == 1:
         name = _class_name(int(values[0]), in_colour).name
@@ -347,8 +360,8 @@ def _class_name(code: int, in_colour: bool) -> ClassName:
 def generated(count: int = 12, size: int = 384, seed: int = 0) -> Pictures:
     """``count`` microscopy-like pictures of cells, size × size, the same for the same arguments.
 
-    Three classes: membrane, cytoplasm, nucleus. Grey values alone do not tell them apart: nuclear envelopes and vesicles
-    are as dark as membranes, light is uneven and the camera noisy.
+    Three classes: membrane, cytoplasm, nucleus. Grey values alone do not tell them apart: nuclear envelopes and
+    vesicles are as dark as membranes, light is uneven and the camera noisy.
     """
 
     def load(index: int) -> Pair:
@@ -370,8 +383,8 @@ def _blur(image: Array, radius: float) -> Array:
 def _noise(rng: np.random.Generator, size: int, radius: float) -> Array:
     """A smooth random field (size, size) with mean 0, deviation 1 and details of ``radius`` pixels."""
     field = _blur(rng.standard_normal((size, size)), radius)
-    field -= field.mean()
-    return field / field.std()
+    unit: Array = (field - field.mean()) / field.std()
+    return unit
 
 
 def _draw_cells(rng: np.random.Generator, size: int) -> tuple[Array, npt.NDArray[np.uint8]]:

@@ -7,8 +7,10 @@ from torch import Tensor
 from fastunet import ops
 from fastunet.activation import Activation, Placed, compute_dtype, update_running_stats
 from fastunet.aten import stats_dtype
+from fastunet.losses import dice_loss, softmax_stats
+from fastunet.metrics import soft_miou as miou
 
-__all__ = ["conv_bn_relu", "upsample_pad_concat"]
+__all__ = ["conv_bn_relu", "dice_loss", "miou", "softmax_stats", "upsample_pad_concat"]
 
 
 def _check_4d(name: str, x: Tensor) -> None:
@@ -69,7 +71,9 @@ def conv_bn_relu(
             f"{tuple(x.shape)}, got {tuple(weight.shape)}"
         )
     if stride != 1 and (stride != 2 or kernel != [3, 3]):
-        raise ValueError(f"expected stride 1, or 2 for a 3×3 weight, got stride {stride} and a {kernel[0]}×{kernel[1]} one")
+        raise ValueError(
+            f"expected stride 1, or 2 for a 3×3 weight, got stride {stride} and a {kernel[0]}×{kernel[1]} one"
+        )
     for name, v in (("bn_weight", bn_weight), ("bn_bias", bn_bias), ("bias", bias)):
         _check_vector(name, v, filters)
     for name, v in (("running_mean", running_mean), ("running_var", running_var)):
@@ -103,8 +107,8 @@ def upsample_pad_concat(
 ) -> Tensor:
     """Bilinear ×2 of ``x``, centred in ``skip``'s size by zero padding or cropping, concatenated with ``skip``.
 
-    The padding is F.pad(up, [dx // 2, dx − dx // 2, dy // 2, dy − dy // 2]) with dy, dx the differences in size; negative
-    ones crop. The backward is a gather: the same bits on every run.
+    The padding is F.pad(up, [dx // 2, dx − dx // 2, dy // 2, dy − dy // 2]) with dy, dx the differences in size;
+    negative ones crop. The kernels' backward is a gather: the same bits on every run.
 
     Args:
         x: (N, C, h, w), floating point.

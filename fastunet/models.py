@@ -74,25 +74,27 @@ class _Network(nn.Module):
             raise ValueError(f"expected an input of shape (N, C, H, W), got {_shape(x)}; add a batch dimension?")
         if x.shape[1] != self._channels:
             raise ValueError(
-                f"expected {self._channels} input channels, got {x.shape[1]} in an input of shape {_shape(x)}; build the "
-                f"model with that number of channels or convert the pictures"
+                f"expected {self._channels} input channels, got {x.shape[1]} in an input of shape {_shape(x)}; build "
+                "the model with that number of channels or convert the pictures"
             )
         if not x.is_floating_point():
             raise TypeError(f"expected a floating-point input, got {x.dtype}; scale it, for example x.float() / 255")
         height, width = x.shape[-2:]
         if height < 16 or width < 16:
-            raise ValueError(f"expected height and width of at least 16, got {height}×{width}; pad or enlarge the input")
+            raise ValueError(
+                f"expected height and width of at least 16, got {height}×{width}; pad or enlarge the input"
+            )
         if height % self.multiple or width % self.multiple:
             raise ValueError(
                 f"expected height and width divisible by {self.multiple}, got {height}×{width}; pad or resize the input"
             )
         return Activation(x)
 
-    def _leave(self, act: Activation, x: Tensor, last: nn.Module) -> Tensor:
-        """The stored output in channels_last if the input or the last convolution's weights are, else contiguous."""
-        weight = getattr(last, "weight", None)
-        form = memory_format(x, weight if isinstance(weight, Tensor) and weight.dim() == 4 else None)
-        return act.tensor(self.config).contiguous(memory_format=form)
+    def _leave(self, act: Activation, x: Tensor) -> Tensor:
+        """The stored output in channels_last if the input or the convolutions' weights are, else contiguous."""
+        # A weight with one input channel or one tap has strides that fit either format, and so says nothing.
+        weights = (p for p in self.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[3] > 1)
+        return act.tensor(self.config).contiguous(memory_format=memory_format(x, next(weights, None)))
 
 
 def _shape(x: Tensor) -> str:
@@ -159,7 +161,7 @@ class UNet(_Network):
         for up in (self.up1, self.up2, self.up3, self.up4):
             act = self._stage(ascend, up, act, skips.pop())
         act = run(self.outc, Placed.alone(act), self.config)
-        return self._leave(act, x, getattr(self.outc, "conv", self.outc))
+        return self._leave(act, x)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module's. Upstream checkpoints carry ``mask_values`` among the weights: kept as an attribute."""
@@ -221,7 +223,7 @@ class StridedUNet(_Network):
             skips.append(skip)
         for up in (self.u1, self.u2, self.u3, self.u4):
             placed = self._stage(strided_ascend, up, placed, skips.pop())
-        return self._leave(run(self.o, placed, self.config), x, self.o[-2])
+        return self._leave(run(self.o, placed, self.config), x)
 
 
 class _HubNetwork(_Network):
@@ -271,7 +273,7 @@ class _HubNetwork(_Network):
             up = enlarge(self.get_submodule(f"upconv{level}"), act, self.config)
             placed = Placed.with_skip(up, skips.pop(), skip_first=False)
             act = self._stage(run, self.get_submodule(f"decoder{level}"), placed)
-        return self._leave(lazily([head], Placed.alone(act), self.config), x, head)
+        return self._leave(lazily([head], Placed.alone(act), self.config), x)
 
 
 class PlainUNet(_HubNetwork):

@@ -254,9 +254,7 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, _dz: Tensor | None
-    ) -> Any:
+    def backward(ctx: Any, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, _dz: Tensor | None) -> Any:
         y, mean, x0, affine0, x1, affine1, weight, z = ctx.saved_tensors
         relu0, relu1, stride, size, offset, backend = ctx.config
         if dy is None and dmean is None and dvar is None:

@@ -60,8 +60,8 @@ def load_affine(affine_ptr, c, C, HAS_AFFINE: tl.constexpr, ACC: tl.constexpr):
 def normalise(x, scale, shift, centre, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr):
     """act(scale·(x − centre) + shift) in the accumulator dtype; vectors broadcast against x's last axis.
 
-    16-bit x: one multiply-add with the folded shift, whose rounding is far below x's own. Wider x: the difference first,
-    so that a mean much larger than the deviation costs no digits.
+    16-bit x: one multiply-add with the folded shift, whose rounding is far below x's own. Wider x: the difference
+    first, so that a mean much larger than the deviation costs no digits.
     """
     z = x.to(ACC)
     if HAS_AFFINE:

@@ -15,7 +15,7 @@ Backward, with M = N·H·W and g the gradient with respect to z:
     g = the other convolution of dY with W;  m = not (z ≤ 0)
     dx = g·m·scale;  dscale = Σ g·m·(x − centre);  dshift = Σ g·m;  dcentre = −scale·dshift      in dgrad's epilogue
 
-The gradient of a convolution is a transposed one and the reverse, so both directions share one main loop, `_accumulate`.
+The gradient of a convolution is a transposed one and the reverse: both directions share one main loop, `_accumulate`.
 A transposed stride-2 tile covers pixels of one parity, for which only every second tap exists: no work is wasted.
 
 Layout: activations NHWC, weights as channels_last memory, (K,R,S,C) for conv2d and (C,R,S,K) for conv_transpose2d; one
@@ -30,10 +30,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from fastunet.kernels.common import accumulator, block, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
 from torch import Tensor
 
 from fastunet.aten import memory_format, stats_dtype
-from fastunet.kernels.common import accumulator, block, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
 
 SIZES = ["N", "H", "W", "P", "Q", "PF", "QF", "top", "left", "tiles_h", "tiles_w"]
 
@@ -357,13 +357,14 @@ def _forward(
     if y.numel() == 0:
         mean = x.new_zeros(filters if stats else 0, dtype=dtype)
         return y, mean, mean.clone()
-    narrow = x.dtype.itemsize == 2
+    narrow = x.dtype != torch.float32
     tile_h, tile_w = _tile_shape(tile_height, tile_width, 128 if narrow else 64)
     tiles_h, tiles_w = triton.cdiv(tile_height, tile_h), triton.cdiv(tile_width, tile_w)
     tiles = batch * parities * tiles_h * tiles_w
     partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
     block_k = block(filters, 64 if narrow else 32)
+    block_c = block(max(s.channels for s in sources), 32 if narrow else 16)
     _conv_fwd_kernel[(tiles * triton.cdiv(filters, block_k),)](
         x, first.affine_or_x, second.x, second.affine_or_x, nhwc(weight), x if bias is None else bias, y,
         *partials, counts,
@@ -373,8 +374,9 @@ def _forward(
         KSIZE=ksize, STRIDE=stride, PAD=pad, TRANSPOSED=transposed,
         AFFINE=first.affine is not None, RELU=first.relu, TWO=len(sources) == 2,
         AFFINE1=second.affine is not None, RELU1=second.relu, BIAS=bias is not None, STATS=stats,
-        TILE_H=tile_h, TILE_W=tile_w, BLOCK_C=block(max(s.channels for s in sources), 32 if narrow else 16), BLOCK_K=block_k,
-        ACC=accumulator(x.dtype), PRECISION=_precision(), num_warps=8 if narrow else 4, num_stages=3 if narrow else 2,
+        TILE_H=tile_h, TILE_W=tile_w, BLOCK_C=block_c, BLOCK_K=block_k,
+        ACC=accumulator(x.dtype), PRECISION=_precision(),
+        num_warps=8 if narrow else 4, num_stages=3 if narrow and not transposed else 2,
     )  # fmt: skip
     if not stats:
         return y, partials[0], partials[1]
@@ -462,7 +464,7 @@ def _dgrad(
     dy: Tensor, weight: Tensor, source: _Source, frame: Sequence[int], first_channel: int, stride: int, pad: int,
     transposed: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dx, daffine) of one source of a convolution whose gradient dY is given; ``transposed`` says how dY is gathered."""
+    """(dx, daffine) of one source, from the gradient dY; ``transposed`` says how dY is gathered."""
     x, channels = source.x, source.channels
     batch, filters, height, width = dy.shape
     dx = empty_nhwc(x, *x.shape)
@@ -472,7 +474,7 @@ def _dgrad(
     parities = stride * stride if transposed else 1
     step = stride if transposed else 1
     rows, columns = triton.cdiv(source.height, step), triton.cdiv(source.width, step)
-    narrow = x.dtype.itemsize == 2
+    narrow = x.dtype != torch.float32
     tile_h, tile_w = _tile_shape(rows, columns, 128 if narrow else 64)
     tiles_h, tiles_w = triton.cdiv(rows, tile_h), triton.cdiv(columns, tile_w)
     tiles = batch * parities * tiles_h * tiles_w
@@ -502,7 +504,7 @@ def _wgrad(
     batch = fixed.x.shape[0]
     if fixed.x.numel() == 0 or weight.numel() == 0:
         return torch.zeros_like(weight)
-    narrow = weight.dtype.itemsize == 2
+    narrow = weight.dtype != torch.float32
     tile_h, tile_w = _tile_shape(fixed.height, fixed.width, 128 if narrow else 32)
     tiles_h, tiles_w = triton.cdiv(fixed.height, tile_h), triton.cdiv(fixed.width, tile_w)
     tiles = batch * tiles_h * tiles_w

@@ -93,19 +93,22 @@ def conv_transpose2d(
 def conv_bn_relu(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    training: bool,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
     stride: int = 1,
+    relu: bool = True,
 ) -> Tensor:
     """relu(batch_norm(conv2d(x))): running statistics are updated in place in training and used outside of it."""
     y = F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2)
-    return F.relu(F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps))
+    z = F.batch_norm(y, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    return F.relu(z) if relu else z
 
 
 def max_pool2x2(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
@@ -131,6 +134,11 @@ def upsample_concat(
     return torch.cat(parts if skip_first else parts[::-1], 1)
 
 
+def upsample_pad_concat(x: Tensor, skip: Tensor, *, align_corners: bool = True, skip_first: bool = True) -> Tensor:
+    """:func:`upsample_concat` of two plain tensors."""
+    return upsample_concat(x, None, False, skip, None, False, align_corners, skip_first)
+
+
 # ---- losses and scores -------------------------------------------------------------------------------------------
 
 
@@ -139,6 +147,32 @@ def one_hot(labels: Tensor, n_classes: int, ignore_index: int, dtype: torch.dtyp
     classes = torch.arange(n_classes, device=labels.device).view(1, -1, 1, 1)
     hot = (labels.unsqueeze(1) == classes) & (labels != ignore_index).unsqueeze(1)
     return hot.to(dtype)
+
+
+def softmax_stats(logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int) -> Tensor:
+    """Sums over the pixels not labelled ``ignore_index``, per sample and class: (N, C, 6) of
+    Σp·y, Σp, Σy, Σp², Σw·y·CE, Σw·y.
+
+    ``mode`` "softmax": p = softmax of logits (N, C, H, W), labels (N, H, W) are classes, y their one-hot and
+    CE = −log p. "sigmoid": p = sigmoid, labels (N, C, H, W), or (N, H, W) for C = 1, are 0 or 1,
+    y = [label = 1], CE = −y·log p − (1 − y)·log(1 − p) over all pixels, and the last two sums are Σw·CE and Σw.
+    ``pixel_weight`` w is (N, H, W), or None for 1.
+    """
+    if mode == "softmax":
+        p, log_p = logits.softmax(1), logits.log_softmax(1)
+        valid = (labels != ignore_index).unsqueeze(1)
+        y = share = one_hot(labels, logits.shape[1], ignore_index, torch.bool)
+        ce = torch.where(y, -log_p, 0)
+    else:
+        p = logits.sigmoid()
+        labels = labels.view_as(logits)
+        valid = share = labels != ignore_index
+        y = valid & (labels == 1)
+        ce = torch.where(valid, -F.logsigmoid(torch.where(y, logits, -logits)), 0)
+    p = torch.where(valid, p, 0)
+    w = torch.ones_like(logits[:, 0]) if pixel_weight is None else pixel_weight.to(logits.dtype)
+    w = w.unsqueeze(1)
+    return torch.stack([v.sum((2, 3)) for v in (p * y, p, y.to(p.dtype), p * p, w * ce, w * share)], 2)
 
 
 def _overlaps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +199,7 @@ def soft_miou(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, n_classes: int, ignore_index: int = -100) -> Tensor:
-    """(C, C) int64 counts of pixels by [label, predicted class], from two (N, H, W); ``ignore_index`` is not counted."""
+    """(C, C) int64 counts of pixels by [label, predicted class], from two (N, H, W); none where ``ignore_index``."""
     kept = labels != ignore_index
     counts = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=labels.device)
     for truth, guess in zip(labels[kept].tolist(), predicted[kept].tolist(), strict=True):

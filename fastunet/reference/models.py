@@ -17,9 +17,9 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
-def _conv_bn_relu(in_channels: int, out_channels: int, bias: bool, stride: int = 1) -> list[nn.Module]:
+def _conv_bn_relu(in_channels: int, out_channels: int, bias: bool = False) -> list[nn.Module]:
     return [
-        nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=bias),
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     ]
@@ -224,15 +224,19 @@ def rename_keys(state_dict: Mapping[str, T], layout: str) -> OrderedDict[str, T]
 # ---- seed 000: strided convolutions down, transposed convolutions up ---------------------------------------------
 
 
+def _strided_layer(in_channels: int, out_channels: int, stride: int = 1) -> list[nn.Module]:
+    return [nn.Conv2d(in_channels, out_channels, 3, stride, 1), nn.BatchNorm2d(out_channels), nn.ReLU()]
+
+
 class StridedDown(nn.Module):
     """Two conv-BN-ReLU, whose result is the skip connection, then one of stride 2; returns (skip, halved)."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.Conv_BN_ReLU_2 = nn.Sequential(
-            *_conv_bn_relu(in_channels, out_channels, True), *_conv_bn_relu(out_channels, out_channels, True)
+            *_strided_layer(in_channels, out_channels), *_strided_layer(out_channels, out_channels)
         )
-        self.downsample = nn.Sequential(*_conv_bn_relu(out_channels, out_channels, True, stride=2))
+        self.downsample = nn.Sequential(*_strided_layer(out_channels, out_channels, 2))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         skip = self.Conv_BN_ReLU_2(x)
@@ -245,13 +249,12 @@ class StridedUp(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.Conv_BN_ReLU_2 = nn.Sequential(
-            *_conv_bn_relu(in_channels, 2 * out_channels, True), *_conv_bn_relu(2 * out_channels, 2 * out_channels, True)
-        )
+        mid = 2 * out_channels
+        self.Conv_BN_ReLU_2 = nn.Sequential(*_strided_layer(in_channels, mid), *_strided_layer(mid, mid))
         self.upsample = nn.Sequential(
-            nn.ConvTranspose2d(2 * out_channels, out_channels, 3, stride=2, padding=1, output_padding=1),
+            nn.ConvTranspose2d(mid, out_channels, 3, stride=2, padding=1, output_padding=1),
             nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
         )
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
@@ -264,10 +267,12 @@ class StridedUNet(nn.Module):
     H and W must be multiples of 16: nothing is padded or cropped where the halves meet again.
     """
 
-    def __init__(self, in_channels: int = 3, out_channels: int = 3, base_c: int = 64):
+    def __init__(self, n_channels: int = 3, n_classes: int = 3, base_c: int = 64):
         super().__init__()
+        self.n_channels = n_channels
+        self.n_classes = n_classes
         c = base_c
-        self.d1 = StridedDown(in_channels, c)
+        self.d1 = StridedDown(n_channels, c)
         self.d2 = StridedDown(c, 2 * c)
         self.d3 = StridedDown(2 * c, 4 * c)
         self.d4 = StridedDown(4 * c, 8 * c)
@@ -276,9 +281,9 @@ class StridedUNet(nn.Module):
         self.u3 = StridedUp(8 * c, 2 * c)
         self.u4 = StridedUp(4 * c, c)
         self.o = nn.Sequential(
-            *_conv_bn_relu(2 * c, c, True),
-            *_conv_bn_relu(c, c, True),
-            nn.Conv2d(c, out_channels, 3, padding=1),
+            *_strided_layer(2 * c, c),
+            *_strided_layer(c, c),
+            nn.Conv2d(c, n_classes, 3, padding=1),
             nn.Sigmoid(),
         )
 
@@ -379,7 +384,7 @@ class BrainUNet(nn.Module):
 
     @staticmethod
     def _block(in_channels: int, out_channels: int, name: str) -> nn.Sequential:
-        layers = _conv_bn_relu(in_channels, out_channels, False) + _conv_bn_relu(out_channels, out_channels, False)
+        layers = _conv_bn_relu(in_channels, out_channels) + _conv_bn_relu(out_channels, out_channels)
         kinds = [f"{kind}{i}" for i in (1, 2) for kind in ("conv", "norm", "relu")]
         return nn.Sequential(OrderedDict((name + kind, layer) for kind, layer in zip(kinds, layers, strict=True)))
 

@@ -1,0 +1,290 @@
+"""The cases that the compile gate compiles and the benchmarks time: one operation, one shape, one dtype.
+
+A case makes its own operands, on any device (the meta device for the gate), in the order of the operator's signature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastunet.aten import stats_dtype
+
+Operands = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one shape. What an operation has no use for is ignored."""
+
+    op: str  # a forward operator of fastunet.ops
+    shape: tuple[int, int, int, int]  # N, C, H, W of the (first) source, or of the logits
+    dtype: torch.dtype = torch.bfloat16
+    mode: Literal["inference", "training"] = "training"  # forward, or forward and backward
+    layout: Literal["channels_last", "contiguous"] = "channels_last"
+    filters: int = 0  # convolutions: channels of the result
+    kernel: int = 3
+    stride: int = 1
+    skip: int = 0  # channels of a second source, concatenated with the first
+    affine: bool = True  # sources are normalised and rectified when they are read
+    stats: bool = True  # the result's batch statistics are wanted
+    bias: bool = False
+    image: bool = False  # the source is the network's input and needs no gradient
+    loss: str = "softmax"  # softmax_stats: its mode
+    labels: torch.dtype = torch.int64
+    weighted: bool = False  # softmax_stats: weights per pixel
+
+    @property
+    def name(self) -> str:
+        """A readable identifier, unique among the cases."""
+        parts = [self.op, "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch."), self.mode]
+        for key, text in _SUFFIXES.items():
+            if (value := getattr(self, key)) != getattr(Case, key):
+                parts.append(text.format(str(value).removeprefix("torch.")))
+        return "-".join(parts)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the matrix products; an operation without them is bound by memory and has 0."""
+        batch, channels, height, width = self.shape
+        if self.op == "conv2d":
+            pixels = batch * -(-height // self.stride) * -(-width // self.stride)
+            once = 2 * pixels * (channels + self.skip) * self.filters * self.kernel**2
+        elif self.op == "conv_transpose2d":
+            once = 2 * batch * height * width * channels * self.filters * self.kernel**2
+        else:
+            return 0
+        if self.mode == "inference":
+            return once
+        return once * (2 if self.image else 3)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes moved if each call, forward and backward, reads each operand once and writes each result once."""
+        operands = self.operands("meta")
+        results = _results(getattr(torch.ops.fastunet, self.op)(*operands, "torch"))
+        total = _size(operands) + _size(results)
+        if self.mode == "training":
+            backward = self.backward_operands(operands, results)
+            gradients = getattr(torch.ops.fastunet, f"{self.op}_backward")(*backward, "torch")
+            total += _size(backward) + _size(_results(gradients))
+        return total
+
+    def operands(self, device: str | torch.device) -> Operands:
+        """The operator's arguments without ``backend``: random numbers on ``device``."""
+        return _OPERANDS[self.op](self, device)
+
+    def backward_operands(self, operands: Operands, results: Operands) -> Operands:
+        """The arguments of the ``…_backward`` operator, with random incoming gradients."""
+        return _BACKWARD[self.op](self, operands, results)
+
+    def launch(self, backend: ModuleType, device: str | torch.device = "meta") -> None:
+        """Call the functions of ``backend`` (:mod:`fastunet.kernels` or :mod:`fastunet.aten`) as this case needs."""
+        operands = self.operands(device)
+        results = _results(getattr(backend, self.op)(*operands))
+        if self.mode == "training":
+            getattr(backend, f"{self.op}_backward")(*self.backward_operands(operands, results))
+
+    def source(self, channels: int, device: str | torch.device) -> tuple[Tensor, Tensor | None, bool]:
+        """(x, affine, relu) with ``channels`` channels at this case's size."""
+        batch, _, height, width = self.shape
+        x = self.random((batch, channels, height, width), device)
+        return x, self.random_affine(channels, device) if self.affine else None, self.affine
+
+    def random(self, shape: tuple[int, ...], device: str | torch.device) -> Tensor:
+        """Normal random numbers in this case's dtype and memory layout."""
+        layout = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
+        return torch.randn(shape, dtype=self.dtype, device=device).contiguous(memory_format=layout)
+
+    def random_affine(self, channels: int, device: str | torch.device) -> Tensor:
+        """Rows scale, shift and centre as a batch normalisation in training gives them: scales above 0."""
+        affine = torch.randn((3, channels), dtype=stats_dtype(self.dtype), device=device)
+        affine[0].abs_().add_(0.5)
+        return affine
+
+    def random_weight(self, shape: tuple[int, ...], channels: int, device: str | torch.device) -> Tensor:
+        """Weights of a convolution that reads ``channels`` channels, scaled so that its result has the input's size."""
+        return self.random(shape, device) / math.sqrt(channels * self.kernel**2)
+
+
+_SUFFIXES = {
+    "filters": "k{}",
+    "kernel": "f{}",
+    "stride": "s{}",
+    "skip": "skip{}",
+    "affine": "plain",
+    "stats": "nostats",
+    "bias": "bias",
+    "image": "image",
+    "loss": "{}",
+    "labels": "{}",
+    "weighted": "weighted",
+    "layout": "{}",
+}
+
+
+def _results(results: Any) -> Operands:
+    return (results,) if isinstance(results, Tensor) else tuple(results)
+
+
+def _size(operands: Operands) -> int:
+    return sum(x.numel() * x.element_size() for x in operands if isinstance(x, Tensor))
+
+
+# ---- operands, by operator ---------------------------------------------------------------------------------------
+
+
+def _affine_act(case: Case, device: Any) -> Operands:
+    return case.source(case.shape[1], device)
+
+
+def _affine_act_backward(case: Case, operands: Operands, results: Operands) -> Operands:
+    return torch.randn_like(results[0]), *operands
+
+
+def _bn_affine(case: Case, device: Any) -> Operands:
+    mean, var, weight, bias = torch.rand((4, case.shape[1]), dtype=stats_dtype(case.dtype), device=device).unbind(0)
+    return mean, var, weight, bias, 1e-5
+
+
+def _bn_affine_backward(case: Case, operands: Operands, results: Operands) -> Operands:
+    _, var, weight, _, eps = operands
+    return torch.randn_like(results[0]), var, weight, eps
+
+
+def _conv2d(case: Case, device: Any) -> Operands:
+    channels = case.shape[1] + case.skip
+    weight = case.random_weight((case.filters, channels, case.kernel, case.kernel), channels, device)
+    bias = torch.randn(case.filters, dtype=case.dtype, device=device) if case.bias else None
+    second = case.source(case.skip, device) if case.skip else (None, None, False)
+    size = list(case.shape[2:])
+    return *case.source(case.shape[1], device), *second, weight, bias, case.stride, size, [0] * 4, case.stats, False
+
+
+def _conv2d_backward(case: Case, operands: Operands, results: Operands) -> Operands:
+    *sources, weight, bias, stride, size, offset, _, _ = operands
+    y, mean, var, z = results
+    gradients = [torch.randn_like(y), torch.randn_like(mean), torch.randn_like(var)] if case.stats else [y, None, None]
+    mask = [not case.image, case.skip > 0, True, bias is not None]
+    return *gradients, y, mean, *sources, weight, z, stride, size, offset, mask
+
+
+def _conv_transpose2d(case: Case, device: Any) -> Operands:
+    channels = case.shape[1]
+    weight = case.random_weight((channels, case.filters, case.kernel, case.kernel), channels, device)
+    bias = torch.randn(case.filters, dtype=case.dtype, device=device) if case.bias else None
+    return *case.source(channels, device), weight, bias, case.stats
+
+
+def _conv_transpose2d_backward(case: Case, operands: Operands, results: Operands) -> Operands:
+    *source, weight, bias, _ = operands
+    y, mean, var = results
+    gradients = [torch.randn_like(y), torch.randn_like(mean), torch.randn_like(var)] if case.stats else [y, None, None]
+    return *gradients, y, mean, *source, weight, [True, True, bias is not None]
+
+
+def _max_pool2x2(case: Case, device: Any) -> Operands:
+    return case.source(case.shape[1], device)[:2]
+
+
+def _max_pool2x2_backward(case: Case, operands: Operands, results: Operands) -> Operands:
+    return *operands, torch.randn_like(results[0]), torch.randn_like(operands[0])
+
+
+def _upsample_concat(case: Case, device: Any) -> Operands:
+    batch, _, height, width = case.shape
+    above = replace(case, shape=(batch, case.skip, 2 * height, 2 * width))
+    skip = above.source(case.skip, device) if case.skip else (None, None, False)
+    return *case.source(case.shape[1], device), *skip, True, True
+
+
+def _upsample_concat_backward(case: Case, operands: Operands, results: Operands) -> Operands:
+    return torch.randn_like(results[0]), *operands
+
+
+def _softmax_stats(case: Case, device: Any) -> Operands:
+    batch, classes, height, width = case.shape
+    multilabel = case.loss == "sigmoid" and classes > 1
+    shape = case.shape if multilabel else (batch, height, width)
+    labels = torch.randint(0, 2 if case.loss == "sigmoid" else classes, shape, device=device).to(case.labels)
+    weight = torch.rand((batch, height, width), dtype=torch.float32, device=device) if case.weighted else None
+    return case.random(case.shape, device), labels, weight, case.loss, -100
+
+
+def _softmax_stats_backward(case: Case, operands: Operands, results: Operands) -> Operands:
+    return torch.randn_like(results[0]), *operands
+
+
+_OPERANDS: dict[str, Callable[[Case, Any], Operands]] = {
+    "affine_act": _affine_act,
+    "bn_affine": _bn_affine,
+    "conv2d": _conv2d,
+    "conv_transpose2d": _conv_transpose2d,
+    "max_pool2x2": _max_pool2x2,
+    "upsample_concat": _upsample_concat,
+    "softmax_stats": _softmax_stats,
+}
+_BACKWARD: dict[str, Callable[[Case, Operands, Operands], Operands]] = {
+    "affine_act": _affine_act_backward,
+    "bn_affine": _bn_affine_backward,
+    "conv2d": _conv2d_backward,
+    "conv_transpose2d": _conv_transpose2d_backward,
+    "max_pool2x2": _max_pool2x2_backward,
+    "upsample_concat": _upsample_concat_backward,
+    "softmax_stats": _softmax_stats_backward,
+}
+
+
+# ---- the cases ---------------------------------------------------------------------------------------------------
+
+FP16, FP32 = torch.float16, torch.float32
+
+# What the milesial U-Net, base 64, asks for at batch 8 and 512², from top to bottom, and the siblings' variants.
+CASES = [
+    Case("conv2d", (8, 3, 512, 512), filters=64, affine=False, image=True),
+    Case("conv2d", (8, 64, 512, 512), filters=64),
+    Case("conv2d", (8, 64, 256, 256), filters=128),
+    Case("conv2d", (8, 512, 32, 32), filters=1024),
+    Case("conv2d", (8, 64, 512, 512), filters=64, skip=64),
+    Case("conv2d", (8, 64, 512, 512), filters=22, kernel=1, stats=False, bias=True),
+    Case("conv2d", (8, 64, 512, 512), filters=64, mode="inference", stats=False, bias=True),
+    Case("conv2d", (8, 64, 512, 512), filters=128, stride=2),
+    Case("conv2d", (8, 64, 512, 512), filters=64, dtype=FP32),
+    Case("conv2d", (2, 5, 37, 53), filters=7, dtype=FP16),
+    Case("conv_transpose2d", (8, 128, 256, 256), filters=64, kernel=2, stats=False, bias=True),
+    Case("conv_transpose2d", (8, 128, 256, 256), filters=64, kernel=3),
+    Case("conv_transpose2d", (8, 128, 256, 256), filters=64, kernel=2, stats=False, dtype=FP32),
+    Case("max_pool2x2", (8, 64, 512, 512)),
+    Case("max_pool2x2", (8, 64, 512, 512), dtype=FP32),
+    Case("max_pool2x2", (2, 5, 37, 53), dtype=FP16, affine=False),
+    Case("upsample_concat", (8, 64, 256, 256), skip=64),
+    Case("upsample_concat", (8, 64, 256, 256)),
+    Case("upsample_concat", (8, 64, 256, 256), skip=64, dtype=FP32),
+    Case("upsample_concat", (2, 5, 37, 53), skip=3, dtype=FP16),
+    Case("affine_act", (8, 64, 512, 512)),
+    Case("affine_act", (8, 64, 512, 512), dtype=FP32),
+    Case("affine_act", (2, 5, 37, 53), dtype=FP16),
+    Case("bn_affine", (8, 64, 512, 512)),
+    Case("softmax_stats", (8, 2, 512, 512)),
+    Case("softmax_stats", (8, 22, 512, 512)),
+    Case("softmax_stats", (8, 22, 512, 512), dtype=FP32, layout="contiguous", weighted=True),
+    Case("softmax_stats", (8, 1, 512, 512), loss="sigmoid", dtype=FP32, layout="contiguous"),
+    Case("softmax_stats", (8, 3, 512, 512), loss="sigmoid", labels=torch.uint8),
+]
+
+# What a CPU times in a few seconds: the same operations, small and in float32.
+SMALL_CASES = [
+    Case("conv2d", (2, 16, 64, 64), filters=16, dtype=FP32),
+    Case("conv2d", (2, 16, 64, 64), filters=16, skip=16, dtype=FP32),
+    Case("conv_transpose2d", (2, 32, 32, 32), filters=16, kernel=2, stats=False, bias=True, dtype=FP32),
+    Case("max_pool2x2", (2, 16, 128, 128), dtype=FP32),
+    Case("upsample_concat", (2, 16, 64, 64), skip=16, dtype=FP32),
+    Case("affine_act", (2, 16, 128, 128), dtype=FP32),
+    Case("softmax_stats", (2, 22, 128, 128), dtype=FP32),
+]

@@ -1,0 +1,50 @@
+"""The command line: ``python -m fastunet demo | info | verify``, also installed as ``fastunet``.
+
+A mistake in the arguments or in the user's files is one sentence on stderr and exit status 2; Ctrl-C is status 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from fastunet import __version__
+from fastunet.errors import UserError
+
+# Each command is the module fastunet.<name> with add_arguments(parser) and run(args) -> exit status.
+COMMANDS = {
+    "demo": "train a small U-Net on your pictures, or on generated ones, and draw what it learnt",
+    "info": "print versions, devices, and which backend each operation takes on them",
+    "verify": "compare each operation and the whole network with float64 truth on this machine",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 2 is a mistake in the input, 130 an interruption."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = _parser(arguments).parse_args(arguments)
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        print("\nfastunet: interrupted", file=sys.stderr)
+        return 130
+    except UserError as error:
+        print(f"fastunet: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of all commands; only the module of the one that is asked for is imported, so that help is fast."""
+    parser = argparse.ArgumentParser(prog="fastunet", description="The U-Net people already use, made fast.")
+    parser.add_argument("--version", action="version", version=f"fastunet {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    asked = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name == asked:
+            module = importlib.import_module(f"fastunet.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser

@@ -1,0 +1,386 @@
+"""``fastunet verify``: every operation and the whole networks against float64 truth, on this machine.
+
+Truth is :mod:`fastunet.reference` in float64. An operation may err at most twice as much as the same reference computed
+in the operation's dtype (plain PyTorch, the worse of contiguous and channels_last), plus a few roundings of that dtype.
+Errors are the largest absolute difference over the largest absolute value, of outputs ("forward") or of gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastunet import models, ops, reference
+from fastunet.reference import functional as plain
+
+Tensors = dict[str, Tensor | None]
+Function = Callable[[Tensors], Any]
+
+# Roundings of the dtype granted beyond twice PyTorch's own error: PyTorch may happen to be exact on a small case.
+ROUNDINGS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one set of shapes. ``ours`` also takes the backend; both return a tensor or several."""
+
+    name: str
+    shape: str
+    inputs: dict[str, tuple[int, ...]]
+    ours: Callable[[Tensors, str], Any]
+    truth: Function
+    labels: tuple[int, tuple[int, ...]] | None = None  # (number of classes, shape)
+    quick: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison."""
+
+    name: str
+    shape: str
+    dtype: str
+    part: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed  # NaN fails
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of the command."""
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and dtypes: under a minute on two cores")
+    parser.add_argument(
+        "--backend", choices=("triton", "torch"), help="what to verify; default: the Triton kernels where they run"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one line per comparison; the exit status is 1 if any failed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and args.backend != "torch":
+        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+        ops.triton_unavailable.cache_clear()
+    reason = ops.triton_unavailable(device.type)
+    backend = args.backend or ("torch" if reason else "triton")
+    ops.resolve_backend(backend, device, torch.float32)
+    where = "the interpreter" if backend == "triton" and device.type == "cpu" else str(device)
+    print(f"fastunet verify: backend {backend} on {where}, against float64 truth")
+    if reason and backend == "torch":
+        print(f"the Triton kernels are not verified: {reason}")
+    print(f"{'operation':<18}{'shape':<34}{'dtype':<10}{'part':<10}{'error':>10}{'allowed':>10}  verdict")
+    failed = 0
+    with _exact_float32():
+        for row in rows(device, backend, args.quick):
+            failed += not row.passed
+            verdict = "ok" if row.passed else "FAILED"
+            print(
+                f"{row.name:<18}{row.shape:<34}{row.dtype:<10}{row.part:<10}{row.error:>10.1e}{row.allowed:>10.1e}  "
+                f"{verdict}",
+                flush=True,
+            )
+    print(f"{failed} failed" if failed else "all passed")
+    return 1 if failed else 0
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """float32 means float32: PyTorch's convolutions use TF32 by default."""
+    kept = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(kept[0])
+        torch.backends.cudnn.allow_tf32 = kept[1]
+
+
+def rows(device: torch.device, backend: str, quick: bool) -> Iterator[Row]:
+    """All comparisons, one after the other."""
+    interpreted = backend == "triton" and device.type == "cpu"
+    dtypes = [torch.float32, torch.float16] + ([] if interpreted else [torch.bfloat16])
+    for case in CASES:
+        if case.quick or not quick:
+            for dtype in dtypes:
+                yield from _compare(case, dtype, device, backend)
+    yield from _networks(device, backend, quick)
+
+
+# ---- operations --------------------------------------------------------------------------------------------------
+
+
+def _source(inputs: Tensors, suffix: str = "") -> tuple[Any, Any]:
+    return inputs["x" + suffix], inputs.get("affine" + suffix)
+
+
+def _conv(inputs: Tensors, function: Callable[..., Any], size: tuple[int, int], **settings: Any) -> Any:
+    x1, affine1 = inputs.get("x1"), inputs.get("affine1")
+    offset = [0, 0, 0, 0]
+    if x1 is not None:
+        offset[2:] = [(size[0] - x1.shape[2]) // 2, (size[1] - x1.shape[3]) // 2]
+    stats = settings.get("stats", True)
+    result = function(
+        *_source(inputs), "affine" in inputs, x1, affine1, affine1 is not None, inputs["weight"], inputs.get("bias"),
+        settings.get("stride", 1), size, offset, stats,
+    )  # fmt: skip
+    return result[:3] if stats else result[:1]
+
+
+def _conv_case(
+    name: str, x: tuple[int, ...], weight: tuple[int, ...], x1: tuple[int, ...] | None = None, lazy: bool = True,
+    bias: bool = False, quick: bool = True, **settings: Any,
+) -> Case:  # fmt: skip
+    inputs = {"x": x, "weight": weight}
+    if lazy:
+        inputs["affine"] = (3, x[1])
+    if x1 is not None:
+        inputs |= {"x1": x1, "affine1": (3, x1[1])}
+    if bias:
+        inputs["bias"] = (weight[0],)
+    size = (x[2], x[3])
+
+    def ours(tensors: Tensors, backend: str) -> Any:
+        return _conv(tensors, lambda *args: ops.conv2d(*args, False, backend), size, **settings)
+
+    shape = f"{_by(x)}{'+' + _by(x1[1:]) if x1 else ''}, {_by(weight)}"
+    return Case(name, shape, inputs, ours, lambda t: _conv(t, plain.conv2d, size, **settings), quick=quick)
+
+
+def _transpose_case(x: tuple[int, ...], weight: tuple[int, ...], stats: bool, quick: bool = True) -> Case:
+    def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
+        result = function(*_source(inputs), True, inputs["weight"], inputs["bias"], stats, *rest)
+        return result if stats else result[0]
+
+    return Case(
+        "conv_transpose2d",
+        f"{_by(x)}, {_by(weight)}",
+        {"x": x, "affine": (3, x[1]), "weight": weight, "bias": (weight[1],)},
+        lambda t, backend: call(ops.conv_transpose2d, t, backend),
+        lambda t: call(plain.conv_transpose2d, t),
+        quick=quick,
+    )
+
+
+def _pool_case(x: tuple[int, ...]) -> Case:
+    def ours(inputs: Tensors, backend: str) -> Any:
+        pooled, skip = ops.pool_fork(*_source(inputs), backend)
+        affine = inputs["affine"]
+        return ops.affine_act(pooled, affine, True, backend), ops.affine_act(skip, affine, True, backend)
+
+    def truth(inputs: Tensors) -> Any:
+        return plain.max_pool2x2(*_source(inputs), True), plain.affine_act(*_source(inputs), True)
+
+    return Case("max_pool2x2", _by(x), {"x": x, "affine": (3, x[1])}, ours, truth)
+
+
+def _upsample_case(x: tuple[int, ...], skip: tuple[int, ...], align_corners: bool, quick: bool = True) -> Case:
+    def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
+        return function(*_source(inputs), True, inputs["skip"], inputs["affine1"], True, align_corners, True, *rest)
+
+    return Case(
+        "upsample_concat",
+        f"{_by(x)}, {_by(skip)}{', aligned' if align_corners else ''}",
+        {"x": x, "affine": (3, x[1]), "skip": skip, "affine1": (3, skip[1])},
+        lambda t, backend: call(ops.upsample_concat, t, backend),
+        lambda t: call(plain.upsample_concat, t),
+        quick=quick,
+    )
+
+
+def _bn_case(channels: int) -> Case:
+    def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
+        var = inputs["var"]
+        assert var is not None
+        return function(inputs["mean"], var * var + 0.1, inputs["weight"], inputs["bias"], 1e-5, *rest)
+
+    return Case(
+        "bn_affine",
+        str(channels),
+        {name: (channels,) for name in ("mean", "var", "weight", "bias")},
+        lambda t, backend: call(ops.bn_affine, t, backend),
+        lambda t: call(plain.bn_affine, t),
+    )
+
+
+def _stats_case(logits: tuple[int, ...], mode: str) -> Case:
+    batch, classes, height, width = logits
+    sigmoid = mode == "sigmoid"
+
+    def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
+        weight = inputs["pixel_weight"]
+        assert weight is not None
+        return function(inputs["logits"], inputs["labels"], weight.detach().abs(), mode, 1, *rest)
+
+    return Case(
+        "softmax_stats",
+        f"{_by(logits)}, {mode}",
+        {"logits": logits, "pixel_weight": (batch, height, width)},
+        lambda t, backend: call(ops.softmax_stats, t, backend),
+        lambda t: call(plain.softmax_stats, t),
+        labels=(2 if sigmoid else classes, logits if sigmoid else (batch, height, width)),
+    )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "×".join(str(n) for n in shape)
+
+
+CASES = [
+    _conv_case("conv2d", (2, 3, 7, 9), (5, 3, 3, 3), lazy=False),
+    _conv_case("conv2d", (1, 17, 9, 11), (20, 25, 3, 3), (1, 8, 8, 10)),
+    _conv_case("conv2d", (1, 6, 8, 7), (9, 11, 3, 3), (1, 5, 10, 10), quick=False),
+    _conv_case("conv2d stride 2", (2, 8, 9, 6), (7, 8, 3, 3), stride=2),
+    _conv_case("conv2d 1×1", (2, 16, 5, 7), (3, 16, 1, 1), bias=True, stats=False),
+    _conv_case("conv2d", (3, 70, 1, 1), (33, 70, 3, 3), quick=False),
+    _transpose_case((2, 8, 5, 4), (8, 5, 2, 2), stats=False),
+    _transpose_case((1, 17, 4, 5), (17, 6, 3, 3), stats=True),
+    _pool_case((2, 5, 7, 9)),
+    _upsample_case((2, 3, 4, 5), (2, 6, 9, 11), align_corners=True),
+    _upsample_case((1, 20, 5, 3), (1, 4, 9, 6), align_corners=False, quick=False),
+    _bn_case(37),
+    _stats_case((2, 22, 9, 7), "softmax"),
+    _stats_case((2, 3, 8, 5), "sigmoid"),
+]
+
+
+def _compare(case: Case, dtype: torch.dtype, device: torch.device, backend: str) -> Iterator[Row]:
+    torch.manual_seed(0)
+    exact: Tensors = {}
+    for name, shape in case.inputs.items():
+        scale = 1 / max(1, shape[1] * shape[2] * shape[3]) ** 0.5 if name == "weight" and len(shape) == 4 else 1.0
+        value = torch.randn(shape, dtype=torch.float64, device=device) * scale
+        # Affines and statistics are float32 beside 16-bit activations; truth starts from the same rounded values.
+        exact[name] = value.to(_input_dtype(name, shape, dtype)).double().requires_grad_(name != "pixel_weight")
+    if case.labels is not None:
+        exact["labels"] = torch.randint(case.labels[0], case.labels[1], device=device)
+    truth = _outputs_and_gradients(case.truth, exact)
+    ours = _outputs_and_gradients(lambda t: case.ours(t, backend), _rounded(exact, dtype, None))
+    own = [
+        _outputs_and_gradients(case.truth, _rounded(exact, dtype, form))
+        for form in (torch.contiguous_format, torch.channels_last)
+    ]
+    for part in ("forward", "backward"):
+        allowed = 2 * max(_error(result[part], truth[part]) for result in own) + ROUNDINGS * torch.finfo(dtype).eps
+        yield Row(case.name, case.shape, _short(dtype), part, _error(ours[part], truth[part]), allowed)
+
+
+def _input_dtype(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if len(shape) < 4 and name != "bias" else dtype
+
+
+def _rounded(exact: Tensors, dtype: torch.dtype, form: torch.memory_format | None) -> Tensors:
+    """The inputs in the dtypes the operation takes, as leaves; 4-D ones in memory format ``form`` if given."""
+    result: Tensors = {}
+    for name, value in exact.items():
+        assert value is not None
+        if value.is_floating_point():
+            leaf = value.detach().to(_input_dtype(name, tuple(value.shape), dtype))
+            if form is not None and leaf.dim() == 4:
+                leaf = leaf.contiguous(memory_format=form)
+            value = leaf.requires_grad_(value.requires_grad)
+        result[name] = value
+    return result
+
+
+def _outputs_and_gradients(function: Function, inputs: Tensors) -> dict[str, list[Tensor]]:
+    outputs = function(inputs)
+    outputs = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+    outputs = [y for y in outputs if y.numel()]
+    generator = torch.Generator().manual_seed(1)
+    seeds = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs]
+    leaves = [x for x in inputs.values() if x is not None and x.requires_grad]
+    gradients = torch.autograd.grad(outputs, leaves, seeds)
+    return {"forward": [y.detach() for y in outputs], "backward": list(gradients)}
+
+
+def _error(results: list[Tensor], truths: list[Tensor]) -> float:
+    """The largest of the tensors' errors, each relative to the tensor's largest value."""
+    errors = [
+        # A gradient that is zero in truth (a bias before a BatchNorm) is measured against 1.
+        ((result.double() - truth).abs().max() / (truth.abs().max() if truth.abs().max() > 1e-6 else 1)).item()
+        for result, truth in zip(results, truths, strict=True)
+    ]
+    return float("nan") if any(error != error for error in errors) else max(errors)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- networks ----------------------------------------------------------------------------------------------------
+
+NETWORKS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module], dict[str, Any], tuple[int, ...]]] = {
+    "UNet": (models.UNet, reference.UNet, {"n_channels": 3, "n_classes": 4, "base_c": 4}, (2, 3, 16, 19)),
+    "UNet bilinear": (
+        models.UNet,
+        reference.UNet,
+        {"n_channels": 3, "n_classes": 4, "base_c": 4, "bilinear": True},
+        (2, 3, 16, 19),
+    ),
+    "StridedUNet": (models.StridedUNet, reference.StridedUNet, {"base_c": 4}, (2, 3, 16, 32)),
+    "PlainUNet": (
+        models.PlainUNet,
+        reference.PlainUNet,
+        {"in_channels": 3, "out_channels": 2, "init_features": 4},
+        (1, 3, 16, 32),
+    ),
+    "BrainUNet": (models.BrainUNet, reference.BrainUNet, {"init_features": 4}, (2, 3, 16, 32)),
+}
+
+
+def _networks(device: torch.device, backend: str, quick: bool) -> Iterator[Row]:
+    """Every network in float64 through the lazy path in ATen; then through the kernels.
+
+    Kernels take float64 in the interpreter only. On a GPU they run in float32, where the gradients of a whole network
+    are ill-conditioned in PyTorch itself: twice PyTorch's own error is what is asked.
+    """
+    for name in NETWORKS:
+        yield from _network(name, device, "torch", torch.float64)
+    if backend == "triton":
+        dtype = torch.float32 if device.type == "cuda" else torch.float64
+        for name in ["UNet"] if quick else NETWORKS:
+            yield from _network(name, device, backend, dtype)
+
+
+def _network(name: str, device: torch.device, backend: str, dtype: torch.dtype) -> Iterator[Row]:
+    ours, theirs, settings, shape = NETWORKS[name]
+    torch.manual_seed(0)
+    # Weights and input that the dtype holds exactly: truth and the others start from the same numbers.
+    truth_model = theirs(**settings).to(device, dtype).double()
+    weights = copy.deepcopy(truth_model.state_dict())
+    x = torch.randn(shape, dtype=torch.float64, device=device).to(dtype)
+
+    def step(build: Callable[..., nn.Module], form: torch.memory_format, **more: Any) -> dict[str, list[Tensor]]:
+        model = build(**settings, **more).to(device, dtype)
+        model.load_state_dict(weights)
+        return _step(model.to(memory_format=form), x.contiguous(memory_format=form))
+
+    truth = _step(truth_model, x.double())
+    found = step(ours, torch.contiguous_format, backend=backend)
+    own = [step(theirs, form) for form in (torch.contiguous_format, torch.channels_last)]
+    for part in ("forward", "backward", "buffers"):
+        allowed = 1e-10
+        if dtype != torch.float64:
+            allowed = 2 * max(_error(o[part], truth[part]) for o in own) + ROUNDINGS * torch.finfo(dtype).eps
+        if truth[part]:
+            error = _error(found[part], truth[part])
+            yield Row(name, f"{_by(shape)}, {backend}", _short(dtype), part, error, allowed)
+
+
+def _step(model: nn.Module, x: Tensor) -> dict[str, list[Tensor]]:
+    y = model(x)
+    weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64, device=y.device).view(y.shape)
+    (y * weight.to(y.dtype)).sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return {"forward": [y.detach()], "backward": gradients, "buffers": [b for b in model.buffers() if b.dim()]}

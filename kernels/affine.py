@@ -1,0 +1,229 @@
+"""Sources made explicit (``affine_act``), and the affine of a batch normalisation (``bn_affine``).
+
+Forward:   z  = act(scale·(x − centre) + shift)
+Backward:  g  = dz·m, where m = not (z ≤ 0) under a ReLU (so a NaN passes, as in PyTorch) and 1 without
+           dx = scale·g
+           daffine = [Σ g·(x − centre),  Σ g,  −scale·Σ g]     over batch and picture
+
+Layout: NHWC memory, read as a matrix (pixels, C), a tile of pixels × channels per step. Bytes, once each: forward reads
+x and writes z; backward reads dz and x and writes dx, plus 12 bytes per channel and program for the sums, which are
+added in a fixed order. Accumulation in float32 (float64 for float64 tensors).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastunet.aten import stats_dtype
+from fastunet.kernels.common import accumulator, block, load_affine, nhwc, normalise, sum_slabs
+
+_ACCESSES = 2  # 16-byte accesses per thread, tensor and step: bytes enough in flight without crowding the registers
+_ROUNDS = 4  # steps per program of the backward: the sums it writes stay below 2 % of its traffic
+_BN_BLOCK = 128
+
+
+@triton.jit
+def source_backward(dz, x, scale, shift, centre, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr):
+    """(dx, g·(x − centre), g) of a tile (pixels, channels), where g = dz under the ReLU's mask; all in ACC."""
+    g = dz.to(ACC)
+    if RELU:
+        z = normalise(x, scale, shift, centre, HAS_AFFINE, False, ACC)
+        g = tl.where(z <= 0, 0.0, g)
+    dx = g
+    if HAS_AFFINE:
+        dx = g * scale[None, :]
+    return dx, g * (x.to(ACC) - centre[None, :]), g
+
+
+@triton.jit
+def store_affine_gradient(partial_ptr, slab, c, C, scale, sum_gx, sum_g):
+    """Write one program's share of daffine, (3, C), into slab number ``slab``."""
+    row_ptr = partial_ptr + slab.to(tl.int64) * 3 * C + c
+    tl.store(row_ptr, sum_gx, mask=c < C)
+    tl.store(row_ptr + C, sum_g, mask=c < C)
+    tl.store(row_ptr + 2 * C, -scale * sum_g, mask=c < C)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def _affine_act_fwd_kernel(
+    x_ptr,
+    affine_ptr,
+    z_ptr,
+    pixels,
+    C,
+    HAS_AFFINE: tl.constexpr,
+    RELU: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (p < pixels)[:, None] & (c < C)[None, :]
+    at = p[:, None] * C + c[None, :]
+    scale, shift, centre = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    tl.store(z_ptr + at, normalise(x, scale, shift, centre, HAS_AFFINE, RELU, ACC), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def _affine_act_bwd_kernel(
+    dz_ptr,
+    x_ptr,
+    affine_ptr,
+    dx_ptr,
+    partial_ptr,
+    pixels,
+    C,
+    dz_stride,
+    HAS_AFFINE: tl.constexpr,
+    RELU: tl.constexpr,
+    ACC: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    slab = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    scale, shift, centre = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)
+    sum_gx = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    sum_g = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    for i in range(ROUNDS):
+        p = (slab * ROUNDS + i) * BLOCK_P + tl.arange(0, BLOCK_P)
+        inside = (p < pixels)[:, None] & (c < C)[None, :]
+        at = p[:, None] * C + c[None, :]
+        dz = tl.load(dz_ptr + p[:, None] * dz_stride + c[None, :], mask=inside, other=0.0)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0)
+        dx, gx, g = source_backward(dz, x, scale, shift, centre, HAS_AFFINE, RELU, ACC)
+        tl.store(dx_ptr + at, dx, mask=inside)
+        if HAS_AFFINE:
+            sum_gx += gx
+            sum_g += g
+    if HAS_AFFINE:
+        store_affine_gradient(partial_ptr, slab, c, C, scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
+
+
+@triton.jit
+def _bn_affine_fwd_kernel(
+    mean_ptr, var_ptr, weight_ptr, bias_ptr, affine_ptr, C, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < C
+    scale = tl.rsqrt(tl.load(var_ptr + c, mask=inside, other=1.0) + EPS)
+    shift = tl.zeros([BLOCK_C], ACC)
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + c, mask=inside, other=0.0).to(ACC)
+    if bias_ptr is not None:
+        shift += tl.load(bias_ptr + c, mask=inside, other=0.0).to(ACC)
+    tl.store(affine_ptr + c, scale, mask=inside)
+    tl.store(affine_ptr + C + c, shift, mask=inside)
+    tl.store(affine_ptr + 2 * C + c, tl.load(mean_ptr + c, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
+def _bn_affine_bwd_kernel(
+    daffine_ptr,
+    var_ptr,
+    weight_ptr,
+    dmean_ptr,
+    dvar_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    C,
+    EPS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < C
+    rstd = tl.rsqrt(tl.load(var_ptr + c, mask=inside, other=1.0) + EPS)
+    dweight = tl.load(daffine_ptr + c, mask=inside, other=0.0) * rstd
+    dvar = -0.5 * dweight * rstd * rstd
+    if weight_ptr is not None:
+        dvar *= tl.load(weight_ptr + c, mask=inside, other=0.0).to(ACC)
+    tl.store(dweight_ptr + c, dweight, mask=inside)
+    tl.store(dvar_ptr + c, dvar, mask=inside)
+    tl.store(dbias_ptr + c, tl.load(daffine_ptr + C + c, mask=inside, other=0.0), mask=inside)
+    tl.store(dmean_ptr + c, tl.load(daffine_ptr + 2 * C + c, mask=inside, other=0.0), mask=inside)
+
+
+def tile(channels: int, element_size: int, accesses: int) -> tuple[int, int]:
+    """(pixels, channels) of a tile that 4 warps read in ``accesses`` 16-byte accesses per thread; at most 128 × 64."""
+    block_c = block(channels, 64, 4)
+    return min(128, accesses * 128 * 16 // element_size // block_c), block_c
+
+
+def dense(vector: Tensor | None) -> Tensor | None:
+    """An affine or a parameter as the kernels address it: dense in memory, or None."""
+    return None if vector is None else vector.contiguous()
+
+
+def affine_act(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
+    """z = act(scale·(x − centre) + shift) for x (N, C, H, W): a new channels_last tensor of x's dtype."""
+    if (affine is None and not relu) or x.numel() == 0:
+        return x.clone(memory_format=torch.channels_last)
+    x = nhwc(x)
+    z = torch.empty_like(x, memory_format=torch.channels_last)
+    channels = x.shape[1]
+    pixels = x.numel() // channels
+    block_p, block_c = tile(channels, x.element_size(), _ACCESSES)
+    _affine_act_fwd_kernel[(triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c))](
+        x, dense(affine), z, pixels, channels,
+        HAS_AFFINE=affine is not None, RELU=relu, ACC=accumulator(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
+    )  # fmt: skip
+    return z
+
+
+def affine_act_backward(dz: Tensor, x: Tensor, affine: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
+    """Gradients (dx, daffine) of :func:`affine_act`: dx like x; daffine (3, C), empty without an affine."""
+    if affine is None and not relu:
+        return dz.clone(memory_format=torch.channels_last), x.new_empty(0, dtype=stats_dtype(x.dtype))
+    return source_gradient(nhwc(dz), x.shape[1], x, affine, relu)
+
+
+def source_gradient(dz: Tensor, dz_stride: int, x: Tensor, affine: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
+    """(dx, daffine) of a source from the gradient ``dz`` of its value, whose pixels lie ``dz_stride`` elements apart:
+    dz is an NHWC tensor, or a slice of the channels of one."""
+    x = nhwc(x)
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    channels = x.shape[1]
+    pixels = x.numel() // max(channels, 1)
+    block_p, block_c = tile(channels, x.element_size(), _ACCESSES)
+    slabs = triton.cdiv(pixels, block_p * _ROUNDS)
+    partial = x.new_empty(0 if affine is None else (slabs, 3, channels), dtype=stats_dtype(x.dtype))
+    if x.numel() > 0:
+        _affine_act_bwd_kernel[(slabs, triton.cdiv(channels, block_c))](
+            dz, x, dense(affine), dx, partial, pixels, channels, dz_stride,
+            HAS_AFFINE=affine is not None, RELU=relu, ACC=accumulator(x.dtype), ROUNDS=_ROUNDS,
+            BLOCK_P=block_p, BLOCK_C=block_c,
+        )  # fmt: skip
+    return dx, partial if affine is None else sum_slabs(partial)
+
+
+def bn_affine(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The affine of a batch normalisation: rows weight·rsqrt(var + eps), bias, mean; (3, C) in mean's dtype."""
+    channels = mean.shape[0]
+    affine = mean.new_empty((3, channels))
+    if channels:
+        _bn_affine_fwd_kernel[(triton.cdiv(channels, _BN_BLOCK),)](
+            mean.contiguous(), var.contiguous(), dense(weight), dense(bias), affine, channels,
+            EPS=eps, ACC=accumulator(mean.dtype), BLOCK_C=_BN_BLOCK,
+        )  # fmt: skip
+    return affine
+
+
+def bn_affine_backward(
+    daffine: Tensor, var: Tensor, weight: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dmean, dvar, dweight, dbias) of :func:`bn_affine`: (C,) each, in daffine's dtype."""
+    channels = var.shape[0]
+    dmean, dvar, dweight, dbias = (daffine.new_empty(channels) for _ in range(4))
+    if channels:
+        _bn_affine_bwd_kernel[(triton.cdiv(channels, _BN_BLOCK),)](
+            daffine.contiguous(), var.contiguous(), dense(weight), dmean, dvar, dweight, dbias, channels,
+            EPS=eps, ACC=accumulator(var.dtype), BLOCK_C=_BN_BLOCK,
+        )  # fmt: skip
+    return dmean, dvar, dweight, dbias

@@ -1,0 +1,172 @@
+"""2×2 max-pool of a source, on raw values.
+
+Forward:   p  = x at the winner of each 2×2 window: the largest x if scale > 0 (or there is no affine), the smallest if
+           scale < 0, the first if scale = 0; a NaN wins over everything, and ties go to the first, as in PyTorch.
+           act(scale·(p − centre) + shift) is then the max-pool of act(scale·(x − centre) + shift), which is monotone.
+Backward:  dx = dskip + (dp at the winner, 0 elsewhere); the winner is found again from x, no index is stored.
+
+Layout: NHWC; a program has one row of windows, a block of its columns and a block of channels. Bytes, once each:
+forward reads x and writes a quarter of it; backward reads x, dskip and dp (a quarter) and writes dx. Comparisons and
+the sum are in float32 (float64 for float64 tensors), which holds every 16-bit value exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastunet.kernels.affine import dense, tile
+from fastunet.kernels.common import accumulator, empty_nhwc, nhwc
+
+_ACCESSES = 1  # 16-byte accesses per thread and pixel of a window
+
+
+@triton.jit
+def _contest(best, winner, x, number: tl.constexpr, negative, flat):
+    """Let pixel ``number`` of the windows challenge the best so far; values are signed so that the largest wins."""
+    x = tl.where(negative, -x, x)
+    better = ((x > best) & (flat == 0)) | (x != x)
+    return tl.where(better, x, best), tl.where(better, number, winner)
+
+
+@triton.jit
+def _windows(x_ptr, at, row, C, inside, negative, flat, ACC: tl.constexpr):
+    """Signed value and number (0..3, row by row) of the winner of each window whose first element is at ``at``."""
+    x0 = tl.load(x_ptr + at, mask=inside, other=0.0).to(ACC)
+    x1 = tl.load(x_ptr + at + C, mask=inside, other=0.0).to(ACC)
+    x2 = tl.load(x_ptr + at + row, mask=inside, other=0.0).to(ACC)
+    x3 = tl.load(x_ptr + at + row + C, mask=inside, other=0.0).to(ACC)
+    best = tl.where(negative, -x0, x0)
+    winner = tl.zeros(best.shape, tl.int32)
+    best, winner = _contest(best, winner, x1, 1, negative, flat)
+    best, winner = _contest(best, winner, x2, 2, negative, flat)
+    return _contest(best, winner, x3, 3, negative, flat)
+
+
+@triton.jit
+def _order(affine_ptr, c, C, HAS_AFFINE: tl.constexpr):
+    """Whether the scale of channels ``c`` is negative, and whether it is zero: two rows (1, channels)."""
+    scale = tl.full(c.shape, 1.0, tl.float32)
+    if HAS_AFFINE:
+        scale = tl.load(affine_ptr + c, mask=c < C, other=1.0)
+    return (scale < 0)[None, :], (scale == 0)[None, :]
+
+
+@triton.jit(do_not_specialize=["H", "W", "blocks"])
+def _max_pool2x2_fwd_kernel(
+    x_ptr,
+    affine_ptr,
+    p_ptr,
+    H,
+    W,
+    C,
+    blocks,
+    HAS_AFFINE: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    q = pid // blocks  # row of windows, counted through the batch
+    first = ((q // (H // 2)).to(tl.int64) * H + q % (H // 2) * 2) * W  # the pixel at its left end
+    w = (pid % blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (w < W // 2)[:, None] & (c < C)[None, :]
+    negative, flat = _order(affine_ptr, c, C, HAS_AFFINE)
+    row = W.to(tl.int64) * C
+    best, _ = _windows(x_ptr, (first + 2 * w)[:, None] * C + c[None, :], row, C, inside, negative, flat, ACC)
+    p_at = (q.to(tl.int64) * (W // 2) + w)[:, None] * C + c[None, :]
+    tl.store(p_ptr + p_at, tl.where(negative, -best, best), mask=inside)
+
+
+@triton.jit(do_not_specialize=["H", "W", "blocks"])
+def _max_pool2x2_bwd_kernel(
+    x_ptr,
+    affine_ptr,
+    dp_ptr,
+    dskip_ptr,
+    dx_ptr,
+    H,
+    W,
+    C,
+    blocks,
+    HAS_AFFINE: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    q = pid // blocks  # row of windows, those cut off at an odd end included
+    rows = (H + 1) // 2
+    n = (q // rows).to(tl.int64)
+    h = q % rows * 2
+    w = (pid % blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = (c < C)[None, :]
+    in0 = (2 * w < W)[:, None] & channel
+    in1 = (2 * w + 1 < W)[:, None] & channel
+    below = tl.where(h + 1 < H, W, 0)  # the row below an odd end has no columns
+    in2 = (2 * w < below)[:, None] & channel
+    in3 = (2 * w + 1 < below)[:, None] & channel
+    at = ((n * H + h) * W + 2 * w)[:, None] * C + c[None, :]
+    row = W.to(tl.int64) * C
+    negative, flat = _order(affine_ptr, c, C, HAS_AFFINE)
+    _, winner = _windows(x_ptr, at, row, C, in3, negative, flat, ACC)
+    dp_at = ((n * (H // 2) + h // 2) * (W // 2) + w)[:, None] * C + c[None, :]
+    dp = tl.load(dp_ptr + dp_at, mask=in3, other=0.0).to(ACC)
+    dx0 = tl.where(winner == 0, dp, 0.0)
+    dx1 = tl.where(winner == 1, dp, 0.0)
+    dx2 = tl.where(winner == 2, dp, 0.0)
+    dx3 = tl.where(winner == 3, dp, 0.0)
+    if HAS_SKIP:
+        dx0 += tl.load(dskip_ptr + at, mask=in0, other=0.0).to(ACC)
+        dx1 += tl.load(dskip_ptr + at + C, mask=in1, other=0.0).to(ACC)
+        dx2 += tl.load(dskip_ptr + at + row, mask=in2, other=0.0).to(ACC)
+        dx3 += tl.load(dskip_ptr + at + row + C, mask=in3, other=0.0).to(ACC)
+    tl.store(dx_ptr + at, dx0, mask=in0)
+    tl.store(dx_ptr + at + C, dx1, mask=in1)
+    tl.store(dx_ptr + at + row, dx2, mask=in2)
+    tl.store(dx_ptr + at + row + C, dx3, mask=in3)
+
+
+def max_pool2x2(x: Tensor, affine: Tensor | None) -> Tensor:
+    """2×2 max-pool of a source on raw values: (N, C, H, W) to (N, C, H // 2, W // 2), channels_last, x's dtype.
+
+    Raises:
+        ValueError: a picture of fewer than 2×2 pixels.
+    """
+    batch, channels, height, width = x.shape
+    if height < 2 or width < 2:
+        raise ValueError(f"max_pool2x2 needs pictures of at least 2×2 pixels, got {height}×{width}; use larger ones")
+    p = empty_nhwc(x, batch, channels, height // 2, width // 2)
+    if p.numel() > 0:
+        block_w, block_c = tile(channels, x.element_size(), _ACCESSES)
+        blocks = triton.cdiv(width // 2, block_w)
+        _max_pool2x2_fwd_kernel[(batch * (height // 2) * blocks, triton.cdiv(channels, block_c))](
+            nhwc(x), dense(affine), p, height, width, channels, blocks,
+            HAS_AFFINE=affine is not None, ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
+        )  # fmt: skip
+    return p
+
+
+def max_pool2x2_backward(x: Tensor, affine: Tensor | None, dp: Tensor | None, dskip: Tensor | None) -> Tensor:
+    """dx = dskip + dp at the winner of each window, like x in shape and dtype; either gradient may be None."""
+    if dp is None:
+        if dskip is None:
+            return torch.zeros_like(x, memory_format=torch.channels_last)
+        return dskip.clone(memory_format=torch.channels_last)
+    x = nhwc(x)
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    if x.numel() > 0:
+        block_w, block_c = tile(channels, x.element_size(), _ACCESSES)
+        blocks = triton.cdiv((width + 1) // 2, block_w)
+        _max_pool2x2_bwd_kernel[(batch * ((height + 1) // 2) * blocks, triton.cdiv(channels, block_c))](
+            x, dense(affine), nhwc(dp), None if dskip is None else nhwc(dskip), dx, height, width, channels, blocks,
+            HAS_AFFINE=affine is not None, HAS_SKIP=dskip is not None, ACC=accumulator(x.dtype),
+            BLOCK_W=block_w, BLOCK_C=block_c,
+        )  # fmt: skip
+    return dx

@@ -1,0 +1,226 @@
+"""Softmax (or sigmoid) statistics: everything that Dice, soft IoU and cross-entropy need, in one pass over the logits.
+
+For every sample and class k, over the pixels whose label is not ignore_index, with y = [label = k]:
+
+    TP = Σ p·y    P = Σ p    Y = Σ y    P2 = Σ p²    CE = Σ w·y·(−log p)    W = Σ w·y
+
+In sigmoid mode each channel has labels of its own; y = [label = 1], CE = Σ w·(−y·log p − (1−y)·log(1−p)), W = Σ w.
+Backward, with the probabilities computed again: q = p·(dTP·y + dP + 2p·dP2) − w·y·dCE, dx = q − p·Σ_classes q;
+in sigmoid mode dx = p·(1−p)·(dTP·y + dP + 2p·dP2) + w·dCE·(p − y).
+
+Layout: logits in NHWC or NCHW memory, or any other in which one stride walks the pixels and one the classes; a tile is
+pixels × all classes. Bytes moved: forward reads logits and labels; backward reads them again and writes the gradient.
+Sums are float32 (float64 for float64 logits), in a fixed order: a program keeps one sum per element of its tile while
+it walks the tiles of one sample, adds those up over the tile's pixels, and sum_slabs adds up the programs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastunet.aten import memory_format, stats_dtype
+from fastunet.kernels.common import PROPAGATE_ALL, accumulator, sum_slabs
+
+# Elements of a tile per thread. The forward pass keeps six sums for each, and 16 of them spill.
+_FORWARD_WORK, _BACKWARD_WORK = 8, 16
+_PROGRAMS = 1024  # of the forward pass; a constant, so that the order of summation is the same on every GPU
+
+
+@triton.jit
+def _load_tile(
+    logits_ptr, labels_ptr, weight_ptr, n, pixel, c, pixels, C, ignore_index,
+    stride_xn, stride_xc, stride_xp, stride_yn, stride_yc, stride_yp,
+    SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Logits, y and validity (pixels × classes) and weight (pixels × 1) of the pixels ``pixel`` (int64) of sample n."""
+    row = pixel < pixels
+    inside = row[:, None] & (c < C)[None, :]
+    x_ptr = logits_ptr + n * stride_xn + (pixel * stride_xp)[:, None] + (c.to(tl.int64) * stride_xc)[None, :]
+    x = tl.load(x_ptr, mask=inside, other=0.0).to(ACC)
+    if SOFTMAX:
+        label = tl.load(labels_ptr + n * stride_yn + pixel * stride_yp, mask=row, other=0).to(tl.int64)
+        valid = inside & (label != ignore_index)[:, None]
+        label = tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
+        y = valid & (label[:, None] == c[None, :])
+    else:
+        y_ptr = labels_ptr + n * stride_yn + (pixel * stride_yp)[:, None] + (c.to(tl.int64) * stride_yc)[None, :]
+        label = tl.load(y_ptr, mask=inside, other=0).to(tl.int64)
+        valid = inside & (label != ignore_index)
+        y = valid & (label == 1)
+    if HAS_WEIGHT:
+        w = tl.load(weight_ptr + n * pixels + pixel, mask=row, other=0.0).to(ACC)[:, None]
+    else:
+        w = tl.full([1, 1], 1.0, ACC)
+    return x, y, valid, w
+
+
+@triton.jit
+def _softmax(x, c, C):
+    """Probabilities along the classes, and minus their logarithms."""
+    x = tl.where((c < C)[None, :], x, float("-inf"))
+    x = x - tl.max(x, axis=1)[:, None]
+    e = tl.exp(x)
+    total = tl.sum(e, axis=1)[:, None]
+    return e / total, tl.log(total) - x
+
+
+@triton.jit
+def _sigmoid(x):
+    """p and 1 − p, neither by cancellation, and exp(−|x|)."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e), tl.where(x >= 0, e, 1.0) / (1.0 + e), e
+
+
+@triton.jit
+def _log1p(e):
+    """log(1 + e) for 0 ≤ e ≤ 1, accurate for small e: the rounding of 1 + e is divided out."""
+    u = 1.0 + e
+    return tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
+
+
+@triton.jit(do_not_specialize=["batch", "programs", "ignore_index"])
+def _softmax_stats_kernel(
+    logits_ptr, labels_ptr, weight_ptr, partial_ptr, batch, pixels, programs, ignore_index,
+    stride_xn, stride_xc, stride_xp, stride_yn, stride_yc, stride_yp, C,
+    SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """partial[program, n, :, :] = the six sums over tiles program, program + programs, … of sample n."""
+    program = tl.program_id(0) % programs
+    n = (tl.program_id(0) // programs).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    tp = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    p_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    p2_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    y_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    ce_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    w_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    for tile in range(program, tl.cdiv(pixels, BLOCK_P), programs):
+        pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+        x, y, valid, w = _load_tile(
+            logits_ptr, labels_ptr, weight_ptr, n, pixel, c, pixels, C, ignore_index,
+            stride_xn, stride_xc, stride_xp, stride_yn, stride_yc, stride_yp, SOFTMAX, HAS_WEIGHT, ACC,
+        )  # fmt: skip
+        if SOFTMAX:
+            p, ce = _softmax(x, c, C)
+            counted = y
+        else:
+            p, _, e = _sigmoid(x)
+            ce = tl.maximum(tl.where(y, -x, x), 0.0, propagate_nan=PROPAGATE_ALL) + _log1p(e)
+            counted = valid
+        p = tl.where(valid, p, 0.0)
+        tp += tl.where(y, p, 0.0)
+        p_sum += p
+        p2_sum += p * p
+        y_sum += tl.where(y, 1.0, 0.0)
+        ce_sum += tl.where(counted, ce * w, 0.0)
+        w_sum += tl.where(counted, w, 0.0)
+    row = ((program.to(tl.int64) * batch + n) * C + c) * 6
+    inside = c < C
+    tl.store(partial_ptr + row, tl.sum(tp, axis=0), mask=inside)
+    tl.store(partial_ptr + row + 1, tl.sum(p_sum, axis=0), mask=inside)
+    tl.store(partial_ptr + row + 2, tl.sum(y_sum, axis=0), mask=inside)
+    tl.store(partial_ptr + row + 3, tl.sum(p2_sum, axis=0), mask=inside)
+    tl.store(partial_ptr + row + 4, tl.sum(ce_sum, axis=0), mask=inside)
+    tl.store(partial_ptr + row + 5, tl.sum(w_sum, axis=0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tiles", "ignore_index"])
+def _softmax_stats_backward_kernel(
+    dstats_ptr, logits_ptr, labels_ptr, weight_ptr, dx_ptr, pixels, tiles, ignore_index,
+    stride_xn, stride_xc, stride_xp, stride_yn, stride_yc, stride_yp, stride_dn, stride_dc, stride_dp, C,
+    SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx of one tile of one sample."""
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    pixel = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.arange(0, BLOCK_C)
+    x, y, valid, w = _load_tile(
+        logits_ptr, labels_ptr, weight_ptr, n, pixel, c, pixels, C, ignore_index,
+        stride_xn, stride_xc, stride_xp, stride_yn, stride_yc, stride_yp, SOFTMAX, HAS_WEIGHT, ACC,
+    )  # fmt: skip
+    row = dstats_ptr + (n * C + c) * 6
+    dtp = tl.load(row, mask=c < C, other=0.0)[None, :]
+    dp = tl.load(row + 1, mask=c < C, other=0.0)[None, :]
+    dp2 = tl.load(row + 3, mask=c < C, other=0.0)[None, :]
+    dce = tl.load(row + 4, mask=c < C, other=0.0)[None, :]
+    if SOFTMAX:
+        p, _ = _softmax(x, c, C)
+        q = p * (tl.where(y, dtp, 0.0) + dp + 2.0 * p * dp2) - tl.where(y, w * dce, 0.0)
+        dx = q - p * tl.sum(q, axis=1)[:, None]
+    else:
+        p, p_not, _ = _sigmoid(x)
+        dx = p * p_not * (tl.where(y, dtp, 0.0) + dp + 2.0 * p * dp2) + w * dce * tl.where(y, -p_not, p)
+    dx_ptrs = dx_ptr + n * stride_dn + (pixel * stride_dp)[:, None] + (c.to(tl.int64) * stride_dc)[None, :]
+    inside = (pixel < pixels)[:, None] & (c < C)[None, :]
+    tl.store(dx_ptrs, tl.where(valid, dx, 0.0).to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+def _by_pixel(t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """(N, C, H, W) and its strides along samples, classes and pixels; a copy if no single stride walks the pixels."""
+    n, c, h, w = t.stride()
+    if t.shape[3] == 1:
+        return t, (n, c, h)
+    if t.shape[2] == 1 or h == t.shape[3] * w:
+        return t, (n, c, w)
+    return _by_pixel(t.contiguous())
+
+
+def _operands(
+    logits: Tensor, labels: Tensor, pixel_weight: Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...]]:
+    """Logits, labels and weights (logits if there are none) as the kernels read them; strides of the first two."""
+    if labels.dtype == torch.bool:
+        labels = labels.view(torch.uint8)
+    logits, x_strides = _by_pixel(logits)
+    labels, y_strides = _by_pixel(labels if labels.dim() == 4 else labels.unsqueeze(1))
+    weight = logits if pixel_weight is None else pixel_weight.contiguous()
+    return (logits, labels, weight), (*x_strides, *y_strides)
+
+
+def _tile(classes: int, work: int) -> tuple[int, int, int]:
+    """Pixels, classes and warps of a tile: 4 warps with ``work`` elements a thread, more if 16 pixels need them."""
+    block_c = triton.next_power_of_2(classes)
+    block_p = max(16, 128 * work // block_c)
+    return block_p, block_c, block_p * block_c // (32 * work)
+
+
+def softmax_stats(logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int) -> Tensor:
+    """See :func:`fastunet.aten.softmax_stats`."""
+    batch, classes = logits.shape[:2]
+    dtype = stats_dtype(logits.dtype)
+    pixels = logits.shape[2] * logits.shape[3]
+    if batch * pixels == 0:
+        return logits.new_zeros((batch, classes, 6), dtype=dtype)
+    operands, strides = _operands(logits, labels, pixel_weight)
+    block_p, block_c, warps = _tile(classes, _FORWARD_WORK)
+    programs = min(triton.cdiv(pixels, block_p), max(1, _PROGRAMS // batch))
+    partial = logits.new_empty((programs, batch, classes, 6), dtype=dtype)
+    _softmax_stats_kernel[(programs * batch,)](
+        *operands, partial, batch, pixels, programs, ignore_index, *strides, classes,
+        SOFTMAX=mode == "softmax", HAS_WEIGHT=pixel_weight is not None, ACC=accumulator(dtype),
+        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
+    )  # fmt: skip
+    return sum_slabs(partial)
+
+
+def softmax_stats_backward(
+    dstats: Tensor, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int
+) -> Tensor:
+    """See :func:`fastunet.aten.softmax_stats_backward`."""
+    batch, classes = logits.shape[:2]
+    dlogits = torch.empty_like(logits, memory_format=memory_format(logits))
+    pixels = logits.shape[2] * logits.shape[3]
+    if batch * pixels == 0:
+        return dlogits
+    operands, strides = _operands(logits, labels, pixel_weight)
+    block_p, block_c, warps = _tile(classes, _BACKWARD_WORK)
+    tiles = triton.cdiv(pixels, block_p)
+    _softmax_stats_backward_kernel[(tiles * batch,)](
+        dstats.contiguous(), *operands, dlogits, pixels, tiles, ignore_index, *strides, *_by_pixel(dlogits)[1], classes,
+        SOFTMAX=mode == "softmax", HAS_WEIGHT=pixel_weight is not None, ACC=accumulator(dstats.dtype),
+        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
+    )  # fmt: skip
+    return dlogits

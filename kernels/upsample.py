@@ -1,0 +1,308 @@
+"""Bilinear ×2 of a source, padded or cropped to a skip source and concatenated with it, in one pass.
+
+Forward:   y = cat(skip's value, u centred in skip's size) along the channels, in either order, where u is interpolated
+           from z = act(scale·(x − centre) + shift) and rounded once
+Backward:  dz[h, w] = Σ weight_h·weight_w·dy over the 4×4 outputs 2h−1 .. 2h+2 by 2w−1 .. 2w+2: a gather in a fixed
+           order, without atomics or a zero fill; dx and daffine follow from dz in the same pass, as in ``affine.py``
+
+Coordinates. Output o reads sources i = max(o − 1, 0) // 2 and i + 1 (at most H − 1), with weights 1 − λ and λ:
+    align_corners=False   at o/2 − 1/4            λ = 1/4 for odd o, 3/4 for even o
+    align_corners=True    at o·(H − 1)/(2H − 1)   λ = (H − 1 − i)/(2H − 1) for odd o, (2H − 2 − i)/(2H − 1) for even o
+and λ = 0 for o = 0: exact in integers up to the last division, where PyTorch rounds o·(H − 1)/(2H − 1) in float32.
+So outputs 2i + 1 and 2i + 2 lie between sources i and i + 1, from i = −1 on: a forward program takes one row of such
+cells, in which four source values give four outputs.
+
+Layout: NHWC. Bytes: forward reads x (four times, all but one from the caches) and skip and writes y; backward reads dy
+(likewise), x and skip and writes dx and dskip. Accumulation in float32 (float64 for float64 tensors).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastunet.aten import stats_dtype
+from fastunet.kernels.affine import dense, source_backward, source_gradient, store_affine_gradient, tile
+from fastunet.kernels.common import accumulator, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
+
+_ACCESSES = 1  # 16-byte accesses per thread and tap
+_ROUNDS = 4  # tiles of one row per program of the backward, which share a slab of sums
+
+
+@triton.jit
+def _fraction(o, size, ALIGN_CORNERS: tl.constexpr, ACC: tl.constexpr):
+    """λ of output ``o`` ≥ 0: the weight of the second of its two sources, of ``size``."""
+    even = o % 2 == 0
+    if ALIGN_CORNERS:
+        i = tl.maximum(o - 1, 0) // 2
+        numerator = size - 1 - i + tl.where(even, size - 1, 0)
+        fraction = numerator.to(ACC) / (2 * size - 1).to(ACC)
+    else:
+        fraction = tl.where(even, 0.75, 0.25).to(ACC)
+    return tl.where(o == 0, 0.0, fraction)
+
+
+@triton.jit
+def _weight(o, tap: tl.constexpr, size, ALIGN_CORNERS: tl.constexpr, ACC: tl.constexpr):
+    """The weight in output ``o`` = 2i − 1 + tap of source i: λ as the second of its sources, for taps 0 and 1, or 1 − λ
+    as the first; 1 at the ends, where both sources are the same."""
+    fraction = _fraction(tl.maximum(o, 0), size, ALIGN_CORNERS, ACC)
+    weight = fraction if tap < 2 else 1.0 - fraction
+    return tl.where((o == 0) | (o == 2 * size - 1), 1.0, weight)
+
+
+@triton.jit
+def _lerp(a, b, fraction):
+    return (1.0 - fraction) * a + fraction * b
+
+
+@triton.jit(do_not_specialize=["H", "W", "YH", "YW", "top", "left", "first_h", "first_w", "cells_h", "blocks"])
+def _upsample_concat_fwd_kernel(
+    x_ptr,
+    affine_ptr,
+    skip_ptr,
+    skip_affine_ptr,
+    y_ptr,
+    C,
+    CS,
+    H,
+    W,
+    YH,
+    YW,
+    top,  # y = (YH, YW) holds output (0, 0) at (top, left)
+    left,
+    first_h,  # the first cell that touches y; −1 is the first that holds an output
+    first_w,
+    cells_h,
+    blocks,
+    HAS_AFFINE: tl.constexpr,
+    RELU: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
+    SKIP_AFFINE: tl.constexpr,
+    SKIP_RELU: tl.constexpr,
+    SKIP_FIRST: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    q = pid // blocks
+    n = (q // cells_h).to(tl.int64)
+    i = first_h + q % cells_h
+    j = first_w + (pid % blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
+    # The four outputs of a cell are rows h, h + 1 by columns w, w + 1 of y.
+    h = 2 * i + 1 + top
+    w = 2 * j + 1 + left
+    end0 = tl.where((h >= 0) & (h < YH), YW, 0)  # a row outside y has no columns
+    end1 = tl.where((h + 1 >= 0) & (h + 1 < YH), YW, 0)
+    in00 = ((w >= 0) & (w < end0))[:, None]
+    in01 = ((w + 1 >= 0) & (w + 1 < end0))[:, None]
+    in10 = ((w >= 0) & (w < end1))[:, None]
+    in11 = ((w + 1 >= 0) & (w + 1 < end1))[:, None]
+    pixel = ((n * YH + h) * YW + w)[:, None]
+    stride = C + CS
+    group = tl.program_id(1)
+    up_groups = tl.cdiv(C, BLOCK_C)
+    if group < up_groups:
+        c = group * BLOCK_C + tl.arange(0, BLOCK_C)
+        channel = (c < C)[None, :]
+        scale, shift, centre = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)
+        source = ((j >= -1) & (j < tl.where((i >= -1) & (i < H), W, -1)))[:, None] & channel
+        row0 = (n * H + tl.maximum(i, 0)) * W
+        row1 = (n * H + tl.minimum(i + 1, H - 1)) * W
+        j0 = tl.maximum(j, 0)
+        j1 = tl.minimum(j + 1, W - 1)
+        z00 = tl.load(x_ptr + (row0 + j0)[:, None] * C + c[None, :], mask=source, other=0.0)
+        z01 = tl.load(x_ptr + (row0 + j1)[:, None] * C + c[None, :], mask=source, other=0.0)
+        z10 = tl.load(x_ptr + (row1 + j0)[:, None] * C + c[None, :], mask=source, other=0.0)
+        z11 = tl.load(x_ptr + (row1 + j1)[:, None] * C + c[None, :], mask=source, other=0.0)
+        z00 = normalise(z00, scale, shift, centre, HAS_AFFINE, RELU, ACC)
+        z01 = normalise(z01, scale, shift, centre, HAS_AFFINE, RELU, ACC)
+        z10 = normalise(z10, scale, shift, centre, HAS_AFFINE, RELU, ACC)
+        z11 = normalise(z11, scale, shift, centre, HAS_AFFINE, RELU, ACC)
+        lambda_h0 = _fraction(tl.maximum(2 * i + 1, 0), H, ALIGN_CORNERS, ACC)
+        lambda_h1 = _fraction(tl.maximum(2 * i + 2, 0), H, ALIGN_CORNERS, ACC)
+        lambda_w0 = _fraction(tl.maximum(2 * j + 1, 0), W, ALIGN_CORNERS, ACC)[:, None]
+        lambda_w1 = _fraction(tl.maximum(2 * j + 2, 0), W, ALIGN_CORNERS, ACC)[:, None]
+        above0 = _lerp(z00, z01, lambda_w0)
+        above1 = _lerp(z00, z01, lambda_w1)
+        below0 = _lerp(z10, z11, lambda_w0)
+        below1 = _lerp(z10, z11, lambda_w1)
+        # The padding is zero after the activation: 0, not act(shift).
+        end0 = tl.where((i >= 0) & (i < H), W, 0)
+        end1 = tl.where((i + 1 >= 0) & (i + 1 < H), W, 0)
+        y00 = tl.where(((j >= 0) & (j < end0))[:, None], _lerp(above0, below0, lambda_h0), 0.0)
+        y01 = tl.where(((j + 1 >= 0) & (j + 1 < end0))[:, None], _lerp(above1, below1, lambda_h0), 0.0)
+        y10 = tl.where(((j >= 0) & (j < end1))[:, None], _lerp(above0, below0, lambda_h1), 0.0)
+        y11 = tl.where(((j + 1 >= 0) & (j + 1 < end1))[:, None], _lerp(above1, below1, lambda_h1), 0.0)
+        at = pixel * stride + (CS if SKIP_FIRST else 0) + c[None, :]
+        tl.store(y_ptr + at, y00, mask=in00 & channel)
+        tl.store(y_ptr + at + stride, y01, mask=in01 & channel)
+        at += YW.to(tl.int64) * stride
+        tl.store(y_ptr + at, y10, mask=in10 & channel)
+        tl.store(y_ptr + at + stride, y11, mask=in11 & channel)
+    elif HAS_SKIP:
+        c = (group - up_groups) * BLOCK_C + tl.arange(0, BLOCK_C)
+        channel = (c < CS)[None, :]
+        scale, shift, centre = load_affine(skip_affine_ptr, c, CS, SKIP_AFFINE, ACC)
+        at = pixel * CS + c[None, :]
+        row = YW.to(tl.int64) * CS
+        z00 = tl.load(skip_ptr + at, mask=in00 & channel, other=0.0)
+        z01 = tl.load(skip_ptr + at + CS, mask=in01 & channel, other=0.0)
+        z10 = tl.load(skip_ptr + at + row, mask=in10 & channel, other=0.0)
+        z11 = tl.load(skip_ptr + at + row + CS, mask=in11 & channel, other=0.0)
+        z00 = normalise(z00, scale, shift, centre, SKIP_AFFINE, SKIP_RELU, ACC)
+        z01 = normalise(z01, scale, shift, centre, SKIP_AFFINE, SKIP_RELU, ACC)
+        z10 = normalise(z10, scale, shift, centre, SKIP_AFFINE, SKIP_RELU, ACC)
+        z11 = normalise(z11, scale, shift, centre, SKIP_AFFINE, SKIP_RELU, ACC)
+        at = pixel * stride + (0 if SKIP_FIRST else C) + c[None, :]
+        tl.store(y_ptr + at, z00, mask=in00 & channel)
+        tl.store(y_ptr + at + stride, z01, mask=in01 & channel)
+        at += YW.to(tl.int64) * stride
+        tl.store(y_ptr + at, z10, mask=in10 & channel)
+        tl.store(y_ptr + at + stride, z11, mask=in11 & channel)
+
+
+@triton.jit(do_not_specialize=["H", "W", "YH", "YW", "top", "left", "segments"])
+def _upsample_bwd_kernel(
+    dy_ptr,  # at the first channel of the upsampled half
+    x_ptr,
+    affine_ptr,
+    dx_ptr,
+    partial_ptr,
+    C,
+    dy_stride,
+    H,
+    W,
+    YH,
+    YW,
+    top,
+    left,
+    segments,
+    HAS_AFFINE: tl.constexpr,
+    RELU: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr,
+    ACC: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    slab = tl.program_id(0)
+    q = slab // segments
+    n = (q // H).to(tl.int64)
+    h = q % H
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = (c < C)[None, :]
+    scale, shift, centre = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)
+    sum_gx = tl.zeros([BLOCK_W, BLOCK_C], ACC)
+    sum_g = tl.zeros([BLOCK_W, BLOCK_C], ACC)
+    first_h, end_h = tl.maximum(top, 0), tl.minimum(top + 2 * H, YH)  # the part of y that holds outputs
+    first_w, end_w = tl.maximum(left, 0), tl.minimum(left + 2 * W, YW)
+    start = (slab % segments) * (ROUNDS * BLOCK_W)
+    stop = tl.minimum(start + ROUNDS * BLOCK_W, W)
+    while start < stop:
+        w = start + tl.arange(0, BLOCK_W)
+        inside = (w < W)[:, None] & channel
+        dz = tl.zeros([BLOCK_W, BLOCK_C], ACC)
+        for r in tl.static_range(4):
+            oh = 2 * h - 1 + r
+            yh = oh + top
+            end = tl.where((yh >= first_h) & (yh < end_h), end_w, 0)  # a row outside has no columns
+            row = tl.zeros([BLOCK_W, BLOCK_C], ACC)
+            for s in tl.static_range(4):
+                ow = 2 * w - 1 + s
+                yw = ow + left
+                at = ((n * YH + yh) * YW + yw)[:, None] * dy_stride + c[None, :]
+                dy = tl.load(dy_ptr + at, mask=((yw >= first_w) & (yw < end))[:, None] & inside, other=0.0)
+                row += _weight(ow, s, W, ALIGN_CORNERS, ACC)[:, None] * dy.to(ACC)
+            dz += _weight(oh, r, H, ALIGN_CORNERS, ACC) * row
+        x_at = ((n * H + h) * W + w)[:, None] * C + c[None, :]
+        x = tl.load(x_ptr + x_at, mask=inside, other=0.0)
+        dx, gx, g = source_backward(dz, x, scale, shift, centre, HAS_AFFINE, RELU, ACC)
+        tl.store(dx_ptr + x_at, dx, mask=inside)
+        if HAS_AFFINE:
+            sum_gx += gx
+            sum_g += g
+        start += BLOCK_W
+    if HAS_AFFINE:
+        store_affine_gradient(partial_ptr, slab, c, C, scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
+
+
+def _frame(x: Tensor, skip: Tensor | None) -> tuple[int, int, int, int]:
+    """(height, width, top, left): the result's size, and where in it the doubled picture begins."""
+    height, width = 2 * x.shape[2], 2 * x.shape[3]
+    if skip is None:
+        return height, width, 0, 0
+    return skip.shape[2], skip.shape[3], (skip.shape[2] - height) // 2, (skip.shape[3] - width) // 2
+
+
+def upsample_concat(
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    skip: Tensor | None,
+    skip_affine: Tensor | None,
+    skip_relu: bool,
+    align_corners: bool,
+    skip_first: bool,
+) -> Tensor:
+    """Bilinear ×2 of a source (N, C, H, W), centred in the size of a skip source (N, CS, YH, YW) by zero padding or
+    cropping, and concatenated with it: (N, C + CS, YH, YW), or (N, C, 2H, 2W) without one; channels_last, x's dtype."""
+    batch, channels, height, width = x.shape
+    skip_channels = 0 if skip is None else skip.shape[1]
+    y_height, y_width, top, left = _frame(x, skip)
+    y = empty_nhwc(x, batch, channels + skip_channels, y_height, y_width)
+    if y.numel() == 0:
+        return y
+    # Output o belongs to cell (o − 1) // 2: from that of y's first row or column to that of its last.
+    first_h, first_w = (-top - 1) // 2, (-left - 1) // 2
+    cells_h, cells_w = (y_height - top) // 2 - first_h, (y_width - left) // 2 - first_w
+    block_w, block_c = tile(max(channels, skip_channels), x.element_size(), _ACCESSES)
+    blocks = triton.cdiv(cells_w, block_w)
+    groups = triton.cdiv(channels, block_c) + triton.cdiv(skip_channels, block_c)
+    _upsample_concat_fwd_kernel[(batch * cells_h * blocks, groups)](
+        nhwc(x), dense(affine), None if skip is None else nhwc(skip), dense(skip_affine), y, channels, skip_channels,
+        height, width, y_height, y_width, top, left, first_h, first_w, cells_h, blocks,
+        HAS_AFFINE=affine is not None, RELU=relu, HAS_SKIP=skip is not None, SKIP_AFFINE=skip_affine is not None,
+        SKIP_RELU=skip_relu, SKIP_FIRST=skip_first, ALIGN_CORNERS=align_corners, ACC=accumulator(x.dtype),
+        BLOCK_W=block_w, BLOCK_C=block_c,
+    )  # fmt: skip
+    return y
+
+
+def upsample_concat_backward(
+    dy: Tensor,
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    skip: Tensor | None,
+    skip_affine: Tensor | None,
+    skip_relu: bool,
+    align_corners: bool,
+    skip_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dx, daffine, dskip, dskip_affine) of :func:`upsample_concat`; those of what is None are empty."""
+    dy, x = nhwc(dy), nhwc(x)
+    batch, channels, height, width = x.shape
+    skip_channels = 0 if skip is None else skip.shape[1]
+    y_height, y_width, top, left = _frame(x, skip)
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    block_w, block_c = tile(channels, x.element_size(), _ACCESSES)
+    segments = triton.cdiv(width, block_w * _ROUNDS)
+    slabs = batch * height * segments
+    partial = x.new_empty(0 if affine is None else (slabs, 3, channels), dtype=stats_dtype(x.dtype))
+    if x.numel() > 0:
+        _upsample_bwd_kernel[(slabs, triton.cdiv(channels, block_c))](
+            dy[:, skip_channels:] if skip_first else dy, x, dense(affine), dx, partial, channels, dy.shape[1],
+            height, width, y_height, y_width, top, left, segments,
+            HAS_AFFINE=affine is not None, RELU=relu, ALIGN_CORNERS=align_corners, ACC=accumulator(x.dtype),
+            ROUNDS=_ROUNDS, BLOCK_W=block_w, BLOCK_C=block_c,
+        )  # fmt: skip
+    daffine = partial if affine is None else sum_slabs(partial)
+    if skip is None:
+        return dx, daffine, x.new_empty(0), x.new_empty(0, dtype=stats_dtype(x.dtype))
+    dz_skip = dy if skip_first else dy[:, channels:]
+    return dx, daffine, *source_gradient(dz_skip, dy.shape[1], skip, skip_affine, skip_relu)

@@ -1,0 +1,354 @@
+"""The losses against their published formulas on one-hot labels, PyTorch's cross-entropy, and MONAI where installed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastunet.losses import DiceCELoss, DiceLoss, check_labels, dice_loss, softmax_stats
+
+# The interpreter is numpy, which warns of values that the kernels compute and then mask.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+# The truths below are float64. A loss is a ratio of float32 sums of a few hundred terms, so a few units of 1e-7.
+CLOSE = {"rtol": 2e-6, "atol": 2e-6}
+# float64 against float64: the order of summation is all that differs.
+EXACT = {"rtol": 1e-11, "atol": 1e-13}
+
+
+def batch(
+    classes: int = 4, size: tuple[int, int] = (9, 7), dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Random logits and labels in which the last class does not occur."""
+    logits = 2 * torch.randn(3, classes, *size, dtype=dtype)
+    return logits, torch.randint(0, max(1, classes - 1), (3, *size))
+
+
+def one_hot(labels: Tensor, classes: int) -> Tensor:
+    return (labels.unsqueeze(1) == torch.arange(classes).view(1, -1, 1, 1)).double()
+
+
+def seed002(logits: Tensor, labels: Tensor, beta: float = 1.0, smooth: float = 1e-5) -> Tensor:
+    """Per-class F-score of soft counts over the batch, one minus the mean."""
+    p, y = logits.double().softmax(1), one_hot(labels, logits.shape[1])
+    hit, miss, false = (p * y).sum((0, 2, 3)), ((1 - p) * y).sum((0, 2, 3)), (p * (1 - y)).sum((0, 2, 3))
+    b = beta * beta
+    return 1 - (((1 + b) * hit + smooth) / ((1 + b) * hit + b * miss + false + smooth)).mean()
+
+
+def gradients(f: Any, g: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    return torch.autograd.grad(f(a), a)[0].double(), torch.autograd.grad(g(b), b)[0]
+
+
+@pytest.mark.parametrize("classes", [2, 4, 22])
+def test_default_is_seed002(classes: int, backend: str, device: str) -> None:
+    logits, labels = batch(classes, dtype=torch.float32)
+    loss = DiceLoss(backend=backend)
+    value = loss(logits.to(device), labels.to(device)).cpu().double()
+    torch.testing.assert_close(value, seed002(logits, labels), **CLOSE)
+    mine, expected = gradients(lambda x: loss(x.to(device), labels.to(device)), lambda x: seed002(x, labels), logits)
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-8)  # float32; gradients are of order 1e-3
+
+
+def test_default_is_seed002_to_float64() -> None:
+    logits, labels = batch()
+    torch.testing.assert_close(DiceLoss()(logits, labels), seed002(logits, labels), **EXACT)
+    torch.testing.assert_close(dice_loss(logits, labels), seed002(logits, labels), **EXACT)
+    torch.testing.assert_close(DiceLoss.preset("seed002")(logits, labels), seed002(logits, labels), **EXACT)
+
+
+def test_milesial_preset_is_micro_over_batch_and_classes() -> None:
+    logits, labels = batch()
+    p, y = logits.softmax(1), one_hot(labels, 4)
+    expected = 1 - (2 * (p * y).sum() + 1e-6) / (p.sum() + y.sum() + 1e-6)
+    torch.testing.assert_close(DiceLoss.preset("milesial")(logits, labels), expected, **EXACT)
+
+
+def test_milesial_preset_takes_a_sigmoid_of_one_channel() -> None:
+    logits = torch.randn(3, 1, 5, 4, dtype=torch.float64)
+    mask = torch.randint(0, 2, (3, 5, 4))
+    p = logits[:, 0].sigmoid()
+    expected = 1 - (2 * (p * mask).sum() + 1e-6) / (p.sum() + mask.sum() + 1e-6)
+    torch.testing.assert_close(DiceLoss.preset("milesial")(logits, mask), expected, **EXACT)
+    torch.testing.assert_close(DiceLoss.preset("milesial")(logits, mask.bool()), expected, **EXACT)
+
+
+def test_brain_preset_is_flattened_with_smooth_one() -> None:
+    logits, mask = torch.randn(3, 1, 5, 4, dtype=torch.float64), torch.randint(0, 2, (3, 1, 5, 4))
+    p, y = logits.sigmoid().flatten(), mask.flatten()
+    expected = 1 - (2 * (p @ y.double()) + 1) / (p.sum() + y.sum() + 1)
+    torch.testing.assert_close(DiceLoss.preset("brain")(logits, mask), expected, **EXACT)
+
+
+def test_nnunet_preset_leaves_the_background_out() -> None:
+    logits, labels = batch()
+    p, y = logits.softmax(1)[:, 1:], one_hot(labels, 4)[:, 1:]
+    overlap, total = (p * y).sum((0, 2, 3)), p.sum((0, 2, 3)) + y.sum((0, 2, 3))
+    dc = (2 * overlap + 1e-5) / (total + 1e-5).clip(1e-8)
+    torch.testing.assert_close(DiceLoss.preset("nnunet")(logits, labels), 1 - dc.mean(), **EXACT)
+
+
+def test_presets_take_overrides_and_keep_their_class() -> None:
+    loss = DiceCELoss.preset("nnunet", lambda_ce=0.5, ignore_index=7)
+    assert isinstance(loss, DiceCELoss)
+    assert (loss.include_background, loss.lambda_ce, loss.ignore_index) == (False, 0.5, 7)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "no-background": {"include_background": False},
+    "squared": {"squared_pred": True},
+    "per-sample": {"batch": False},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none", "batch": False},
+    "smooth": {"smooth_nr": 0.5, "smooth_dr": 2.0},
+    "weight": {"weight": [0.1, 1.0, 2.0, 0.7]},
+    "sigmoid": {"sigmoid": True},
+    "everything": {"sigmoid": True, "squared_pred": True, "batch": False, "include_background": False},
+}
+options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+def target(options: dict[str, Any], labels: Tensor) -> Tensor:
+    return one_hot(labels, 4).long() if options.get("sigmoid") else labels
+
+
+@options
+def test_options_follow_their_definition(options: dict[str, Any]) -> None:
+    logits, labels = batch()
+    p, y = (logits.sigmoid() if options.get("sigmoid") else logits.softmax(1)), one_hot(labels, 4)
+    if not options.get("include_background", True):
+        p, y = p[:, 1:], y[:, 1:]
+    axes = (0, 2, 3) if options.get("batch", True) else (2, 3)
+    size = (p * p if options.get("squared_pred") else p).sum(axes) + y.sum(axes)
+    score = (2 * (p * y).sum(axes) + options.get("smooth_nr", 1e-5)) / (size + options.get("smooth_dr", 1e-5))
+    expected = (1 - score) * torch.tensor(options.get("weight", 1.0), dtype=torch.float64)
+    reduce = {"mean": torch.mean, "sum": torch.sum, "none": lambda t: t}[options.get("reduction", "mean")]
+    # The class weights are kept in float32, as the parameters of a network would be.
+    close = CLOSE if "weight" in options else EXACT
+    torch.testing.assert_close(DiceLoss(**options)(logits, target(options, labels)), reduce(expected), **close)
+
+
+@options
+def test_options_agree_with_monai(options: dict[str, Any]) -> None:
+    monai = pytest.importorskip("monai.losses", reason="MONAI is an optional oracle: pip install monai")
+    logits, labels = batch()
+    activation = {"sigmoid": True} if options.get("sigmoid") else {"softmax": True}
+    rest = {k: v for k, v in options.items() if k != "sigmoid"}
+    theirs = monai.DiceLoss(to_onehot_y=True, **{"batch": True, **rest}, **activation)
+    expected = theirs(logits, labels.unsqueeze(1))
+    value = DiceLoss(**options)(logits, target(options, labels))
+    # MONAI's one-hot is float32, and so are the norm that squared_pred takes of it and the class weights.
+    close = CLOSE if {"weight", "squared_pred"} & options.keys() else EXACT
+    torch.testing.assert_close(value.flatten(), expected.flatten(), **close)
+
+
+@pytest.mark.parametrize("ignored", [0, 2])
+def test_ignore_index_agrees_with_monai(ignored: int) -> None:
+    monai = pytest.importorskip("monai.losses", reason="MONAI is an optional oracle: pip install monai")
+    logits, labels = batch()
+    theirs = monai.DiceLoss(softmax=True, to_onehot_y=True, batch=True, ignore_index=ignored)
+    expected = theirs(logits, labels.unsqueeze(1))
+    torch.testing.assert_close(DiceLoss(ignore_index=ignored)(logits, labels), expected, **EXACT)
+
+
+@pytest.mark.parametrize("weight", [None, [0.5, 1.0, 2.0, 0.25]], ids=["unweighted", "weighted"])
+def test_dice_ce_agrees_with_monai(weight: list[float] | None) -> None:
+    monai = pytest.importorskip("monai.losses", reason="MONAI is an optional oracle: pip install monai")
+    logits, labels = batch()
+    w = None if weight is None else torch.tensor(weight, dtype=torch.float64)
+    theirs = monai.DiceCELoss(softmax=True, to_onehot_y=True, batch=True, weight=w, lambda_dice=0.3, lambda_ce=2.0)
+    value = DiceCELoss(weight=weight, lambda_dice=0.3, lambda_ce=2.0)(logits, labels)
+    torch.testing.assert_close(value, theirs(logits, labels.unsqueeze(1)), **EXACT)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weight", [None, [0.5, 1.0, 2.0, 0.25]], ids=["unweighted", "weighted"])
+def test_cross_entropy_is_pytorchs(weight: list[float] | None, reduction: str, backend: str, device: str) -> None:
+    logits, labels = batch(dtype=torch.float32)
+    labels[torch.rand(labels.shape) < 0.2] = 3
+    loss = DiceCELoss(lambda_dice=0, weight=weight, ignore_index=3, reduction=reduction, backend=backend).to(device)
+    w = None if weight is None else torch.tensor(weight, dtype=torch.float64)
+    value = loss(logits.to(device), labels.to(device)).cpu().double()
+    expected = F.cross_entropy(logits.double(), labels, weight=w, ignore_index=3, reduction=reduction)
+    torch.testing.assert_close(value, expected, **CLOSE)
+
+
+def test_dice_ce_is_dice_plus_cross_entropy() -> None:
+    logits, labels = batch()
+    expected = seed002(logits, labels) + F.cross_entropy(logits, labels)
+    torch.testing.assert_close(DiceCELoss()(logits, labels), expected, **EXACT)
+    mine, theirs = gradients(
+        lambda x: DiceCELoss()(x, labels), lambda x: seed002(x, labels) + F.cross_entropy(x, labels), logits
+    )
+    torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+def test_pixel_weight_weighs_the_cross_entropy_only() -> None:
+    logits, labels = batch()
+    w = torch.rand(labels.shape, dtype=torch.float64)
+    entropy = F.cross_entropy(logits, labels, reduction="none")
+    expected = seed002(logits, labels) + (w * entropy).sum() / w.sum()
+    torch.testing.assert_close(DiceCELoss()(logits, labels, pixel_weight=w), expected, **EXACT)
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_sigmoid_cross_entropy_is_bce_with_logits(classes: int) -> None:
+    logits = torch.randn(2, classes, 5, 4, dtype=torch.float64)
+    labels = torch.randint(0, 2, logits.shape)
+    value = DiceCELoss(sigmoid=True, lambda_dice=0)(logits, labels)
+    torch.testing.assert_close(value, F.binary_cross_entropy_with_logits(logits, labels.double()), **EXACT)
+
+
+def test_all_ignored_means_what_pytorch_means() -> None:
+    logits, labels = torch.randn(2, 3, 4, 5, requires_grad=True), torch.full((2, 4, 5), 255, dtype=torch.uint8)
+    assert DiceLoss(ignore_index=255)(logits, labels) == 0
+    loss = DiceCELoss(ignore_index=255)(logits, labels)
+    assert loss.isnan()
+    assert F.cross_entropy(logits, labels.long(), ignore_index=255).isnan()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert (gradient == 0).all()
+
+
+def test_one_class_is_always_right() -> None:
+    logits, labels = torch.randn(2, 1, 4, 5), torch.zeros(2, 4, 5, dtype=torch.int64)
+    torch.testing.assert_close(DiceCELoss()(logits, labels), torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("scale", [1e4, -1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_certain_predictions(scale: float, dtype: torch.dtype, backend: str, device: str) -> None:
+    _, labels = batch()
+    logits = (scale * (one_hot(labels, 4) - 0.5)).to(dtype)
+    loss = DiceCELoss(backend=backend)
+    x = logits.to(device).requires_grad_()
+    value = loss(x, labels.to(device))
+    wide = logits.double()
+    expected = seed002(wide, labels) + F.cross_entropy(wide, labels)
+    torch.testing.assert_close(value.cpu().double(), expected, **CLOSE)
+    (gradient,) = torch.autograd.grad(value, x)
+    assert gradient.isfinite().all()
+
+
+def test_half_precision_logits_give_a_float32_loss(backend: str, device: str) -> None:
+    logits, labels = batch(dtype=torch.float16)
+    value = DiceCELoss(backend=backend)(logits.to(device), labels.to(device))
+    assert value.dtype == torch.float32
+    wide = logits.double()
+    expected = seed002(wide, labels) + F.cross_entropy(wide, labels)
+    torch.testing.assert_close(value.cpu().double(), expected, **CLOSE)
+
+
+class Calls(TorchDispatchMode):
+    """Names of fastunet's operators as they are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastunet":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_pass_forward_and_one_backward() -> None:
+    logits, labels = batch()
+    with Calls() as calls:
+        DiceCELoss()(logits.requires_grad_(), labels).backward()
+    assert calls.names == ["fastunet::softmax_stats", "fastunet::softmax_stats_backward"]
+
+
+def test_compiles_to_one_graph() -> None:
+    logits, labels = batch(dtype=torch.float32)
+    loss = DiceCELoss(weight=[1.0, 2.0, 3.0, 4.0])
+    eager, compiled = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss(eager, labels).backward()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(compiled, labels).backward()
+    torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+def test_weight_moves_and_is_saved_with_the_module() -> None:
+    loss = copy.deepcopy(DiceLoss(weight=torch.tensor([1.0, 2.0])))
+    assert loss.state_dict()["weight"].tolist() == [1.0, 2.0]
+
+
+LOGITS, LABELS = torch.randn(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.int64)
+BAD: dict[str, tuple[Tensor, Tensor, dict[str, Any], str]] = {
+    "rank": (LOGITS[0], LABELS, {}, r"expected logits of shape \(N, C, H, W\), got \(3, 4, 5\)"),
+    "integer-logits": (LOGITS.long(), LABELS, {}, "expected floating-point logits"),
+    "no-classes": (LOGITS[:, :0], LABELS, {}, "1 to 256 classes, got 0"),
+    "float-labels": (LOGITS, LABELS.float(), {}, "expected integer labels"),
+    "bool-labels": (LOGITS, LABELS.bool(), {}, "expected integer labels"),
+    "one-hot-labels": (LOGITS, torch.zeros_like(LOGITS).long(), {}, r"expected labels of shape \(2, 4, 5\)"),
+    "label-size": (LOGITS, LABELS[:, 1:], {}, r"got \(2, 3, 5\)"),
+    "sigmoid-labels": (LOGITS, LABELS, {"mode": "sigmoid"}, r"expected labels of shape \(2, 3, 4, 5\)"),
+    "label-above": (LOGITS, LABELS + 3, {}, "expected labels from 0 to 2 or ignore_index=-100, got 3"),
+    "label-below": (LOGITS, LABELS - 1, {}, "got -1"),
+    "uint8-mask": (LOGITS, (LABELS + 255).to(torch.uint8), {}, "got 255; map the mask's values"),
+    "one-channel": (LOGITS[:, :1], LABELS + 1, {}, "got 1; a single channel needs sigmoid"),
+    "sigmoid-two": (LOGITS[:, :1], LABELS + 2, {"mode": "sigmoid"}, "from 0 to 1"),
+    "mode": (LOGITS, LABELS, {"mode": "multilabel"}, "expected mode 'softmax' or 'sigmoid'"),
+    "weight-shape": (
+        LOGITS,
+        LABELS,
+        {"pixel_weight": torch.ones(2, 1, 4, 5)},
+        "expected a floating-point pixel_weight",
+    ),
+    "weight-dtype": (LOGITS, LABELS, {"pixel_weight": LABELS}, "expected a floating-point pixel_weight"),
+    "weight-grad": (LOGITS, LABELS, {"pixel_weight": torch.ones(2, 4, 5, requires_grad=True)}, "detach"),
+    "device": (LOGITS.to("meta"), LABELS, {}, "expected labels on meta"),
+    "backend": (LOGITS, LABELS, {"backend": "cuda"}, "backend must be one of"),
+}
+
+
+@pytest.mark.parametrize("arguments", BAD.values(), ids=BAD.keys())
+def test_bad_arguments_get_one_sentence(arguments: tuple[Tensor, Tensor, dict[str, Any], str]) -> None:
+    logits, labels, keywords, message = arguments
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        softmax_stats(logits, labels, **keywords)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": "avg"}, "expected reduction"),
+        ({"weight": [1.0, -1.0]}, "≥ 0"),
+        ({"weight": torch.ones(2, 2)}, "one factor"),
+        ({"weight": [1.0], "micro": True}, "micro"),
+    ],
+    ids=["reduction", "negative-weight", "weight-rank", "weight-micro"],
+)
+def test_bad_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiceLoss(**options)
+
+
+def test_dice_ce_refuses_reduction_none() -> None:
+    with pytest.raises(ValueError, match="unlike shapes"):
+        DiceCELoss(reduction="none")
+
+
+def test_unknown_preset_is_named() -> None:
+    with pytest.raises(ValueError, match="expected a preset among brain, milesial, nnunet, seed002, got 'smp'"):
+        DiceLoss.preset("smp")
+
+
+def test_weights_must_fit_the_classes() -> None:
+    with pytest.raises(ValueError, match="one weight for each of the 3 classes, got 2"):
+        DiceLoss(weight=[1.0, 2.0])(LOGITS, LABELS)
+
+
+def test_check_labels_accepts_ignored_labels_and_nothing_else() -> None:
+    check_labels(torch.tensor([0, 2, 255], dtype=torch.uint8), 3, ignore_index=255)
+    check_labels(torch.tensor([], dtype=torch.int64), 3)
+    with pytest.raises(ValueError, match="got 156"):  # −100 in 8 bits
+        check_labels(torch.tensor([0, 156], dtype=torch.uint8), 3)

@@ -1,0 +1,224 @@
+"""Scores against their definitions, written out in plain loops, and torchmetrics where installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastunet.metrics import ConfusionMatrix, dice_coeff, miou, multiclass_dice_coeff, soft_miou
+
+# The interpreter is numpy, which warns of values that the kernels compute and then mask.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+
+def masks(classes: int = 4) -> tuple[Tensor, Tensor]:
+    """Predicted and true classes; the last class occurs in neither, the one before in the truth only."""
+    prediction = torch.randint(0, classes - 2, (3, 8, 7))
+    return prediction, torch.randint(0, classes - 1, (3, 8, 7))
+
+
+def counted(prediction: Tensor, labels: Tensor, classes: int, ignore_index: int | None = None) -> list[list[int]]:
+    table = [[0] * classes for _ in range(classes)]
+    for guess, true in zip(prediction.flatten().tolist(), labels.flatten().tolist(), strict=True):
+        if true != ignore_index:
+            table[true][guess] += 1
+    return table
+
+
+@pytest.mark.parametrize("ignore_index", [None, 1, 255])
+def test_matrix_counts_truth_by_row(ignore_index: int | None) -> None:
+    prediction, labels = masks()
+    if ignore_index == 255:
+        labels[:, 2] = 255
+    matrix = ConfusionMatrix(4, ignore_index)
+    matrix.update(prediction, labels.to(torch.uint8))
+    assert matrix.matrix.tolist() == counted(prediction, labels, 4, ignore_index)
+
+
+def test_logits_count_by_their_largest_class() -> None:
+    logits, labels = torch.randn(2, 4, 5, 6), torch.randint(0, 4, (2, 5, 6))
+    from_logits, from_mask = ConfusionMatrix(4), ConfusionMatrix(4)
+    from_logits.update(logits.to(memory_format=torch.channels_last), labels)
+    from_mask.update(logits.argmax(1), labels)
+    assert torch.equal(from_logits.matrix, from_mask.matrix)
+
+
+def test_one_sigmoid_channel_counts_as_two_classes() -> None:
+    logits, labels = torch.randn(2, 1, 5, 6), torch.rand(2, 5, 6) < 0.5
+    matrix = ConfusionMatrix(2)
+    matrix.update(logits, labels)
+    assert matrix.matrix.tolist() == counted((logits[:, 0].sigmoid() > 0.5).long(), labels.long(), 2)
+
+
+def test_batches_add_up_and_reset_forgets() -> None:
+    prediction, labels = masks()
+    whole, parts = ConfusionMatrix(4), ConfusionMatrix(4)
+    whole.update(prediction, labels)
+    for p, y in zip(prediction, labels, strict=True):
+        parts.update(p[None], y[None])
+    assert torch.equal(whole.matrix, parts.matrix)
+    parts.reset()
+    assert parts.matrix.count_nonzero() == 0
+    assert parts.accuracy.isnan()
+
+
+def test_scores_follow_their_definitions() -> None:
+    matrix = ConfusionMatrix(4)
+    #   truth 0: 3 right, 1 taken for 1; truth 1: 2 right; truth 2: both taken for 0; 3 occurs nowhere
+    matrix.update(torch.tensor([[[0, 0, 0, 1, 1, 1, 0, 0]]]), torch.tensor([[[0, 0, 0, 0, 1, 1, 2, 2]]]))
+    nan = float("nan")
+    expected = {
+        "iou": [3 / 6, 2 / 3, 0.0, nan],
+        "dice": [6 / 9, 4 / 5, 0.0, nan],
+        "precision": [3 / 5, 2 / 3, nan, nan],
+        "recall": [3 / 4, 1.0, 0.0, nan],
+        "miou": (3 / 6 + 2 / 3 + 0) / 3,
+        "accuracy": 5 / 8,
+    }
+    for name, value in expected.items():
+        score = getattr(matrix, name)
+        torch.testing.assert_close(score, torch.tensor(value, dtype=torch.float64), equal_nan=True)
+
+
+def test_scores_agree_with_torchmetrics() -> None:
+    theirs = pytest.importorskip(
+        "torchmetrics.functional.classification", reason="torchmetrics is an optional oracle: pip install torchmetrics"
+    )
+    prediction, labels = torch.randint(0, 4, (3, 8, 7)), torch.randint(0, 4, (3, 8, 7))
+    labels[0] = 255
+    matrix = ConfusionMatrix(4, ignore_index=255)
+    matrix.update(prediction, labels)
+    options = {"num_classes": 4, "ignore_index": 255}
+    assert torch.equal(matrix.matrix, theirs.multiclass_confusion_matrix(prediction, labels, **options))
+    expected = {
+        "iou": theirs.multiclass_jaccard_index(prediction, labels, average="none", **options),
+        "miou": theirs.multiclass_jaccard_index(prediction, labels, average="macro", **options),
+        "precision": theirs.multiclass_precision(prediction, labels, average="none", **options),
+        "recall": theirs.multiclass_recall(prediction, labels, average="none", **options),
+        "dice": theirs.multiclass_f1_score(prediction, labels, average="none", **options),
+        "accuracy": theirs.multiclass_accuracy(prediction, labels, average="micro", **options),
+    }
+    for name, value in expected.items():  # theirs are float32
+        torch.testing.assert_close(getattr(matrix, name).float(), value)
+
+
+def _count_rank(rank: int, store: str, result: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    matrix = ConfusionMatrix(2)
+    matrix.update(torch.full((1, 1, 3), rank), torch.zeros(1, 1, 3, dtype=torch.int64))
+    total = matrix.all_reduce()
+    assert matrix.all_reduce().matrix.tolist() == total.matrix.tolist()  # asking twice does not count twice
+    if rank == 0:
+        torch.save(total.matrix, result)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed")
+def test_counts_of_all_processes_add_up(tmp_path: Path) -> None:
+    result = tmp_path / "matrix.pt"
+    torch.multiprocessing.spawn(_count_rank, (str(tmp_path / "store"), str(result)), nprocs=2)
+    assert torch.load(result).tolist() == [[3, 3], [0, 0]]
+
+
+def test_all_reduce_alone_is_a_copy() -> None:
+    matrix = ConfusionMatrix(2)
+    total = matrix.all_reduce()
+    total.update(torch.zeros(1, 1, 3, dtype=torch.int64), torch.zeros(1, 1, 3, dtype=torch.int64))
+    assert matrix.matrix.sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "labels", "message"),
+    [
+        (torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5), "expected integer labels"),
+        (torch.zeros(2, 2, 4, 5), torch.zeros(2, 4, 5).long(), r"expected logits of shape \(N, 3, H, W\)"),
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 5).long(), r"expected logits of shape \(N, 3, H, W\)"),
+        (torch.zeros(2, 4, 4).long(), torch.zeros(2, 4, 5).long(), "expected a mask of the labels' shape"),
+        (torch.zeros(2, 4, 5).long(), torch.full((2, 4, 5), 3), "from 0 to 2 in labels, got 3"),
+        (torch.full((2, 4, 5), -1), torch.zeros(2, 4, 5).long(), "from 0 to 2 in the mask, got -1"),
+    ],
+    ids=["float-labels", "channels", "size", "mask-size", "label-range", "mask-range"],
+)
+def test_bad_batches_get_one_sentence_and_are_not_counted(prediction: Tensor, labels: Tensor, message: str) -> None:
+    matrix = ConfusionMatrix(3)
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        matrix.update(prediction, labels)
+    assert "\n" not in str(error.value)
+    assert matrix.matrix.sum() == 0
+
+
+def test_one_class_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2 classes, got 1"):
+        ConfusionMatrix(1)
+
+
+def soft_counts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Soft intersection and union per class over the batch, in float64."""
+    p = logits.double().softmax(1)
+    y = (labels.unsqueeze(1) == torch.arange(logits.shape[1]).view(1, -1, 1, 1)).double()
+    return (p * y).sum((0, 2, 3)), (p + y - p * y).sum((0, 2, 3))
+
+
+@pytest.mark.parametrize("classes", [2, 22])
+def test_soft_miou_is_seed002s(classes: int, backend: str, device: str) -> None:
+    logits, labels = torch.randn(2, classes, 7, 9), torch.randint(0, classes - 1, (2, 7, 9))
+    inter, union = soft_counts(logits, labels)
+    value = soft_miou(logits.to(device), labels.to(device), backend=backend)
+    # A ratio of float32 sums of a hundred terms.
+    torch.testing.assert_close(value.cpu().double(), ((inter + 1e-5) / (union + 1e-5)).mean(), rtol=2e-6, atol=1e-7)
+
+
+def test_miou_is_soft_miou_with_its_smoothing() -> None:
+    logits, labels = torch.randn(2, 3, 7, 9).double(), torch.randint(0, 3, (2, 7, 9))
+    inter, union = soft_counts(logits, labels)
+    torch.testing.assert_close(miou(logits, labels, 0.5), ((inter + 0.5) / (union + 0.5)).mean())
+
+
+def plane_dice(p: Tensor, y: Tensor, eps: float = 1e-6) -> float:
+    """One coefficient of everything in p and y, by Python floats."""
+    pairs = list(zip(p.flatten().tolist(), y.flatten().tolist(), strict=True))
+    return (2 * sum(a * b for a, b in pairs) + eps) / (sum(a for a, _ in pairs) + sum(b for _, b in pairs) + eps)
+
+
+@pytest.mark.parametrize("reduce_batch_first", [False, True])
+def test_dice_coeff_averages_planes_or_pools_the_batch(reduce_batch_first: bool) -> None:
+    p, y = torch.rand(3, 4, 5).double(), (torch.rand(3, 4, 5) < 0.3).double()
+    y[1], p[2], y[2] = 0, 0, 0  # an absent object, and nothing at all
+    planes = [plane_dice(a, b) for a, b in zip(p, y, strict=True)]
+    expected = plane_dice(p, y) if reduce_batch_first else sum(planes) / 3
+    assert dice_coeff(p, y, reduce_batch_first).item() == pytest.approx(expected, rel=1e-12)
+    assert planes[2] == 1
+
+
+@pytest.mark.parametrize("reduce_batch_first", [False, True])
+def test_multiclass_dice_coeff_takes_every_class_for_a_plane(reduce_batch_first: bool) -> None:
+    p, y = torch.rand(2, 3, 4, 5).double(), (torch.rand(2, 3, 4, 5) < 0.3).double()
+    planes = [plane_dice(p[n, c], y[n, c]) for n in range(2) for c in range(3)]
+    expected = plane_dice(p, y) if reduce_batch_first else sum(planes) / 6
+    assert multiclass_dice_coeff(p, y, reduce_batch_first).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_dice_coeff_of_one_image() -> None:
+    p, y = torch.rand(4, 5).double(), (torch.rand(4, 5) < 0.5).double()
+    assert dice_coeff(p, y).item() == pytest.approx(plane_dice(p, y), rel=1e-12)
+
+
+def test_dice_coeff_in_float16_does_not_overflow() -> None:
+    ones = torch.ones(1, 300, 300, dtype=torch.float16)  # sums to 90000; float16 ends at 65504
+    assert dice_coeff(ones, ones).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("shapes", "pooled"),
+    [(((2, 3, 4), (2, 3, 5)), False), (((2, 1, 3, 4), (2, 1, 3, 4)), False), (((3, 4), (3, 4)), True)],
+    ids=["unequal", "rank", "no-batch"],
+)
+def test_dice_coeff_refuses_other_shapes(shapes: tuple[tuple[int, ...], tuple[int, ...]], pooled: bool) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        dice_coeff(torch.zeros(shapes[0]), torch.zeros(shapes[1]), pooled)
+    with pytest.raises(ValueError, match="expected"):
+        multiclass_dice_coeff(torch.zeros(shapes[0]), torch.zeros(shapes[1]).sum(0), pooled)

@@ -1,0 +1,114 @@
+"""The package: what a wheel holds, what it must not, and that its promises (types, names, versions) are kept."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import fastunet
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built without network from a copy of the sources."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("fastunet", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    done = run(*pip, str(target), str(source), cwd=target)
+    assert done.returncode == 0, done.stderr
+    return next(target.glob("fastunet-*.whl"))
+
+
+def test_wheel_holds_every_module_and_no_top_level_kernels(wheel):
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert {name.partition("/")[0] for name in held} == {"fastunet"}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastunet").rglob("*.py")}
+    sources |= {f"fastunet/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert {name for name in held if name.endswith(".py")} == sources
+    assert "fastunet/py.typed" in held
+
+
+def test_wheel_works_outside_the_checkout(wheel, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (
+        "import fastunet, fastunet.cli, sys; from fastunet import kernels, ops; import torch;"
+        "assert fastunet.__file__.startswith(sys.argv[1]) and kernels.__file__.startswith(sys.argv[1]);"
+        "x = torch.randn(1, 3, 4, 6); a = torch.randn(3, 3);"
+        "y = [ops.affine_act(x, a, True, backend) for backend in ('torch', 'triton')];"
+        "torch.testing.assert_close(*y)"
+    )
+    done = run(sys.executable, "-c", code, str(site), cwd=tmp_path, PYTHONPATH=str(site), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_refuse_to_be_a_top_level_package(tmp_path):
+    done = run(sys.executable, "-c", "import kernels", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 1
+    assert "must be imported as 'fastunet.kernels', not as 'kernels'" in done.stderr
+
+
+def test_version_is_the_installed_one():
+    assert fastunet.__version__ == metadata.version("fastunet")
+
+
+def test_console_script_is_installed():
+    (script,) = (entry for entry in metadata.entry_points(group="console_scripts") if entry.name == "fastunet")
+    assert callable(script.load())
+
+
+def test_import_of_fastunet_does_not_import_triton(tmp_path):
+    done = run(sys.executable, "-c", "import fastunet, sys; sys.exit('triton' in sys.modules)", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr or "fastunet imported triton, which CPU builds of torch do not bring"
+
+
+def test_public_names_exist():
+    for name in fastunet.__all__:
+        assert hasattr(fastunet, name), name
+
+
+def test_launchers_are_fully_annotated():
+    """mypy lets untyped functions through in fastunet.kernels, for the jit functions' sake; launchers must be typed."""
+    pytest.importorskip("triton", reason="the kernels import Triton, part of pip install 'fastunet[test]' on Linux")
+    package = importlib.import_module("fastunet.kernels")
+    for found in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{found.name}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__:
+                signature = inspect.signature(function)
+                annotations = [p.annotation for p in signature.parameters.values()] + [signature.return_annotation]
+                assert inspect.Signature.empty not in annotations, f"{module.__name__}.{name} is not fully annotated"
+
+
+def test_every_source_compiles_for_the_oldest_python():
+    """The grammar of Python 3.10, whichever Python runs the tests."""
+    for path in [*ROOT.glob("fastunet/**/*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))
