@@ -93,16 +93,20 @@ def _frame(z: Tensor, size: Sequence[int], offset: Sequence[int]) -> Tensor:
     return nn.functional.pad(z, [left, right, top, below]) if top or left or below or right else z
 
 
+def _autocasting(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which raises for meta tensors
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of convolution operands: autocast's where it is enabled for x's device, else x's."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if _autocasting(x) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def _operands(act: Activation, weight: Tensor, bias: Tensor | None) -> tuple[Activation, Tensor, Tensor | None]:
     dtype = compute_dtype(act.x)
-    if weight.dtype != dtype and not torch.is_autocast_enabled(act.x.device.type):
+    if weight.dtype != dtype and not _autocasting(act.x):
         raise TypeError(
             f"expected input and weights of one dtype, got {act.x.dtype} and {weight.dtype}; convert one of them "
             "(model.to(dtype) or x.to(dtype)) or run under torch.autocast"

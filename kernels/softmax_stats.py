@@ -115,7 +115,7 @@ def _softmax_stats_kernel(
         p_sum += p
         p2_sum += p * p
         y_sum += tl.where(y, 1.0, 0.0)
-        ce_sum += tl.where(counted, ce * w, 0.0)
+        ce_sum += tl.where(counted, ce, 0.0) * w
         w_sum += tl.where(counted, w, 0.0)
     row = ((program.to(tl.int64) * batch + n) * C + c) * 6
     inside = c < C

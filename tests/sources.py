@@ -11,6 +11,11 @@ from torch import Tensor
 LAYOUTS = ("contiguous", "channels_last", "permuted", "sliced")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+large_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 24e9,
+    reason="needs a GPU with 24 GB: tensors of more than 2^31 elements",
+)
+
 
 def skip_if_unsupported(backend: str, dtype: torch.dtype, device: str) -> None:
     if backend == "triton" and dtype == torch.bfloat16 and device == "cpu":

@@ -230,8 +230,12 @@ def _record(store: dict[str, list[Tensor]], name: str) -> Callable[..., None]:
     return hook
 
 
-def _record_gradient(store: list[Tensor]) -> Callable[..., None]:
-    return lambda _module, _into, out_of: store.append(out_of[0].clone())
+def _halve_gradient(store: list[Tensor]) -> Callable[..., Any]:
+    def hook(_module: nn.Module, gradients: Any, *_: Any) -> Any:
+        store.extend(g.clone() for g in gradients if g is not None)
+        return tuple(None if g is None else 0.5 * g for g in gradients)
+
+    return hook
 
 
 def _record_name(store: list[str]) -> Callable[..., None]:
@@ -275,23 +279,39 @@ def test_a_forward_hook_on_any_one_module(name: str) -> None:
         torch.testing.assert_close(y, expected, **EXACT)
 
 
-@pytest.mark.parametrize(
-    "path", ["inc", "inc.double_conv.1", "down2.maxpool_conv.0", "up1.up", "up3.conv", "outc.conv"]
-)
-def test_hooks_may_replace_inputs_outputs_and_gradients(path: str) -> None:
+HOOKED = ["inc", "inc.double_conv.1", "down2.maxpool_conv.0", "up1.up", "up3.conv", "outc.conv"]
+
+
+@pytest.mark.parametrize("path", HOOKED)
+@pytest.mark.parametrize("kind", ["forward-pre", "forward"])
+def test_forward_hooks_may_replace_what_they_see(kind: str, path: str) -> None:
     fast, plain = twins(CASES["unet"])
-    gradients: list[list[Tensor]] = [[], []]
-    for model, store in zip((fast, plain), gradients, strict=True):
+    for model in (fast, plain):
         module = model.get_submodule(path)
+        if kind == "forward-pre":
+            module.register_forward_pre_hook(lambda _m, args: tuple(0.5 * a for a in args))
+        else:
+            module.register_forward_hook(lambda _m, _args, out: out + 0.1)
+    assert_same_step(fast, plain, picture(CASES["unet"]))
+
+
+@pytest.mark.parametrize("path", HOOKED)
+@pytest.mark.parametrize("kind", ["backward-pre", "backward"])
+def test_backward_hooks_may_replace_what_they_see(kind: str, path: str) -> None:
+    fast, plain = twins(CASES["unet"])
+    seen: list[list[Tensor]] = [[], []]
+    for model, store in zip((fast, plain), seen, strict=True):
         for relu in model.modules():  # PyTorch forbids backward hooks beside in-place operations
             if isinstance(relu, nn.ReLU):
                 relu.inplace = False
-        module.register_forward_pre_hook(lambda _m, args: tuple(0.5 * a for a in args))
-        module.register_forward_hook(lambda _m, _args, out: out + 0.1)
-        module.register_full_backward_hook(_record_gradient(store))
+        module = model.get_submodule(path)
+        if kind == "backward-pre":
+            module.register_full_backward_pre_hook(_halve_gradient(store))
+        else:
+            module.register_full_backward_hook(_halve_gradient(store))
     assert_same_step(fast, plain, picture(CASES["unet"]))
-    torch.testing.assert_close(gradients[0], gradients[1], **EXACT)
-    assert len(gradients[0]) == 1
+    torch.testing.assert_close(seen[0], seen[1], **EXACT)
+    assert seen[0]
 
 
 def test_a_global_forward_hook_sees_every_module() -> None:
@@ -640,6 +660,15 @@ def test_no_grad_inference_mode_and_empty_batch(case: Case) -> None:
     with torch.inference_mode():
         torch.testing.assert_close(fast(x), expected, **EXACT)
     assert fast(x[:0]).shape == plain(x[:0]).shape
+
+
+def test_shapes_can_be_inferred_on_the_meta_device(case: Case) -> None:
+    with torch.device("meta"):
+        fast, plain = case.fast(backend="torch"), case.plain()
+        x = picture(case, dtype=torch.float32)
+    y = fast(x)
+    assert (y.shape, y.device.type) == (plain(x).shape, "meta")
+    y.sum().backward()
 
 
 def test_input_is_not_changed_and_results_repeat() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sources import DTYPES, LAYOUTS, check_compiled, laid_out, random_affine, skip_if_unsupported, truth
+from sources import DTYPES, LAYOUTS, check_compiled, laid_out, large_gpu, random_affine, skip_if_unsupported, truth
 from torch import Tensor
 
 from fastunet import ops
@@ -209,7 +209,7 @@ def test_backends_agree(shape: tuple[int, ...], with_affine: bool, with_skip: bo
         torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with 16 GB free: tensors beyond 2^31 elements")
+@large_gpu
 def test_beyond_32_bit_offsets(device: str) -> None:
     x = torch.zeros(1, 64, 1026, 32768, dtype=torch.float16, device=device).contiguous(
         memory_format=torch.channels_last

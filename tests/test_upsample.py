@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sources import DTYPES, LAYOUTS, check_compiled, laid_out, random_affine, skip_if_unsupported, truth
+from sources import DTYPES, LAYOUTS, check_compiled, laid_out, large_gpu, random_affine, skip_if_unsupported, truth
 from torch import Tensor
 
 from fastunet import ops
@@ -241,7 +241,7 @@ def test_backends_agree(shape: tuple[int, ...], rows: int, columns: int, align_c
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with 16 GB free: tensors beyond 2^31 elements")
+@large_gpu
 def test_beyond_32_bit_offsets(device: str) -> None:
     x = torch.zeros(1, 64, 513, 16384, dtype=torch.float16, device=device)
     x[0, -1, -1, -1] = 3

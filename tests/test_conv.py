@@ -1,0 +1,386 @@
+"""conv2d and conv_transpose2d, on both backends, against the plain composition in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sources import DTYPES, LAYOUTS, check_compiled, laid_out, random_affine, skip_if_unsupported
+from torch import Tensor
+
+from fastunet import ops
+from fastunet.reference import functional as plain
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Shapes of one convolution. Each source lies at (top, left) in the frame and may stick out of it."""
+
+    x0: tuple[int, ...]
+    filters: int
+    x1: tuple[int, ...] | None = None
+    kernel: int = 3
+    stride: int = 1
+    size: tuple[int, int] | None = None
+    offset: tuple[int, int, int, int] = (0, 0, 0, 0)
+    affine: tuple[bool, bool] = (True, True)
+    relu: tuple[bool, bool] = (True, False)
+    bias: bool = False
+    stats: bool = True
+    transposed: bool = False
+
+    @property
+    def frame(self) -> tuple[int, int]:
+        return self.size or (self.x0[2], self.x0[3])
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        channels = self.x0[1] + (self.x1[1] if self.x1 else 0)
+        pair = (channels, self.filters) if self.transposed else (self.filters, channels)
+        return (*pair, self.kernel, self.kernel)
+
+
+CASES = {
+    "image": Conv((2, 3, 7, 9), 5, affine=(False, False), relu=(False, False)),
+    "grey-1x1-pixels": Conv((3, 1, 1, 1), 1, bias=True),
+    "lazy-17-to-20": Conv((1, 17, 5, 3), 20),
+    "relu-without-affine": Conv((1, 4, 3, 5), 6, affine=(False, False), relu=(True, True), bias=True, stats=False),
+    "stride-2-odd": Conv((2, 6, 7, 5), 9, stride=2, bias=True),
+    "stride-2-even": Conv((1, 5, 4, 6), 3, stride=2),
+    "1x1-head": Conv((2, 20, 4, 3), 3, kernel=1, bias=True, stats=False),
+    "skip-then-up-padded": Conv((2, 5, 7, 9), 6, x1=(2, 4, 6, 8), offset=(0, 0, 0, 0)),
+    "padded-on-all-sides": Conv((1, 3, 9, 9), 4, x1=(1, 2, 6, 5), offset=(0, 0, 1, 2), bias=True),
+    "up-then-skip-cropped": Conv((1, 4, 8, 9), 3, x1=(1, 5, 6, 5), size=(6, 5), offset=(-1, -2, 0, 0)),
+    "many-channels-two-sources": Conv((1, 70, 3, 2), 33, x1=(1, 35, 2, 2), offset=(0, 0, 0, 0)),
+    "wider-than-a-tile": Conv((1, 2, 3, 37), 3),
+    "taller-than-a-tile": Conv((1, 2, 41, 2), 3),
+    "statistics-merged-twice": Conv((70, 1, 2, 2), 2),
+    "transposed-2x2": Conv((2, 5, 3, 4), 3, kernel=2, bias=True, stats=False, transposed=True),
+    "transposed-2x2-1x1-pixels": Conv((2, 17, 1, 1), 20, kernel=2, bias=True, transposed=True),
+    "transposed-3x3": Conv((2, 6, 3, 5), 4, bias=True, transposed=True),
+    "transposed-3x3-plain": Conv((1, 3, 2, 1), 18, affine=(False, False), relu=(False, False), transposed=True),
+}
+
+
+@dataclass
+class Inputs:
+    """The differentiable inputs of one convolution."""
+
+    x0: Tensor
+    affine0: Tensor | None
+    x1: Tensor | None
+    affine1: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+    leaves: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        tensors = (self.x0, self.affine0, self.x1, self.affine1, self.weight, self.bias)
+        self.leaves = [t.requires_grad_() for t in tensors if t is not None]
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same numbers in ``dtype``, the affines in the dtype of statistics."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        kinds = (dtype, wide, dtype, wide, dtype, dtype)
+        tensors = (self.x0, self.affine0, self.x1, self.affine1, self.weight, self.bias)
+        return Inputs(*(None if t is None else t.detach().to(k) for t, k in zip(tensors, kinds, strict=True)))
+
+
+def draw(case: Conv, device: str, dtype: torch.dtype = torch.float32) -> Inputs:
+    def source(shape: tuple[int, ...] | None, affine: bool) -> tuple[Tensor | None, Tensor | None]:
+        if shape is None:
+            return None, None
+        x = torch.randn(shape, device=device).to(dtype)
+        return x, random_affine(shape[1], device) if affine else None
+
+    x0, affine0 = source(case.x0, case.affine[0])
+    assert x0 is not None
+    x1, affine1 = source(case.x1, case.affine[1])
+    spread = (case.weight[0 if case.transposed else 1] * case.kernel**2) ** -0.5
+    weight = (torch.randn(case.weight, device=device) * spread).to(dtype)
+    bias = torch.randn(case.filters, device=device).to(dtype) if case.bias else None
+    return Inputs(x0, affine0, x1, affine1, weight, bias)
+
+
+def run(case: Conv, inputs: Inputs, backend: str | None, save: bool = False) -> list[Tensor]:
+    """[y, mean, var] or [y] from the operator, or from the reference if ``backend`` is None."""
+    source = (inputs.x0, inputs.affine0, case.relu[0])
+    if case.transposed:
+        function: Any = plain.conv_transpose2d if backend is None else ops.conv_transpose2d
+        rest: tuple[Any, ...] = () if backend is None else (backend,)
+        outputs = function(*source, inputs.weight, inputs.bias, case.stats, *rest)
+    else:
+        function = plain.conv2d if backend is None else ops.conv2d
+        rest = () if backend is None else (save, backend)
+        outputs = function(
+            *source, inputs.x1, inputs.affine1, case.relu[1] and case.x1 is not None, inputs.weight, inputs.bias,
+            case.stride, case.frame, case.offset, case.stats, *rest,
+        )  # fmt: skip
+    return list(outputs[:3] if case.stats else outputs[:1])
+
+
+def gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    seeds = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
+    return list(torch.autograd.grad(outputs, leaves, seeds))
+
+
+def assert_near(results: Sequence[Tensor], truths: Sequence[Tensor], own: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Within twice PyTorch's own error in this dtype, and three roundings of the tensor's largest value.
+
+    The roundings are there because PyTorch may happen to be exact, and because a value can round the other way. In
+    float64 truth has rounding errors of its own: there only the formula is tested.
+    """
+    roundings = 1000 if dtype == torch.float64 else 3
+    for result, truth, mine in zip(results, truths, own, strict=True):
+        truth, mine = truth.detach(), mine.detach()
+        scale = max(float(truth.abs().max()), 1.0) if truth.numel() else 1.0
+        own_error = float((mine.double() - truth).abs().max()) if truth.numel() else 0.0
+        atol = 2 * own_error + roundings * scale * torch.finfo(dtype).eps
+        torch.testing.assert_close(result.double(), truth, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("save", [False, True], ids=["recompute", "save"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_forward_and_backward(case: Conv, dtype: torch.dtype, save: bool, backend: str, device: str) -> None:
+    skip_if_unsupported(backend, dtype, device)
+    if backend == "triton" and (save or (dtype == torch.float64 and device == "cuda")):
+        pytest.skip("the kernels keep nothing normalised, and take float64 in the interpreter only")
+    inputs = draw(case, device, torch.float32 if dtype == torch.float64 else dtype)
+    exact, inputs, plainly = inputs.to(torch.float64), inputs.to(dtype), inputs.to(dtype)
+    truth, own, result = run(case, exact, None), run(case, plainly, None), run(case, inputs, backend, save)
+    assert_near(result, truth, own, dtype)
+    assert_near(gradients(result, inputs.leaves), gradients(truth, exact.leaves), gradients(own, plainly.leaves), dtype)
+    for leaf, gradient in zip(inputs.leaves, gradients(run(case, inputs, backend, save), inputs.leaves), strict=True):
+        assert gradient.dtype == leaf.dtype
+        assert gradient.shape == leaf.shape
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["y", "mean", "var"])
+def test_gradient_of_one_output_alone(which: int, backend: str, device: str) -> None:
+    case = CASES["lazy-17-to-20"]
+    inputs = draw(case, device)
+    exact, plainly = inputs.to(torch.float64), inputs.to(torch.float32)
+    results = [
+        gradients(run(case, each, kind)[which : which + 1], each.leaves)
+        for each, kind in ((inputs, backend), (exact, None), (plainly, None))
+    ]
+    assert_near(*results, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["lazy-17-to-20", "padded-on-all-sides", "transposed-3x3"])
+def test_only_the_gradients_asked_for(name: str, backend: str, device: str) -> None:
+    case = CASES[name]
+    inputs = draw(case, device)
+    whole = gradients(run(case, inputs, backend), inputs.leaves)
+    for i, leaf in enumerate(inputs.leaves):
+        for other in inputs.leaves:
+            other.requires_grad_(other is leaf)
+        (alone,) = gradients(run(case, inputs, backend), [leaf])
+        torch.testing.assert_close(alone, whole[i], rtol=1e-6, atol=1e-6)  # ATen may choose another algorithm
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["padded-on-all-sides", "transposed-2x2"])
+def test_any_layout(name: str, layout: str, backend: str, device: str) -> None:
+    case = CASES[name]
+    inputs = draw(case, device)
+    dense = run(case, inputs, backend)
+    gradient = torch.randn(1, 1, 1, 1, device=device).expand(dense[0].shape)  # not dense either
+    expected = [dense[0], *torch.autograd.grad(dense[0], inputs.leaves, gradient.contiguous())]
+    moved = inputs.to(torch.float32)
+    for attribute in ("x0", "x1", "weight"):
+        value = getattr(moved, attribute)
+        if value is not None:
+            other = laid_out(tuple(value.shape), layout, torch.float32, device)
+            setattr(moved, attribute, other.copy_(value.detach()).requires_grad_())
+    moved.__post_init__()
+    y = run(case, moved, backend)[0]
+    results = [y, *torch.autograd.grad(y, moved.leaves, gradient)]
+    for result, value in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-5)  # ATen sums in another order per layout
+    weight_gradient = results[1 + next(i for i, leaf in enumerate(moved.leaves) if leaf is moved.weight)]
+    if layout in ("contiguous", "channels_last"):
+        assert weight_gradient.stride() == moved.weight.stride()
+
+
+@pytest.mark.parametrize("name", ["lazy-17-to-20", "transposed-2x2"])
+def test_empty_batch(name: str, backend: str, device: str) -> None:
+    case = CASES[name]
+    case = Conv(**{**case.__dict__, "x0": (0, *case.x0[1:])})
+    inputs = draw(case, device)
+    outputs = run(case, inputs, backend)
+    assert outputs[0].shape[0] == 0
+    for leaf, gradient in zip(inputs.leaves, gradients(outputs, inputs.leaves), strict=True):
+        torch.testing.assert_close(gradient, torch.zeros_like(leaf))
+
+
+def test_statistics_are_centred(backend: str, device: str) -> None:
+    """Mean 1000, deviation 1: a one-pass variance in float32 would be off by a tenth."""
+    x = (torch.randn(2, 1, 33, 17, device=device, dtype=torch.float64) + 1000).float()
+    weight = torch.zeros(2, 1, 3, 3, device=device)
+    weight[:, :, 1, 1] = 1
+    y, mean, var, _ = ops.conv2d(
+        x, None, False, None, None, False, weight, None, 1, (33, 17), (0, 0, 0, 0), True, False, backend
+    )
+    exact = y.double()
+    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=0)  # float32's rounding of 1000
+    torch.testing.assert_close(var.double(), exact.var((0, 2, 3), correction=0), rtol=1e-4, atol=0)
+
+
+def test_statistics_are_of_the_rounded_output(backend: str, device: str) -> None:
+    """The normalisation reads y in its dtype, so its statistics must be those of that y."""
+    x = torch.randn(2, 4, 9, 9, device=device).half()
+    weight = torch.randn(3, 4, 3, 3, device=device).half() * 50
+    y, mean, var, _ = ops.conv2d(
+        x, None, False, None, None, False, weight, None, 1, (9, 9), (0, 0, 0, 0), True, False, backend
+    )
+    exact = y.double()
+    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-5, atol=1e-4)  # float32 sums
+    torch.testing.assert_close(var.double(), exact.var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
+
+
+def test_nan_and_infinity_go_where_they_go_in_pytorch(backend: str, device: str) -> None:
+    case = Conv((1, 2, 5, 5), 2, affine=(True, True), stats=False)
+    inputs = draw(case, device)
+    with torch.no_grad():
+        inputs.affine0[0] = 1.0
+        inputs.x0[0, 0, 0, 0] = float("nan")
+        inputs.x0[0, 1, 4, 4] = float("inf")
+    exact = inputs.to(torch.float64)
+    y, truth = run(case, inputs, backend)[0], run(case, exact, None)[0]
+    torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["padded-on-all-sides", "stride-2-odd", "transposed-3x3", "statistics-merged-twice"])
+def test_the_same_bits_every_time(name: str, backend: str, device: str) -> None:
+    case = CASES[name]
+    inputs = draw(case, device)
+    first, second = (
+        [*outputs, *gradients(outputs, inputs.leaves)] for outputs in (run(case, inputs, backend) for _ in range(2))
+    )
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+GRADCHECK = {
+    "two-sources": Conv((1, 2, 3, 3), 2, x1=(1, 1, 2, 2), offset=(0, 0, 0, 1), bias=True),
+    "stride-2": Conv((2, 1, 3, 2), 2, stride=2),
+    "transposed-2x2": Conv((1, 2, 2, 2), 1, kernel=2, bias=True, transposed=True),
+    "transposed-3x3": Conv((1, 1, 2, 2), 2, transposed=True),
+}
+
+
+@pytest.mark.parametrize("case", GRADCHECK.values(), ids=GRADCHECK)
+def test_gradcheck(case: Conv, backend: str, device: str) -> None:
+    if backend == "triton" and device == "cuda":
+        pytest.skip("the kernels take float64 in the interpreter only")
+    inputs = draw(case, device).to(torch.float64)
+    with torch.no_grad():  # away from the kink of ReLU
+        for x, affine in ((inputs.x0, inputs.affine0), (inputs.x1, inputs.affine1)):
+            if x is not None:
+                affine[0] = affine[0].abs() + 0.5
+                x.copy_(x.sign() * (x.abs() + 0.2) + affine[2].view(1, -1, 1, 1))
+                affine[1] *= 0.1
+
+    def function(*leaves: Tensor) -> tuple[Tensor, ...]:
+        found = iter(leaves)
+        tensors = (inputs.x0, inputs.affine0, inputs.x1, inputs.affine1, inputs.weight, inputs.bias)
+        again = [None if t is None else next(found) for t in tensors]
+        again_inputs = Inputs.__new__(Inputs)
+        for name, value in zip(("x0", "affine0", "x1", "affine1", "weight", "bias"), again, strict=True):
+            setattr(again_inputs, name, value)
+        return tuple(run(case, again_inputs, backend))
+
+    torch.autograd.gradcheck(function, inputs.leaves, fast_mode=True)
+
+
+def conv2d_arguments(case: Conv, inputs: Inputs, backend: str, save: bool) -> tuple[Any, ...]:
+    return (
+        inputs.x0, inputs.affine0, case.relu[0], inputs.x1, inputs.affine1, case.relu[1], inputs.weight, inputs.bias,
+        case.stride, case.frame, case.offset, case.stats, save, backend,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("save", [False, True], ids=["recompute", "save"])
+def test_opcheck_conv2d(save: bool, channels_last: bool, backend: str, device: str) -> None:
+    case = Conv((2, 2, 4, 3), 3, x1=(2, 1, 3, 2), bias=True)
+    inputs = draw(case, device)
+    if channels_last:
+        inputs.x0 = inputs.x0.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    arguments = conv2d_arguments(case, inputs, backend, save)
+    torch.library.opcheck(ops.conv2d, arguments)
+    with torch.no_grad():
+        y, mean, var, z = ops.conv2d(*arguments)
+        torch.library.opcheck(
+            ops.conv2d_backward,
+            (
+                torch.randn_like(y), mean, var, y, mean, inputs.x0.detach(), inputs.affine0.detach(), case.relu[0],
+                inputs.x1.detach(), inputs.affine1.detach(), case.relu[1], inputs.weight.detach(), z, case.stride,
+                case.frame, case.offset, [True, False, True, True], backend,
+            ),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_opcheck_conv_transpose2d(kernel: int, backend: str, device: str) -> None:
+    case = Conv((2, 2, 2, 3), 3, kernel=kernel, bias=True, transposed=True)
+    inputs = draw(case, device)
+    source = (inputs.x0, inputs.affine0, True)
+    torch.library.opcheck(ops.conv_transpose2d, (*source, inputs.weight, inputs.bias, True, backend))
+    with torch.no_grad():
+        y, mean, var = ops.conv_transpose2d(*source, inputs.weight, inputs.bias, True, backend)
+        torch.library.opcheck(
+            ops.conv_transpose2d_backward,
+            (
+                torch.randn_like(y), None, var, y, mean, inputs.x0.detach(), inputs.affine0.detach(), True,
+                inputs.weight.detach(), [True, True, True], backend,
+            ),
+        )  # fmt: skip
+
+
+def test_compiles_to_one_graph(backend: str, device: str) -> None:
+    case = Conv((1, 2, 4, 3), 3)
+    inputs = draw(case, device)
+
+    def function(x: Tensor, affine: Tensor, weight: Tensor) -> Tensor:
+        y, mean, var, _ = ops.conv2d(
+            x, affine, True, None, None, False, weight, None, 1, (4, 3), (0, 0, 0, 0), True, False, backend
+        )
+        return (y.sum() + mean.sum() + var.sum()) * 2
+
+    check_compiled(function, inputs.x0, inputs.affine0, inputs.weight)
+
+
+@settings(max_examples=12)
+@given(
+    channels=st.tuples(st.integers(1, 40), st.integers(0, 20), st.integers(1, 40)),
+    size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
+    offset=st.tuples(*[st.integers(-2, 2)] * 4),
+    stride=st.sampled_from([1, 2]),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(
+    channels: tuple[int, int, int], size: tuple[int, int], offset: tuple[int, ...], stride: int, seed: int
+) -> None:
+    """Two sources anywhere in the frame, of sizes that do not fit it."""
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    first, second, filters = channels
+    height, width = size
+    x1 = (1, second, max(1, height - 1), width + 1) if second else None
+    case = Conv((1, first, height, width), filters, x1=x1, size=size, offset=offset, stride=stride, bias=bool(seed % 2))
+    inputs = draw(case, device)
+    exact, plainly = inputs.to(torch.float64), inputs.to(torch.float32)
+    truth, own, result = run(case, exact, None), run(case, plainly, None), run(case, inputs, "triton")
+    assert_near(result, truth, own, torch.float32)
+    assert_near(
+        gradients(result, inputs.leaves), gradients(truth, exact.leaves), gradients(own, plainly.leaves), torch.float32
+    )
