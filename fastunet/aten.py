@@ -106,8 +106,9 @@ def _batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     dtype = stats_dtype(y.dtype)
     if y.numel() == 0:
         return y.new_zeros(y.shape[1], dtype=dtype), y.new_zeros(y.shape[1], dtype=dtype)
-    mean, var = torch.batch_norm_update_stats(y, None, None, 0.0)
-    return mean.to(dtype), var.to(dtype)
+    wide = y.to(dtype) if y.device.type == "cpu" else y  # on a CPU 16-bit input gives 16-bit statistics
+    mean, var = torch.batch_norm_update_stats(wide, None, None, 0.0)
+    return mean, var
 
 
 def _form_dy(dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, y: Tensor, mean: Tensor) -> Tensor:
@@ -160,7 +161,9 @@ def conv2d(
     y = F.conv2d(z, weight, bias, stride, weight.shape[-1] // 2)
     y = y.contiguous(memory_format=memory_format(x0, x1, weight))
     mean, var = _batch_stats(y) if stats else _nothing(y, 2)
-    return y, mean, var, z if save and z is not x0 else x0.new_empty(0)
+    if not save or z is x0:
+        return y, mean, var, x0.new_empty(0)
+    return y, mean, var, z.contiguous(memory_format=memory_format(x0, x1))
 
 
 def _nothing(like: Tensor, count: int) -> tuple[Tensor, ...]:

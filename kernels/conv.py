@@ -366,7 +366,7 @@ def _forward(
     block_k = block(filters, 64 if narrow else 32)
     block_c = block(max(s.channels for s in sources), 32 if narrow else 16)
     _conv_fwd_kernel[(tiles * triton.cdiv(filters, block_k),)](
-        x, first.affine_or_x, second.x, second.affine_or_x, nhwc(weight), x if bias is None else bias, y,
+        x, first.affine_or_x, second.x, second.affine_or_x, nhwc(weight), x if bias is None else bias.contiguous(), y,
         *partials, counts,
         first.height, first.width, first.top, first.left, second.height, second.width, second.top, second.left,
         frame[0], frame[1], height, width, first.channels, second.channels if len(sources) == 2 else 0, filters,
@@ -452,8 +452,8 @@ def _form_dy(
     programs = triton.cdiv(pixels, chunk)
     sums = like.new_empty((programs, filters) if need_sum else 0, dtype=stats_dtype(like.dtype))
     _form_dy_kernel[(programs, triton.cdiv(filters, block_k))](
-        out if dy is None else dy, sums if dmean is None else dmean, sums if dvar is None else dvar,
-        nhwc(y) if dvar is not None else out, mean, out, sums, pixels, chunk, filters,
+        out if dy is None else dy, sums if dmean is None else dmean.contiguous(),
+        sums if dvar is None else dvar.contiguous(), nhwc(y) if dvar is not None else out, mean.contiguous(), out, sums, pixels, chunk, filters,
         HAS_DY=dy is not None, HAS_DMEAN=dmean is not None, HAS_DVAR=dvar is not None, SUM=need_sum,
         BLOCK_M=block_m, BLOCK_K=block_k, ACC=accumulator(like.dtype), num_warps=4,
     )  # fmt: skip
@@ -510,9 +510,10 @@ def _wgrad(
     tiles = batch * tiles_h * tiles_w
     widest = 64 if narrow else 32
     block_a, block_b = block(rows, widest), block(max(moved.channels for _, moved in pairs), widest)
-    # Enough programs to fill a large GPU a few times over; the same number on every device, for the same bits.
+    # Enough programs to fill a large GPU a few times over, of a few tiles each; the same on every device, for the same
+    # bits.
     per_slab = triton.cdiv(rows, block_a) * triton.cdiv(columns, block_b) * ksize * ksize
-    tiles_per_slab = triton.cdiv(tiles, min(tiles, triton.cdiv(1024, per_slab)))
+    tiles_per_slab = max(4, triton.cdiv(tiles, triton.cdiv(1024, per_slab)))
     slabs = triton.cdiv(tiles, tiles_per_slab)
     partials = weight.new_empty((slabs, rows, ksize, ksize, columns), dtype=stats_dtype(weight.dtype))
     first = 0
