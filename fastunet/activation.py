@@ -15,19 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import ops
-from fastunet.aten import stats_dtype
+from fastunet.aten import memory_format, stats_dtype
 
 POLICIES = ("speed", "memory")
 
 
 class Config(NamedTuple):
-    """How a block computes: ``backend`` (see :func:`fastunet.ops.resolve_backend`) and ``policy``.
+    """How a network computes: ``backend`` (see :func:`fastunet.ops.resolve_backend`), ``policy``, ``form``.
 
-    Policy "speed" lets the torch backend keep what it normalised for the backward; "memory" recomputes it.
+    Policy "speed" lets the torch backend store what it normalised, for several readers and for the backward; "memory"
+    normalises again. ``form`` is the memory format of what leaves fastunet, in one forward.
     """
 
     backend: str = "auto"
     policy: str = "speed"
+    form: torch.memory_format = torch.contiguous_format
 
     @classmethod
     def checked(cls, backend: str, policy: str) -> Config:
@@ -36,6 +38,16 @@ class Config(NamedTuple):
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         return cls(backend, policy)
+
+    def like(self, x: Tensor, module: nn.Module) -> Config:
+        """For one forward of ``module`` on ``x``: what leaves is channels_last if x or its weights are."""
+        # A weight with one input channel or one tap has strides that fit either format, and so says nothing.
+        weights = (p for p in module.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[3] > 1)
+        return self._replace(form=memory_format(x, next(weights, None)))
+
+    def stores(self, x: Tensor) -> bool:
+        """Whether the value of an activation like ``x`` is stored rather than normalised by each reader."""
+        return self.policy == "speed" and ops.resolve_backend(self.backend, x.device, x.dtype) == "torch"
 
 
 class Activation(NamedTuple):
@@ -51,8 +63,12 @@ class Activation(NamedTuple):
         return self.affine is None and not self.relu
 
     def tensor(self, config: Config) -> Tensor:
-        """The value z (N, C, H, W), stored: for code outside fastunet."""
-        return self.x if self.plain else ops.affine_act(self.x, self.affine, self.relu, config.backend)
+        """The value z (N, C, H, W), stored in the memory format ``config.form``: for code outside fastunet."""
+        return self.stored(config).x.contiguous(memory_format=config.form)
+
+    def stored(self, config: Config) -> Activation:
+        """The same activation with its value stored."""
+        return self if self.plain else Activation(ops.affine_act(self.x, self.affine, self.relu, config.backend))
 
 
 class Placed(NamedTuple):
@@ -129,7 +145,7 @@ def conv2d(placed: Placed, conv: nn.Conv2d, stats: bool, config: Config) -> Raw:
     x1, affine1, relu1 = (None, None, False) if second is None else (second.x.to(first.x.dtype), *second[1:])
     y, mean, var, _ = ops.conv2d(
         *first, x1, affine1, relu1, weight, bias, conv.stride[0], placed.size, placed.offset, stats,
-        config.policy == "speed", config.backend,
+        config.stores(first.x), config.backend,
     )  # fmt: skip
     return Raw(y, mean, var)
 
@@ -182,6 +198,8 @@ def update_running_stats(
 
 def pool_fork(act: Activation, config: Config) -> tuple[Activation, Activation]:
     """(2×2 max-pooled, the activation itself for its skip connection); one backward pass serves both."""
+    if config.stores(act.x):
+        act = act.stored(config)
     pooled, x = ops.pool_fork(act.x, act.affine, config.backend)
     return act._replace(x=pooled), act._replace(x=x)
 

@@ -8,7 +8,7 @@ they are, on stored tensors, and everything around them stays lazy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -128,7 +128,7 @@ def lazily(modules: list[nn.Module], placed: Placed, config: Config) -> Activati
 
 
 class LazyModule(nn.Module):
-    """A block with a lazy way to run, and the :class:`~fastunet.activation.Config` it runs with."""
+    """A block with a lazy way to run, and the :class:`~fastunet.activation.Config` of calls to it as a module."""
 
     config: Config = Config()
 
@@ -140,25 +140,26 @@ class LazyModule(nn.Module):
 class LazyBlock(LazyModule):
     """A block with one input."""
 
-    def lazy(self, placed: Placed) -> Activation:
+    def lazy(self, placed: Placed, config: Config) -> Activation:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lazy(Placed.alone(Activation(x))).tensor(self.config)
+        config = self.config.like(x, self)
+        return self.lazy(Placed.alone(Activation(x)), config).tensor(config)
 
 
 def run(block: nn.Module, placed: Placed, config: Config) -> Activation:
     """``block`` applied to what is placed: lazily if it may be, else as a module on a stored tensor."""
     if isinstance(block, LazyBlock) and block.is_lazy():
-        return block.lazy(placed)
+        return block.lazy(placed, config)
     return Activation(block(placed.tensor(config)))
 
 
 class ConvSequence(LazyBlock, nn.Sequential):
     """An nn.Sequential of convolution, BatchNorm2d and ReLU modules."""
 
-    def lazy(self, placed: Placed) -> Activation:
-        return lazily(list(self), placed, self.config)
+    def lazy(self, placed: Placed, config: Config) -> Activation:
+        return lazily(list(self), placed, config)
 
 
 class DoubleConv(LazyBlock):
@@ -176,8 +177,8 @@ class DoubleConv(LazyBlock):
             nn.ReLU(inplace=True),
         )
 
-    def lazy(self, placed: Placed) -> Activation:
-        return run(self.double_conv, placed, self.config)
+    def lazy(self, placed: Placed, config: Config) -> Activation:
+        return run(self.double_conv, placed, config)
 
 
 class OutConv(LazyBlock):
@@ -187,8 +188,8 @@ class OutConv(LazyBlock):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 1)
 
-    def lazy(self, placed: Placed) -> Activation:
-        return lazily([self.conv], placed, self.config)
+    def lazy(self, placed: Placed, config: Config) -> Activation:
+        return lazily([self.conv], placed, config)
 
 
 class Down(LazyModule):
@@ -198,19 +199,20 @@ class Down(LazyModule):
         super().__init__()
         self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), DoubleConv(in_channels, out_channels, bias=bias))
 
-    def lazy(self, act: Activation) -> tuple[Activation, Activation]:
+    def lazy(self, act: Activation, config: Config) -> tuple[Activation, Activation]:
         """(the block's output, the input again for its skip connection)."""
         if not untouched(self.maxpool_conv, nn.Sequential):
-            z = act.tensor(self.config)
+            z = act.tensor(config)
             return Activation(self.maxpool_conv(z)), Activation(z)
         first, *rest = self.maxpool_conv
-        below, skip = pool(first, act, self.config)
+        below, skip = pool(first, act, config)
         for module in rest:
-            below = run(module, Placed.alone(below), self.config)
+            below = run(module, Placed.alone(below), config)
         return below, skip
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lazy(Activation(x))[0].tensor(self.config)
+        config = self.config.like(x, self)
+        return self.lazy(Activation(x), config)[0].tensor(config)
 
 
 class Up(LazyModule):
@@ -229,12 +231,13 @@ class Up(LazyModule):
             self.up = nn.ConvTranspose2d(in_channels, in_channels // 2, 2, stride=2)
             self.conv = DoubleConv(in_channels, out_channels, bias=bias)
 
-    def lazy(self, act: Activation, skip: Activation) -> Activation:
-        up = enlarge(self.up, act, self.config)
-        return run(self.conv, Placed.with_skip(up, skip, skip_first=True), self.config)
+    def lazy(self, act: Activation, skip: Activation, config: Config) -> Activation:
+        up = enlarge(self.up, act, config)
+        return run(self.conv, Placed.with_skip(up, skip, skip_first=True), config)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.lazy(Activation(x), Activation(skip)).tensor(self.config)
+        config = self.config.like(x, self)
+        return self.lazy(Activation(x), Activation(skip), config).tensor(config)
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, stride: int = 1) -> list[nn.Module]:
@@ -252,14 +255,15 @@ class StridedDown(LazyModule):
         )
         self.downsample = ConvSequence(*conv_bn_relu(out_channels, out_channels, 2))
 
-    def lazy(self, placed: Placed) -> tuple[Activation, Activation]:
+    def lazy(self, placed: Placed, config: Config) -> tuple[Activation, Activation]:
         """(for the skip connection, for the next block)."""
-        skip = run(self.Conv_BN_ReLU_2, placed, self.config)
-        return skip, run(self.downsample, Placed.alone(skip), self.config)
+        skip = run(self.Conv_BN_ReLU_2, placed, config)
+        return skip, run(self.downsample, Placed.alone(skip), config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        skip, below = self.lazy(Placed.alone(Activation(x)))
-        return skip.tensor(self.config), below.tensor(self.config)
+        config = self.config.like(x, self)
+        skip, below = self.lazy(Placed.alone(Activation(x)), config)
+        return skip.tensor(config), below.tensor(config)
 
 
 class StridedUp(LazyModule):
@@ -278,19 +282,20 @@ class StridedUp(LazyModule):
             nn.ReLU(),
         )
 
-    def lazy(self, placed: Placed, skip: Activation) -> Placed:
-        act = run(self.Conv_BN_ReLU_2, placed, self.config)
-        up = run(self.upsample, Placed.alone(act), self.config)
+    def lazy(self, placed: Placed, skip: Activation, config: Config) -> Placed:
+        act = run(self.Conv_BN_ReLU_2, placed, config)
+        up = run(self.upsample, Placed.alone(act), config)
         return Placed.with_skip(up, skip, skip_first=False)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.lazy(Placed.alone(Activation(x)), Activation(skip)).tensor(self.config)
+        config = self.config.like(x, self)
+        return self.lazy(Placed.alone(Activation(x)), Activation(skip), config).tensor(config)
 
 
 def strided_descend(block: nn.Module, placed: Placed, config: Config) -> tuple[Activation, Activation]:
     """A :class:`StridedDown`, or what replaced it: (its skip connection, its output)."""
     if isinstance(block, StridedDown) and block.is_lazy():
-        return block.lazy(placed)
+        return block.lazy(placed, config)
     skip, below = block(placed.tensor(config))
     return Activation(skip), Activation(below)
 
@@ -298,7 +303,7 @@ def strided_descend(block: nn.Module, placed: Placed, config: Config) -> tuple[A
 def strided_ascend(block: nn.Module, placed: Placed, skip: Activation, config: Config) -> Placed:
     """A :class:`StridedUp`, or what replaced it, and the skip connection: what the next block reads."""
     if isinstance(block, StridedUp) and block.is_lazy():
-        return block.lazy(placed, skip)
+        return block.lazy(placed, skip, config)
     return Placed.alone(Activation(block(placed.tensor(config), skip.tensor(config))))
 
 
@@ -323,7 +328,7 @@ def enlarge(module: nn.Module, act: Activation, config: Config) -> Activation:
 def descend(block: nn.Module, act: Activation, config: Config) -> tuple[Activation, Activation]:
     """A downward ``block`` on an activation: (its output, the activation again for its skip connection)."""
     if isinstance(block, Down) and block.is_lazy():
-        return block.lazy(act)
+        return block.lazy(act, config)
     z = act.tensor(config)
     return Activation(block(z)), Activation(z)
 
@@ -331,14 +336,14 @@ def descend(block: nn.Module, act: Activation, config: Config) -> tuple[Activati
 def ascend(block: nn.Module, act: Activation, skip: Activation, config: Config) -> Activation:
     """An upward ``block`` on an activation and its skip connection."""
     if isinstance(block, Up) and block.is_lazy():
-        return block.lazy(act, skip)
+        return block.lazy(act, skip, config)
     return Activation(block(act.tensor(config), skip.tensor(config)))
 
 
 @contextmanager
-def _frozen_running_stats(*modules: nn.Module) -> Iterator[None]:
-    """Leave the running statistics of every BatchNorm below ``modules`` as they are, whoever runs it."""
-    norms = [m for module in modules for m in module.modules() if isinstance(m, _BatchNorm)]
+def _frozen_running_stats(module: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of every BatchNorm below ``module`` as they are, whoever runs it."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
     kept = [(m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in norms]
     try:
         for norm in norms:
@@ -352,10 +357,10 @@ def _frozen_running_stats(*modules: nn.Module) -> Iterator[None]:
                 norm.num_batches_tracked.copy_(batches)
 
 
-def checkpointed(function: Callable[..., Any], modules: Sequence[nn.Module], *acts: Activation) -> Any:
+def checkpointed(function: Callable[..., Any], module: nn.Module, *acts: Activation) -> Any:
     """``function(*acts)``, whose intermediate tensors are recomputed in the backward instead of kept.
 
-    The recomputation leaves the running statistics of ``modules`` alone: they were updated in the forward.
+    The recomputation leaves the running statistics of ``module`` alone: they were updated in the forward.
     """
     if torch.compiler.is_compiling():  # the compiler recomputes without repeating side effects
         return checkpoint(function, *acts, use_reentrant=False)
@@ -364,7 +369,7 @@ def checkpointed(function: Callable[..., Any], modules: Sequence[nn.Module], *ac
     def forward_then_recompute(*acts: Activation) -> Any:
         nonlocal recomputing
         if recomputing:
-            with _frozen_running_stats(*modules):
+            with _frozen_running_stats(module):
                 return function(*acts)
         recomputing = True
         return function(*acts)

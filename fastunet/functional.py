@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastunet import ops
 from fastunet.activation import Activation, Placed, compute_dtype, update_running_stats
-from fastunet.aten import stats_dtype
+from fastunet.aten import memory_format, stats_dtype
 from fastunet.losses import dice_loss, softmax_stats
 from fastunet.metrics import soft_miou as miou
 
@@ -57,7 +57,7 @@ def conv_bn_relu(
         backend: see :func:`fastunet.ops.resolve_backend`.
 
     Returns:
-        (N, K, H', W') in x's dtype (autocast's where enabled), H' = ⌈H / stride⌉.
+        (N, K, H', W') in x's dtype (autocast's where enabled), H' = ⌈H / stride⌉; channels_last if x or weight is.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit, or one value per channel in training.
@@ -99,7 +99,8 @@ def conv_bn_relu(
         assert running_var is not None
         mean, var = running_mean.to(stats_dtype(dtype)), running_var.to(stats_dtype(dtype))
     affine = ops.bn_affine(mean, var, bn_weight, bn_bias, eps, backend)
-    return ops.affine_act(y, affine, relu, backend)  # type: ignore[no-any-return]
+    z: Tensor = ops.affine_act(y, affine, relu, backend)
+    return z.contiguous(memory_format=memory_format(x, weight))
 
 
 def upsample_pad_concat(
@@ -118,7 +119,7 @@ def upsample_pad_concat(
         backend: see :func:`fastunet.ops.resolve_backend`.
 
     Returns:
-        (N, S + C, H, W).
+        (N, S + C, H, W); channels_last if x or skip is.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit.
@@ -131,6 +132,5 @@ def upsample_pad_concat(
         raise TypeError(f"expected x and skip of one dtype, got {x.dtype} and {skip.dtype}; convert one of them")
     if 0 in x.shape[2:]:
         raise ValueError(f"expected an x with pixels to upsample, got shape {tuple(x.shape)}")
-    return ops.upsample_concat(  # type: ignore[no-any-return]
-        x, None, False, skip, None, False, align_corners, skip_first, backend
-    )
+    cat: Tensor = ops.upsample_concat(x, None, False, skip, None, False, align_corners, skip_first, backend)
+    return cat.contiguous(memory_format=memory_format(x, skip))

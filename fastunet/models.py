@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fastunet.activation import Activation, Config, Placed
-from fastunet.aten import memory_format
 from fastunet.blocks import (
     ConvSequence,
     DoubleConv,
@@ -41,8 +40,6 @@ from fastunet.blocks import (
 class _Network(nn.Module):
     """What the networks share: the configuration, the checks at the door, checkpointing, the output's layout."""
 
-    multiple = 1  # height and width must be multiples of this
-
     def __init__(self, channels: int, backend: str, policy: str):
         super().__init__()
         self.config = Config.checked(backend, policy)
@@ -62,14 +59,14 @@ class _Network(nn.Module):
         """
         self.checkpointing = enabled
 
-    def _stage(self, function: Callable[..., Any], block: nn.Module | tuple[nn.Module, ...], *args: Any) -> Any:
+    def _stage(self, config: Config, function: Callable[..., Any], block: nn.Module, *args: Any) -> Any:
         """function(block, *args, config), checkpointed if that is on."""
-        blocks = block if isinstance(block, tuple) else (block,)
         if not (self.checkpointing and torch.is_grad_enabled()):
-            return function(*blocks, *args, self.config)
-        return checkpointed(lambda *acts: function(*blocks, *acts, self.config), blocks, *args)
+            return function(block, *args, config)
+        return checkpointed(lambda *acts: function(block, *acts, config), block, *args)
 
-    def _enter(self, x: Tensor) -> Activation:
+    def _enter(self, x: Tensor) -> tuple[Activation, Config]:
+        """The checked input, and the configuration of this forward."""
         if x.dim() != 4:
             raise ValueError(f"expected an input of shape (N, C, H, W), got {_shape(x)}; add a batch dimension?")
         if x.shape[1] != self._channels:
@@ -84,17 +81,7 @@ class _Network(nn.Module):
             raise ValueError(
                 f"expected height and width of at least 16, got {height}×{width}; pad or enlarge the input"
             )
-        if height % self.multiple or width % self.multiple:
-            raise ValueError(
-                f"expected height and width divisible by {self.multiple}, got {height}×{width}; pad or resize the input"
-            )
-        return Activation(x)
-
-    def _leave(self, act: Activation, x: Tensor) -> Tensor:
-        """The stored output in channels_last if the input or the convolutions' weights are, else contiguous."""
-        # A weight with one input channel or one tap has strides that fit either format, and so says nothing.
-        weights = (p for p in self.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[3] > 1)
-        return act.tensor(self.config).contiguous(memory_format=memory_format(x, next(weights, None)))
+        return Activation(x), self.config.like(x, self)
 
 
 def _shape(x: Tensor) -> str:
@@ -153,15 +140,16 @@ class UNet(_Network):
         self._configure()
 
     def forward(self, x: Tensor) -> Tensor:
-        act = self._stage(run, self.inc, Placed.alone(self._enter(x)))
+        act, config = self._enter(x)
+        act = self._stage(config, run, self.inc, Placed.alone(act))
         skips = []
         for down in (self.down1, self.down2, self.down3, self.down4):
-            act, skip = self._stage(descend, down, act)
+            act, skip = self._stage(config, descend, down, act)
             skips.append(skip)
         for up in (self.up1, self.up2, self.up3, self.up4):
-            act = self._stage(ascend, up, act, skips.pop())
-        act = run(self.outc, Placed.alone(act), self.config)
-        return self._leave(act, x)
+            act = self._stage(config, ascend, up, act, skips.pop())
+        act = run(self.outc, Placed.alone(act), config)
+        return act.tensor(config)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As nn.Module's. Upstream checkpoints carry ``mask_values`` among the weights: kept as an attribute."""
@@ -182,15 +170,13 @@ class StridedUNet(_Network):
         base_c: channels of the first block.
         backend, policy: as in :class:`UNet`.
 
-    Shape: (N, n_channels, H, W) with H, W divisible by 16 → probabilities (N, n_classes, H, W), for nn.BCELoss.
+    Shape: (N, n_channels, H, W) with H, W ≥ 16 → probabilities (N, n_classes, H, W), for nn.BCELoss.
 
     Raises:
-        ValueError, TypeError: as :class:`UNet`; also for H or W not divisible by 16.
+        ValueError, TypeError: as :class:`UNet`.
 
     Source: seed 000.
     """
-
-    multiple = 16
 
     def __init__(
         self, n_channels: int = 3, n_classes: int = 3, base_c: int = 64, *, backend: str = "auto", policy: str = "speed"
@@ -215,15 +201,16 @@ class StridedUNet(_Network):
         self._configure()
 
     def forward(self, x: Tensor) -> Tensor:
-        placed = Placed.alone(self._enter(x))
+        act, config = self._enter(x)
+        placed = Placed.alone(act)
         skips = []
         for down in (self.d1, self.d2, self.d3, self.d4):
-            skip, below = self._stage(strided_descend, down, placed)
+            skip, below = self._stage(config, strided_descend, down, placed)
             placed = Placed.alone(below)
             skips.append(skip)
         for up in (self.u1, self.u2, self.u3, self.u4):
-            placed = self._stage(strided_ascend, up, placed, skips.pop())
-        return self._leave(run(self.o, placed, self.config), x)
+            placed = self._stage(config, strided_ascend, up, placed, skips.pop())
+        return run(self.o, placed, config).tensor(config)
 
 
 class _HubNetwork(_Network):
@@ -231,8 +218,6 @@ class _HubNetwork(_Network):
 
     Concatenation is (up, skip). Subclasses name the modules.
     """
-
-    multiple = 16
 
     def __init__(self, in_channels: int, out_channels: int, init_features: int, backend: str, policy: str):
         super().__init__(in_channels, backend, policy)
@@ -262,18 +247,18 @@ class _HubNetwork(_Network):
         raise NotImplementedError
 
     def _decode(self, x: Tensor, head: nn.Module) -> Tensor:
-        act = self._enter(x)
+        act, config = self._enter(x)
         skips = []
         for level in (1, 2, 3, 4):
-            act = self._stage(run, self.get_submodule(f"encoder{level}"), Placed.alone(act))
-            act, skip = pool(self._pool(level), act, self.config)
+            act = self._stage(config, run, self.get_submodule(f"encoder{level}"), Placed.alone(act))
+            act, skip = pool(self._pool(level), act, config)
             skips.append(skip)
-        act = self._stage(run, self.bottleneck, Placed.alone(act))
+        act = self._stage(config, run, self.bottleneck, Placed.alone(act))
         for level in (4, 3, 2, 1):
-            up = enlarge(self.get_submodule(f"upconv{level}"), act, self.config)
+            up = enlarge(self.get_submodule(f"upconv{level}"), act, config)
             placed = Placed.with_skip(up, skips.pop(), skip_first=False)
-            act = self._stage(run, self.get_submodule(f"decoder{level}"), placed)
-        return self._leave(lazily([head], Placed.alone(act), self.config), x)
+            act = self._stage(config, run, self.get_submodule(f"decoder{level}"), placed)
+        return lazily([head], Placed.alone(act), config).tensor(config)
 
 
 class PlainUNet(_HubNetwork):
@@ -285,10 +270,10 @@ class PlainUNet(_HubNetwork):
         init_features: channels of the first encoder.
         backend, policy: as in :class:`UNet`.
 
-    Shape: (N, in_channels, H, W) with H, W divisible by 16 → logits (N, out_channels, H, W).
+    Shape: (N, in_channels, H, W) with H, W ≥ 16 → logits (N, out_channels, H, W).
 
     Raises:
-        ValueError, TypeError: as :class:`UNet`; also for H or W not divisible by 16.
+        ValueError, TypeError: as :class:`UNet`.
 
     Source: seed 004.
     """
@@ -334,10 +319,10 @@ class BrainUNet(_HubNetwork):
         init_features: channels of the first encoder.
         backend, policy: as in :class:`UNet`.
 
-    Shape: (N, in_channels, H, W) with H, W divisible by 16 → probabilities (N, out_channels, H, W).
+    Shape: (N, in_channels, H, W) with H, W ≥ 16 → probabilities (N, out_channels, H, W).
 
     Raises:
-        ValueError, TypeError: as :class:`UNet`; also for H or W not divisible by 16.
+        ValueError, TypeError: as :class:`UNet`.
 
     Source: Buda, Saha, Mazurowski, "Association of genomic subtypes of lower-grade gliomas with shape features
     automatically extracted by a deep learning algorithm", 2019.

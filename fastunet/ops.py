@@ -93,13 +93,9 @@ def _module(backend: str, like: Tensor) -> ModuleType:
     return kernels
 
 
-def _format(backend: str, *tensors: Tensor | None) -> torch.memory_format:
-    """The memory format of a result computed from ``tensors``: channels_last from Triton, else theirs."""
-    like = tensors[0]
-    assert like is not None
-    if resolve_backend(backend, like.device, like.dtype) == "triton":
-        return torch.channels_last
-    return memory_format(*tensors)
+def _activation(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """What operators return activations in: channels_last memory."""
+    return like.new_empty(shape).contiguous(memory_format=torch.channels_last)
 
 
 # ---- registration ------------------------------------------------------------------------------------------------
@@ -160,12 +156,11 @@ class _AffineAct(torch.autograd.Function):
 
 
 def _affine_act_fake(x: Tensor, affine: Tensor | None, relu: bool, backend: str) -> Tensor:
-    return torch.empty_like(x, memory_format=_format(backend, x))
+    return _activation(x, x.shape)
 
 
 def _affine_act_backward_fake(dz: Tensor, x: Tensor, affine: Tensor | None, relu: bool, backend: str) -> Any:
-    dx = torch.empty_like(x, memory_format=_format(backend, x))
-    return dx, _empty_stats(x) if affine is None else torch.empty_like(affine)
+    return _source_gradient_fake(x, affine)
 
 
 affine_act = _register(
@@ -290,12 +285,11 @@ def _conv2d_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, filters = x0.shape[0], weight.shape[0]
     height, width = ((n - 1) // stride + 1 for n in size)
-    form = _format(backend, x0, x1, weight)
-    y = x0.new_empty((batch, filters, height, width)).contiguous(memory_format=form)
+    y = _activation(x0, (batch, filters, height, width))
     mean, var = (x0.new_empty(filters if stats else 0, dtype=stats_dtype(x0.dtype)) for _ in range(2))
     plain = affine0 is None and not relu0 and x1 is None and list(size) == list(x0.shape[-2:])
     if save and not plain and resolve_backend(backend, x0.device, x0.dtype) == "torch":
-        z = x0.new_empty((batch, weight.shape[1], *size)).contiguous(memory_format=_format(backend, x0, x1))
+        z = _activation(x0, (batch, weight.shape[1], *size))
     else:
         z = x0.new_empty(0)
     return y, mean, var, z
@@ -326,13 +320,12 @@ def _conv2d_backward_fake(
         if x is None or not wanted:
             results += [x0.new_empty(0), _empty_stats(x0)]
         else:
-            results += _source_gradient_fake(x, affine, backend)
+            results += _source_gradient_fake(x, affine)
     return (*results, *_weight_gradient_fake(weight, mask[2], mask[3], weight.shape[0]))
 
 
-def _source_gradient_fake(x: Tensor, affine: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=_format(backend, x))
-    return dx, _empty_stats(x) if affine is None else torch.empty_like(affine)
+def _source_gradient_fake(x: Tensor, affine: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _activation(x, x.shape), _empty_stats(x) if affine is None else affine.new_empty(affine.shape)
 
 
 def _weight_gradient_fake(weight: Tensor, need_weight: bool, need_bias: bool, filters: int) -> tuple[Tensor, Tensor]:
@@ -401,7 +394,7 @@ def _conv_transpose2d_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, height, width = x.shape
     filters = weight.shape[1]
-    y = x.new_empty((batch, filters, 2 * height, 2 * width)).contiguous(memory_format=_format(backend, x, weight))
+    y = _activation(x, (batch, filters, 2 * height, 2 * width))
     mean, var = (x.new_empty(filters if stats else 0, dtype=stats_dtype(x.dtype)) for _ in range(2))
     return y, mean, var
 
@@ -419,7 +412,7 @@ def _conv_transpose2d_backward_fake(
     mask: Sequence[bool],
     backend: str,
 ) -> Any:
-    source = _source_gradient_fake(x, affine, backend) if mask[0] else (x.new_empty(0), _empty_stats(x))
+    source = _source_gradient_fake(x, affine) if mask[0] else (x.new_empty(0), _empty_stats(x))
     return (*source, *_weight_gradient_fake(weight, mask[1], mask[2], weight.shape[1]))
 
 
@@ -470,14 +463,13 @@ class _PoolFork(torch.autograd.Function):
 
 def _max_pool_fake(x: Tensor, affine: Tensor | None, backend: str) -> Tensor:
     batch, channels, height, width = x.shape
-    pooled = x.new_empty((batch, channels, height // 2, width // 2))
-    return pooled.contiguous(memory_format=_format(backend, x))
+    return _activation(x, (batch, channels, height // 2, width // 2))
 
 
 max_pool2x2 = _register("max_pool2x2(Tensor x, Tensor? affine, str backend) -> Tensor", _max_pool_fake, _MaxPool)
 max_pool2x2_backward = _register(
     "max_pool2x2_backward(Tensor x, Tensor? affine, Tensor? dp, Tensor? dskip, str backend) -> Tensor",
-    lambda x, affine, dp, dskip, backend: torch.empty_like(x, memory_format=_format(backend, x)),
+    lambda x, affine, dp, dskip, backend: _activation(x, x.shape),
 )
 
 # A pooled activation is also a skip connection: pool_fork returns (pooled, x), and its backward adds the two gradients
@@ -540,7 +532,7 @@ def _upsample_concat_fake(
     shape = (batch, channels, 2 * height, 2 * width)
     if skip is not None:
         shape = (batch, channels + skip.shape[1], skip.shape[2], skip.shape[3])
-    return x.new_empty(shape).contiguous(memory_format=_format(backend, x, skip))
+    return _activation(x, shape)
 
 
 def _upsample_concat_backward_fake(
@@ -555,10 +547,10 @@ def _upsample_concat_backward_fake(
     skip_first: bool,
     backend: str,
 ) -> Any:
-    lower = _source_gradient_fake(x, affine, backend)
+    lower = _source_gradient_fake(x, affine)
     if skip is None:
         return (*lower, x.new_empty(0), _empty_stats(x))
-    return (*lower, *_source_gradient_fake(skip, skip_affine, backend))
+    return (*lower, *_source_gradient_fake(skip, skip_affine))
 
 
 upsample_concat = _register(

@@ -55,6 +55,12 @@ class Down(nn.Module):
         return out
 
 
+def _centre(x: Tensor, skip: Tensor) -> Tensor:
+    """x in the middle of skip's size, padded with zeros or cropped; an odd difference leaves more below and right."""
+    rows, columns = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
+    return F.pad(x, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+
+
 class Up(nn.Module):
     """Twice the size, centred in the skip connection's size, concatenated as (skip, upsampled), then DoubleConv.
 
@@ -74,10 +80,7 @@ class Up(nn.Module):
             self.conv = DoubleConv(in_channels, out_channels, bias=bias)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = self.up(x)
-        rows, columns = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
-        x = F.pad(x, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
-        out: Tensor = self.conv(torch.cat([skip, x], 1))
+        out: Tensor = self.conv(torch.cat([skip, _centre(self.up(x), skip)], 1))
         return out
 
 
@@ -258,13 +261,13 @@ class StridedUp(nn.Module):
         )
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return torch.cat([self.upsample(self.Conv_BN_ReLU_2(x)), skip], 1)
+        return torch.cat([_centre(self.upsample(self.Conv_BN_ReLU_2(x)), skip), skip], 1)
 
 
 class StridedUNet(nn.Module):
     """Seed 000's network: learned down- and upsampling, biased convolutions, sigmoid head; returns probabilities.
 
-    H and W must be multiples of 16: nothing is padded or cropped where the halves meet again.
+    Where H or W is no multiple of 16 the upsampled half is centred in the skip connection's size, as in :class:`UNet`.
     """
 
     def __init__(self, n_channels: int = 3, n_classes: int = 3, base_c: int = 64):
@@ -306,7 +309,7 @@ class StridedUNet(nn.Module):
 class PlainUNet(nn.Module):
     """Seed 004's network: biased convolutions and ReLU only, concatenation (upsampled, skip); returns logits.
 
-    H and W must be multiples of 16.
+    Sizes that are no multiples of 16 as in :class:`StridedUNet`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, init_features: int = 32):
@@ -343,10 +346,10 @@ class PlainUNet(nn.Module):
         skip3 = self.encoder3(self.pool(skip2))
         skip4 = self.encoder4(self.pool(skip3))
         x = self.bottleneck(self.pool(skip4))
-        x = self.decoder4(torch.cat([self.upconv4(x), skip4], 1))
-        x = self.decoder3(torch.cat([self.upconv3(x), skip3], 1))
-        x = self.decoder2(torch.cat([self.upconv2(x), skip2], 1))
-        x = self.decoder1(torch.cat([self.upconv1(x), skip1], 1))
+        x = self.decoder4(torch.cat([_centre(self.upconv4(x), skip4), skip4], 1))
+        x = self.decoder3(torch.cat([_centre(self.upconv3(x), skip3), skip3], 1))
+        x = self.decoder2(torch.cat([_centre(self.upconv2(x), skip2), skip2], 1))
+        x = self.decoder1(torch.cat([_centre(self.upconv1(x), skip1), skip1], 1))
         logits: Tensor = self.output(x)
         return logits
 
@@ -357,7 +360,7 @@ class PlainUNet(nn.Module):
 class BrainUNet(nn.Module):
     """The brain-segmentation U-Net of torch.hub (mateuszbuda), with its key names; returns probabilities.
 
-    Convolutions without bias, batch norm, concatenation (upsampled, skip), sigmoid. H and W must be multiples of 16.
+    Convolutions without bias, batch norm, concatenation (upsampled, skip), sigmoid.
     """
 
     def __init__(self, in_channels: int = 3, out_channels: int = 1, init_features: int = 32):
@@ -394,8 +397,8 @@ class BrainUNet(nn.Module):
         skip3 = self.encoder3(self.pool2(skip2))
         skip4 = self.encoder4(self.pool3(skip3))
         x = self.bottleneck(self.pool4(skip4))
-        x = self.decoder4(torch.cat([self.upconv4(x), skip4], 1))
-        x = self.decoder3(torch.cat([self.upconv3(x), skip3], 1))
-        x = self.decoder2(torch.cat([self.upconv2(x), skip2], 1))
-        x = self.decoder1(torch.cat([self.upconv1(x), skip1], 1))
+        x = self.decoder4(torch.cat([_centre(self.upconv4(x), skip4), skip4], 1))
+        x = self.decoder3(torch.cat([_centre(self.upconv3(x), skip3), skip3], 1))
+        x = self.decoder2(torch.cat([_centre(self.upconv2(x), skip2), skip2], 1))
+        x = self.decoder1(torch.cat([_centre(self.upconv1(x), skip1), skip1], 1))
         return torch.sigmoid(self.conv(x))
