@@ -8,7 +8,7 @@ and the memory format that the plain network would give.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -151,12 +151,11 @@ class UNet(_Network):
         act = run(self.outc, Placed.alone(act), config)
         return act.tensor(config)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As nn.Module's. Upstream checkpoints carry ``mask_values`` among the weights: kept as an attribute."""
-        if "mask_values" in state_dict:
-            self.mask_values = state_dict["mask_values"]
-            state_dict = OrderedDict((key, value) for key, value in state_dict.items() if key != "mask_values")
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Upstream checkpoints carry the mask's values among the weights: kept as an attribute.
+        if f"{prefix}mask_values" in state_dict:
+            self.mask_values = state_dict.pop(f"{prefix}mask_values")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class StridedUNet(_Network):

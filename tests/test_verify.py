@@ -1,0 +1,81 @@
+"""fastunet verify: it compares what it says, passes where the code is right, and fails where it is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastunet import verify
+from fastunet.cli import main
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two operations and one network: the whole takes a minute."""
+    monkeypatch.setattr(verify, "CASES", [case for case in verify.CASES if case.name in ("bn_affine", "max_pool2x2")])
+    monkeypatch.setattr(verify, "NETWORKS", {"PlainUNet": verify.NETWORKS["PlainUNet"]})
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
+    case = next(case for case in verify.CASES if case.name == "bn_affine")
+    monkeypatch.setattr(verify, "CASES", [dataclasses.replace(case, ours=wrong(case.ours))])
+
+
+class WrongGradient(torch.autograd.Function):
+    """The identity, with a gradient that is off by a thousandth."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 1.001
+
+
+@pytest.mark.usefixtures("small")
+def test_passes_and_prints_a_line_for_every_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--backend", "torch"]) == 0
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.endswith("ok")]
+    # Two operations in float32, float16 and bfloat16, forward and backward; one network in float64 (it has no buffers).
+    assert len(lines) == 2 * 3 * 2 + 2
+    assert "all passed" in printed
+    assert any(line.split()[:5][0] == "PlainUNet" and "float64" in line and "backward" in line for line in lines)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("part", ["forward", "backward", "nan"])
+def test_a_planted_fault_fails(part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong(ours: Any) -> Any:
+        def call(inputs: Any, backend: str) -> Tensor:
+            y: Tensor = ours(inputs, backend)
+            return {
+                "forward": lambda: y * 1.001,
+                "backward": lambda: WrongGradient.apply(y),
+                "nan": lambda: y * torch.nan,
+            }[part]()
+
+        return call
+
+    plant(monkeypatch, wrong)
+    assert main(["verify", "--backend", "torch"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.endswith("FAILED")]
+    assert failed
+    assert all(line.startswith("bn_affine") for line in failed)
+    if part == "backward":
+        assert all("backward" in line for line in failed)
+
+
+def test_every_operator_is_compared() -> None:
+    """An operator without a case would be unverified."""
+    called = {
+        name.split("::")[1].split("(")[0] for name in map(str, torch._C._jit_get_all_schemas()) if "fastunet::" in name
+    }
+    forwards = {name for name in called if not name.endswith("_backward")} - {"pool_fork", "affine_act"}
+    # pool_fork is max_pool2x2's case; affine_act is what that case ends in.
+    assert forwards <= {case.name.split()[0] for case in verify.CASES}
