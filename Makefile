@@ -19,7 +19,7 @@ ARGS ?=
 ifeq ($(shell command -v nvidia-smi),)
 TORCH ?= torch==2.13.0
 else
-TORCH ?= torch>=2.10
+TORCH ?= 'torch>=2.10'
 endif
 
 BIN := $(VENV)/bin
@@ -69,7 +69,7 @@ $(VENV)/.made:
 
 $(VENV)/.torch: | $(VENV)/.made
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
-		echo "Installing $(TORCH) (TORCH=... chooses another)"; $(BIN)/python -m pip install --quiet '$(TORCH)'; }
+		echo "Installing $(TORCH) (TORCH=... chooses another)"; $(BIN)/python -m pip install --quiet $(TORCH); }
 	@touch $@
 
 $(VENV)/.fastunet: pyproject.toml | $(VENV)/.torch

@@ -475,7 +475,7 @@ max_pool2x2_backward = _register(
 # A pooled activation is also a skip connection: pool_fork returns (pooled, x), and its backward adds the two gradients
 # in the pass that scatters the first. x comes back as a view, which only a composite operator may return.
 _LIBRARY.define("pool_fork(Tensor(a) x, Tensor? affine, str backend) -> (Tensor, Tensor(a))")
-_LIBRARY.impl("pool_fork", lambda *args: _PoolFork.apply(*args), "CompositeImplicitAutograd")
+_LIBRARY.impl("pool_fork", _PoolFork.apply, "CompositeImplicitAutograd")
 pool_fork = torch.ops.fastunet.pool_fork.default
 
 

@@ -364,7 +364,8 @@ def _network(name: str, device: torch.device, backend: str, dtype: torch.dtype) 
     def step(build: Callable[..., nn.Module], form: torch.memory_format, **more: Any) -> dict[str, list[Tensor]]:
         model = build(**settings, **more).to(device, dtype)
         model.load_state_dict(weights)
-        return _step(model.to(memory_format=form), x.contiguous(memory_format=form))
+        model = model.to(memory_format=form)  # type: ignore[call-overload]
+        return _step(model, x.contiguous(memory_format=form))
 
     truth = _step(truth_model, x.double())
     found = step(ours, torch.contiguous_format, backend=backend)

@@ -39,7 +39,7 @@ def empty_nhwc(like: Tensor, batch: int, channels: int, height: int, width: int)
 
 def block(size: int, most: int, least: int = 16) -> int:
     """The power of two that covers ``size``, within [least, most]."""
-    return max(least, min(most, triton.next_power_of_2(size)))
+    return max(least, min(most, int(triton.next_power_of_2(size))))
 
 
 @triton.jit

@@ -30,10 +30,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from fastunet.kernels.common import accumulator, block, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
 from torch import Tensor
 
 from fastunet.aten import memory_format, stats_dtype
+from fastunet.kernels.common import accumulator, block, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
 
 SIZES = ["N", "H", "W", "P", "Q", "PF", "QF", "top", "left", "tiles_h", "tiles_w"]
 
@@ -380,7 +380,7 @@ def _forward(
     )  # fmt: skip
     if not stats:
         return y, partials[0], partials[1]
-    return y, *_merge_stats(*partials, counts)
+    return y, *_merge_stats(partials[0], partials[1], counts)
 
 
 def _merge_stats(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -453,7 +453,8 @@ def _form_dy(
     sums = like.new_empty((programs, filters) if need_sum else 0, dtype=stats_dtype(like.dtype))
     _form_dy_kernel[(programs, triton.cdiv(filters, block_k))](
         out if dy is None else dy, sums if dmean is None else dmean.contiguous(),
-        sums if dvar is None else dvar.contiguous(), nhwc(y) if dvar is not None else out, mean.contiguous(), out, sums, pixels, chunk, filters,
+        sums if dvar is None else dvar.contiguous(), nhwc(y) if dvar is not None else out, mean.contiguous(), out, sums,
+        pixels, chunk, filters,
         HAS_DY=dy is not None, HAS_DMEAN=dmean is not None, HAS_DVAR=dvar is not None, SUM=need_sum,
         BLOCK_M=block_m, BLOCK_K=block_k, ACC=accumulator(like.dtype), num_warps=4,
     )  # fmt: skip
