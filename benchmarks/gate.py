@@ -26,6 +26,8 @@ from types import ModuleType
 os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: the interpreter compiles nothing
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what releases up to 3.9 do, said aloud
 
+import torch
+
 from benchmarks.cases import CASES, Case
 from benchmarks.machine_code import CHIPS, Resources, read
 from benchmarks.recorder import Launch, Specialisation, find_kernels, record, specialise
@@ -59,11 +61,19 @@ class Task:
 
 def collect(cases: Iterable[Case], backend: ModuleType = kernels) -> dict[Case, list[Launch]]:
     """The launches each case makes."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    kept = convolutions.fp32_precision
     found = {}
-    for case in cases:
-        with record() as launches:
-            case.launch(backend)
-        found[case] = launches
+    try:
+        for case in cases:
+            with record() as launches:
+                # float32 has two kernels: on the tensor cores, which is PyTorch's default, and exact.
+                for precision in ("tf32", "ieee") if case.dtype == torch.float32 else ("tf32",):
+                    convolutions.fp32_precision = precision
+                    case.launch(backend)
+            found[case] = launches
+    finally:
+        convolutions.fp32_precision = kept
     return found
 
 

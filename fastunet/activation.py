@@ -120,14 +120,19 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _operands(act: Activation, weight: Tensor, bias: Tensor | None) -> tuple[Activation, Tensor, Tensor | None]:
+def _operands(
+    act: Activation, weight: Tensor, bias: Tensor | None, config: Config
+) -> tuple[Activation, Tensor, Tensor | None]:
     dtype = compute_dtype(act.x)
     if weight.dtype != dtype and not _autocasting(act.x):
         raise TypeError(
             f"expected input and weights of one dtype, got {act.x.dtype} and {weight.dtype}; convert one of them "
             "(model.to(dtype) or x.to(dtype)) or run under torch.autocast"
         )
-    return act._replace(x=act.x.to(dtype)), weight.to(dtype), None if bias is None else bias.to(dtype)
+    x = act.x.to(dtype)
+    if ops.resolve_backend(config.backend, x.device, dtype) == "triton":
+        weight = weight.to(dtype, memory_format=torch.channels_last)  # one copy serves forward and backward
+    return act._replace(x=x), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 class Raw(NamedTuple):
@@ -140,7 +145,7 @@ class Raw(NamedTuple):
 
 def conv2d(placed: Placed, conv: nn.Conv2d, stats: bool, config: Config) -> Raw:
     """A 3×3 (padding 1, stride 1 or 2) or 1×1 convolution of what is placed, with its bias."""
-    first, weight, bias = _operands(placed.first, conv.weight, conv.bias)
+    first, weight, bias = _operands(placed.first, conv.weight, conv.bias, config)
     second = placed.second
     x1, affine1, relu1 = (None, None, False) if second is None else (second.x.to(first.x.dtype), *second[1:])
     y, mean, var, _ = ops.conv2d(
@@ -152,7 +157,7 @@ def conv2d(placed: Placed, conv: nn.Conv2d, stats: bool, config: Config) -> Raw:
 
 def conv_transpose2d(act: Activation, conv: nn.ConvTranspose2d, stats: bool, config: Config) -> Raw:
     """A stride-2 transposed convolution to twice the size, with its bias."""
-    act, weight, bias = _operands(act, conv.weight, conv.bias)
+    act, weight, bias = _operands(act, conv.weight, conv.bias, config)
     return Raw(*ops.conv_transpose2d(*act, weight, bias, stats, config.backend))
 
 
@@ -175,7 +180,13 @@ def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, config: Config) -> Acti
                 "use a larger batch or picture, or model.eval()"
             )
         mean, var = raw.mean, raw.var
-        if bn.training and bn.track_running_stats and bn.running_mean is not None and bn.running_var is not None:
+        if (
+            count
+            and bn.training
+            and bn.track_running_stats
+            and bn.running_mean is not None
+            and bn.running_var is not None
+        ):
             assert bn.num_batches_tracked is not None
             bn.num_batches_tracked.add_(1)
             momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum

@@ -92,7 +92,7 @@ def conv_bn_relu(
         count = y.numel() // filters
         if count == 1:
             raise ValueError(f"expected more than one value per channel in training, got an output of {tuple(y.shape)}")
-        if running_mean is not None and running_var is not None:
+        if count and running_mean is not None and running_var is not None:
             update_running_stats(running_mean, running_var, mean.detach(), var.detach(), count, momentum)
     else:
         assert running_mean is not None

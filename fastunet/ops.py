@@ -27,6 +27,16 @@ from fastunet.aten import memory_format, stats_dtype
 BACKENDS = ("auto", "torch", "triton")
 _LIBRARY = torch.library.Library("fastunet", "DEF")
 
+# By whether the interpreter runs them: its bfloat16 arithmetic is wrong, and only it computes in float64.
+_KERNEL_DTYPES = {
+    False: (torch.float32, torch.float16, torch.bfloat16),
+    True: (torch.float32, torch.float16, torch.float64),
+}
+_KERNEL_DTYPES_SAID = {
+    False: "float32, float16 and bfloat16",
+    True: "float32, float16 and float64 in the interpreter",
+}
+
 
 # ---- choice ------------------------------------------------------------------------------------------------------
 
@@ -72,17 +82,17 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     if backend == "torch":
         return backend
     reason = triton_unavailable(device.type, device.index)
-    if reason is None and interpreting() and dtype == torch.bfloat16:
-        reason = "Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there"
+    if reason is None and dtype not in _KERNEL_DTYPES[interpreting()]:
+        reason = f"the Triton kernels take {_KERNEL_DTYPES_SAID[interpreting()]}, and the tensors are {dtype}"
     if backend == "triton":
         if reason is not None:
             raise ValueError(f"backend='triton' cannot be used here: {reason}")
         return backend
-    if reason is not None:
-        if device.type == "cuda":
-            _warn_once(f"fastunet runs on the torch backend: {reason}")
-        return "torch"
-    return "torch" if dtype == torch.float64 and not interpreting() else "triton"
+    if reason is None:
+        return "triton"
+    if device.type == "cuda":
+        _warn_once(f"fastunet runs on the torch backend: {reason}")
+    return "torch"
 
 
 def _module(backend: str, like: Tensor) -> ModuleType:
@@ -102,15 +112,25 @@ def _activation(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _register(
-    schema: str, fake: Callable[..., Any], function: type[torch.autograd.Function] | None = None
+    schema: str,
+    fake: Callable[..., Any],
+    function: type[torch.autograd.Function] | None = None,
+    check: Callable[..., None] = lambda *operands: None,
 ) -> Callable[..., Any]:
-    """Define one operator from its schema; its implementation is the function of that name in the chosen backend."""
+    """Define one operator from its schema; its implementation is the function of that name in the chosen backend.
+
+    ``check`` raises ValueError or TypeError for operands that do not fit together: kernels trust sizes.
+    """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
+    operator = getattr(torch.ops.fastunet, name).default
+    names = [argument.name for argument in operator._schema.arguments]
+    deciding = next(names.index(x) for x in ("x0", "x", "logits", "mean", "var") if x in names)
 
     def implementation(*args: Any) -> Any:
         *operands, backend = args
-        like = next(x for x in operands if isinstance(x, Tensor))
+        check(*operands)
+        like = operands[deciding]
         call = getattr(_module(backend, like), name)
         with torch._C._DisableAutocast():
             if like.device.type == "cuda":
@@ -118,11 +138,15 @@ def _register(
                     return call(*operands)
             return call(*operands)
 
+    def checked_fake(*args: Any) -> Any:
+        check(*args[:-1])
+        return fake(*args)
+
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastunet::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"fastunet::{name}", checked_fake, lib=_LIBRARY)
     if function is not None:
         _LIBRARY.impl(name, lambda *args: function.apply(*args), "Autograd")
-    return getattr(torch.ops.fastunet, name).default  # type: ignore[no-any-return]
+    return operator  # type: ignore[no-any-return]
 
 
 def _below_autograd(operator: Callable[..., Any], *args: Any) -> Any:
@@ -132,6 +156,51 @@ def _below_autograd(operator: Callable[..., Any], *args: Any) -> Any:
 
 def _given(gradient: Tensor, wanted: bool) -> Tensor | None:
     return gradient if wanted else None
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+def _check_source(x: Tensor, affine: Tensor | None, like: Tensor) -> None:
+    """One source, beside operand ``like``: rank, batch, dtype, device, and an affine that fits it."""
+    if x.dim() != 4:
+        raise ValueError(f"expected a source of shape (N, C, H, W), got {_shape(x)}")
+    if x.shape[0] != like.shape[0]:
+        raise ValueError(f"expected sources of one batch size, got {like.shape[0]} and {x.shape[0]}")
+    _check_kind("source", x, like)
+    if affine is not None:
+        if affine.dim() != 2 or affine.shape[0] != 3 or affine.shape[1] != x.shape[1]:
+            raise ValueError(
+                f"expected an affine of shape (3, {x.shape[1]}) for {x.shape[1]} channels, got {_shape(affine)}"
+            )
+        if affine.dtype != stats_dtype(x.dtype):
+            raise TypeError(f"expected an affine of {stats_dtype(x.dtype)} for a {x.dtype} source, got {affine.dtype}")
+
+
+def _check_kind(name: str, x: Tensor, like: Tensor) -> None:
+    if x.dtype != like.dtype:
+        raise TypeError(f"expected a {name} of the source's dtype {like.dtype}, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"expected a {name} on the source's device {like.device}, got one on {x.device}")
+
+
+def _check_filters(
+    weight: Tensor, bias: Tensor | None, x: Tensor, axis: int, channels: int, sides: Sequence[int]
+) -> None:
+    """Weights whose dimension ``axis`` reads ``channels`` channels, square with a side in ``sides``; and their bias."""
+    _check_kind("weight", weight, x)
+    square = weight.dim() == 4 and weight.shape[2] == weight.shape[3] and weight.shape[2] in sides
+    if not square or weight.shape[axis] != channels:
+        pair = f"({channels}, K" if axis == 0 else f"(K, {channels}"
+        shapes = " or ".join(f"{pair}, {side}, {side})" for side in sides)
+        raise ValueError(
+            f"expected a weight of shape {shapes} for sources of {channels} channels, got {_shape(weight)}"
+        )
+    if bias is not None:
+        _check_kind("bias", bias, x)
+        if bias.dim() != 1 or bias.shape[0] != weight.shape[1 - axis]:
+            raise ValueError(f"expected a bias of shape ({weight.shape[1 - axis]},), got {_shape(bias)}")
 
 
 def _empty_stats(x: Tensor) -> Tensor:
@@ -164,7 +233,10 @@ def _affine_act_backward_fake(dz: Tensor, x: Tensor, affine: Tensor | None, relu
 
 
 affine_act = _register(
-    "affine_act(Tensor x, Tensor? affine, bool relu, str backend) -> Tensor", _affine_act_fake, _AffineAct
+    "affine_act(Tensor x, Tensor? affine, bool relu, str backend) -> Tensor",
+    _affine_act_fake,
+    _AffineAct,
+    lambda x, affine, relu: _check_source(x, affine, x),
 )
 affine_act_backward = _register(
     "affine_act_backward(Tensor dz, Tensor x, Tensor? affine, bool relu, str backend) -> (Tensor, Tensor)",
@@ -201,10 +273,17 @@ class _BnAffine(torch.autograd.Function):
         )
 
 
+def _check_bn_affine(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+    for name, vector in (("var", var), ("weight", weight), ("bias", bias)):
+        if vector is not None and vector.shape != mean.shape:
+            raise ValueError(f"expected a {name} of the statistics' shape {_shape(mean)}, got {_shape(vector)}")
+
+
 bn_affine = _register(
     "bn_affine(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str backend) -> Tensor",
     lambda mean, var, weight, bias, eps, backend: mean.new_empty((3, mean.shape[0])),
     _BnAffine,
+    _check_bn_affine,
 )
 bn_affine_backward = _register(
     "bn_affine_backward(Tensor daffine, Tensor var, Tensor? weight, float eps, str backend)"
@@ -242,9 +321,7 @@ class _Conv2d(torch.autograd.Function):
         # y is needed only to spread the gradient of the statistics; its storage is the consumer's saved input anyway.
         ctx.save_for_backward(y if stats else x0.new_empty(0), mean, x0, affine0, x1, affine1, weight, z)
         ctx.config = (relu0, relu1, stride, size, offset, backend)
-        ctx.mark_non_differentiable(z)
-        if not stats:
-            ctx.mark_non_differentiable(mean, var)
+        ctx.mark_non_differentiable(*((z,) if stats else (mean, var, z)))  # the last call is the one that counts
         return y, mean, var, z
 
     @staticmethod
@@ -333,12 +410,38 @@ def _weight_gradient_fake(weight: Tensor, need_weight: bool, need_bias: bool, fi
     return dweight, weight.new_empty(filters if need_bias else 0)
 
 
+def _check_conv2d(
+    x0: Tensor,
+    affine0: Tensor | None,
+    relu0: bool,
+    x1: Tensor | None,
+    affine1: Tensor | None,
+    relu1: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    size: Sequence[int],
+    offset: Sequence[int],
+    stats: bool,
+    save: bool,
+) -> None:
+    _check_source(x0, affine0, x0)
+    if x1 is not None:
+        _check_source(x1, affine1, x0)
+    _check_filters(weight, bias, x0, 1, x0.shape[1] + (0 if x1 is None else x1.shape[1]), (3, 1))
+    if stride not in (1, 2) or (stride == 2 and weight.shape[2] == 1):
+        raise ValueError(f"expected stride 1, or 2 for a 3×3 weight, got {stride}")
+    if len(size) != 2 or len(offset) != 4:
+        raise ValueError(f"expected a size of 2 and an offset of 4 numbers, got {len(size)} and {len(offset)}")
+
+
 conv2d = _register(
     "conv2d(Tensor x0, Tensor? affine0, bool relu0, Tensor? x1, Tensor? affine1, bool relu1, Tensor weight,"
     " Tensor? bias, int stride, SymInt[] size, SymInt[] offset, bool stats, bool save, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _conv2d_fake,
     _Conv2d,
+    _check_conv2d,
 )
 conv2d_backward = _register(
     "conv2d_backward(Tensor? dy, Tensor? dmean, Tensor? dvar, Tensor y, Tensor mean, Tensor x0, Tensor? affine0,"
@@ -416,11 +519,19 @@ def _conv_transpose2d_backward_fake(
     return (*source, *_weight_gradient_fake(weight, mask[1], mask[2], weight.shape[1]))
 
 
+def _check_conv_transpose2d(
+    x: Tensor, affine: Tensor | None, relu: bool, weight: Tensor, bias: Tensor | None, stats: bool
+) -> None:
+    _check_source(x, affine, x)
+    _check_filters(weight, bias, x, 0, x.shape[1], (2, 3))
+
+
 conv_transpose2d = _register(
     "conv_transpose2d(Tensor x, Tensor? affine, bool relu, Tensor weight, Tensor? bias, bool stats, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _conv_transpose2d_fake,
     _ConvTranspose2d,
+    _check_conv_transpose2d,
 )
 conv_transpose2d_backward = _register(
     "conv_transpose2d_backward(Tensor? dy, Tensor? dmean, Tensor? dvar, Tensor y, Tensor mean, Tensor x,"
@@ -466,7 +577,12 @@ def _max_pool_fake(x: Tensor, affine: Tensor | None, backend: str) -> Tensor:
     return _activation(x, (batch, channels, height // 2, width // 2))
 
 
-max_pool2x2 = _register("max_pool2x2(Tensor x, Tensor? affine, str backend) -> Tensor", _max_pool_fake, _MaxPool)
+max_pool2x2 = _register(
+    "max_pool2x2(Tensor x, Tensor? affine, str backend) -> Tensor",
+    _max_pool_fake,
+    _MaxPool,
+    lambda x, affine: _check_source(x, affine, x),
+)
 max_pool2x2_backward = _register(
     "max_pool2x2_backward(Tensor x, Tensor? affine, Tensor? dp, Tensor? dskip, str backend) -> Tensor",
     lambda x, affine, dp, dskip, backend: _activation(x, x.shape),
@@ -553,11 +669,20 @@ def _upsample_concat_backward_fake(
     return (*lower, *_source_gradient_fake(skip, skip_affine))
 
 
+def _check_upsample_concat(
+    x: Tensor, affine: Tensor | None, relu: bool, skip: Tensor | None, skip_affine: Tensor | None, *settings: bool
+) -> None:
+    _check_source(x, affine, x)
+    if skip is not None:
+        _check_source(skip, skip_affine, x)
+
+
 upsample_concat = _register(
     "upsample_concat(Tensor x, Tensor? affine, bool relu, Tensor? skip, Tensor? skip_affine, bool skip_relu,"
     " bool align_corners, bool skip_first, str backend) -> Tensor",
     _upsample_concat_fake,
     _UpsampleConcat,
+    _check_upsample_concat,
 )
 upsample_concat_backward = _register(
     "upsample_concat_backward(Tensor dy, Tensor x, Tensor? affine, bool relu, Tensor? skip, Tensor? skip_affine,"
@@ -610,11 +735,26 @@ def _softmax_stats_backward_fake(
     return torch.empty_like(logits, memory_format=memory_format(logits))
 
 
+def _check_softmax_stats(
+    logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int
+) -> None:
+    if logits.dim() != 4 or logits.shape[1] > 256:
+        raise ValueError(f"expected logits of shape (N, C, H, W) with at most 256 classes, got {_shape(logits)}")
+    batch, classes, height, width = logits.shape
+    plane = (batch, height, width)
+    fits = tuple(labels.shape) == plane if mode == "softmax" or classes == 1 else False
+    if not fits and not (mode == "sigmoid" and labels.shape == logits.shape):
+        raise ValueError(f"expected labels of shape {plane} for logits of shape {_shape(logits)}, got {_shape(labels)}")
+    if pixel_weight is not None and tuple(pixel_weight.shape) != plane:
+        raise ValueError(f"expected pixel_weight of shape {plane}, got {_shape(pixel_weight)}")
+
+
 softmax_stats = _register(
     "softmax_stats(Tensor logits, Tensor labels, Tensor? pixel_weight, str mode, int ignore_index, str backend)"
     " -> Tensor",
     _softmax_stats_fake,
     _SoftmaxStats,
+    _check_softmax_stats,
 )
 softmax_stats_backward = _register(
     "softmax_stats_backward(Tensor dstats, Tensor logits, Tensor labels, Tensor? pixel_weight, str mode,"

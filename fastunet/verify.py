@@ -95,15 +95,14 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _exact_float32() -> Iterator[None]:
-    """float32 means float32: PyTorch's convolutions use TF32 by default."""
-    kept = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    """float32 means float32: convolutions, PyTorch's and fastunet's, use TF32 by default."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    kept = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(kept[0])
-        torch.backends.cudnn.allow_tf32 = kept[1]
+        convolutions.fp32_precision = kept
 
 
 def rows(device: torch.device, backend: str, quick: bool) -> Iterator[Row]:

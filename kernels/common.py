@@ -44,7 +44,7 @@ def block(size: int, most: int, least: int = 16) -> int:
 
 @triton.jit
 def load_affine(affine_ptr, c, C, HAS_AFFINE: tl.constexpr, ACC: tl.constexpr):
-    """Rows scale, shift, centre of an affine (3, C) at channels ``c``; identity without one and beyond C."""
+    """Rows scale, shift, centre of an affine (3, C) at channels ``c``; identity without one, 0 beyond C."""
     if HAS_AFFINE:
         scale = tl.load(affine_ptr + c, mask=c < C, other=0.0)
         shift = tl.load(affine_ptr + C + c, mask=c < C, other=0.0)
@@ -77,9 +77,10 @@ def normalise(x, scale, shift, centre, HAS_AFFINE: tl.constexpr, RELU: tl.conste
 @triton.jit(do_not_specialize=["slabs"])
 def _sum_slabs_kernel(x_ptr, y_ptr, slabs, length, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """y[g, l] = Σ_{i<GROUP} x[g·GROUP + i, l], in a fixed tree order."""
-    group = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(length, BLOCK)
+    group = (tl.program_id(0) // blocks).to(tl.int64)
     row = group * GROUP + tl.arange(0, GROUP)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = (row < slabs)[:, None] & (column < length)[None, :]
     x = tl.load(x_ptr + row[:, None] * length + column[None, :], mask=mask, other=0.0)
     tl.store(y_ptr + group * length + column, tl.sum(x, 0), mask=column < length)
@@ -96,7 +97,7 @@ def sum_slabs(x: Tensor) -> Tensor:
     while slabs > 1:
         groups = triton.cdiv(slabs, group)
         y = torch.empty((groups, length), dtype=x.dtype, device=x.device)
-        _sum_slabs_kernel[(groups, triton.cdiv(length, columns))](
+        _sum_slabs_kernel[(groups * triton.cdiv(length, columns),)](
             x, y, slabs, length, GROUP=group, BLOCK=columns, num_warps=4
         )
         x, slabs = y, groups

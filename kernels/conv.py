@@ -253,9 +253,11 @@ def _conv_dgrad_kernel(
             g = tl.where(normalise(x, scale, shift, centre, AFFINE, RELU, ACC) <= 0.0, 0.0, g)
         if AFFINE:
             g = tl.where(mask, g, 0.0)
-            partial = tile.to(tl.int64) * 2 * C + c
+            partial = tile.to(tl.int64) * 3 * C + c
+            dshift = tl.sum(g, 0)
             tl.store(partial_ptr + partial, tl.sum(g * (x.to(ACC) - centre[None, :]), 0), mask=c < C)
-            tl.store(partial_ptr + partial + C, tl.sum(g, 0), mask=c < C)
+            tl.store(partial_ptr + partial + C, dshift, mask=c < C)
+            tl.store(partial_ptr + partial + 2 * C, -scale * dshift, mask=c < C)
             g = g * scale[None, :]
     tl.store(dx_ptr + place, g.to(dx_ptr.dtype.element_ty), mask=mask)
 
@@ -311,9 +313,11 @@ def _conv_wgrad_kernel(
 # ---- launchers ---------------------------------------------------------------------------------------------------
 
 
-def _precision() -> str:
-    """float32 operands follow torch.get_float32_matmul_precision()."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def _precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied: as PyTorch's own convolutions do, by torch.backends.cudnn.conv."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    lowered = dtype == torch.float32 and convolutions.fp32_precision == "tf32"
+    return "tf32" if lowered and torch.version.hip is None else "ieee"
 
 
 def _tile_shape(height: int, width: int, pixels: int) -> tuple[int, int]:
@@ -375,7 +379,7 @@ def _forward(
         AFFINE=first.affine is not None, RELU=first.relu, TWO=len(sources) == 2,
         AFFINE1=second.affine is not None, RELU1=second.relu, BIAS=bias is not None, STATS=stats,
         TILE_H=tile_h, TILE_W=tile_w, BLOCK_C=block_c, BLOCK_K=block_k,
-        ACC=accumulator(x.dtype), PRECISION=_precision(),
+        ACC=accumulator(x.dtype), PRECISION=_precision(x.dtype),
         num_warps=8 if narrow else 4, num_stages=3 if narrow and not transposed else 2,
     )  # fmt: skip
     if not stats:
@@ -469,9 +473,8 @@ def _dgrad(
     x, channels = source.x, source.channels
     batch, filters, height, width = dy.shape
     dx = empty_nhwc(x, *x.shape)
-    daffine = x.new_zeros((3, channels) if source.affine is not None else 0, dtype=stats_dtype(x.dtype))
     if dx.numel() == 0:
-        return dx, daffine
+        return dx, x.new_zeros((3, channels) if source.affine is not None else 0, dtype=stats_dtype(x.dtype))
     parities = stride * stride if transposed else 1
     step = stride if transposed else 1
     rows, columns = triton.cdiv(source.height, step), triton.cdiv(source.width, step)
@@ -479,7 +482,7 @@ def _dgrad(
     tile_h, tile_w = _tile_shape(rows, columns, 128 if narrow else 64)
     tiles_h, tiles_w = triton.cdiv(rows, tile_h), triton.cdiv(columns, tile_w)
     tiles = batch * parities * tiles_h * tiles_w
-    partials = x.new_empty((tiles, 2, channels) if source.affine is not None else 0, dtype=stats_dtype(x.dtype))
+    partials = x.new_empty((tiles, 3, channels) if source.affine is not None else 0, dtype=stats_dtype(x.dtype))
     block_c = block(channels, 64 if narrow else 32)
     _conv_dgrad_kernel[(tiles * triton.cdiv(channels, block_c),)](
         dy, nhwc(weight), x, source.affine_or_x, dx, partials,
@@ -488,12 +491,9 @@ def _dgrad(
         KSIZE=weight.shape[-1], STRIDE=stride, PAD=pad, TRANSPOSED=transposed,
         AFFINE=source.affine is not None, RELU=source.relu,
         TILE_H=tile_h, TILE_W=tile_w, BLOCK_K=block(filters, 32), BLOCK_C=block_c,
-        ACC=accumulator(x.dtype), PRECISION=_precision(), num_warps=8 if narrow else 4, num_stages=2,
+        ACC=accumulator(x.dtype), PRECISION=_precision(x.dtype), num_warps=8 if narrow else 4, num_stages=2,
     )  # fmt: skip
-    if source.affine is not None:
-        daffine[:2] = sum_slabs(partials)
-        daffine[2] = -source.affine[0] * daffine[1]
-    return dx, daffine
+    return dx, sum_slabs(partials) if source.affine is not None else partials
 
 
 def _wgrad(
@@ -528,11 +528,16 @@ def _wgrad(
             FIXED_AFFINE=fixed.affine is not None, FIXED_RELU=fixed.relu,
             MOVED_AFFINE=moved.affine is not None, MOVED_RELU=moved.relu,
             TILE_H=tile_h, TILE_W=tile_w, BLOCK_A=block_a, BLOCK_B=block_b,
-            ACC=accumulator(weight.dtype), PRECISION=_precision(), num_warps=4, num_stages=2,
+            ACC=accumulator(weight.dtype), PRECISION=_precision(weight.dtype), num_warps=4, num_stages=2,
         )  # fmt: skip
         first += moved.channels
     dweight = sum_slabs(partials).permute(0, 3, 1, 2).to(weight.dtype)
     return dweight.contiguous(memory_format=memory_format(weight))
+
+
+def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What stands for the gradients of a source that were not asked for."""
+    return x.new_empty(0), x.new_empty(0, dtype=stats_dtype(x.dtype))
 
 
 def conv2d_backward(
@@ -560,14 +565,13 @@ def conv2d_backward(
     if x1 is not None:
         sources.append(_Source(x1, affine1, relu1, offset[2], offset[3]))
     dy, dbias = _form_dy(dy, dmean, dvar, y, mean, mask[3])
-    empty = x0.new_empty(0), x0.new_empty(0, dtype=stats_dtype(x0.dtype))
     grads: list[Tensor] = []
     first = 0
     for source, wanted in zip(sources, mask, strict=False):
-        grads += _dgrad(dy, weight, source, size, first, stride, pad, True) if wanted else empty
+        grads += _dgrad(dy, weight, source, size, first, stride, pad, True) if wanted else _nothing(x0)
         first += source.channels
     if x1 is None:
-        grads += empty
+        grads += _nothing(x0)
     fixed = _Source(dy, None, False)
     dweight = (
         _wgrad([(fixed, source) for source in sources], size, weight, stride, pad) if mask[2] else weight.new_empty(0)
@@ -591,11 +595,7 @@ def conv_transpose2d_backward(
     pad = 1 if weight.shape[-1] == 3 else 0
     source = _Source(x, affine, relu)
     dy, dbias = _form_dy(dy, dmean, dvar, y, mean, mask[2])
-    dx, daffine = (
-        _dgrad(dy, weight, source, x.shape[-2:], 0, 2, pad, False)
-        if mask[0]
-        else (x.new_empty(0), x.new_empty(0, dtype=stats_dtype(x.dtype)))
-    )
+    dx, daffine = _dgrad(dy, weight, source, x.shape[-2:], 0, 2, pad, False) if mask[0] else _nothing(x)
     moved = _Source(dy, None, False)
     dweight = _wgrad([(source, moved)], dy.shape[-2:], weight, 2, pad) if mask[1] else weight.new_empty(0)
     return dx, daffine, dweight, dbias.to(weight.dtype)

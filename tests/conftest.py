@@ -23,6 +23,9 @@ if DEVICE == "cpu":
 # One thread a process: the tensors are tiny, and `pytest -n` already fills the cores.
 torch.set_num_threads(1)
 
+# Convolutions use TF32 by default, PyTorch's and fastunet's; tolerances here are float32's.
+torch.backends.cudnn.conv.fp32_precision = "ieee"
+
 # The interpreter has no steady pace, and a red test must be red again when it is looked into.
 settings.register_profile("fastunet", deadline=None, derandomize=True)
 settings.load_profile("fastunet")

@@ -384,3 +384,48 @@ def test_any_shape(
     assert_near(
         gradients(result, inputs.leaves), gradients(truth, exact.leaves), gradients(own, plainly.leaves), torch.float32
     )
+
+
+MISFITS = {
+    "channels": ({"weight": (4, 5, 3, 3)}, r"weight of shape \(K, 3, 3, 3\) or \(K, 3, 1, 1\).*got \(4, 5, 3, 3\)"),
+    "kernel": ({"weight": (4, 3, 5, 5)}, r"weight of shape .* got \(4, 3, 5, 5\)"),
+    "bias": ({"bias": (3,)}, r"bias of shape \(4,\), got \(3,\)"),
+    "affine": ({"affine0": (3, 2)}, r"affine of shape \(3, 3\) for 3 channels, got \(3, 2\)"),
+    "batch": ({"x1": (1, 2, 4, 4), "weight": (4, 5, 3, 3)}, "one batch size, got 2 and 1"),
+    "stride": ({"stride": 3}, "stride 1, or 2 for a 3×3 weight, got 3"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), MISFITS.values(), ids=MISFITS)
+def test_operands_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, backend: str, device: str) -> None:
+    """Kernels compute addresses from sizes: what does not fit must not reach them."""
+    shapes: dict[str, Any] = {
+        "x0": (2, 3, 4, 4), "affine0": (3, 3), "x1": None, "weight": (4, 3, 3, 3), "bias": (4,), "stride": 1
+    } | changes  # fmt: skip
+    t = {name: torch.randn(s, device=device) if isinstance(s, tuple) else s for name, s in shapes.items()}
+    with pytest.raises(ValueError, match=message) as caught:
+        ops.conv2d(
+            t["x0"], t["affine0"], True, t["x1"], None, False, t["weight"], t["bias"], t["stride"], (4, 4),
+            (0, 0, 0, 0), False, False, backend,
+        )  # fmt: skip
+    assert "\n" not in str(caught.value)
+
+
+def test_statistics_without_a_gradient_stay_so(backend: str, device: str) -> None:
+    case = CASES["relu-without-affine"]
+    inputs = draw(case, device)
+    y, mean, var, z = ops.conv2d(*conv2d_arguments(case, inputs, backend, True))
+    assert y.requires_grad
+    assert not any(t.requires_grad for t in (mean, var, z))
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_float32_follows_pytorchs_convolutions(precision: str) -> None:
+    conv = pytest.importorskip("fastunet.kernels.conv")
+    kept = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+    try:
+        assert conv._precision(torch.float32) == precision
+        assert conv._precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = kept
