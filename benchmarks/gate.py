@@ -61,19 +61,18 @@ class Task:
 
 def collect(cases: Iterable[Case], backend: ModuleType = kernels) -> dict[Case, list[Launch]]:
     """The launches each case makes."""
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    kept = convolutions.fp32_precision
+    kept = torch.backends.cudnn.allow_tf32
     found = {}
     try:
         for case in cases:
             with record() as launches:
                 # float32 has two kernels: on the tensor cores, which is PyTorch's default, and exact.
-                for precision in ("tf32", "ieee") if case.dtype == torch.float32 else ("tf32",):
-                    convolutions.fp32_precision = precision
+                for allowed in (True, False) if case.dtype == torch.float32 else (True,):
+                    torch.backends.cudnn.allow_tf32 = allowed
                     case.launch(backend)
             found[case] = launches
     finally:
-        convolutions.fp32_precision = kept
+        torch.backends.cudnn.allow_tf32 = kept
     return found
 
 

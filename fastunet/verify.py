@@ -96,13 +96,12 @@ def run(args: argparse.Namespace) -> int:
 @contextmanager
 def _exact_float32() -> Iterator[None]:
     """float32 means float32: convolutions, PyTorch's and fastunet's, use TF32 by default."""
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    kept = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
+    kept = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        convolutions.fp32_precision = kept
+        torch.backends.cudnn.allow_tf32 = kept
 
 
 def rows(device: torch.device, backend: str, quick: bool) -> Iterator[Row]:

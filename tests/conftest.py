@@ -24,7 +24,7 @@ if DEVICE == "cpu":
 torch.set_num_threads(1)
 
 # Convolutions use TF32 by default, PyTorch's and fastunet's; tolerances here are float32's.
-torch.backends.cudnn.conv.fp32_precision = "ieee"
+torch.backends.cudnn.allow_tf32 = False
 
 # The interpreter has no steady pace, and a red test must be red again when it is looked into.
 settings.register_profile("fastunet", deadline=None, derandomize=True)

@@ -419,13 +419,9 @@ def test_statistics_without_a_gradient_stay_so(backend: str, device: str) -> Non
     assert not any(t.requires_grad for t in (mean, var, z))
 
 
-@pytest.mark.parametrize("precision", ["tf32", "ieee"])
-def test_float32_follows_pytorchs_convolutions(precision: str) -> None:
+@pytest.mark.parametrize("allowed", [True, False])
+def test_float32_follows_pytorchs_convolutions(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     conv = pytest.importorskip("fastunet.kernels.conv")
-    kept = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = precision
-    try:
-        assert conv._precision(torch.float32) == precision
-        assert conv._precision(torch.bfloat16) == "ieee"
-    finally:
-        torch.backends.cudnn.conv.fp32_precision = kept
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    assert conv._precision(torch.float32) == ("tf32" if allowed else "ieee")
+    assert conv._precision(torch.bfloat16) == "ieee"
