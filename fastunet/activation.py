@@ -68,7 +68,9 @@ class Activation(NamedTuple):
 
     def stored(self, config: Config) -> Activation:
         """The same activation with its value stored."""
-        return self if self.plain else Activation(ops.affine_act(self.x, self.affine, self.relu, config.backend))
+        return (
+            self if self.plain else Activation(ops.call(ops.affine_act, self.x, self.affine, self.relu, config.backend))
+        )
 
 
 class Placed(NamedTuple):
@@ -148,8 +150,8 @@ def conv2d(placed: Placed, conv: nn.Conv2d, stats: bool, config: Config) -> Raw:
     first, weight, bias = _operands(placed.first, conv.weight, conv.bias, config)
     second = placed.second
     x1, affine1, relu1 = (None, None, False) if second is None else (second.x.to(first.x.dtype), *second[1:])
-    y, mean, var, _ = ops.conv2d(
-        *first, x1, affine1, relu1, weight, bias, conv.stride[0], placed.size, placed.offset, stats,
+    y, mean, var, _ = ops.call(
+        ops.conv2d, *first, x1, affine1, relu1, weight, bias, conv.stride[0], placed.size, placed.offset, stats,
         config.stores(first.x), config.backend,
     )  # fmt: skip
     return Raw(y, mean, var)
@@ -158,7 +160,7 @@ def conv2d(placed: Placed, conv: nn.Conv2d, stats: bool, config: Config) -> Raw:
 def conv_transpose2d(act: Activation, conv: nn.ConvTranspose2d, stats: bool, config: Config) -> Raw:
     """A stride-2 transposed convolution to twice the size, with its bias."""
     act, weight, bias = _operands(act, conv.weight, conv.bias, config)
-    return Raw(*ops.conv_transpose2d(*act, weight, bias, stats, config.backend))
+    return Raw(*ops.call(ops.conv_transpose2d, *act, weight, bias, stats, config.backend))
 
 
 def uses_batch_stats(bn: nn.BatchNorm2d) -> bool:
@@ -196,7 +198,7 @@ def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, config: Config) -> Acti
         assert bn.running_var is not None
         dtype = stats_dtype(raw.y.dtype)
         mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
-    return Activation(raw.y, ops.bn_affine(mean, var, bn.weight, bn.bias, bn.eps, config.backend), relu)
+    return Activation(raw.y, ops.call(ops.bn_affine, mean, var, bn.weight, bn.bias, bn.eps, config.backend), relu)
 
 
 def update_running_stats(
@@ -217,5 +219,5 @@ def pool_fork(act: Activation, config: Config) -> tuple[Activation, Activation]:
 
 def upsample(act: Activation, align_corners: bool, config: Config) -> Activation:
     """Bilinear ×2 of the activation's value; the result is plain."""
-    x = ops.upsample_concat(*act, None, None, False, align_corners, True, config.backend)
+    x = ops.call(ops.upsample_concat, *act, None, None, False, align_corners, True, config.backend)
     return Activation(x)

@@ -135,6 +135,15 @@ def _form_dy(dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, y: Te
     return total.to(y.dtype)
 
 
+def _beside(weight: Tensor, z: Tensor) -> torch.memory_format:
+    """The layout in which ATen convolves z with ``weight`` without copying the larger of the two.
+
+    Deep layers have more weights than pixels, and contiguous weights would be copied to channels_last and back.
+    """
+    few_pixels = weight.is_contiguous() and weight.numel() > z.numel()
+    return torch.contiguous_format if few_pixels else torch.channels_last
+
+
 def _frame(z: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
     """z placed at (top, left) in a zero frame of ``size``; negative offsets crop, as does what sticks out."""
     height, width = z.shape[-2:]
@@ -166,8 +175,9 @@ def conv2d(
     z = _frame(_normalise(channels_last(x0), affine0, relu0), size, offset[0], offset[1])
     if x1 is not None:
         z = torch.cat([z, _frame(_normalise(channels_last(x1), affine1, relu1), size, offset[2], offset[3])], 1)
-    y = F.conv2d(z, weight, bias, stride, weight.shape[-1] // 2)
-    y = channels_last(y)
+    y = channels_last(
+        F.conv2d(z.contiguous(memory_format=_beside(weight, z)), weight, bias, stride, weight.shape[-1] // 2)
+    )
     mean, var = _batch_stats(y) if stats else _nothing(y, 2)
     plain = affine0 is None and not relu0 and x1 is None and list(size) == list(x0.shape[-2:])
     return y, mean, var, x0.new_empty(0) if plain or not save else channels_last(z)
@@ -210,8 +220,19 @@ def conv2d_backward(
         z = placed[0] if len(placed) == 1 else torch.cat(placed, 1)
     need_dz = mask[0] or mask[1]
     pad = weight.shape[-1] // 2
+    form = _beside(weight, z)
     dz, dweight, dbias = aten.convolution_backward(
-        dy, z, weight, [weight.shape[0]], [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], 1, [need_dz, mask[2], mask[3]]
+        dy.contiguous(memory_format=form),
+        z.contiguous(memory_format=form),
+        weight,
+        [weight.shape[0]],
+        [stride] * 2,
+        [pad] * 2,
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [need_dz, mask[2], mask[3]],
     )
     grads: list[Tensor] = []
     start = 0
@@ -248,7 +269,9 @@ def conv_transpose2d(
     """Stride-2 transposed convolution of one source to twice its size; weight is (C, K, 2, 2) or (C, K, 3, 3)."""
     padding, output_padding = _transpose_geometry(weight)
     z = _normalise(channels_last(x), affine, relu)
-    y = channels_last(F.conv_transpose2d(z, weight, bias, 2, padding, output_padding))
+    y = channels_last(
+        F.conv_transpose2d(z.contiguous(memory_format=_beside(weight, z)), weight, bias, 2, padding, output_padding)
+    )
     mean, var = _batch_stats(y) if stats else _nothing(y, 2)
     return y, mean, var
 
@@ -270,7 +293,7 @@ def conv_transpose2d_backward(
     dy = _form_dy(dy, dmean, dvar, y, mean)
     z = _normalise(channels_last(x), affine, relu)
     dz, dweight, dbias = aten.convolution_backward(
-        dy, z, weight, [weight.shape[1]], [2, 2], padding, [1, 1], True, output_padding, 1, list(mask)
+        *_beside(weight, dy, z), weight, [weight.shape[1]], [2, 2], padding, [1, 1], True, output_padding, 1, list(mask)
     )
     if mask[0]:
         dx, daffine = _normalise_backward(dz, x, affine, relu, z)

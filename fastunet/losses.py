@@ -118,7 +118,7 @@ def softmax_stats(
             elsewhere counts as no class (see :func:`check_labels`).
     """
     _check(logits, labels, mode, ignore_index, pixel_weight)
-    stats: Tensor = ops.softmax_stats(logits, labels, pixel_weight, mode, ignore_index, backend)
+    stats: Tensor = ops.call(ops.softmax_stats, logits, labels, pixel_weight, mode, ignore_index, backend)
     return stats
 
 

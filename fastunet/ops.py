@@ -26,6 +26,7 @@ from fastunet.aten import memory_format, stats_dtype
 
 BACKENDS = ("auto", "torch", "triton")
 _LIBRARY = torch.library.Library("fastunet", "DEF")
+_FUNCTIONS: dict[Callable[..., Any], type[torch.autograd.Function]] = {}
 
 # By whether the interpreter runs them: its bfloat16 arithmetic is wrong, and only it computes in float64.
 _KERNEL_DTYPES = {
@@ -145,8 +146,23 @@ def _register(
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastunet::{name}", checked_fake, lib=_LIBRARY)
     if function is not None:
-        _LIBRARY.impl(name, lambda *args: function.apply(*args), "Autograd")
+        _FUNCTIONS[operator] = function
+        _LIBRARY.impl(name, lambda *args: _differentiable(operator, *args), "Autograd")
     return operator  # type: ignore[no-any-return]
+
+
+def _differentiable(operator: Callable[..., Any], *args: Any) -> Any:
+    if torch.is_grad_enabled():
+        return _FUNCTIONS[operator].apply(*args)
+    return _below_autograd(operator, *args)
+
+
+def call(operator: Callable[..., Any], *args: Any) -> Any:
+    """``operator(*args)``, by the shorter way: a network's forward is dozens of small calls.
+
+    Outside a compiler the autograd.Function is applied here rather than found by the dispatcher.
+    """
+    return operator(*args) if torch.compiler.is_compiling() else _differentiable(operator, *args)
 
 
 def _below_autograd(operator: Callable[..., Any], *args: Any) -> Any:

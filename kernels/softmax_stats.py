@@ -25,7 +25,7 @@ from fastunet.aten import memory_format, stats_dtype
 from fastunet.kernels.common import PROPAGATE_ALL, accumulator, sum_slabs
 
 # Elements of a tile per thread. The forward pass keeps six sums for each, and 16 of them spill.
-_FORWARD_WORK, _BACKWARD_WORK = 8, 16
+_FORWARD_WORK, _BACKWARD_WORK = 8, 8
 _PROGRAMS = 1024  # of the forward pass; a constant, so that the order of summation is the same on every GPU
 
 
@@ -115,8 +115,9 @@ def _softmax_stats_kernel(
         p_sum += p
         p2_sum += p * p
         y_sum += tl.where(y, 1.0, 0.0)
+        w = tl.where(counted, w, 0.0)
         ce_sum += tl.where(counted, ce, 0.0) * w
-        w_sum += tl.where(counted, w, 0.0)
+        w_sum += w
     row = ((program.to(tl.int64) * batch + n) * C + c) * 6
     inside = c < C
     tl.store(partial_ptr + row, tl.sum(tp, axis=0), mask=inside)

@@ -231,6 +231,13 @@ def _upsample_bwd_kernel(
         store_affine_gradient(partial_ptr, slab, c, C, scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
 
 
+def _tile(x: Tensor, *channels: int) -> tuple[int, int]:
+    """(pixels, channels) of a tile for tensors like ``x`` with these numbers of channels; a quarter of the pixels where
+    accesses are of single elements, as 16 taps with an address for each element do not fit into the registers."""
+    block_w, block_c = tile(max(channels), x.element_size(), _ACCESSES)
+    return block_w if all(c % 16 == 0 for c in channels) else block_w // 4, block_c
+
+
 def _frame(x: Tensor, skip: Tensor | None) -> tuple[int, int, int, int]:
     """(height, width, top, left): the result's size, and where in it the doubled picture begins."""
     height, width = 2 * x.shape[2], 2 * x.shape[3]
@@ -260,7 +267,7 @@ def upsample_concat(
     # Output o belongs to cell (o − 1) // 2: from that of y's first row or column to that of its last.
     first_h, first_w = (-top - 1) // 2, (-left - 1) // 2
     cells_h, cells_w = (y_height - top) // 2 - first_h, (y_width - left) // 2 - first_w
-    block_w, block_c = tile(max(channels, skip_channels), x.element_size(), _ACCESSES)
+    block_w, block_c = _tile(x, channels, skip_channels)
     blocks = triton.cdiv(cells_w, block_w)
     groups = triton.cdiv(channels, block_c) + triton.cdiv(skip_channels, block_c)
     _upsample_concat_fwd_kernel[(batch * cells_h * blocks, groups)](
@@ -290,7 +297,7 @@ def upsample_concat_backward(
     skip_channels = 0 if skip is None else skip.shape[1]
     y_height, y_width, top, left = _frame(x, skip)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
-    block_w, block_c = tile(channels, x.element_size(), _ACCESSES)
+    block_w, block_c = _tile(x, channels, skip_channels)
     segments = triton.cdiv(width, block_w * _ROUNDS)
     slabs = batch * height * segments
     partial = x.new_empty(0 if affine is None else (slabs, 3, channels), dtype=stats_dtype(x.dtype))
