@@ -292,8 +292,19 @@ def conv_transpose2d_backward(
     padding, output_padding = _transpose_geometry(weight)
     dy = _form_dy(dy, dmean, dvar, y, mean)
     z = _normalise(channels_last(x), affine, relu)
+    form = _beside(weight, z)
     dz, dweight, dbias = aten.convolution_backward(
-        *_beside(weight, dy, z), weight, [weight.shape[1]], [2, 2], padding, [1, 1], True, output_padding, 1, list(mask)
+        dy.contiguous(memory_format=form),
+        z.contiguous(memory_format=form),
+        weight,
+        [weight.shape[1]],
+        [2, 2],
+        padding,
+        [1, 1],
+        True,
+        output_padding,
+        1,
+        list(mask),
     )
     if mask[0]:
         dx, daffine = _normalise_backward(dz, x, affine, relu, z)
