@@ -380,7 +380,7 @@ def _forward(
         AFFINE1=second.affine is not None, RELU1=second.relu, BIAS=bias is not None, STATS=stats,
         TILE_H=tile_h, TILE_W=tile_w, BLOCK_C=block_c, BLOCK_K=block_k,
         ACC=accumulator(x.dtype), PRECISION=_precision(x.dtype),
-        num_warps=8 if narrow else 4, num_stages=3 if narrow and not transposed else 2,
+        num_warps=8 if narrow else 4, num_stages=3 if narrow and not transposed and len(sources) == 1 else 2,
     )  # fmt: skip
     if not stats:
         return y, partials[0], partials[1]
@@ -490,8 +490,9 @@ def _dgrad(
         filters, channels, first_channel, weight.shape[1] if transposed else weight.shape[0], tiles_h, tiles_w,
         KSIZE=weight.shape[-1], STRIDE=stride, PAD=pad, TRANSPOSED=transposed,
         AFFINE=source.affine is not None, RELU=source.relu,
-        TILE_H=tile_h, TILE_W=tile_w, BLOCK_K=block(filters, 32), BLOCK_C=block_c,
-        ACC=accumulator(x.dtype), PRECISION=_precision(x.dtype), num_warps=8 if narrow else 4, num_stages=2,
+        TILE_H=tile_h, TILE_W=tile_w, BLOCK_K=block(filters, 32 if narrow else 16), BLOCK_C=block_c,
+        ACC=accumulator(x.dtype), PRECISION=_precision(x.dtype),
+        num_warps=8 if narrow else 4, num_stages=3,
     )  # fmt: skip
     return dx, sum_slabs(partials) if source.affine is not None else partials
 

@@ -24,8 +24,7 @@ from torch import Tensor
 from fastunet.aten import memory_format, stats_dtype
 from fastunet.kernels.common import PROPAGATE_ALL, accumulator, sum_slabs
 
-# Elements of a tile per thread. The forward pass keeps six sums for each, and 16 of them spill.
-_FORWARD_WORK, _BACKWARD_WORK = 8, 8
+_WORK = 8  # elements of a tile per thread: the forward pass keeps six sums for each, and those of 16 spill
 _PROGRAMS = 1024  # of the forward pass; a constant, so that the order of summation is the same on every GPU
 
 
@@ -181,11 +180,11 @@ def _operands(
     return (logits, labels, weight), (*x_strides, *y_strides)
 
 
-def _tile(classes: int, work: int) -> tuple[int, int, int]:
-    """Pixels, classes and warps of a tile: 4 warps with ``work`` elements a thread, more if 16 pixels need them."""
+def _tile(classes: int) -> tuple[int, int, int]:
+    """Pixels, classes and warps of a tile: 4 warps with _WORK elements a thread, more if 16 pixels need them."""
     block_c = triton.next_power_of_2(classes)
-    block_p = max(16, 128 * work // block_c)
-    return block_p, block_c, block_p * block_c // (32 * work)
+    block_p = max(16, 128 * _WORK // block_c)
+    return block_p, block_c, block_p * block_c // (32 * _WORK)
 
 
 def softmax_stats(logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int) -> Tensor:
@@ -196,7 +195,7 @@ def softmax_stats(logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, m
     if batch * pixels == 0:
         return logits.new_zeros((batch, classes, 6), dtype=dtype)
     operands, strides = _operands(logits, labels, pixel_weight)
-    block_p, block_c, warps = _tile(classes, _FORWARD_WORK)
+    block_p, block_c, warps = _tile(classes)
     programs = min(triton.cdiv(pixels, block_p), max(1, _PROGRAMS // batch))
     partial = logits.new_empty((programs, batch, classes, 6), dtype=dtype)
     _softmax_stats_kernel[(programs * batch,)](
@@ -217,7 +216,7 @@ def softmax_stats_backward(
     if batch * pixels == 0:
         return dlogits
     operands, strides = _operands(logits, labels, pixel_weight)
-    block_p, block_c, warps = _tile(classes, _BACKWARD_WORK)
+    block_p, block_c, warps = _tile(classes)
     tiles = triton.cdiv(pixels, block_p)
     _softmax_stats_backward_kernel[(tiles * batch,)](
         dstats.contiguous(), *operands, dlogits, pixels, tiles, ignore_index, *strides, *_by_pixel(dlogits)[1], classes,
