@@ -11,7 +11,8 @@ if __name__ != "fastunet.kernels":
     )
 
 from fastunet.kernels.affine import affine_act, affine_act_backward, bn_affine, bn_affine_backward
-from fastunet.kernels.conv import conv2d, conv2d_backward, conv_transpose2d, conv_transpose2d_backward
+from fastunet.kernels.conv import conv2d, conv_transpose2d
+from fastunet.kernels.conv_backward import conv2d_backward, conv_transpose2d_backward
 from fastunet.kernels.pool import max_pool2x2, max_pool2x2_backward
 from fastunet.kernels.softmax_stats import softmax_stats, softmax_stats_backward
 from fastunet.kernels.upsample import upsample_concat, upsample_concat_backward

@@ -17,6 +17,9 @@ from fastunet.aten import stats_dtype
 
 PROPAGATE_ALL = tl.constexpr(PropagateNan.ALL)
 
+# Of every launch. Fused multiply-adds are counted on; Triton's default changes with its version.
+OPTIONS = {"enable_fp_fusion": True}
+
 _TL_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -98,7 +101,7 @@ def sum_slabs(x: Tensor) -> Tensor:
         groups = triton.cdiv(slabs, group)
         y = torch.empty((groups, length), dtype=x.dtype, device=x.device)
         _sum_slabs_kernel[(groups * triton.cdiv(length, columns),)](
-            x, y, slabs, length, GROUP=group, BLOCK=columns, num_warps=4
+            x, y, slabs, length, GROUP=group, BLOCK=columns, **OPTIONS, num_warps=4
         )
         x, slabs = y, groups
     return x.reshape(shape)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import memory_format, stats_dtype
-from fastunet.kernels.common import PROPAGATE_ALL, accumulator, sum_slabs
+from fastunet.kernels.common import OPTIONS, PROPAGATE_ALL, accumulator, sum_slabs
 
 _WORK = 8  # elements of a tile per thread: the forward pass keeps six sums for each, and those of 16 spill
 _PROGRAMS = 1024  # of the forward pass; a constant, so that the order of summation is the same on every GPU
@@ -201,7 +201,7 @@ def softmax_stats(logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, m
     _softmax_stats_kernel[(programs * batch,)](
         *operands, partial, batch, pixels, programs, ignore_index, *strides, classes,
         SOFTMAX=mode == "softmax", HAS_WEIGHT=pixel_weight is not None, ACC=accumulator(dtype),
-        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
+        BLOCK_P=block_p, BLOCK_C=block_c, **OPTIONS, num_warps=warps,
     )  # fmt: skip
     return sum_slabs(partial)
 
@@ -221,6 +221,6 @@ def softmax_stats_backward(
     _softmax_stats_backward_kernel[(tiles * batch,)](
         dstats.contiguous(), *operands, dlogits, pixels, tiles, ignore_index, *strides, *_by_pixel(dlogits)[1], classes,
         SOFTMAX=mode == "softmax", HAS_WEIGHT=pixel_weight is not None, ACC=accumulator(dstats.dtype),
-        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=warps,
+        BLOCK_P=block_p, BLOCK_C=block_c, **OPTIONS, num_warps=warps,
     )  # fmt: skip
     return dlogits

@@ -161,7 +161,7 @@ def test_three_training_steps_and_evaluation_in_float64(case: Case, policy: str)
     fast, plain = twins(case, policy=policy)
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.01) for model in (fast, plain)]
     for _ in range(3):
-        # Of four pictures: a batch norm over the two values that two 1×1 bottoms have is ill-conditioned, in PyTorch too.
+        # Of four pictures: a batch norm over the two values of two 1×1 bottoms is ill-conditioned, in PyTorch too.
         assert_same_step(fast, plain, picture(case, batch=4))
         for optimizer in optimizers:
             optimizer.step()
