@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, field
 from types import ModuleType
 
 os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: the interpreter compiles nothing
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what releases up to 3.9 do, said aloud
 
 import torch
 

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import stats_dtype
-from fastunet.kernels.common import accumulator, block, load_affine, nhwc, normalise, sum_slabs
+from fastunet.kernels.common import OPTIONS, accumulator, block, load_affine, nhwc, normalise, sum_slabs
 
 _ACCESSES = 2  # 16-byte accesses per thread, tensor and step: bytes enough in flight without crowding the registers
 _ROUNDS = 4  # steps per program of the backward: the sums it writes stay below 2 % of its traffic
@@ -172,7 +172,8 @@ def affine_act(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
     block_p, block_c = tile(channels, x.element_size(), _ACCESSES)
     _affine_act_fwd_kernel[(triton.cdiv(pixels, block_p), triton.cdiv(channels, block_c))](
         x, dense(affine), z, pixels, channels,
-        HAS_AFFINE=affine is not None, RELU=relu, ACC=accumulator(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
+        HAS_AFFINE=affine is not None, RELU=relu, **OPTIONS,
+        ACC=accumulator(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
     )  # fmt: skip
     return z
 
@@ -197,7 +198,8 @@ def source_gradient(dz: Tensor, dz_stride: int, x: Tensor, affine: Tensor | None
     if x.numel() > 0:
         _affine_act_bwd_kernel[(slabs, triton.cdiv(channels, block_c))](
             dz, x, dense(affine), dx, partial, pixels, channels, dz_stride,
-            HAS_AFFINE=affine is not None, RELU=relu, ACC=accumulator(x.dtype), ROUNDS=_ROUNDS,
+            HAS_AFFINE=affine is not None, RELU=relu, **OPTIONS,
+            ACC=accumulator(x.dtype), ROUNDS=_ROUNDS,
             BLOCK_P=block_p, BLOCK_C=block_c,
         )  # fmt: skip
     return dx, partial if affine is None else sum_slabs(partial)
@@ -210,7 +212,7 @@ def bn_affine(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | N
     if channels:
         _bn_affine_fwd_kernel[(triton.cdiv(channels, _BN_BLOCK),)](
             mean.contiguous(), var.contiguous(), dense(weight), dense(bias), affine, channels,
-            EPS=eps, ACC=accumulator(mean.dtype), BLOCK_C=_BN_BLOCK,
+            EPS=eps, **OPTIONS, ACC=accumulator(mean.dtype), BLOCK_C=_BN_BLOCK,
         )  # fmt: skip
     return affine
 
@@ -224,6 +226,6 @@ def bn_affine_backward(
     if channels:
         _bn_affine_bwd_kernel[(triton.cdiv(channels, _BN_BLOCK),)](
             daffine.contiguous(), var.contiguous(), dense(weight), dmean, dvar, dweight, dbias, channels,
-            EPS=eps, ACC=accumulator(var.dtype), BLOCK_C=_BN_BLOCK,
+            EPS=eps, **OPTIONS, ACC=accumulator(var.dtype), BLOCK_C=_BN_BLOCK,
         )  # fmt: skip
     return dmean, dvar, dweight, dbias

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.kernels.affine import dense, tile
-from fastunet.kernels.common import accumulator, empty_nhwc, nhwc
+from fastunet.kernels.common import OPTIONS, accumulator, empty_nhwc, nhwc
 
 _ACCESSES = 1  # 16-byte accesses per thread and pixel of a window
 
@@ -147,7 +147,7 @@ def max_pool2x2(x: Tensor, affine: Tensor | None) -> Tensor:
         blocks = triton.cdiv(width // 2, block_w)
         _max_pool2x2_fwd_kernel[(batch * (height // 2) * blocks, triton.cdiv(channels, block_c))](
             nhwc(x), dense(affine), p, height, width, channels, blocks,
-            HAS_AFFINE=affine is not None, ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
+            HAS_AFFINE=affine is not None, **OPTIONS, ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
     return p
 
@@ -166,7 +166,8 @@ def max_pool2x2_backward(x: Tensor, affine: Tensor | None, dp: Tensor | None, ds
         blocks = triton.cdiv((width + 1) // 2, block_w)
         _max_pool2x2_bwd_kernel[(batch * ((height + 1) // 2) * blocks, triton.cdiv(channels, block_c))](
             x, dense(affine), nhwc(dp), None if dskip is None else nhwc(dskip), dx, height, width, channels, blocks,
-            HAS_AFFINE=affine is not None, HAS_SKIP=dskip is not None, ACC=accumulator(x.dtype),
+            HAS_AFFINE=affine is not None, HAS_SKIP=dskip is not None, **OPTIONS,
+            ACC=accumulator(x.dtype),
             BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
     return dx

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastunet.aten import stats_dtype
 from fastunet.kernels.affine import dense, source_backward, source_gradient, store_affine_gradient, tile
-from fastunet.kernels.common import accumulator, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
+from fastunet.kernels.common import OPTIONS, accumulator, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
 
 _ACCESSES = 1  # 16-byte accesses per thread and tap
 _ROUNDS = 4  # tiles of one row per program of the backward, which share a slab of sums
@@ -274,7 +274,8 @@ def upsample_concat(
         nhwc(x), dense(affine), None if skip is None else nhwc(skip), dense(skip_affine), y, channels, skip_channels,
         height, width, y_height, y_width, top, left, first_h, first_w, cells_h, blocks,
         HAS_AFFINE=affine is not None, RELU=relu, HAS_SKIP=skip is not None, SKIP_AFFINE=skip_affine is not None,
-        SKIP_RELU=skip_relu, SKIP_FIRST=skip_first, ALIGN_CORNERS=align_corners, ACC=accumulator(x.dtype),
+        SKIP_RELU=skip_relu, SKIP_FIRST=skip_first, ALIGN_CORNERS=align_corners, **OPTIONS,
+        ACC=accumulator(x.dtype),
         BLOCK_W=block_w, BLOCK_C=block_c,
     )  # fmt: skip
     return y
@@ -305,7 +306,8 @@ def upsample_concat_backward(
         _upsample_bwd_kernel[(slabs, triton.cdiv(channels, block_c))](
             dy[:, skip_channels:] if skip_first else dy, x, dense(affine), dx, partial, channels, dy.shape[1],
             height, width, y_height, y_width, top, left, segments,
-            HAS_AFFINE=affine is not None, RELU=relu, ALIGN_CORNERS=align_corners, ACC=accumulator(x.dtype),
+            HAS_AFFINE=affine is not None, RELU=relu, ALIGN_CORNERS=align_corners, **OPTIONS,
+            ACC=accumulator(x.dtype),
             ROUNDS=_ROUNDS, BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
     daffine = partial if affine is None else sum_slabs(partial)
