@@ -21,15 +21,15 @@ POLICIES = ("speed", "memory")
 
 
 class Config(NamedTuple):
-    """How a network computes: ``backend`` (see :func:`fastunet.ops.resolve_backend`), ``policy``, ``form``.
+    """How a network computes: ``backend`` (see :func:`fastunet.ops.resolve_backend`), ``policy``, layout.
 
     Policy "speed" lets the torch backend store what it normalised, for several readers and for the backward; "memory"
-    normalises again. ``form`` is the memory format of what leaves fastunet, in one forward.
+    normalises again. ``channels_last`` is the layout of what leaves fastunet, in one forward.
     """
 
     backend: str = "auto"
     policy: str = "speed"
-    form: torch.memory_format = torch.contiguous_format
+    channels_last: bool = False  # not a torch.memory_format, which torch.save cannot pickle
 
     @classmethod
     def checked(cls, backend: str, policy: str) -> Config:
@@ -43,7 +43,7 @@ class Config(NamedTuple):
         """For one forward of ``module`` on ``x``: what leaves is channels_last if x or its weights are."""
         # A weight with one input channel or one tap has strides that fit either format, and so says nothing.
         weights = (p for p in module.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[3] > 1)
-        return self._replace(form=memory_format(x, next(weights, None)))
+        return self._replace(channels_last=memory_format(x, next(weights, None)) == torch.channels_last)
 
     def stores(self, x: Tensor) -> bool:
         """Whether the value of an activation like ``x`` is stored rather than normalised by each reader."""
@@ -63,8 +63,14 @@ class Activation(NamedTuple):
         return self.affine is None and not self.relu
 
     def tensor(self, config: Config) -> Tensor:
-        """The value z (N, C, H, W), stored in the memory format ``config.form``: for code outside fastunet."""
-        return self.stored(config).x.contiguous(memory_format=config.form)
+        """The value z (N, C, H, W), stored in the layout that ``config`` says: for code outside fastunet."""
+        z = self.stored(config).x
+        if config.channels_last:
+            return z.contiguous(memory_format=torch.channels_last)
+        z = z.contiguous()
+        return (
+            z.view(z.shape) if z.shape[1] == 1 else z
+        )  # strides that eager has
 
     def stored(self, config: Config) -> Activation:
         """The same activation with its value stored."""

@@ -165,6 +165,22 @@ def call(operator: Callable[..., Any], *args: Any) -> Any:
     return operator(*args) if torch.compiler.is_compiling() else _differentiable(operator, *args)
 
 
+def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse create_graph=True: there is no second derivative, and a gradient penalty would silently be constant."""
+    once: Callable[..., Any] = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "expected a first derivative, got create_graph=True: fastunet's operators have no second one; "
+                "fastunet.reference has the same networks with it"
+            )
+        return once(ctx, *gradients)
+
+    return checked
+
+
 def _below_autograd(operator: Callable[..., Any], *args: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
@@ -234,7 +250,7 @@ class _AffineAct(torch.autograd.Function):
         return _below_autograd(affine_act, x, affine, relu, backend)  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, dz: Tensor) -> Any:
         dx, daffine = affine_act_backward(dz, *ctx.saved_tensors, *ctx.config)
         return _given(dx, ctx.needs_input_grad[0]), _given(daffine, ctx.needs_input_grad[1]), None, None
@@ -274,7 +290,7 @@ class _BnAffine(torch.autograd.Function):
         return _below_autograd(bn_affine, mean, var, weight, bias, eps, backend)  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, daffine: Tensor) -> Any:
         var, weight = ctx.saved_tensors
         dmean, dvar, dweight, dbias = bn_affine_backward(daffine, var, weight, *ctx.config)
@@ -341,7 +357,7 @@ class _Conv2d(torch.autograd.Function):
         return y, mean, var, z
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, _dz: Tensor | None) -> Any:
         y, mean, x0, affine0, x1, affine1, weight, z = ctx.saved_tensors
         relu0, relu1, stride, size, offset, backend = ctx.config
@@ -491,7 +507,7 @@ class _ConvTranspose2d(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None) -> Any:
         y, mean, x, affine, weight = ctx.saved_tensors
         relu, backend = ctx.config
@@ -567,7 +583,7 @@ class _MaxPool(torch.autograd.Function):
         return _below_autograd(max_pool2x2, x, affine, backend)  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, dp: Tensor) -> Any:
         return max_pool2x2_backward(*ctx.saved_tensors, dp, None, ctx.backend), None, None
 
@@ -581,7 +597,7 @@ class _PoolFork(torch.autograd.Function):
         return _below_autograd(max_pool2x2, x, affine, backend), x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, dp: Tensor | None, dskip: Tensor | None) -> Any:
         if dp is None:
             return dskip, None, None
@@ -635,7 +651,7 @@ class _UpsampleConcat(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, affine, skip, skip_affine = ctx.saved_tensors
         relu, skip_relu, *rest = ctx.config
@@ -728,7 +744,7 @@ class _SoftmaxStats(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @_first_order
     def backward(ctx: Any, dstats: Tensor) -> Any:
         return softmax_stats_backward(dstats, *ctx.saved_tensors, *ctx.config), *(None,) * 5
 

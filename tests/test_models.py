@@ -894,3 +894,26 @@ def test_sibling_networks_forward_through_the_kernels(fast: Build, plain: Build,
     close = EXACT if device == "cpu" else {"rtol": 0.02, "atol": 0.02}  # TF32 on a GPU, as above
     with torch.no_grad():
         torch.testing.assert_close(model(x.to(device, dtype)).double().cpu(), truth(x), **close)
+
+
+def test_a_whole_module_is_saved_as_torch_saves_it(case: Case) -> None:
+    fast, _ = twins(case)
+    file = io.BytesIO()
+    torch.save(fast, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    x = picture(case)
+    torch.testing.assert_close(again.eval()(x), fast.eval()(x), rtol=0, atol=0)
+
+
+def test_second_derivatives_are_refused_not_wrong(case: Case) -> None:
+    fast, _ = twins(case)
+    x = picture(case).requires_grad_()
+    with pytest.raises(RuntimeError, match="no second one"):
+        torch.autograd.grad(fast(x).sum(), x, create_graph=True)
+
+
+def test_one_class_has_the_strides_of_the_reference() -> None:
+    x = torch.randn(2, 3, 37, 53)
+    fast, plain = fastunet.UNet(3, 1, base_c=4, backend="torch"), reference.UNet(3, 1, base_c=4)
+    assert fast(x).stride() == plain(x).stride()
