@@ -68,9 +68,7 @@ class Activation(NamedTuple):
         if config.channels_last:
             return z.contiguous(memory_format=torch.channels_last)
         z = z.contiguous()
-        return (
-            z.view(z.shape) if z.shape[1] == 1 else z
-        )  # strides that eager has
+        return z.view(z.shape) if z.shape[1] == 1 else z  # strides that eager has
 
     def stored(self, config: Config) -> Activation:
         """The same activation with its value stored."""
