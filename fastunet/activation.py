@@ -8,14 +8,13 @@ and a ReLU an Activation is an ordinary tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastunet import ops
-from fastunet.aten import memory_format, stats_dtype
+from fastunet.aten import frame, memory_format, stats_dtype
 
 POLICIES = ("speed", "memory")
 
@@ -103,16 +102,10 @@ class Placed(NamedTuple):
 
     def tensor(self, config: Config) -> Tensor:
         """The concatenated values (N, C0 + C1, H, W), stored."""
-        z = _frame(self.first.tensor(config), self.size, self.offset[:2])
+        z = frame(self.first.tensor(config), self.size, *self.offset[:2])
         if self.second is None:
             return z
-        return torch.cat([z, _frame(self.second.tensor(config), self.size, self.offset[2:])], 1)
-
-
-def _frame(z: Tensor, size: Sequence[int], offset: Sequence[int]) -> Tensor:
-    (height, width), (top, left) = size, offset
-    below, right = height - top - z.shape[-2], width - left - z.shape[-1]
-    return nn.functional.pad(z, [left, right, top, below]) if top or left or below or right else z
+        return torch.cat([z, frame(self.second.tensor(config), self.size, *self.offset[2:])], 1)
 
 
 def _autocasting(x: Tensor) -> bool:

@@ -144,7 +144,7 @@ def _beside(weight: Tensor, z: Tensor) -> torch.memory_format:
     return torch.contiguous_format if few_pixels else torch.channels_last
 
 
-def _frame(z: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
+def frame(z: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
     """z placed at (top, left) in a zero frame of ``size``; negative offsets crop, as does what sticks out."""
     height, width = z.shape[-2:]
     pad = [left, size[1] - width - left, top, size[0] - height - top]
@@ -152,8 +152,8 @@ def _frame(z: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
 
 
 def _unframe(g: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
-    """The adjoint of :func:`_frame`: the gradient of a tensor of ``size`` that was placed at (top, left)."""
-    return _frame(g, size, -top, -left)
+    """The adjoint of :func:`frame`: the gradient of a tensor of ``size`` that was placed at (top, left)."""
+    return frame(g, size, -top, -left)
 
 
 def conv2d(
@@ -172,9 +172,9 @@ def conv2d(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Convolution of one or two sources, concatenated along the channels in a zero frame; see :mod:`fastunet.ops`."""
-    z = _frame(_normalise(channels_last(x0), affine0, relu0), size, offset[0], offset[1])
+    z = frame(_normalise(channels_last(x0), affine0, relu0), size, offset[0], offset[1])
     if x1 is not None:
-        z = torch.cat([z, _frame(_normalise(channels_last(x1), affine1, relu1), size, offset[2], offset[3])], 1)
+        z = torch.cat([z, frame(_normalise(channels_last(x1), affine1, relu1), size, offset[2], offset[3])], 1)
     y = channels_last(
         F.conv2d(z.contiguous(memory_format=_beside(weight, z)), weight, bias, stride, weight.shape[-1] // 2)
     )
@@ -214,8 +214,7 @@ def conv2d_backward(
     dy = _form_dy(dy, dmean, dvar, y, mean)
     if z.numel() == 0:
         placed = [
-            _frame(_normalise(channels_last(x), affine, relu), size, top, left)
-            for x, affine, relu, top, left in sources
+            frame(_normalise(channels_last(x), affine, relu), size, top, left) for x, affine, relu, top, left in sources
         ]
         z = placed[0] if len(placed) == 1 else torch.cat(placed, 1)
     need_dz = mask[0] or mask[1]
@@ -389,7 +388,7 @@ def upsample_concat(
     if skip is None:
         return channels_last(up)
     size, top, left = _centred(skip, *up.shape[-2:])
-    parts = [_normalise(channels_last(skip), skip_affine, skip_relu), _frame(up, size, top, left)]
+    parts = [_normalise(channels_last(skip), skip_affine, skip_relu), frame(up, size, top, left)]
     return channels_last(torch.cat(parts if skip_first else parts[::-1], 1))
 
 

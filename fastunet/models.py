@@ -68,11 +68,11 @@ class _Network(nn.Module):
     def _enter(self, x: Tensor) -> tuple[Activation, Config]:
         """The checked input, and the configuration of this forward."""
         if x.dim() != 4:
-            raise ValueError(f"expected an input of shape (N, C, H, W), got {_shape(x)}; add a batch dimension?")
+            raise ValueError(f"expected an input of shape (N, C, H, W), got {tuple(x.shape)}; add a batch dimension?")
         if x.shape[1] != self._channels:
             raise ValueError(
-                f"expected {self._channels} input channels, got {x.shape[1]} in an input of shape {_shape(x)}; build "
-                "the model with that number of channels or convert the pictures"
+                f"expected {self._channels} input channels, got {x.shape[1]} in an input of shape {tuple(x.shape)}; "
+                "build the model with that number of channels or convert the pictures"
             )
         if not x.is_floating_point():
             raise TypeError(f"expected a floating-point input, got {x.dtype}; scale it, for example x.float() / 255")
@@ -82,10 +82,6 @@ class _Network(nn.Module):
                 f"expected height and width of at least 16, got {height}×{width}; pad or enlarge the input"
             )
         return Activation(x), self.config.like(x, self)
-
-
-def _shape(x: Tensor) -> str:
-    return "(" + ", ".join(str(n) for n in x.shape) + ")"
 
 
 class UNet(_Network):
