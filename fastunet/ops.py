@@ -13,7 +13,8 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -45,6 +46,20 @@ _KERNEL_DTYPES_SAID = {
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+_pretended: str | None = None
+
+
+@contextmanager
+def as_if_on(architecture: str) -> Iterator[None]:
+    """Inside, meta tensors count as lying on a GPU of ``architecture`` ("sm_90"): for counting with no GPU."""
+    global _pretended
+    kept, _pretended = _pretended, architecture
+    try:
+        yield
+    finally:
+        _pretended = kept
 
 
 @functools.cache
@@ -82,7 +97,8 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; check FASTUNET_BACKEND too")
     if backend == "torch":
         return backend
-    reason = triton_unavailable(device.type, device.index)
+    pretending = device.type == "meta" and _pretended is not None
+    reason = None if pretending else triton_unavailable(device.type, device.index)
     if reason is None and dtype not in _KERNEL_DTYPES[interpreting()]:
         reason = f"the Triton kernels take {_KERNEL_DTYPES_SAID[interpreting()]}, and the tensors are {dtype}"
     if backend == "triton":
@@ -96,12 +112,28 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     return "torch"
 
 
-def _module(backend: str, like: Tensor) -> ModuleType:
-    if resolve_backend(backend, like.device, like.dtype) == "torch":
+def _module(backend: str) -> ModuleType:
+    if backend == "torch":
         return aten
     from fastunet import kernels
 
     return kernels
+
+
+_DECIDING = ("x0", "x", "logits", "mean", "var")  # whose dtype and device decide the backend: the first there is
+
+
+@functools.cache
+def _deciding(name: str) -> int:
+    names = [argument.name for argument in getattr(torch.ops.fastunet, name).default._schema.arguments]
+    return next(names.index(x) for x in _DECIDING if x in names)
+
+
+def serving(name: str, args: Sequence[Any]) -> tuple[str, Callable[..., Any]]:
+    """The backend that serves operator ``name`` called with ``args``, and its function, which takes no ``backend``."""
+    like = args[_deciding(name)]
+    backend = resolve_backend(args[-1], like.device, like.dtype)
+    return backend, getattr(_module(backend), name)
 
 
 def _activation(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -125,14 +157,13 @@ def _register(
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     operator = getattr(torch.ops.fastunet, name).default
-    names = [argument.name for argument in operator._schema.arguments]
-    deciding = next(names.index(x) for x in ("x0", "x", "logits", "mean", "var") if x in names)
+    deciding = _deciding(name)
 
     def implementation(*args: Any) -> Any:
-        *operands, backend = args
+        operands = args[:-1]
         check(*operands)
         like = operands[deciding]
-        call = getattr(_module(backend, like), name)
+        _, call = serving(name, args)
         with torch._C._DisableAutocast():
             if like.device.type == "cuda":
                 with torch.cuda.device(like.device):

@@ -1,0 +1,78 @@
+"""What a step of a network really does: every operation, and the kernels fastunet launches for it, with no GPU.
+
+The step runs on the meta device, so its size costs nothing. Operators of fastunet run their launchers, whose launches
+are noted instead of made; ATen operations are noted as they come, also those inside an operator of fastunet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.recorder import Launch, record
+from fastunet import ops
+
+
+@dataclass
+class Call:
+    """One operation."""
+
+    name: str  # "fastunet.conv2d", "aten.add.Tensor"
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: list[Tensor] = field(default_factory=list)
+    backend: str = ""  # which backend served an operator of fastunet
+    launches: list[Launch] = field(default_factory=list)  # made by the operator itself
+    inner: list[Call] = field(default_factory=list)  # ATen operations inside an operator of fastunet
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors it was given."""
+        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+
+
+class _Tracer(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace != "fastunet":
+            call = Call(f"{namespace}.{name}.{func._overloadname}", args, kwargs)
+            results = func(*args, **kwargs)
+        else:
+            call = Call(f"fastunet.{name}", args, kwargs)
+            call.backend, function = ops.serving(name, args)
+            outer, self.calls = self.calls, call.inner
+            try:
+                with record() as call.launches, self:
+                    results = function(*args[:-1])
+            finally:
+                self.calls = outer
+        call.results = [x for x in tree_leaves(results) if isinstance(x, Tensor)]
+        self.calls.append(call)
+        return results
+
+
+@contextmanager
+def trace(architecture: str = "sm_90") -> Iterator[list[Call]]:
+    """Collect the operations made inside the block, in order; meta tensors count as lying on such a GPU."""
+    tracer = _Tracer()
+    with ops.as_if_on(architecture), tracer:
+        yield tracer.calls
+
+
+def traced(step: Callable[[], Any], architecture: str = "sm_90") -> list[Call]:
+    """The operations of ``step()``, a function that computes on the meta device."""
+    with torch.device("meta"), trace(architecture) as calls:
+        step()
+    return calls
