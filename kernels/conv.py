@@ -38,6 +38,7 @@ from fastunet.kernels.common import (
     precision,
 )
 from fastunet.kernels.conv3x3 import conv3x3
+from fastunet.kernels.conv_image import conv_image, serves
 from fastunet.kernels.statistics import merge_stats, store_stats
 
 SIZES = ["N", "H", "W", "P", "Q", "PF", "QF", "top", "left", "tiles_h", "tiles_w"]
@@ -232,7 +233,9 @@ def conv2d(
     sources = [Source(x0, affine0, relu0, offset[0], offset[1])]
     if x1 is not None:
         sources.append(Source(x1, affine1, relu1, offset[2], offset[3]))
-    if weight.shape[-1] == 3 and stride == 1:
+    if len(sources) == 1 and stride == 1 and serves(sources[0], size, weight):
+        y, mean, var = conv_image(sources[0], weight, bias, stats)
+    elif weight.shape[-1] == 3 and stride == 1:
         y, mean, var = conv3x3(sources, size, weight, bias, stats)
     else:
         y, mean, var = _forward(sources, size, weight, bias, stats, stride, weight.shape[-1] // 2, False)

@@ -114,7 +114,7 @@ def _conv3x3_wgrad_kernel(
     channel = c + tl.arange(0, BLOCK_C)
     filters = k + tl.arange(0, BLOCK_K)
     mask = (channel < c_stop)[:, None] & (filters < K)[None, :]
-    row = (slab.to(tl.int64) * K + filters)[None, :] * 9 + s
+    row = ((slab.to(tl.int64) * K + filters) * 9 + s)[None, :]
     for r in tl.static_range(3):
         tl.store(partial_ptr + (row + 3 * r) * (C + C1) + channel[:, None], accs[r], mask=mask)
 

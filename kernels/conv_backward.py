@@ -38,6 +38,7 @@ from fastunet.kernels.common import (
 from fastunet.kernels.conv import SIZES, accumulate, tile_pixels, tile_shape
 from fastunet.kernels.conv3x3 import conv3x3_dgrad
 from fastunet.kernels.conv3x3_wgrad import conv3x3_wgrad
+from fastunet.kernels.conv_image import conv_image_wgrad, serves
 
 # ---- kernels ----------------------------------------------------------------------------------------------------
 
@@ -315,7 +316,8 @@ def conv2d_backward(
         grads += _nothing(x0)
     dweight = weight.new_empty(0)
     if mask[2] and rows and dy.numel() and weight.numel():
-        dweight = conv3x3_wgrad(dy, weight, sources)
+        picture = len(sources) == 1 and serves(sources[0], size, weight)
+        dweight = conv_image_wgrad(dy, sources[0]) if picture else conv3x3_wgrad(dy, weight, sources)
         dweight = dweight.to(weight.dtype).contiguous(memory_format=memory_format(weight))
     elif mask[2]:
         fixed = Source(dy, None, False)

@@ -35,17 +35,24 @@ def choose(
     exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
     columns = block(width, 64)
     images = min(64 // columns, block(batch, 64, 1))
+    columns = 64 // images  # wgmma multiplies 64 rows; what lies outside the picture is left out
+    wgrad = kind == "conv3x3_wgrad"
     if exact:
-        return Tile(1, 1, columns, block(outputs, 32), block(channels, 16), 4, 2)
+        return Tile(1, 1, block(width, 32), block(outputs, 32), block(channels, 32 if wgrad else 16), 8, 2)
     if not narrow:
-        return Tile(images, 2, columns, block(outputs, 32), block(channels, 32), 4, 2, tma)
-    if kind == "conv3x3_wgrad":
-        return Tile(images, 4 if tma else 2, columns, block(outputs, 64), block(channels, 64), 4, 2, tma)
+        if wgrad:
+            return Tile(1, 1, block(width, 32), block(outputs, 32), block(channels, 32), 4, 2, tma)
+        return Tile(images, 1, columns, block(outputs, 32), block(channels, 32), 8, 2, tma)
     if not tma:
-        return Tile(images, 2, columns, block(outputs, 64), block(channels, 32), 4, 3)
+        if wgrad:
+            return Tile(1, 4, block(width, 32), block(outputs, 64), block(channels, 32), 4, 2)
+        return Tile(images, 2, columns, block(outputs, 64), block(channels, 32), 8, 3)
+    if wgrad:
+        reduction = block(channels, 128, 64)
+        return Tile(images, 4, columns, block(outputs, 64), reduction, reduction // 16, 2, True)
     if outputs > 64:
-        columns = block(width, 128)
-        return Tile(min(128 // columns, block(batch, 128, 1)), 2, columns, 128, block(channels, 64), 8, 2, True)
+        images = min(128 // block(width, 128), block(batch, 128, 1))
+        return Tile(images, 2, 128 // images, 128, block(channels, 64), 8, 2, True)
     return Tile(images, 4, columns, block(outputs, 64), block(channels, 64), 4, 2, True)
 
 

@@ -1,0 +1,137 @@
+"""3×3 convolution of pictures: so few channels that one matrix product holds all taps.
+
+    y[m,k] = bias[k] + Σ_t x[m,t] · W[k,t],    t = (r·3 + s)·C + c < 9·C ≤ 64,    m a pixel of the batch
+    dW[k,t] = Σ_m dY[m,k] · x[m,t]                     slabs of pixels, summed in a fixed order
+
+x[m,t] is gathered from the neighbours of pixel m, 0 outside the picture; a picture has no prologue.
+
+Layout: activations NHWC, weights (K,3,3,C). Bytes: forward reads x and W and writes y, the gradient reads dY and x.
+Accumulation: float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastunet.aten import stats_dtype
+from fastunet.kernels.common import OPTIONS, Source, accumulator, block, empty_nhwc, nhwc, precision, sum_slabs
+from fastunet.kernels.statistics import merge_stats, store_stats
+
+_MOST_TAPS = 64
+
+
+@triton.jit
+def _gather(x_ptr, first, t, pixels, H, W, C, BLOCK_M: tl.constexpr):
+    """x[m,t] of BLOCK_M pixels from number ``first`` on: [pixels, taps]; zero outside the picture and beyond 9·C."""
+    i = tl.arange(0, BLOCK_M)
+    m = first + i
+    w = m % W
+    h = m // W % H
+    tap = t // C
+    dh = (tap // 3 - 1)[None, :]
+    dw = (tap % 3 - 1)[None, :]
+    row = h[:, None] + dh
+    column = w[:, None] + dw
+    mask = (m < pixels)[:, None] & (t < 9 * C)[None, :] & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+    near = (i[:, None] + dh * W + dw) * C + (t % C)[None, :]  # 32 bits: a few rows
+    return tl.load(x_ptr + first.to(tl.int64) * C + near, mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["pixels", "H", "W"])
+def _conv_image_fwd_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, mean_ptr, m2_ptr, count_ptr, pixels, H, W, C, K,
+    BIAS: tl.constexpr, STATS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    first = tile * BLOCK_M
+    m = first + tl.arange(0, BLOCK_M)
+    t = tl.arange(0, BLOCK_T)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    x = _gather(x_ptr, first, t, pixels, H, W, C, BLOCK_M)
+    place = k.to(tl.int64)[None, :] * (9 * C) + t[:, None]
+    weights = tl.load(w_ptr + place, mask=(t < 9 * C)[:, None] & (k < K)[None, :], other=0.0)
+    acc = tl.dot(x, weights, input_precision=PRECISION, out_dtype=ACC)
+    if BIAS:
+        acc += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + m.to(tl.int64)[:, None] * K + k[None, :], y, mask=(m < pixels)[:, None] & (k < K)[None, :])
+    if STATS:
+        store_stats((y,), (m < pixels).to(tl.int32), tile, k, K, mean_ptr, m2_ptr, count_ptr, 1, BLOCK_K, ACC)
+
+
+@triton.jit(do_not_specialize=["pixels", "per_slab", "H", "W"])
+def _conv_image_wgrad_kernel(
+    dy_ptr, x_ptr, partial_ptr, pixels, per_slab, H, W, C, K,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    slab = tl.program_id(0)
+    t = tl.arange(0, BLOCK_T)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_K, BLOCK_T], ACC)
+    for start in tl.range(0, per_slab, BLOCK_M):
+        first = slab * per_slab + start
+        m = first + tl.arange(0, BLOCK_M)
+        mask = (m < pixels)[:, None] & (k < K)[None, :]
+        dy = tl.load(dy_ptr + m.to(tl.int64)[:, None] * K + k[None, :], mask=mask, other=0.0)
+        x = _gather(x_ptr, first, t, pixels, H, W, C, BLOCK_M)
+        acc = tl.dot(dy.T, x, acc, input_precision=PRECISION, out_dtype=ACC)
+    place = (slab.to(tl.int64) * K + k)[:, None] * (9 * C) + t[None, :]
+    tl.store(partial_ptr + place, acc, mask=(k < K)[:, None] & (t < 9 * C)[None, :])
+
+
+# ---- launchers ---------------------------------------------------------------------------------------------------
+
+
+def serves(source: Source, frame: list[int] | tuple[int, ...], weight: Tensor) -> bool:
+    """Whether a convolution of this one source is one of pictures."""
+    plain = source.affine is None and not source.relu and [source.height, source.width] == list(frame)
+    pixels = source.x.shape[0] * source.height * source.width
+    return plain and weight.shape[-1] == 3 and 9 * weight.shape[1] <= _MOST_TAPS and pixels < 2**30  # 32-bit numbers
+
+
+def _blocks(x: Tensor, filters: int) -> tuple[int, int, int, int]:
+    """Pixels, taps and outputs a program, and its warps."""
+    narrow = x.element_size() == 2
+    return 64 if narrow else 32, block(9 * x.shape[1], _MOST_TAPS), block(filters, 64 if narrow else 32), 4
+
+
+def conv_image(source: Source, weight: Tensor, bias: Tensor | None, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, K, H, W), and its mean and biased variance (K,) if ``stats``, else empty."""
+    x, filters = source.x, weight.shape[0]
+    y = empty_nhwc(x, x.shape[0], filters, source.height, source.width)
+    dtype = stats_dtype(x.dtype)
+    if y.numel() == 0:
+        mean = x.new_zeros(filters if stats else 0, dtype=dtype)
+        return y, mean, mean.clone()
+    pixels = y.numel() // filters
+    block_m, block_t, block_k, warps = _blocks(x, filters)
+    tiles = triton.cdiv(pixels, block_m)
+    partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
+    counts = x.new_empty(tiles if stats else 0, dtype=dtype)
+    _conv_image_fwd_kernel[(tiles, triton.cdiv(filters, block_k))](
+        x, nhwc(weight), x if bias is None else bias.contiguous(), y, *partials, counts,
+        pixels, source.height, source.width, source.channels, filters,
+        BIAS=bias is not None, STATS=stats, BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
+        ACC=accumulator(x.dtype), PRECISION=precision(x.dtype), **OPTIONS, num_warps=warps,
+    )  # fmt: skip
+    return y, *(merge_stats(*partials, counts) if stats else partials)
+
+
+def conv_image_wgrad(dy: Tensor, source: Source) -> Tensor:
+    """dW (K, C, 3, 3), channels_last memory in stats_dtype, from dY (N, K, H, W)."""
+    x, filters = source.x, dy.shape[1]
+    pixels = dy.numel() // filters
+    block_m, block_t, block_k, warps = _blocks(x, filters)
+    # At most 512 slabs of whole blocks, the same on every GPU, for the same bits.
+    per_slab = block_m * triton.cdiv(triton.cdiv(pixels, block_m), 512)
+    slabs = triton.cdiv(pixels, per_slab)
+    partial = dy.new_empty((slabs, filters, 3, 3, source.channels), dtype=stats_dtype(dy.dtype))
+    _conv_image_wgrad_kernel[(slabs, triton.cdiv(filters, block_k))](
+        dy, x, partial, pixels, per_slab, source.height, source.width, source.channels, filters,
+        BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
+        ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype), **OPTIONS, num_warps=warps, num_stages=2,
+    )  # fmt: skip
+    return sum_slabs(partial).permute(0, 3, 1, 2)
