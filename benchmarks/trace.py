@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastunet import ops
+from fastunet.aten import aten, memory_format, stats_dtype
 
 if TYPE_CHECKING:
     from benchmarks.recorder import Launch
@@ -52,6 +53,38 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 
+def _batch_norm_update_stats(x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    mean, var = x.new_empty((2, x.shape[1]), dtype=stats_dtype(x.dtype)).unbind(0)
+    return mean, var
+
+
+def _convolution(x: Tensor, weight: Tensor, *settings: Any) -> Tensor:
+    y: Tensor = aten.convolution.default(x, weight, *settings)
+    return y.contiguous(memory_format=memory_format(x, weight))
+
+
+# Where the meta device has no result, or not in the layout that a GPU gives it.
+_AS_ON_A_GPU = {
+    aten.batch_norm_update_stats.default: _batch_norm_update_stats,
+    aten.convolution.default: _convolution,
+}
+
+
+@contextmanager
+def _launches(call: Call) -> Iterator[None]:
+    """Note the launches made inside the block; the torch backend makes none, and must not need Triton."""
+    if call.backend == "triton":
+        from benchmarks.recorder import record
+
+        with record() as call.launches:
+            yield
+    else:
+        yield
+
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
 class _Tracer(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -61,16 +94,17 @@ class _Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         namespace, _, name = func._schema.name.partition("::")
         if namespace != "fastunet":
+            if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+                with self:  # composites come in one piece inside an operator
+                    return func._op_dk(_COMPOSITE, *args, **kwargs)
             call = Call(f"{namespace}.{name}.{func._overloadname}", func, args, kwargs)
-            results = func(*args, **kwargs)
+            results = _AS_ON_A_GPU.get(func, func)(*args, **kwargs)
         else:
-            from benchmarks.recorder import record  # needs Triton, which counting plain PyTorch does not
-
             call = Call(f"fastunet.{name}", func, args, kwargs)
             call.backend, function = ops.serving(name, args)
             outer, self.calls = self.calls, call.inner
             try:
-                with record() as call.launches, self:
+                with _launches(call), self:
                     results = function(*args[:-1])
             finally:
                 self.calls = outer

@@ -102,11 +102,11 @@ class Net:
         """Whether the network returns logits; else probabilities."""
         return self.net in ("unet", "plain")
 
-    def loss(self, package: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(self, package: Any, backend: str = "auto") -> Callable[[Tensor, Tensor], Tensor]:
         """fastunet's loss, or the same in plain PyTorch."""
         if not self.logits:
             return _probability_dice
-        return DiceCELoss() if package is fastunet else plain_dice_ce
+        return DiceCELoss(backend=backend) if package is fastunet else plain_dice_ce
 
 
 _NETS: dict[str, Callable[[Any, Net, dict[str, str]], nn.Module]] = {
@@ -155,7 +155,7 @@ def run(net: Net, mode: Mode, package: Any, architecture: str = "sm_90", **confi
         model = net.model(package, **config).train(mode == "training")
         x = torch.empty((net.batch, 3, net.size, net.size), dtype=net.dtype).to(memory_format=torch.channels_last)
         labels = torch.empty((net.batch, net.size, net.size), dtype=torch.int64)
-        loss = net.loss(package)
+        loss = net.loss(package, config.get("backend", "auto"))
         parameters = list(model.parameters())
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
         with trace(architecture) as calls, torch.set_grad_enabled(mode == "training"), hooks:
@@ -509,10 +509,11 @@ def report(found: dict[str, Account], roofs: Roofs) -> str:
     for name, of in sorted(groups.items(), key=lambda item: -item[1].bytes):
         cells = (f"{of.bytes / 1e9:.3f}", f"{of.flops / 1e12:.3f}", f"{of.seconds(roofs) * 1e3:.2f}")
         by_kernel.append((name, str(len(of.passes)), *cells))
-    return f"{_aligned(lines)}\n\n{_aligned(by_kernel)}"
+    return f"{aligned(lines)}\n\n{aligned(by_kernel)}"
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text, the first column to the left and the others to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         line[0].ljust(widths[0])
@@ -654,7 +655,7 @@ def _print_op(net: Net, op: str, architecture: str, as_json: bool) -> int:
     for name in ("forward", "backward", "total"):
         a, b = getattr(ours, name), getattr(eager, name)
         lines.append((name, f"{a / 1e9:.3f}", f"{b / 1e9:.3f}", f"{a / b:.3f}"))
-    print(_aligned(lines))
+    print(aligned(lines))
     return 0
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastunet
 from benchmarks import traffic
 from benchmarks.access import extent, of_aten
 from benchmarks.trace import trace
@@ -499,6 +500,22 @@ def test_what_eager_keeps_is_what_it_keeps_with_data():
         kept.pop(t.untyped_storage().data_ptr(), None)
     expected = sum(storage.nbytes() for storage in kept.values())
     assert traffic.run(net, "training", reference).saved == expected
+
+
+def test_the_torch_backend_is_counted_by_its_aten_operations():
+    net = Net(base=8, size=32, batch=1)
+    step = traffic.run(net, "training", fastunet, backend="torch")
+    assert {call.backend for call in step.calls if call.name.startswith("fastunet.")} == {"torch"}
+    found = traffic.account(step, traffic.made)
+    assert found.flops == eager_cost(net)[1]  # also of the convolutions inside operators
+    assert not {"aten.conv2d.default", "aten.batch_norm.default"} & {p.name for p in found.passes}  # in one piece
+
+
+def test_a_convolution_of_a_channels_last_tensor_is_channels_last_as_on_a_gpu():
+    x, weight = meta(2, 3, 8, 8).to(memory_format=torch.channels_last), meta(5, 3, 3, 3)
+    with trace():
+        assert F.conv2d(x, weight).is_contiguous(memory_format=torch.channels_last)
+        assert F.conv2d(x.contiguous(), weight).is_contiguous()
 
 
 def test_eager_is_counted_without_triton(monkeypatch):
