@@ -15,11 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastunet
 from benchmarks.conftest import CUDA, NEEDS_GPU
+from benchmarks.traffic import MODES, Mode, Net, eager_cost
 from fastunet import reference
 from fastunet.losses import DiceCELoss
 
@@ -31,7 +30,7 @@ class NetCase:
     shape: tuple[int, int, int, int]
     base: int
     bilinear: bool
-    mode: str
+    mode: Mode
     dtype: torch.dtype  # of the convolutions' operands
     classes: int = 2
 
@@ -46,27 +45,12 @@ class NetCase:
         return self.shape[1], self.classes, self.bilinear, self.base
 
 
-MODES = ("training", "inference")
 CASES = [NetCase((8, 3, 512, 512), 64, bilinear, mode, torch.bfloat16) for bilinear in (False, True) for mode in MODES]
 SMALL_CASES = [
     NetCase((1, 3, 256, 256), 16, bilinear, mode, torch.float32) for bilinear in (False, True) for mode in MODES
 ]
 PROVIDERS = ["reference", "compile", "compile-max-autotune", "fastunet"] if CUDA else ["reference", "fastunet"]
 LAYOUT = torch.channels_last if CUDA else torch.contiguous_format
-
-
-class EagerBytes(TorchDispatchMode):
-    """Counts the bytes of eager PyTorch: each operation reads its operands once and writes its results once."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if not view and func.overloadpacket is not torch.ops.aten.empty:
-            tensors = [x for x in torch.utils._pytree.tree_leaves((args, results)) if isinstance(x, Tensor)]
-            self.total += sum(x.numel() * x.element_size() for x in tensors)
-        return results
 
 
 def prepared(model: nn.Module, device: str) -> nn.Module:
@@ -102,18 +86,6 @@ def step(case: NetCase, model: nn.Module, loss: Callable[[Tensor, Tensor], Tenso
     return train
 
 
-def eager_cost(case: NetCase) -> tuple[int, int]:
-    """(bytes, FLOPs) of the step in eager PyTorch, counted without data or device."""
-    with torch.device("meta"):
-        model = reference.UNet(*case.arguments).to(case.dtype)
-        x = torch.empty(case.shape, dtype=case.dtype)
-        labels = torch.empty((case.shape[0], *case.shape[2:]), dtype=torch.int64)
-        run = step(case, model, lambda logits, _: logits.float().sum(), x, labels)
-        with EagerBytes() as moved, FlopCounterMode(display=False) as computed:  # type: ignore[no-untyped-call]
-            run()
-    return moved.total, computed.get_total_flops()
-
-
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize(
     "case",
@@ -124,7 +96,8 @@ def test_net(case: NetCase, provider: str, device: str, measure: Callable[..., N
     expected = prepared(reference.UNet(*case.arguments), device)
     x = torch.randn(case.shape, device=device).contiguous(memory_format=LAYOUT)
     labels = torch.randint(0, case.classes, (case.shape[0], *case.shape[2:]), device=device)
-    bytes_moved, flops = eager_cost(case)
+    net = Net("unet", case.bilinear, case.base, case.shape[2], case.shape[0], case.dtype, case.classes)
+    bytes_moved, flops = eager_cost(net, case.mode)
     loss: Callable[[Tensor, Tensor], Tensor] = plain_loss
     model: Any = expected
     if provider == "fastunet":

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.recorder import Launch, record
 from fastunet import ops
+from fastunet.aten import aten, memory_format, stats_dtype
+
+if TYPE_CHECKING:
+    from benchmarks.recorder import Launch
 
 
 @dataclass
@@ -25,6 +28,7 @@ class Call:
     """One operation."""
 
     name: str  # "fastunet.conv2d", "aten.add.Tensor"
+    func: Any  # what torch dispatches to
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     results: list[Tensor] = field(default_factory=list)
@@ -35,37 +39,87 @@ class Call:
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors it was given."""
-        return [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Tensor)]
+        return tensors_of((self.args, self.kwargs))
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The arguments it was given, by their names in the schema."""
+        names = [argument.name for argument in self.func._schema.arguments]
+        return dict(zip(names, self.args, strict=False)) | self.kwargs
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in nested lists, tuples and dictionaries."""
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+
+
+def _batch_norm_update_stats(x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    mean, var = x.new_empty((2, x.shape[1]), dtype=stats_dtype(x.dtype)).unbind(0)
+    return mean, var
+
+
+def _convolution(x: Tensor, weight: Tensor, *settings: Any) -> Tensor:
+    y: Tensor = aten.convolution.default(x, weight, *settings)
+    return y.contiguous(memory_format=memory_format(x, weight))
+
+
+# Where the meta device has no result, or not in the layout that a GPU gives it.
+_AS_ON_A_GPU = {
+    aten.batch_norm_update_stats.default: _batch_norm_update_stats,
+    aten.convolution.default: _convolution,
+}
+
+
+@contextmanager
+def _launches(call: Call) -> Iterator[None]:
+    """Note the launches made inside the block; the torch backend makes none, and must not need Triton."""
+    if call.backend == "triton":
+        from benchmarks.recorder import record
+
+        with record() as call.launches:
+            yield
+    else:
+        yield
+
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 class _Tracer(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         namespace, _, name = func._schema.name.partition("::")
         if namespace != "fastunet":
-            call = Call(f"{namespace}.{name}.{func._overloadname}", args, kwargs)
-            results = func(*args, **kwargs)
+            if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+                with self:  # composites come in one piece inside an operator
+                    return func._op_dk(_COMPOSITE, *args, **kwargs)
+            call = Call(f"{namespace}.{name}.{func._overloadname}", func, args, kwargs)
+            results = _AS_ON_A_GPU.get(func, func)(*args, **kwargs)
         else:
-            call = Call(f"fastunet.{name}", args, kwargs)
+            call = Call(f"fastunet.{name}", func, args, kwargs)
             call.backend, function = ops.serving(name, args)
             outer, self.calls = self.calls, call.inner
             try:
-                with record() as call.launches, self:
+                with _launches(call), self:
                     results = function(*args[:-1])
             finally:
                 self.calls = outer
-        call.results = [x for x in tree_leaves(results) if isinstance(x, Tensor)]
+        call.results = tensors_of(results)
         self.calls.append(call)
         return results
 
 
 @contextmanager
 def trace(architecture: str = "sm_90") -> Iterator[list[Call]]:
-    """Collect the operations made inside the block, in order; meta tensors count as lying on such a GPU."""
+    """Collect the operations made inside the block, in order; meta tensors count as lying on such a GPU.
+
+    The notes keep every tensor alive. Take gradients by ``torch.autograd.grad``: ``backward`` would copy them into
+    ``.grad``, seeing that somebody else holds them.
+    """
     tracer = _Tracer()
     with ops.as_if_on(architecture), tracer:
         yield tracer.calls

@@ -304,7 +304,8 @@ def upsample_concat_backward(
     partial = x.new_empty(0 if affine is None else (slabs, 3, channels), dtype=stats_dtype(x.dtype))
     if x.numel() > 0:
         _upsample_bwd_kernel[(slabs, triton.cdiv(channels, block_c))](
-            dy[:, skip_channels:] if skip_first else dy, x, dense(affine), dx, partial, channels, dy.shape[1],
+            dy[:, skip_channels:] if skip_first else dy[:, :channels], x, dense(affine), dx, partial,
+            channels, dy.shape[1],
             height, width, y_height, y_width, top, left, segments,
             HAS_AFFINE=affine is not None, RELU=relu, ALIGN_CORNERS=align_corners, **OPTIONS,
             ACC=accumulator(x.dtype),
@@ -313,5 +314,5 @@ def upsample_concat_backward(
     daffine = partial if affine is None else sum_slabs(partial)
     if skip is None:
         return dx, daffine, x.new_empty(0), x.new_empty(0, dtype=stats_dtype(x.dtype))
-    dz_skip = dy if skip_first else dy[:, channels:]
+    dz_skip = dy[:, :skip_channels] if skip_first else dy[:, channels:]
     return dx, daffine, *source_gradient(dz_skip, dy.shape[1], skip, skip_affine, skip_relu)

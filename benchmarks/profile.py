@@ -1,0 +1,309 @@
+"""Where the time of one training step or inference goes, layer by layer and kernel by kernel.
+
+``python -m benchmarks.profile --net unet --bilinear`` runs a step under torch.profiler. Every operator of fastunet is a
+range named by its layer and its name; bytes and FLOPs are those that the ledger (:mod:`benchmarks.traffic`) counts for
+the same step, so that each line has its GB/s and TFLOP/s, and their share of what the machine does at most: the rates
+of a copy and of a matrix product, measured first or given.
+
+``--trace FILE`` keeps the Chrome trace, for https://ui.perfetto.dev. ``--nvtx`` runs the step for a profiler outside,
+inside NVTX ranges and between cudaProfilerStart and cudaProfilerStop; ``--ncu KERNEL`` prints a command that uses it.
+
+Ranges come from a TorchDispatchMode and not from hooks, which would make blocks run as ordinary modules. A step inside
+one takes longer on the CPU; a kernel does not. The first line has the time of a step outside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import sys
+import tempfile
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
+
+import fastunet
+from benchmarks.traffic import (
+    MODES,
+    Mode,
+    Net,
+    Pass,
+    Roofs,
+    Step,
+    account,
+    add_net_arguments,
+    aligned,
+    made,
+    net_of,
+    run,
+)
+
+TOP = 20  # lines of a table
+CPU_ONLY = (
+    "This machine has no CUDA GPU: these are CPU times of the torch backend, and there are no kernels, tensor cores or "
+    "GPU memory to show."
+)
+
+
+@dataclass
+class Line:
+    """One line of a table: calls and seconds as measured, bytes and FLOPs as counted."""
+
+    calls: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+    flops: int = 0
+
+
+@dataclass
+class Tables:
+    """Lines by range, "layer operator", and by kernel; and the seconds that all of it took."""
+
+    ranges: dict[str, Line] = field(default_factory=dict)
+    kernels: dict[str, Line] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+# ---- the step and its ranges -------------------------------------------------------------------------------------
+
+
+def traced(net: Net, mode: Mode, device: torch.device) -> Step:
+    """The step as the ledger knows it, with the kernels that ``device`` gets."""
+    if device.type == "cpu":
+        return run(net, mode, fastunet, backend="torch")
+    properties = torch.cuda.get_device_properties(device)
+    name = properties.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return run(net, mode, fastunet, name)
+
+
+def labels(step: Step) -> list[str]:
+    """The range of each operator of fastunet in a step, in order: "layer operator"."""
+    return [_label(layer, call.name) for call, _, layer in step.places if call.name.startswith("fastunet.")]
+
+
+def _label(layer: str, op: str) -> str:
+    return f"{layer} {op.removeprefix('fastunet.')}"
+
+
+class Ranges(TorchDispatchMode):
+    """Inside, the operators of fastunet are ranges with these names, one after the other."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = iter(names)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "fastunet":
+            return func(*args, **(kwargs or {}))
+        op, name = func._schema.name.removeprefix("fastunet::"), next(self.names, "nothing")
+        if name.rpartition(" ")[2] != op:
+            raise RuntimeError(f"expected the operators that the ledger saw, next {name}, got {op}")
+        with record_function(name):
+            return func(*args, **(kwargs or {}))
+
+
+def prepare(net: Net, mode: Mode, device: torch.device) -> Callable[[], None]:
+    """A function that does one step of ``net`` on random data, as the ledger counts it."""
+    with device:
+        model = net.model(fastunet).train(mode == "training")
+        x = torch.randn((net.batch, 3, net.size, net.size), dtype=net.dtype).to(memory_format=torch.channels_last)
+        labels = torch.randint(0, net.classes if net.logits else 2, (net.batch, net.size, net.size))
+    loss = net.loss(fastunet)
+    parameters = list(model.parameters())
+
+    def step() -> None:
+        with torch.set_grad_enabled(mode == "training"):
+            with record_function("forward"):
+                y = model(x)
+            if mode == "training":
+                with record_function("loss"):
+                    value = loss(y, labels)
+                with record_function("backward"):
+                    torch.autograd.grad(value, parameters)
+
+    return step
+
+
+def chrome_trace(step: Callable[[], None], names: Iterable[str], device: torch.device, path: Path) -> None:
+    """Run ``step`` under torch.profiler, in ranges of these names, and write the Chrome trace to ``path``."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with torch.profiler.profile(activities=activities) as profiler, Ranges(names), record_function("step"):
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(path))
+
+
+@contextlib.contextmanager
+def nvtx(device: torch.device) -> Iterator[None]:
+    """Ranges inside are NVTX ranges, and a profiler outside that waits for cudaProfilerStart sees this block."""
+    with torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx():
+        yield
+        torch.cuda.synchronize(device)
+
+
+# ---- from a trace to tables --------------------------------------------------------------------------------------
+
+
+def tabulate(events: list[dict[str, Any]], passes: list[Pass]) -> Tables:
+    """The tables of a Chrome trace's events: of its kernels where it has any, else of the CPU's ranges."""
+    tables = Tables()
+    wanted = {_label(p.layer, p.op) for p in passes if p.op.startswith("fastunet.")}
+    launched = sorted((e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")), key=_start)
+    kind = "gpu_user_annotation" if launched else "user_annotation"
+    spans = sorted((e for e in events if e.get("cat") == kind and e["name"] in wanted), key=_start)
+    for span in spans:
+        line = tables.ranges.setdefault(span["name"], Line())
+        line.calls += 1
+        line.seconds += 0.0 if launched else span["dur"] / 1e6
+    starts = [_start(span) for span in spans]
+    for kernel in launched:
+        seconds = kernel["dur"] / 1e6
+        tables.seconds += seconds
+        line = tables.kernels.setdefault(kernel["name"], Line())
+        line.calls += 1
+        line.seconds += seconds
+        # On one stream ranges follow each other; the one that began last holds the kernel or none does.
+        middle = _start(kernel) + kernel["dur"] / 2
+        at = bisect_right(starts, middle) - 1
+        if at >= 0 and middle <= starts[at] + spans[at]["dur"]:
+            tables.ranges[spans[at]["name"]].seconds += seconds
+    if not launched:
+        tables.seconds = sum(e["dur"] for e in events if e.get("cat") == kind and e["name"] == "step") / 1e6
+    for p in passes:
+        for found, key in ((tables.ranges, _label(p.layer, p.op)), (tables.kernels, p.name)):
+            if key in found:
+                found[key].bytes += p.bytes
+                found[key].flops += p.flops
+    return tables
+
+
+def _start(event: dict[str, Any]) -> float:
+    return float(event["ts"])
+
+
+def table(title: str, lines: dict[str, Line], total: float, roofs: Roofs) -> str:
+    """The lines that took longest, as text; a dash where the ledger has no bytes or FLOPs to compare with."""
+    rows = [(title, "calls", "ms", "of time", "GB/s", "of roof", "TFLOP/s", "of roof")]
+    for name, line in sorted(lines.items(), key=lambda item: -item[1].seconds)[:TOP]:
+        cells = [str(line.calls), f"{line.seconds * 1e3:.3f}", f"{line.seconds / total:.1%}"]
+        for amount, unit, roof in ((line.bytes, 1e9, roofs.bandwidth), (line.flops, 1e12, roofs.tflops)):
+            rate = amount / unit / line.seconds if line.seconds else 0.0
+            cells += [f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}", f"{rate / roof:.0%}"] if rate else ["-", "-"]
+        rows.append((name if len(name) <= 70 else f"{name[:67]}...", *cells))  # type: ignore[arg-type]
+    return aligned(rows)
+
+
+# ---- roofs -------------------------------------------------------------------------------------------------------
+
+
+def measured_roofs(device: torch.device, dtype: torch.dtype) -> Roofs:
+    """The rates of a large copy, reading and writing, and of a large square matrix product on ``device``."""
+    cuda = device.type == "cuda"
+    x = torch.zeros(1 << (29 if cuda else 25), dtype=torch.float16, device=device)
+    side = 8192 if cuda else 1024
+    a, b = (torch.ones((side, side), dtype=dtype, device=device) for _ in range(2))
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as the convolutions multiply
+    try:
+        copy = Timer("y.copy_(x)", globals={"x": x, "y": torch.empty_like(x)}).timeit(20 if cuda else 5).mean
+        product = Timer("torch.mm(a, b)", globals={"torch": torch, "a": a, "b": b}).timeit(20 if cuda else 5).mean
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+    return Roofs(2 * x.nbytes / copy / 1e9, 2 * side**3 / product / 1e12)
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def ncu_command(kernel: str, arguments: Sequence[str]) -> str:
+    """A command line of Nsight Compute for the launches of one kernel in a step."""
+    ncu = ["ncu", "--profile-from-start", "off", "--set", "full", "--import-source", "yes"]
+    ncu += ["--kernel-name", kernel, "--launch-count", "4", "--export", kernel.strip("_")]
+    return shlex.join([*ncu, "python", "-m", "benchmarks.profile", "--nvtx", *arguments])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description="Profile one step of a network.")
+    add_net_arguments(parser)
+    parser.add_argument("--mode", choices=MODES, default=MODES[0], help="default: %(default)s")
+    parser.add_argument("--trace", type=Path, metavar="FILE.json", help="keep the Chrome trace")
+    parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="a roof, instead of measuring it")
+    parser.add_argument("--tflops", type=float, metavar="TFLOP/s", help="a roof, instead of measuring it")
+    parser.add_argument("--nvtx", action="store_true", help="run the step once for nsys or ncu, and print nothing")
+    parser.add_argument("--ncu", metavar="KERNEL", help="print the ncu command line for one kernel")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        parser.set_defaults(base=16, size=128, batch=1, dtype="fp32")
+    options = parser.parse_args(arguments)
+    net = net_of(parser, options)
+    for name in ("bandwidth", "tflops"):
+        if (given := getattr(options, name)) is not None and given <= 0:
+            parser.error(f"expected --{name} above 0, got {given:g}; leave it out and it is measured")
+    if options.nvtx and device.type == "cpu":
+        parser.error("expected a CUDA GPU for --nvtx, got a machine without one; leave it out for CPU times")
+    if options.ncu:
+        return _print_ncu(parser, net, options)
+
+    step = traced(net, options.mode, device)
+    passes = account(step, made).passes
+    one = prepare(net, options.mode, device)
+    for _ in range(3):  # compiles the kernels, and lets the allocator settle
+        one()
+    if options.nvtx:
+        with nvtx(device), Ranges(labels(step)):
+            one()
+        return 0
+    if options.bandwidth and options.tflops:
+        roofs = Roofs(options.bandwidth, options.tflops)
+    else:
+        found = measured_roofs(device, net.dtype)
+        roofs = Roofs(options.bandwidth or found.bandwidth, options.tflops or found.tflops)
+    seconds = Timer("one()", globals={"one": one}).timeit(5).median
+    with tempfile.TemporaryDirectory(dir=None if options.trace is None else options.trace.absolute().parent) as folder:
+        path = Path(folder) / (options.trace.name if options.trace else "trace.json")
+        chrome_trace(one, labels(step), device, path)
+        events = json.loads(path.read_text())["traceEvents"]
+        if options.trace:
+            path.replace(options.trace)
+    tables = tabulate(events, passes)
+    size = f"{net.batch}×3×{net.size}×{net.size}"
+    print(f"{options.mode} step of {net.net}, base {net.base}, {size}, {options.dtype}: {seconds * 1e3:.2f} ms")
+    print(f"roofs: {roofs.bandwidth:.0f} GB/s, {roofs.tflops:.3g} TFLOP/s; bytes and FLOPs are the ledger's\n")
+    print(table("layer and operator", tables.ranges, tables.seconds, roofs))
+    if tables.kernels:
+        print(f"\n{table('kernel', tables.kernels, tables.seconds, roofs)}")
+        print(f"\nkernels ran for {tables.seconds * 1e3:.2f} ms")
+    else:
+        print(f"\n{CPU_ONLY}")
+    return 0
+
+
+def _print_ncu(parser: argparse.ArgumentParser, net: Net, options: argparse.Namespace) -> int:
+    names = Counter(
+        p.name for p in account(run(net, options.mode, fastunet), made).passes if p.name.endswith("_kernel")
+    )
+    if options.ncu not in names:
+        parser.error(f"expected a kernel of this step, one of {', '.join(sorted(names))}, got {options.ncu}")
+    arguments = ["--net", net.net, *(["--bilinear"] if net.bilinear else []), "--mode", options.mode]
+    for name in ("base", "size", "batch", "classes", "dtype"):
+        arguments += [f"--{name}", str(getattr(options, name))]
+    print(ncu_command(options.ncu, arguments))
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # a profile of the interpreter would say nothing
+    sys.exit(main())

@@ -1,0 +1,664 @@
+"""The traffic ledger: bytes and FLOPs of a training step or an inference, counted with no GPU and no memory.
+
+``python -m benchmarks.traffic --net unet --base 64 --size 512 --batch 8 --dtype bf16`` prints them layer by layer.
+
+A step runs on the meta device and is noted operation by operation (:mod:`benchmarks.trace`). A *pass* is a kernel
+launch, or an ATen operation that moves data; it is charged the tensors that it reads and writes, once each
+(:mod:`benchmarks.access`). There are five accounts of one step:
+
+- ``fastunet``: the passes really made, all kernels in Triton, nothing normalised kept (policy "memory").
+- ``auto``: the same with the backend and policy that users get by default.
+- ``eager``: PyTorch running :mod:`fastunet.reference`, channels_last.
+- ``compile``: a model of torch.compile, on the generous side. Eager's passes without pointwise ones (ReLU, sums of
+  gradients, casts) and paddings, which are taken to cost nothing inside their neighbours; the statistics of a batch
+  normalisation stay a pass of their own, concatenations are copied, and a pool's winners take a byte instead of eight.
+- ``floor``: fastunet's operators, each as good as it could be. What has to exist is written once, and read once by
+  every matrix product and every other operator that takes it. A raw convolution output has to exist, since its
+  statistics come after it; an upsampled tensor has not, since its reader can interpolate and sum its gradient up. A
+  pool is written by the convolution before it. A weight gradient forms dY, the gradient of the raw output, from dy and
+  y as it reads them, and writes it where the input's gradient is wanted too.
+
+A step is forward, loss and backward, with convolution weights in the step's dtype and batch norms in float32, as under
+autocast; autocast's copies of the weights and the optimizer's pass over them are the same for everybody and left out.
+The loss is Dice and cross-entropy of logits, Dice of
+probabilities. "Modelled" time is, summed over the passes, the longer of bytes / bandwidth and FLOPs / matrix rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry
+
+import fastunet
+from benchmarks.access import Access, distinct, of_aten, storage
+from benchmarks.cases import Case
+from benchmarks.trace import Call, tensors_of, trace
+from fastunet import ops, reference
+from fastunet.losses import DiceCELoss
+
+Mode = Literal["training", "inference"]
+MODES: tuple[Mode, ...] = ("training", "inference")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """What a GPU does at most: bandwidth in GB/s, and the rate of matrix products in TFLOP/s."""
+
+    bandwidth: float
+    tflops: float
+
+
+# By data sheet: architecture, GB/s, and dense TFLOP/s, accumulating in float32, of 16-bit operands and of TF32.
+GPUS = {
+    "a100": ("sm_80", 2039.0, 312.0, 156.0),
+    "rtx4090": ("sm_89", 1008.0, 165.2, 82.6),
+    "l40s": ("sm_89", 864.0, 362.0, 183.0),
+    "h100": ("sm_90", 3350.0, 989.0, 494.0),
+    "h200": ("sm_90", 4800.0, 989.0, 494.0),
+    "b200": ("sm_100", 8000.0, 2250.0, 1125.0),
+    "mi300x": ("gfx942", 5300.0, 1307.0, 654.0),
+}
+
+
+# ---- the step ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network and what it is given."""
+
+    net: str = "unet"
+    bilinear: bool = False
+    base: int = 64
+    size: int = 512
+    batch: int = 8
+    dtype: torch.dtype = torch.bfloat16
+    classes: int = 2
+
+    def model(self, package: Any, **config: str) -> nn.Module:
+        """The network of ``package`` (:mod:`fastunet` or :mod:`fastunet.reference`): convolutions in this dtype."""
+        model = _NETS[self.net](package, self, config)
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                module.to(self.dtype)
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+    @property
+    def logits(self) -> bool:
+        """Whether the network returns logits; else probabilities."""
+        return self.net in ("unet", "plain")
+
+    def loss(self, package: Any, backend: str = "auto") -> Callable[[Tensor, Tensor], Tensor]:
+        """fastunet's loss, or the same in plain PyTorch."""
+        if not self.logits:
+            return _probability_dice
+        return DiceCELoss(backend=backend) if package is fastunet else plain_dice_ce
+
+
+_NETS: dict[str, Callable[[Any, Net, dict[str, str]], nn.Module]] = {
+    "unet": lambda package, n, config: package.UNet(3, n.classes, n.bilinear, n.base, **config),
+    "strided": lambda package, n, config: package.StridedUNet(3, n.classes, n.base, **config),
+    "plain": lambda package, n, config: package.PlainUNet(3, n.classes, n.base, **config),
+    "brain": lambda package, n, config: package.BrainUNet(3, n.classes, n.base, **config),
+}
+
+
+def plain_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
+    """Seed 002's Dice with a one-hot, and cross-entropy, in float32 as autocast has them."""
+    logits = logits.float()
+    return F.cross_entropy(logits, labels) + reference.functional.dice_loss(logits, labels)
+
+
+def _probability_dice(p: Tensor, labels: Tensor) -> Tensor:
+    p, y = p.float(), labels.unsqueeze(1)
+    return 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as it was traced: operations, where each belongs, and the bytes autograd kept for the backward."""
+
+    calls: list[Call]
+    phases: list[str]  # "forward", "loss", "backward", of each operation
+    layers: list[str]  # the convolution whose module, or "loss"
+    saved: int
+
+    @property
+    def places(self) -> Iterable[tuple[Call, str, str]]:
+        """(operation, phase, layer)"""
+        return zip(self.calls, self.phases, self.layers, strict=True)
+
+
+def run(net: Net, mode: Mode, package: Any, architecture: str = "sm_90", **config: str) -> Step:
+    """Trace a step of ``net`` as ``package`` (:mod:`fastunet` or :mod:`fastunet.reference`) does it."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[storage(x)] = x
+        return x
+
+    with torch.device("meta"):
+        model = net.model(package, **config).train(mode == "training")
+        x = torch.empty((net.batch, 3, net.size, net.size), dtype=net.dtype).to(memory_format=torch.channels_last)
+        labels = torch.empty((net.batch, net.size, net.size), dtype=torch.int64)
+        loss = net.loss(package, config.get("backend", "auto"))
+        parameters = list(model.parameters())
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+        with trace(architecture) as calls, torch.set_grad_enabled(mode == "training"), hooks:
+            y = model(x)
+            ends = [len(calls)]
+            if mode == "training":
+                value = loss(y, labels)
+                ends.append(len(calls))
+                torch.autograd.grad(value, parameters)
+    starts = zip(("forward", "loss", "backward"), [0, *ends], [*ends, len(calls)], strict=False)
+    phases = [phase for phase, start, end in starts for _ in range(start, end)]
+    own = {storage(t) for t in (*parameters, *model.buffers())}
+    saved = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+    return Step(calls, phases, name_layers(model, calls, phases), saved)
+
+
+# ---- layers ------------------------------------------------------------------------------------------------------
+
+# What stands between two layers belongs to the one that reads it.
+_SERVING = ("max_pool2", "upsample_", "cat.", "constant_pad_nd.")
+_COPIES = ("_to_copy.", "clone.", "copy_.", "to.dtype")
+
+
+def owners(model: nn.Module) -> dict[int, str]:
+    """The convolution that each parameter and buffer belongs to, by its storage: its own, or the one it follows."""
+    found = {}
+    layer = ""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            layer = name
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        found.update({storage(t): layer for t in tensors})
+    return found
+
+
+def name_layers(model: nn.Module, calls: list[Call], phases: list[str]) -> list[str]:
+    """The layer of each operation: the module name of a convolution, or "loss".
+
+    An operation with a parameter belongs to that layer. One without belongs to the layer whose result is its last
+    operand; but what pools, upsamples, pads or concatenates, forward or backward, belongs to the layer that reads it.
+    """
+    own = owners(model)
+    layers = [""] * len(calls)
+    for i, call in enumerate(calls):
+        layers[i] = next((own[storage(x)] for x in call.tensors if storage(x) in own), "")
+        if layers[i] and call.name.partition(".")[2].startswith(_COPIES):
+            own |= {storage(x): layers[i] for x in call.results}
+    begun = next((i for i, phase in enumerate(phases) if phase == "backward" and layers[i]), len(calls))
+    for i, phase in enumerate(phases):
+        if phase == "loss" or (phase == "backward" and i < begun):
+            layers[i] = "loss"
+
+    reader: dict[int, str] = {}
+    served: dict[tuple[str, int], str] = {}
+    for i in reversed(range(len(calls))):
+        call = calls[i]
+        kind = call.name.partition(".")[2].partition("_backward")[0].partition(".")[0]
+        if phases[i] == "forward" and not layers[i] and f"{kind}.".startswith(_SERVING):
+            layers[i] = next((reader[storage(x)] for x in call.results if storage(x) in reader), "")
+            served |= {(kind, storage(x)): layers[i] for x in call.tensors + call.results}
+        if layers[i]:
+            reader |= {storage(x): layers[i] for x in call.tensors if storage(x) not in own}
+
+    source: dict[int, str] = {}
+    for i, call in enumerate(calls):
+        kind = call.name.partition(".")[2].partition("_backward")[0].partition(".")[0]
+        if not layers[i]:
+            known = [source[storage(x)] for x in call.tensors if storage(x) in source]
+            known += [served[kind, storage(x)] for x in call.tensors if (kind, storage(x)) in served]
+            layers[i] = known[-1] if known else "other"
+        given = {storage(x) for x in call.tensors}
+        source |= {storage(x): layers[i] for x in call.results if storage(x) not in given}
+    return layers
+
+
+# ---- passes and accounts -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One kernel launch, or one ATen operation that moves data."""
+
+    layer: str
+    phase: str
+    op: str
+    name: str  # of the kernel, or of the ATen operation
+    bytes: int
+    flops: int
+
+    def seconds(self, roofs: Roofs) -> float:
+        """Modelled time: the longer of moving the bytes and multiplying."""
+        return max(self.bytes / (roofs.bandwidth * 1e9), self.flops / (roofs.tflops * 1e12))
+
+
+@dataclass(frozen=True)
+class Account:
+    """The passes of a step, and the bytes kept between forward and backward, parameters and buffers left out."""
+
+    passes: list[Pass]
+    saved: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(p.bytes for p in self.passes)
+
+    @property
+    def flops(self) -> int:
+        return sum(p.flops for p in self.passes)
+
+    def seconds(self, roofs: Roofs) -> float:
+        return sum(p.seconds(roofs) for p in self.passes)
+
+    def of_layer(self, layer: str) -> Account:
+        """The passes of one layer."""
+        return Account([p for p in self.passes if p.layer == layer])
+
+
+Rule = Callable[[Call], list[tuple[str, Access, int]]]  # (name, access, bytes) of each pass
+
+
+def account(step: Step, rule: Rule) -> Account:
+    """The passes that ``rule`` finds in a step; an operation's FLOPs are shared by its matrix products."""
+    passes = []
+    for call, phase, layer in step.places:
+        found = rule(call)
+        products = sum(access.multiplies for _, access, _ in found)
+        each = flops_of(call) // products if products else 0
+        passes += [
+            Pass(layer, phase, call.name, name, moved, each if access.multiplies else 0)
+            for name, access, moved in found
+        ]
+    return Account(passes, step.saved)
+
+
+def made(call: Call) -> list[tuple[str, Access, int]]:
+    """The passes that an operation makes: its launches, and the ATen operations in it or that it is."""
+    found = []
+    if call.launches:
+        from benchmarks.pointers import of_launch  # needs Triton, which counting plain PyTorch does not
+
+        found = [(launch.kernel.__name__, of_launch(launch)) for launch in call.launches]
+    for inner in [call] if call.name.startswith("aten.") else call.inner:
+        found += [(inner.name, access) for access in of_aten(inner)]
+    return [(name, access, access.bytes) for name, access in found]
+
+
+def compiled(call: Call) -> list[tuple[str, Access, int]]:
+    """The passes of an operation of plain PyTorch in the model of torch.compile."""
+    kind = call.name.partition(".")[2]
+    if torch.Tag.pointwise in call.func.tags or kind.startswith(("constant_pad_nd.", "_to_copy.", "copy_.")):
+        return []
+    found = made(call)
+    if kind.startswith("max_pool2d"):
+        winners = [x for x in call.tensors + call.results if x.dtype == torch.int64]
+        found = [(name, access, moved - sum(7 * x.numel() for x in winners)) for name, access, moved in found]
+    return found
+
+
+def floor(step: Step) -> Rule:
+    """The rule that finds the passes of fastunet's operators at the floor; ATen's between them could be left out."""
+    small = {  # what stands in for an upsampled tensor
+        storage(call.results[0]): tensors_of([call.named["x"], call.named["affine"]])
+        for call in step.calls
+        if call.name == "fastunet.upsample_concat" and call.named["skip"] is None
+    }
+
+    def rule(call: Call) -> list[tuple[str, Access, int]]:
+        kind = call.name.partition(".")[2]
+        if not call.name.startswith("fastunet.") or (kind.startswith("upsample") and call.named["skip"] is None):
+            return []
+        if kind == "max_pool2x2":
+            found = [("pool", Access((), tuple(call.results)))]
+        elif kind in ("conv2d", "conv_transpose2d"):
+            read = [t for x in call.tensors for t in small.get(storage(x), [x])]
+            found = [("fprop", Access(distinct(read), distinct(call.results), True))]
+        elif kind in ("conv2d_backward", "conv_transpose2d_backward"):
+            found = _least_of_convolution_backward(call, small)
+        else:
+            found = [("once", Access(distinct(call.tensors), distinct(call.results)))]
+        return [(name, access, access.bytes) for name, access in found]
+
+    return rule
+
+
+def _least_of_convolution_backward(call: Call, small: dict[int, list[Tensor]]) -> list[tuple[str, Access]]:
+    given = call.named
+    *gradients, dweight, dbias = call.results
+    read = tensors_of([given["dy"], given["dmean"], given["dvar"]])
+    dy, formed = [given["dy"]], []
+    if given["dmean"] is not None or given["dvar"] is not None:
+        read += [given["y"], given["mean"]]
+        dy = formed = [given["y"]]  # of dY's size
+    masks: list[Tensor] = []  # what dgrad reads to apply the derivative of a source's affine and ReLU
+    wanted: list[Tensor] = []  # of the size of the gradients it writes
+    for i, number in enumerate(("",) if "x" in given else ("0", "1")):
+        x, affine, relu = (given[f"{name}{number}"] for name in ("x", "affine", "relu"))
+        if x is None:
+            continue
+        source = small.get(storage(x)) or tensors_of([x, affine])
+        read += source
+        if gradients[2 * i].numel():
+            wanted += source
+            if affine is not None or relu or storage(x) in small:
+                masks += source
+    passes = [("wgrad", Access(distinct(read), distinct([dweight, dbias, *(formed if wanted else [])]), True))]
+    if wanted:
+        passes.append(("dgrad", Access(distinct([*dy, given["weight"], *masks]), distinct(wanted), True)))
+    return passes
+
+
+def flops_of(call: Call) -> int:
+    """Floating-point operations of an operation's matrix products."""
+    if call.name.startswith("aten."):
+        formula = flop_registry[call.func.overloadpacket]
+        results: Any = call.results[0] if len(call.results) == 1 else call.results
+        if "output_mask" in call.named:
+            each = iter(call.results)
+            results = [next(each) if wanted else None for wanted in call.named["output_mask"]]
+        return int(formula(*call.args, **call.kwargs, out_val=results))
+    given = call.named
+    kind = call.name.removeprefix("fastunet.")
+    if kind == "conv2d":
+        return 2 * call.results[0].numel() * int(given["weight"][0].numel())
+    if kind.startswith("conv_transpose2d"):
+        once = 2 * int(given["x"].numel()) * int(given["weight"][0].numel())
+        return once * (sum(given["mask"][:2]) if "mask" in given else 1)
+    if kind == "conv2d_backward":
+        dy, weight = given["y"] if given["dy"] is None else given["dy"], given["weight"]
+        wanted = given["mask"][2] * weight.shape[1]  # input channels
+        for x, needed in zip((given["x0"], given["x1"]), given["mask"], strict=False):
+            wanted += 0 if x is None else needed * x.shape[1]
+        return int(2 * dy.numel() * weight[0, 0].numel() * wanted)
+    raise RuntimeError(f"expected a formula for the FLOPs of {call.name}, which multiplies matrices: add one")
+
+
+def accounts(net: Net, mode: Mode, architecture: str = "sm_90") -> dict[str, Account]:
+    """The five accounts of a step of ``net``, by name."""
+    ours = run(net, mode, fastunet, architecture, backend="triton", policy="memory")
+    plain = run(net, mode, reference)
+    return {
+        "fastunet": account(ours, made),
+        "auto": account(run(net, mode, fastunet, architecture), made),
+        "eager": account(plain, made),
+        "compile": replace(account(plain, compiled), saved=0),
+        "floor": replace(account(ours, floor(ours)), saved=0),
+    }
+
+
+def eager_cost(net: Net, mode: Mode = "training") -> tuple[int, int]:
+    """(bytes, FLOPs) of a step of ``net`` in eager PyTorch; needs no Triton."""
+    eager = account(run(net, mode, reference), made)
+    return eager.bytes, eager.flops
+
+
+# ---- single operations -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpBytes:
+    """Bytes of one operation and of its backward."""
+
+    forward: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+
+def op_bytes(case: Case, architecture: str = "sm_90") -> tuple[OpBytes, OpBytes]:
+    """(fastunet's, eager PyTorch's) bytes of a case of "softmax_stats" or "upsample_concat", with its neighbours.
+
+    softmax_stats: the whole loss, Dice and cross-entropy, against seed 002's formula with its one-hot.
+    upsample_concat: from raw convolution outputs, so that eager normalises, rectifies, upsamples, pads, concatenates.
+    """
+    ours, plain = _PAIRS[case.op]
+    with torch.device("meta"):
+        operands = case.operands("meta")
+        leaves = [x.requires_grad_() for x in tensors_of(operands) if x.is_floating_point()]
+        return _cost(ours, operands, leaves, architecture), _cost(plain, operands, leaves, architecture)
+
+
+def _cost(
+    function: Callable[..., Tensor], operands: tuple[Any, ...], leaves: list[Tensor], architecture: str
+) -> OpBytes:
+    incoming = torch.empty_like(function(*operands))
+    with trace(architecture) as calls:
+        result = function(*operands)
+        forward = len(calls)
+        torch.autograd.grad(result, leaves, incoming)
+    moved = [sum(bytes for _, _, bytes in made(call)) for call in calls]
+    return OpBytes(sum(moved[:forward]), sum(moved[forward:]))
+
+
+def _our_loss(logits: Tensor, labels: Tensor, *settings: Any) -> Tensor:
+    return DiceCELoss()(logits, labels)  # type: ignore[no-any-return]
+
+
+def _plain_loss(logits: Tensor, labels: Tensor, *settings: Any) -> Tensor:
+    return plain_dice_ce(logits, labels)
+
+
+def _our_upsample(*operands: Any) -> Tensor:
+    return ops.call(ops.upsample_concat, *operands, "triton")  # type: ignore[no-any-return]
+
+
+def _plain_upsample(
+    x: Tensor, affine: Tensor, relu: bool, skip: Tensor, skip_affine: Tensor, skip_relu: bool, align: bool, first: bool
+) -> Tensor:
+    def normalised(x: Tensor, affine: Tensor) -> Tensor:
+        scale, shift, centre = affine.unbind(0)
+        return F.batch_norm(x, centre.detach(), torch.ones_like(centre), scale, shift).relu_()
+
+    up = F.interpolate(normalised(x, affine), scale_factor=2, mode="bilinear", align_corners=align)
+    rows, columns = (skip.shape[i] - up.shape[i] for i in (2, 3))
+    up = F.pad(up, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+    return torch.cat([normalised(skip, skip_affine), up], 1)
+
+
+_PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "softmax_stats": (_our_loss, _plain_loss),
+    "upsample_concat": (_our_upsample, _plain_upsample),
+}
+
+
+# ---- what is printed ---------------------------------------------------------------------------------------------
+
+
+def report(found: dict[str, Account], roofs: Roofs) -> str:
+    """Layer by layer, then kernel by kernel, as text."""
+    lines = [("layer", *(f"{name} GB" for name in found), "ratio", *(f"{name} ms" for name in found), "launches")]
+    for layer in [*dict.fromkeys(p.layer for p in found["eager"].passes), "total"]:
+        rows = {name: a if layer == "total" else a.of_layer(layer) for name, a in found.items()}
+        lines.append(
+            (
+                layer,
+                *(f"{a.bytes / 1e9:.3f}" for a in rows.values()),
+                f"{rows['fastunet'].bytes / rows['eager'].bytes:.2f}",
+                *(f"{a.seconds(roofs) * 1e3:.2f}" for a in rows.values()),
+                f"{len(rows['fastunet'].passes)}",
+            )
+        )
+    kernels: dict[str, list[Pass]] = defaultdict(list)
+    for p in found["fastunet"].passes:
+        kernels[p.name].append(p)
+    by_kernel = [("fastunet's kernels", "launches", "GB", "TFLOP", "ms")]
+    small = found["fastunet"].bytes / 1000
+    groups = {name: Account(passes) for name, passes in kernels.items()}
+    rest = [name for name, of in groups.items() if of.bytes < small and not of.flops]
+    groups[f"{len(rest)} others"] = Account([p for name in rest for p in groups.pop(name).passes])
+    for name, of in sorted(groups.items(), key=lambda item: -item[1].bytes):
+        cells = (f"{of.bytes / 1e9:.3f}", f"{of.flops / 1e12:.3f}", f"{of.seconds(roofs) * 1e3:.2f}")
+        by_kernel.append((name, str(len(of.passes)), *cells))
+    return f"{aligned(lines)}\n\n{aligned(by_kernel)}"
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text, the first column to the left and the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        line[0].ljust(widths[0])
+        + "".join(f"  {cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
+        for line in lines
+    )
+
+
+def summary(found: dict[str, Account], roofs: Roofs) -> dict[str, Any]:
+    """The totals of one step as numbers with names."""
+    totals: dict[str, Any] = {f"{name}_bytes": a.bytes for name, a in found.items()}
+    for name in ("fastunet", "auto", "eager"):
+        a = found[name]
+        totals |= {f"{name}_saved_bytes": a.saved, f"{name}_flops": a.flops, f"{name}_launches": len(a.passes)}
+    return totals | {"modelled_ms": {name: round(a.seconds(roofs) * 1e3, 3) for name, a in found.items()}}
+
+
+def draw(found: dict[str, Account], title: str, path: Path) -> None:
+    """A picture of the bytes of each layer, eager's above fastunet's, forward and backward, with the floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers = list(dict.fromkeys(p.layer for p in found["eager"].passes))
+    figure, axes = pyplot.subplots(figsize=(10, 0.42 * len(layers) + 1.6), layout="constrained")
+    colours = {"eager": ("#b9c2cc", "#8793a1"), "fastunet": ("#f2a65a", "#d9662b")}
+    for offset, name in ((-0.2, "eager"), (0.2, "fastunet")):
+        places = [i + offset for i in range(len(layers))]
+        start = [0.0] * len(layers)
+        for colour, phases in zip(colours[name], (("forward",), ("loss", "backward")), strict=True):
+            passes = [found[name].of_layer(layer).passes for layer in layers]
+            width = [sum(p.bytes for p in each if p.phase in phases) / 1e9 for each in passes]
+            axes.barh(places, width, 0.38, start, color=colour, label=f"{name}, {phases[-1]}" if any(width) else None)
+            start = [a + b for a, b in zip(start, width, strict=True)]
+    least = [found["floor"].of_layer(layer).bytes / 1e9 for layer in layers]
+    axes.scatter(least, [i + 0.2 for i in range(len(layers))], marker="|", s=90, color="black", label="floor", zorder=3)
+    axes.set_yticks(range(len(layers)), layers, fontsize=8)
+    axes.set_ylim(len(layers) - 0.5, -0.5)
+    axes.set_xlabel("GB moved to and from memory, counted")
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="center right", fontsize=8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
+    try:
+        figure.savefig(temporary, dpi=150)
+        temporary.replace(path)
+    finally:
+        pyplot.close(figure)
+        temporary.unlink(missing_ok=True)
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def add_net_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that :func:`net_of` reads."""
+    default = Net()
+    parser.add_argument("--net", choices=sorted(_NETS), default=default.net, help="default: %(default)s")
+    parser.add_argument("--bilinear", action="store_true", help="upsample by interpolation (unet)")
+    for name, text in (("base", "channels of the first block"), ("size", "height and width of a picture"),
+                       ("batch", "pictures in a batch"), ("classes", "channels of the output")):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help=f"{text}; default: %(default)s")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="default: %(default)s")
+
+
+def net_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Net:
+    """The network that the arguments name."""
+    for name, least in (("base", 1), ("size", 16), ("batch", 1), ("classes", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"expected --{name} of at least {least}, got {getattr(options, name)}")
+    if options.bilinear and options.net != "unet":
+        parser.error(f"expected --bilinear with --net unet, got --net {options.net}; leave one of them out")
+    sizes = (options.base, options.size, options.batch)
+    return Net(options.net, options.bilinear, *sizes, DTYPES[options.dtype], options.classes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.traffic", description="Count the bytes and FLOPs of a step, with no GPU."
+    )
+    add_net_arguments(parser)
+    parser.add_argument("--mode", choices=MODES, default=MODES[0], help="the step to print; default: %(default)s")
+    parser.add_argument("--op", choices=sorted(_PAIRS), help="one operation at this size instead of a network")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h200", help="its data sheet models the times")
+    parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="instead of the data sheet's")
+    parser.add_argument(
+        "--tflops", type=float, metavar="TFLOP/s", help="of matrix products, instead of the data sheet's"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object: training, and under it inference")
+    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the layers (needs matplotlib)")
+    options = parser.parse_args(arguments)
+    net = net_of(parser, options)
+    architecture, bandwidth, *rates = GPUS[options.gpu]
+    rate = rates[net.dtype == torch.float32]
+    roofs = Roofs(options.bandwidth or bandwidth, options.tflops or rate)
+    if min(roofs.bandwidth, roofs.tflops) <= 0:
+        parser.error("expected --bandwidth and --tflops above 0; leave them out for the data sheet's")
+    for needed, flag in (("triton", True), ("matplotlib", options.chart is not None)):
+        if flag and importlib.util.find_spec(needed) is None:
+            parser.error(f"expected {needed}, which is not installed: pip install 'fastunet[bench]'")
+    if options.op:
+        return _print_op(net, options.op, architecture, options.json)
+
+    found = {mode: accounts(net, mode, architecture) for mode in (MODES if options.json else (options.mode,))}
+    about = {"net": net.net, "bilinear": net.bilinear, "base": net.base, "size": net.size, "batch": net.batch}
+    about |= {"dtype": options.dtype, "classes": net.classes}
+    named = f"{net.net}{' bilinear' if net.bilinear else ''}, base {net.base}, {net.batch}×3×{net.size}×{net.size}"
+    if options.json:
+        training, inference = (summary(found[mode], roofs) for mode in MODES)
+        print(json.dumps(about | {"gpu": options.gpu, **asdict(roofs)} | training | {"inference": inference}))
+    else:
+        step = found[options.mode]
+        print(f"{options.mode} step of {named}, {options.dtype}; counted, not measured\n")
+        print(report(step, roofs))
+        kept = {name: step[name].saved / 1e9 for name in ("fastunet", "auto", "eager")}
+        print("\nkept for the backward: " + ", ".join(f"{name} {size:.2f} GB" for name, size in kept.items()))
+        print(f"times are modelled: {options.gpu}, {roofs.bandwidth:g} GB/s, {roofs.tflops:g} TFLOP/s; no launch costs")
+    if options.chart:
+        step = found[options.mode]
+        eager, ours, least = (step[name].bytes / 1e9 for name in ("eager", "fastunet", "floor"))
+        totals = f"eager {eager:.1f} GB, fastunet {ours:.1f} GB, floor {least:.1f} GB"
+        draw(step, f"{named}, {options.dtype}, {options.mode}: {totals}", options.chart)
+    return 0
+
+
+def _print_op(net: Net, op: str, architecture: str, as_json: bool) -> int:
+    half = net.size // 2
+    cases = {
+        "softmax_stats": Case("softmax_stats", (net.batch, net.classes, net.size, net.size), net.dtype),
+        "upsample_concat": Case("upsample_concat", (net.batch, net.base, half, half), net.dtype, skip=net.base),
+    }
+    ours, eager = op_bytes(cases[op], architecture)
+    if as_json:
+        print(json.dumps({"op": cases[op].name, "fastunet": asdict(ours), "eager": asdict(eager)}))
+        return 0
+    lines = [(cases[op].name, "fastunet GB", "eager GB", "ratio")]
+    for name in ("forward", "backward", "total"):
+        a, b = getattr(ours, name), getattr(eager, name)
+        lines.append((name, f"{a / 1e9:.3f}", f"{b / 1e9:.3f}", f"{a / b:.3f}"))
+    print(aligned(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter launches nothing that could be noted
+    sys.exit(main())
