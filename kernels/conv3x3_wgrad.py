@@ -146,7 +146,7 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
         filters, tile.outputs
     )
     # Enough programs to fill a large GPU a few times, of a few tiles each; the same on every GPU, for the same bits.
-    slabs = max(1, min(triton.cdiv(tiles, 4), triton.cdiv(1024, 3 * blocks)))
+    slabs = max(1, min(triton.cdiv(tiles, 4), triton.cdiv(264, 3 * blocks)))
     partial = dy.new_empty((slabs, filters, 3, 3, channels), dtype=stats_dtype(dy.dtype))
     _conv3x3_wgrad_kernel[(slabs * blocks * 3,)](
         operand(first.x, tile, tile.reduction), first.affine_or_x,
