@@ -116,7 +116,7 @@ def _flops(case: NetCase) -> int:
         model = case.plain()
         x, _ = case.data("meta")
         training = case.mode == "training"
-        with FlopCounterMode(display=False) as counter, contextlib.nullcontext() if training else torch.no_grad():  # type: ignore[no-untyped-call]
+        with FlopCounterMode(display=False) as counter, contextlib.nullcontext() if training else torch.no_grad():
             y = model(x)
             if training:
                 y.sum().backward()

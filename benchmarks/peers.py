@@ -274,7 +274,7 @@ def _net_step(provider: Provider, case: NetCase, data: _NetData, exact: bool = F
 def _compiled(provider: Provider, function: Callable[..., Any]) -> Callable[..., Any]:
     if provider.compiled is None:
         return function
-    how: dict[str, Any] = {"backend": "aot_eager"} if provider.compiled == "trace" else {"mode": provider.compiled}
+    how: dict[str, Any] = {"backend": "eager"} if provider.compiled == "trace" else {"mode": provider.compiled}
     compiled = torch.compile(function, dynamic=False, **how)
 
     @functools.wraps(compiled)
@@ -458,9 +458,10 @@ def _modules(case: Case, normalise: bool) -> Callable[..., list[Tensor]]:
         x: Tensor = operands[name]
         if not normalise:
             return x
-        norm = [operands[f"{name}_{key}"] for key in ("mean", "var", "weight", "bias")]
-        frozen = case.mode == "inference" and not case.stats
-        return F.relu(F.batch_norm(x, *(norm[:2] if frozen else (None, None)), *norm[2:], not frozen, 0.1, _EPS))
+        mean, var, weight, bias = (operands[f"{name}_{key}"] for key in ("mean", "var", "weight", "bias"))
+        if case.mode == "inference" and not case.stats:  # a network in eval mode
+            return F.relu(F.batch_norm(x, mean, var, weight, bias, eps=_EPS))
+        return F.relu(F.batch_norm(x, None, None, weight, bias, training=True, eps=_EPS))
 
     def conv2d(**operands: Any) -> list[Tensor]:
         z = source("x0", operands)

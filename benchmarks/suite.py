@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -88,7 +88,8 @@ def plan(device: torch.device) -> list[Job]:
         *(_dear(case, "compile-max-autotune") for case in headline[1:]),
         *(_dear(case, "compile") for case in loss_cases.CASES),
         *map(_quick, others),
-        *(_dear(case, "compile") for case in [*cases.CASES, *layers, *others]),
+        *(_dear(case, "compile") for case in cases.CASES + layers),
+        *(_dear(case, "compile") for case in others),
         *(_dear(case, "compile-max-autotune") for case in others),
     ]
     return [job for job in jobs if job.providers]
@@ -151,7 +152,9 @@ def gate(device: torch.device, chosen: Sequence[AnyCase]) -> Iterator[str]:
 
 def _small_picture(case: Case) -> Case:
     """The same kernels in every direction; 24 × 40 has whole tiles and parts of tiles."""
-    mode = "inference" if case.mode == "inference" and not case.stats else "training"
+    mode: Literal["inference", "training"] = "training"
+    if case.mode == "inference" and not case.stats:
+        mode = "inference"
     height, width = (min(size, most) for size, most in zip(case.shape[2:], (24, 40), strict=True))
     return replace(case, shape=(min(case.shape[0], 2), case.shape[1], height, width), mode=mode)
 
@@ -399,8 +402,10 @@ def isolated(order: Order) -> Iterator[Message]:
                     provider = value
                 elif what == "row":
                     done.add((number, value["provider"]))
-                elif what in ("gate", "roofs"):
-                    order = replace(order, **{"check" if what == "gate" else "roofs": False})
+                elif what == "gate":
+                    order = replace(order, check=False)
+                elif what == "roofs":
+                    order = replace(order, roofs=False)
                 stage = value if what == "doing" else stage
                 yield what, value
                 if what == "done":
@@ -519,8 +524,8 @@ def _tiny(case: AnyCase) -> AnyCase:
     batch, channels = case.shape[:2]
     if isinstance(case, LossCase):
         return replace(case, shape=(2, channels, 8, 12), dtype=torch.float32)
-    shape = (min(batch, 2), min(channels, 6), 6, 8)
-    return replace(case, shape=shape, filters=min(case.filters, 5), skip=min(case.skip, 4), dtype=torch.float32)
+    shape = (min(batch, 2), min(channels, 4), 4, 6)
+    return replace(case, shape=shape, filters=min(case.filters, 3), skip=min(case.skip, 2), dtype=torch.float32)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -558,7 +563,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"not available: {name}: {why}")
     status, rows = measure(Order(device.type, tuple(jobs), begun + options.budget, expected), options.results)
     if status == 0:
-        print(report.table(rows))
         measured = {(row["case"], row["provider"]) for row in rows}
         missed: dict[str, dict[str, None]] = {}
         for job in jobs:
@@ -567,6 +571,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     missed.setdefault(job.case.name, {})[name] = None
         for case, names in missed.items():
             print(f"not measured: {case}: {', '.join(names)}")
+        print(report.table(rows))
         print(f"{len(rows)} rows in {time.time() - begun:.0f} s, {len(missed)} cases not complete")
     return status
 
