@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ Operands = tuple[Any, ...]
 class Case:
     """One operation on one shape. What an operation has no use for is ignored."""
 
+    kind: ClassVar[str] = "op"
     op: str  # a forward operator of fastunet.ops
     shape: tuple[int, int, int, int]  # N, C, H, W of the (first) source, or of the logits
     dtype: torch.dtype = torch.bfloat16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,16 +13,20 @@ from torch import Tensor
 class LossCase:
     """One loss or score of logits (N, C, H, W)."""
 
-    kind: Literal["dice_ce", "soft_miou", "confusion_matrix"]
+    kind: ClassVar[str] = "loss"
+    function: Literal["dice_ce", "soft_miou", "confusion_matrix"]
     shape: tuple[int, int, int, int]
     dtype: torch.dtype = torch.bfloat16
-
-    flops = 0  # bound by memory
 
     @property
     def name(self) -> str:
         """A readable identifier."""
-        return f"{self.kind}-{'x'.join(map(str, self.shape))}-{str(self.dtype).removeprefix('torch.')}"
+        return f"{self.function}-{'x'.join(map(str, self.shape))}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def flops(self) -> int:
+        """0: bound by memory."""
+        return 0
 
     @property
     def bytes(self) -> int:
@@ -30,7 +34,7 @@ class LossCase:
         batch, classes, height, width = self.shape
         pixels = batch * height * width
         logits, labels = pixels * classes * self.dtype.itemsize, pixels * 8
-        return logits + labels if self.kind == "confusion_matrix" else 3 * logits + 2 * labels
+        return logits + labels if self.function == "confusion_matrix" else 3 * logits + 2 * labels
 
     def data(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Logits, as a network gives them in this dtype, and labels."""
@@ -38,7 +42,7 @@ class LossCase:
         if self.dtype != torch.float32:
             logits = logits.contiguous(memory_format=torch.channels_last)
         labels = torch.randint(0, self.shape[1], (self.shape[0], *self.shape[2:]), device=device)
-        return logits.requires_grad_(self.kind != "confusion_matrix"), labels
+        return logits.requires_grad_(self.function != "confusion_matrix"), labels
 
 
 CASES = [

@@ -188,6 +188,23 @@ class _GpuClock:
         return found
 
 
+def layout_conversions(call: Callable[[], Any], device: torch.device) -> dict[str, float] | None:
+    """How many kernels of ``call``, which is warm, only change a tensor's layout, and their share of all kernels' time.
+
+    A compiled backward can lose channels_last; cuDNN then converts around every convolution. None on a CPU.
+    """
+    if device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
+    converting = [event for event in kernels if re.search("nchwToNhwc|nhwcToNchw", event.name)]
+    total = sum(event.device_time for event in kernels)
+    share = sum(event.device_time for event in converting) / total if total else 0.0
+    return {"kernels": len(converting), "share": share}
+
+
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,7 @@ NETWORKS = {
 class NetCase:
     """One network, batch, dtype and mode. "tf32" and "fp32" are float32 with and without TF32."""
 
+    kind: ClassVar[str] = "net"
     net: str = "unet"
     base: int = 64
     size: int = 512

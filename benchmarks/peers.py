@@ -41,7 +41,6 @@ from fastunet.losses import DiceCELoss
 AnyCase = Case | NetCase | LossCase
 Step = Callable[[], list[Tensor]]
 
-KINDS: dict[type, str] = {Case: "op", NetCase: "net", LossCase: "loss"}
 _SOURCED = ("affine_act", "conv2d", "conv_transpose2d", "max_pool2x2", "upsample_concat")  # normalise what they read
 
 
@@ -89,14 +88,14 @@ def serving(case: AnyCase) -> list[Provider]:
 
 
 def _serves(provider: Provider, case: AnyCase) -> bool:
-    if KINDS[type(case)] not in provider.kinds:
+    if case.kind not in provider.kinds:
         return False
     if isinstance(case, NetCase):
         return True
     if isinstance(case, LossCase):
-        if case.kind == "confusion_matrix":
+        if case.function == "confusion_matrix":
             return provider.name in ("torchmetrics", "fastunet")
-        return provider.name != "torchmetrics" and (provider.name != "monai" or case.kind == "dice_ce")
+        return provider.name != "torchmetrics" and (provider.name != "monai" or case.function == "dice_ce")
     if provider.compiled:
         return case.mode in ("inference", "training")  # its backward frees what a second backward would need
     return provider.name != "eager-bare" or (case.op in _SOURCED[1:] and case.affine)
@@ -309,7 +308,7 @@ def _graphed(step: Step) -> Step:
 
 def _pose_loss(case: LossCase, device: torch.device) -> Problem:
     logits, labels = case.data(device)
-    if case.kind == "confusion_matrix":
+    if case.function == "confusion_matrix":
         pairs = labels.flatten() * case.shape[1] + logits.argmax(1).flatten()
         counts = torch.bincount(pairs, minlength=case.shape[1] ** 2).view(case.shape[1], -1)
         return Problem((logits, labels), [counts.double()], 1, (0, 0))
@@ -320,7 +319,7 @@ def _pose_loss(case: LossCase, device: torch.device) -> Problem:
 
 
 def _loss_step(provider: Provider, case: LossCase, logits: Tensor, labels: Tensor) -> Step:
-    if case.kind == "confusion_matrix":
+    if case.function == "confusion_matrix":
         return _score_step(provider, case, logits, labels)
     function = _loss_function(provider, case)
     if provider.compiled:
@@ -336,7 +335,7 @@ def _loss_step(provider: Provider, case: LossCase, logits: Tensor, labels: Tenso
 def _loss_function(provider: Provider, case: LossCase) -> Callable[[Tensor, Tensor], Tensor]:
     if provider.backend is not None:
         backend = provider.backend
-        if case.kind == "soft_miou":
+        if case.function == "soft_miou":
             return functools.partial(metrics.soft_miou, backend=backend)
         return DiceCELoss(backend=backend)
     if provider.name == "monai":
@@ -344,7 +343,7 @@ def _loss_function(provider: Provider, case: LossCase) -> Callable[[Tensor, Tens
 
         monai = MonaiLoss(softmax=True, to_onehot_y=True, batch=True)
         return lambda logits, labels: monai(logits.float(), labels.unsqueeze(1))
-    plain = reference.functional.soft_miou if case.kind == "soft_miou" else nets.plain_dice_ce
+    plain = reference.functional.soft_miou if case.function == "soft_miou" else nets.plain_dice_ce
     return lambda logits, labels: plain(logits if logits.dtype == torch.float64 else logits.float(), labels)
 
 

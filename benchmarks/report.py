@@ -144,8 +144,8 @@ def _gpu_section(gpu: str, rows: Sequence[Row]) -> str:
     versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("torch", "triton", "cuda"))
     text = [
         f"Measured on one {gpu} (driver {first['driver']}; {versions}; code at {', '.join(codes)}): milliseconds by "
-        "CUDA events with a cold L2 cache, providers in turn; the median, and the 20th and 80th percentile. The id is a "
-        f"row's in [{path}]({path}).",
+        "CUDA events with a cold L2 cache, providers in turn; the median, and the 20th and 80th percentile. Ids are "
+        f"those of [{path}]({path}).",
         "| case | provider | ms | p20–p80 | × eager | peak GB | id |\n|---|---|---|---|---|---|---|",
     ]
     for row in chosen:

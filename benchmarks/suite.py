@@ -39,9 +39,9 @@ from tqdm import tqdm
 from benchmarks import cases, loss_cases, nets, peers, report
 from benchmarks.cases import Case
 from benchmarks.loss_cases import LossCase
-from benchmarks.measure import ROOT, Memory, interleaved, machine, nvidia_smi, precision, roofs
+from benchmarks.measure import ROOT, Memory, interleaved, layout_conversions, machine, nvidia_smi, precision, roofs
 from benchmarks.nets import NetCase
-from benchmarks.peers import KINDS, PROVIDERS, AnyCase, Provider, Step
+from benchmarks.peers import PROVIDERS, AnyCase, Provider, Step
 from fastunet import verify
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -110,6 +110,8 @@ def _dear(case: AnyCase, name: str) -> Job:
 def available(jobs: Sequence[Job], device: torch.device) -> tuple[list[Job], dict[str, str]]:
     """The jobs with the providers that can run here, and why the others cannot."""
     reasons = {name: peers.unavailable(provider, device) for name, provider in PROVIDERS.items()}
+    if device.type == "cpu":
+        reasons["fastunet-triton"] = "the interpreter is checked and not timed"
     kept = [Job(job.case, tuple(name for name in job.providers if reasons[name] is None)) for job in jobs]
     wanted = {name for job in jobs for name in job.providers}
     return [job for job in kept if job.providers], {n: why for n, why in reasons.items() if why and n in wanted}
@@ -180,7 +182,7 @@ class Order:
 
     def seconds(self, job: Job, name: str) -> float:
         """What preparing provider ``name`` is expected to take."""
-        return self.expected[KINDS[type(job.case)], name]
+        return self.expected[job.case.kind, name]
 
 
 Message = tuple[str, Any]
@@ -237,8 +239,13 @@ def _measure(order: Order, job: Job, device: torch.device) -> Iterator[Message]:
                 yield "row", _row(job.case, name, failure=_describe(error))
                 _give_up_if_poisoned(device)
         yield "provider", None
-        kind = KINDS[type(job.case)]
-        times = interleaved(steps, device, TIMED[kind], head_start=kind != "net") if steps else {}
+        try:
+            times = interleaved(steps, device, TIMED[job.case.kind], head_start=job.case.kind != "net") if steps else {}
+        except Exception as error:
+            for name in rows:
+                yield "row", _row(job.case, name, failure=f"timing: {_describe(error)}")
+            _give_up_if_poisoned(device)
+            return
     for name, row in rows.items():
         yield "row", row | _rates(job.case, times[name].p50) | {"ms": asdict(times[name]), "group": group}
 
@@ -250,20 +257,21 @@ def _prepared(
     memory = Memory(device)
     begun = time.perf_counter()
     step = peers.prepare(provider, case, problem)
-    found = step()
-    errors = problem.check(found, peers.compared(provider, case))
-    layouts = _layouts(found)
-    del found
+    results = step()
+    errors = problem.check(results, peers.compared(provider, case))
+    layouts = _layouts(results)
+    del results
     for _ in range(2):
         step()
-    peak = memory.peak(step, provider.pooled)
-    seconds = time.perf_counter() - begun
-    return step, _row(case, provider.name, seconds=seconds, error=errors, peak_bytes=peak, layouts=layouts)
+    found = {"error": errors, "layouts": layouts, "peak_bytes": memory.peak(step, provider.pooled)}
+    if provider.compiled and case.kind == "net":
+        found["layout_conversions"] = layout_conversions(step, device)
+    return step, _row(case, provider.name, seconds=time.perf_counter() - begun, **found)
 
 
 def _row(case: AnyCase, provider: str, failure: str | None = None, **found: Any) -> dict[str, Any]:
     spec = {f.name: _plain(getattr(case, f.name)) for f in fields(case)}
-    about = {"case": case.name, "kind": KINDS[type(case)], "provider": provider, "spec": spec}
+    about = {"case": case.name, "kind": case.kind, "provider": provider, "spec": spec}
     return {**about, "group": None, "ms": None, "flops": case.flops, "bytes": case.bytes, "failure": failure, **found}
 
 
@@ -273,7 +281,7 @@ def _plain(value: Any) -> Any:
 
 def rebuilt(row: dict[str, Any]) -> AnyCase:
     """The case of a recorded row."""
-    build: Any = next(kind for kind, name in KINDS.items() if name == row["kind"])
+    build: Any = next(kind for kind in (Case, LossCase, NetCase) if kind.kind == row["kind"])
     spec = dict(row["spec"])
     if build is not NetCase:
         spec["dtype"], spec["shape"] = getattr(torch, spec["dtype"]), tuple(spec["shape"])
@@ -488,7 +496,7 @@ def dry_run(jobs: Sequence[Job], expected: dict[tuple[str, str], float]) -> int:
     total = 0.0
     print(f"{'seconds':>8} {'at':>7}  case: providers")
     for job in jobs:
-        kind = KINDS[type(job.case)]
+        kind = job.case.kind
         seconds = TIMED[kind] + sum(expected[kind, name] for name in job.providers)
         total += seconds
         print(f"{seconds:8.1f} {total:7.0f}  {job.case.name}: {', '.join(job.providers)}")

@@ -17,7 +17,7 @@ import torch
 from benchmarks import cases, loss_cases, nets, peers
 from benchmarks.conftest import DEVICE, NEEDS_GPU
 from benchmarks.measure import interleaved, machine, precision
-from benchmarks.peers import KINDS, PROVIDERS, AnyCase, Problem
+from benchmarks.peers import PROVIDERS, AnyCase, Problem
 
 SMALL: list[AnyCase] = [*cases.SMALL_CASES, *loss_cases.SMALL_CASES, *nets.SMALL_CASES]
 LARGE: list[AnyCase] = [*cases.CASES, *loss_cases.CASES, *nets.HEADLINE]
@@ -53,7 +53,7 @@ def test_case(case: AnyCase, name: str, benchmark: Any) -> None:
         benchmark.group = case.name
         benchmark.extra_info.update(provider=name, bytes=case.bytes, flops=case.flops, error=errors, **machine(DEVICE))
         if DEVICE.type == "cuda":
-            times = interleaved({name: step}, DEVICE, 0.3, head_start=KINDS[type(case)] != "net")[name]
+            times = interleaved({name: step}, DEVICE, 0.3, head_start=case.kind != "net")[name]
             benchmark.extra_info.update({f"cuda_ms_{key}": value for key, value in asdict(times).items()})
         benchmark.pedantic(_finished, (step,), rounds=10 if DEVICE.type == "cuda" else 5)
 
