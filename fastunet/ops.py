@@ -13,8 +13,7 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastunet import aten
+from fastunet.architecture import as_if_on as as_if_on
+from fastunet.architecture import pretending
 from fastunet.aten import memory_format, stats_dtype
 
 BACKENDS = ("auto", "torch", "triton")
@@ -46,20 +47,6 @@ _KERNEL_DTYPES_SAID = {
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-
-
-_pretended: str | None = None
-
-
-@contextmanager
-def as_if_on(architecture: str) -> Iterator[None]:
-    """Inside, meta tensors count as lying on a GPU of ``architecture`` ("sm_90"): for counting with no GPU."""
-    global _pretended
-    kept, _pretended = _pretended, architecture
-    try:
-        yield
-    finally:
-        _pretended = kept
 
 
 @functools.cache
@@ -97,8 +84,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; check FASTUNET_BACKEND too")
     if backend == "torch":
         return backend
-    pretending = device.type == "meta" and _pretended is not None
-    reason = None if pretending else triton_unavailable(device.type, device.index)
+    reason = None if device.type == "meta" and pretending() else triton_unavailable(device.type, device.index)
     if reason is None and dtype not in _KERNEL_DTYPES[interpreting()]:
         reason = f"the Triton kernels take {_KERNEL_DTYPES_SAID[interpreting()]}, and the tensors are {dtype}"
     if backend == "triton":

@@ -7,11 +7,14 @@ Accumulation is float32, or float64 for float64 tensors (interpreter only).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.core import PropagateNan
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastunet.aten import stats_dtype
 
@@ -20,12 +23,29 @@ PROPAGATE_ALL = tl.constexpr(PropagateNan.ALL)
 # Of every launch. Fused multiply-adds are counted on; Triton's default changes with its version.
 OPTIONS = {"enable_fp_fusion": True}
 
-_TL_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+_TL_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """The Triton dtype in which tensors of ``dtype`` are accumulated."""
     return _TL_DTYPES[stats_dtype(dtype)]
+
+
+def element(dtype: torch.dtype) -> tl.dtype:
+    """The Triton dtype of ``dtype``."""
+    return _TL_DTYPES[dtype]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 operands are multiplied: as PyTorch's own convolutions do, by torch.backends.cudnn.conv."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    lowered = dtype == torch.float32 and convolutions.fp32_precision == "tf32"
+    return "tf32" if lowered and torch.version.hip is None else "ieee"
 
 
 def nhwc(x: Tensor) -> Tensor:
@@ -43,6 +63,25 @@ def empty_nhwc(like: Tensor, batch: int, channels: int, height: int, width: int)
 def block(size: int, most: int, least: int = 16) -> int:
     """The power of two that covers ``size``, within [least, most]."""
     return max(least, min(most, int(triton.next_power_of_2(size))))
+
+
+def describe(x: Tensor, block_shape: list[int], tma: bool) -> Any:
+    """A tensor, dense in the order of its dimensions, as a kernel gets it: a TMA descriptor of blocks, or itself."""
+    if not tma:
+        return x
+    strides = [1]
+    for size in x.shape[:0:-1]:
+        strides.insert(0, strides[0] * size)  # those of size-1 dimensions are ambiguous
+    return TensorDescriptor(x, list(x.shape), strides, block_shape)
+
+
+class Source:
+    """One operand: memory, affine, activation, and its place in the frame."""
+
+    def __init__(self, x: Tensor, affine: Tensor | None, relu: bool, top: int = 0, left: int = 0):
+        self.x, self.affine, self.relu, self.top, self.left = nhwc(x), affine, relu, top, left
+        self.channels, self.height, self.width = x.shape[1:]
+        self.affine_or_x = self.x if affine is None else affine.contiguous()
 
 
 @triton.jit

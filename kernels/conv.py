@@ -26,7 +26,19 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import stats_dtype
-from fastunet.kernels.common import OPTIONS, accumulator, block, empty_nhwc, load_affine, nhwc, normalise
+from fastunet.kernels.common import (
+    OPTIONS,
+    Source,
+    accumulator,
+    block,
+    empty_nhwc,
+    load_affine,
+    nhwc,
+    normalise,
+    precision,
+)
+from fastunet.kernels.conv3x3 import conv3x3
+from fastunet.kernels.statistics import merge_stats, store_stats
 
 SIZES = ["N", "H", "W", "P", "Q", "PF", "QF", "top", "left", "tiles_h", "tiles_w"]
 
@@ -137,67 +149,16 @@ def _conv_fwd_kernel(
     mask = inside[:, None] & (k < K)[None, :]
     tl.store(y_ptr + ((n.to(tl.int64) * P + p) * Q + q)[:, None] * K + k[None, :], y, mask=mask)
     if STATS:
-        # Of y as stored. A tile of a parity that has no pixels counts 0 and must not divide by it.
-        count = tl.sum(inside.to(tl.int32), 0).to(ACC)
-        rounded = tl.where(mask, y.to(ACC), 0.0)
-        mean = tl.sum(rounded, 0) / tl.maximum(count, 1.0)
-        deviation = tl.where(mask, rounded - mean[None, :], 0.0)
-        place = tile.to(tl.int64) * K + k
-        tl.store(mean_ptr + place, mean, mask=k < K)
-        tl.store(m2_ptr + place, tl.sum(deviation * deviation, 0), mask=k < K)
-        tl.store(count_ptr + tile, count)
-
-
-@triton.jit(do_not_specialize=["tiles"])
-def _merge_stats_kernel(
-    mean_ptr, m2_ptr, count_ptr, out_mean_ptr, out_m2_ptr, out_count_ptr, tiles, K,
-    GROUP: tl.constexpr, BLOCK_K: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """Merge GROUP tiles' (mean, M2, count) into one (Chan, Golub, LeVeque 1979); the last merge stores the variance."""
-    group = tl.program_id(0)
-    t = group * GROUP + tl.arange(0, GROUP)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = (t < tiles)[:, None] & (k < K)[None, :]
-    place = t.to(tl.int64)[:, None] * K + k[None, :]
-    n = tl.load(count_ptr + t, mask=t < tiles, other=0.0)
-    mean = tl.load(mean_ptr + place, mask=mask, other=0.0)
-    m2 = tl.load(m2_ptr + place, mask=mask, other=0.0)
-    total = tl.sum(n, 0)
-    merged = tl.sum(mean * n[:, None], 0) / tl.maximum(total, 1.0)
-    apart = mean - merged[None, :]
-    spread = tl.sum(m2 + apart * apart * n[:, None], 0)
-    if LAST:
-        spread = spread / tl.maximum(total, 1.0)
-    out = group.to(tl.int64) * K + k
-    tl.store(out_mean_ptr + out, merged, mask=k < K)
-    tl.store(out_m2_ptr + out, spread, mask=k < K)
-    if tl.program_id(1) == 0:
-        tl.store(out_count_ptr + group, total)
+        store_stats((y,), inside.to(tl.int32), tile, k, K, mean_ptr, m2_ptr, count_ptr, 1, BLOCK_K, ACC)
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------------
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 operands are multiplied: as PyTorch's own convolutions do, by torch.backends.cudnn.conv."""
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    lowered = dtype == torch.float32 and convolutions.fp32_precision == "tf32"
-    return "tf32" if lowered and torch.version.hip is None else "ieee"
 
 
 def tile_shape(height: int, width: int, pixels: int) -> tuple[int, int]:
     """(TILE_H, TILE_W) of at most ``pixels`` and at least 16, at most 16 wide, not much larger than the picture."""
     columns = block(width, 16, 4)
     return block(height, pixels // columns, 16 // columns), columns
-
-
-class Source:
-    """One operand: memory, affine, activation, and its place in the frame."""
-
-    def __init__(self, x: Tensor, affine: Tensor | None, relu: bool, top: int = 0, left: int = 0):
-        self.x, self.affine, self.relu, self.top, self.left = nhwc(x), affine, relu, top, left
-        self.channels, self.height, self.width = x.shape[1:]
-        self.affine_or_x = self.x if affine is None else affine.contiguous()
 
 
 def _forward(
@@ -249,34 +210,7 @@ def _forward(
     )  # fmt: skip
     if not stats:
         return y, partials[0], partials[1]
-    return y, *_merge_stats(partials[0], partials[1], counts)
-
-
-def _merge_stats(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (K,) from the tiles' (tiles, K) means and M2 and (tiles,) counts."""
-    group = 64
-    tiles, filters = mean.shape
-    block_k = block(filters, 32)
-    while True:
-        groups = triton.cdiv(tiles, group)
-        merged = mean.new_empty((groups, filters)), mean.new_empty((groups, filters)), mean.new_empty(groups)
-        _merge_stats_kernel[(groups, triton.cdiv(filters, block_k))](
-            mean,
-            m2,
-            count,
-            *merged,
-            tiles,
-            filters,
-            GROUP=group,
-            BLOCK_K=block_k,
-            LAST=groups == 1,
-            **OPTIONS,
-            num_warps=4,
-        )
-        mean, m2, count = merged
-        tiles = groups
-        if groups == 1:
-            return mean[0], m2[0]
+    return y, *merge_stats(*partials, counts)
 
 
 def conv2d(
@@ -298,7 +232,10 @@ def conv2d(
     sources = [Source(x0, affine0, relu0, offset[0], offset[1])]
     if x1 is not None:
         sources.append(Source(x1, affine1, relu1, offset[2], offset[3]))
-    y, mean, var = _forward(sources, size, weight, bias, stats, stride, weight.shape[-1] // 2, False)
+    if weight.shape[-1] == 3 and stride == 1:
+        y, mean, var = conv3x3(sources, size, weight, bias, stats)
+    else:
+        y, mean, var = _forward(sources, size, weight, bias, stats, stride, weight.shape[-1] // 2, False)
     return y, mean, var, x0.new_empty(0)
 
 

@@ -23,8 +23,21 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import memory_format, stats_dtype
-from fastunet.kernels.common import OPTIONS, accumulator, block, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
-from fastunet.kernels.conv import SIZES, Source, accumulate, precision, tile_pixels, tile_shape
+from fastunet.kernels.common import (
+    OPTIONS,
+    Source,
+    accumulator,
+    block,
+    empty_nhwc,
+    load_affine,
+    nhwc,
+    normalise,
+    precision,
+    sum_slabs,
+)
+from fastunet.kernels.conv import SIZES, accumulate, tile_pixels, tile_shape
+from fastunet.kernels.conv3x3 import conv3x3_dgrad
+from fastunet.kernels.conv3x3_wgrad import conv3x3_wgrad
 
 # ---- kernels ----------------------------------------------------------------------------------------------------
 
@@ -289,16 +302,24 @@ def conv2d_backward(
         sources.append(Source(x1, affine1, relu1, offset[2], offset[3]))
     dy, dbias = _form_dy(dy, dmean, dvar, y, mean, mask[3])
     grads: list[Tensor] = []
-    first = 0
-    for source, wanted in zip(sources, mask, strict=False):
-        grads += _dgrad(dy, weight, source, size, first, stride, pad, True) if wanted else _nothing(x0)
-        first += source.channels
+    rows = weight.shape[-1] == 3 and stride == 1
+    if rows and (mask[0] or mask[1]):
+        for pair in conv3x3_dgrad(dy, weight, sources, mask):
+            grads += pair
+    else:
+        first = 0
+        for source, wanted in zip(sources, mask, strict=False):
+            grads += _dgrad(dy, weight, source, size, first, stride, pad, True) if wanted else _nothing(x0)
+            first += source.channels
     if x1 is None:
         grads += _nothing(x0)
-    fixed = Source(dy, None, False)
-    dweight = (
-        _wgrad([(fixed, source) for source in sources], size, weight, stride, pad) if mask[2] else weight.new_empty(0)
-    )
+    dweight = weight.new_empty(0)
+    if mask[2] and rows and dy.numel() and weight.numel():
+        dweight = conv3x3_wgrad(dy, weight, sources)
+        dweight = dweight.to(weight.dtype).contiguous(memory_format=memory_format(weight))
+    elif mask[2]:
+        fixed = Source(dy, None, False)
+        dweight = _wgrad([(fixed, source) for source in sources], size, weight, stride, pad)
     return grads[0], grads[1], grads[2], grads[3], dweight, dbias.to(weight.dtype)
 
 

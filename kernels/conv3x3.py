@@ -1,0 +1,457 @@
+"""3×3 convolutions of stride 1: implicit GEMMs that load a row of pixels once for up to three rows of outputs.
+
+    y[n,p,q,k] = bias[k] + Σ_{r,s,c} z[n, p + r − 1, q + s − 1, c] · W[k,c,r,s],    z = act(scale·(x − centre) + shift)
+
+The gradient with respect to z is the same sum over dY with W mirrored in r and s and transposed in k and c; the
+epilogue of the dgrad kernel turns it into dx and daffine. One main loop serves both.
+
+A program computes ROWS rows of IMAGES·COLUMNS pixels, for BLOCK_K outputs, in an accumulator per row. For each block of
+channels and each column s of the filter it loads ROWS + 2 rows of the source, normalises each once, in registers, and
+multiplies it with up to three rows r of the filter: 3·(ROWS + 2) tiles, not 9·ROWS, come from the L2 cache and through
+the prologue. z is zero outside its source: padding comes after normalisation. TMA (Hopper and later) fills zeros in by
+itself; act(shift) is masked only in tiles that touch the border.
+
+Layout: activations NHWC, weights (K,3,3,C). Bytes: forward reads each source and W and writes y; dgrad reads dY, W and
+the sources and writes dx. Accumulation: float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastunet.aten import stats_dtype
+from fastunet.kernels.affine import source_backward, store_affine_gradient
+from fastunet.kernels.common import (
+    OPTIONS,
+    Source,
+    accumulator,
+    describe,
+    element,
+    empty_nhwc,
+    load_affine,
+    nhwc,
+    normalise,
+    precision,
+    sum_slabs,
+)
+from fastunet.kernels.statistics import merge_stats, store_stats
+from fastunet.kernels.tiles import Tile, choose
+
+SIZES = ["N", "H", "W", "top", "left", "H1", "W1", "top1", "left1", "P", "Q", "tiles_h", "tiles_w"]
+
+
+# ---- the main loop -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def replace(items, i: tl.constexpr, item):
+    """The tuple with another item i."""
+    return items[:i] + (item,) + items[i + 1 :]  # noqa: RUF005 - Triton knows no unpacking
+
+
+@triton.jit
+def load_row(
+    x, scale, shift, centre, n, h, w, c, N, H, W, C, h_low, h_high, w_low, w_high,
+    HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+    IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Row h of IMAGES pictures: COLUMNS pixels from w on, BLOCK_C channels from c on; normalised, 0 out of bounds."""
+    pixel = tl.arange(0, IMAGES * COLUMNS)
+    image = n + pixel // COLUMNS
+    column = w + pixel % COLUMNS
+    w_stop = tl.where((h >= h_low) & (h < h_high), w_high, w_low)
+    real = (image < N) & (column >= w_low) & (column < w_stop)
+    if TMA:
+        z = x.load([n, h, w, c]).reshape(IMAGES * COLUMNS, BLOCK_C)
+    else:
+        channel = c + tl.arange(0, BLOCK_C)
+        mask = (channel < C)[None, :]
+        if MASKED:
+            mask = mask & real[:, None]
+        place = ((image.to(tl.int64) * H + h) * W + column)[:, None] * C + channel[None, :]
+        z = tl.load(x + place, mask=mask, other=0.0)
+    if HAS_AFFINE or RELU:
+        z = normalise(z, scale, shift, centre, HAS_AFFINE, RELU, ACC).to(z.dtype)
+        if MASKED:
+            z = tl.where(real[:, None], z, 0.0)
+    return z
+
+
+@triton.jit
+def _load_tap(w, k, c, tap, K, C, MIRRORED: tl.constexpr, TMA: tl.constexpr,
+              BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """The filter at ``tap``, [BLOCK_C, BLOCK_K]: from weights (K,9,C), or mirrored and transposed from (C,9,K)."""
+    if TMA:
+        if MIRRORED:
+            weights = w.load([c, 8 - tap, k]).reshape(BLOCK_C, BLOCK_K)
+        else:
+            weights = w.load([k, tap, c]).reshape(BLOCK_K, BLOCK_C).T
+    else:
+        channel = (c + tl.arange(0, BLOCK_C)).to(tl.int64)[:, None]
+        filters = (k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
+        if MIRRORED:
+            place = (channel * 9 + (8 - tap)) * K + filters
+        else:
+            place = (filters * 9 + tap) * C + channel
+        weights = tl.load(w + place, mask=(channel < C) & (filters < K), other=0.0)
+    return weights
+
+
+@triton.jit
+def _accumulate(
+    accs, start, stop, x, affine_ptr, w, n, h, q, N, H, W, h_low, h_high, w_low, w_high, C, c_first, C_LAST, k, K,
+    HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, MIRRORED: tl.constexpr, TMA: tl.constexpr,
+    IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add steps start … stop of one source's share to ROWS rows, whose first pixel lies over its pixel (h, q).
+
+    The source's channel c is the weights' channel c_first + c, of C_LAST. Beyond [h_low, h_high) × [w_low, w_high) the
+    source is zero.
+    """
+    for step in tl.range(start, stop):
+        s = step % 3
+        c = step // 3 * BLOCK_C
+        scale, shift, centre = load_affine(affine_ptr, c + tl.arange(0, BLOCK_C), C, HAS_AFFINE, ACC)
+        # Channels beyond C read another source's weights, or zeros: the source is zero there.
+        taps = (
+            _load_tap(w, k, c_first + c, s, K, C_LAST, MIRRORED, TMA, BLOCK_C, BLOCK_K),
+            _load_tap(w, k, c_first + c, 3 + s, K, C_LAST, MIRRORED, TMA, BLOCK_C, BLOCK_K),
+            _load_tap(w, k, c_first + c, 6 + s, K, C_LAST, MIRRORED, TMA, BLOCK_C, BLOCK_K),
+        )
+        for i in tl.static_range(ROWS + 2):
+            z = load_row(
+                x, scale, shift, centre, n, h + (i - 1), q + s - 1, c, N, H, W, C, h_low, h_high, w_low, w_high,
+                HAS_AFFINE, RELU, MASKED, TMA, IMAGES, COLUMNS, BLOCK_C, ACC,
+            )  # fmt: skip
+            for r in tl.static_range(3):
+                if i - r >= 0 and i - r < ROWS:
+                    acc = tl.dot(z, taps[r], accs[i - r], input_precision=PRECISION, out_dtype=ACC)
+                    accs = replace(accs, i - r, acc)
+    return accs
+
+
+@triton.jit
+def _add_source(
+    accs, x, affine_ptr, w, n, p, q, N, H, W, top, left, P, Q, C, c_first, C_LAST, k, K,
+    HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MIRRORED: tl.constexpr, TMA: tl.constexpr,
+    IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the share of a source (H, W) placed at (top, left) in the frame (P, Q) to the tile whose first pixel is
+    (p, q); pixels are masked only where the tile or its halo leaves the source."""
+    h_low, h_high = tl.maximum(0, -top), tl.minimum(H, P - top)
+    w_low, w_high = tl.maximum(0, -left), tl.minimum(W, Q - left)
+    h = p - top
+    first = q - left
+    steps = tl.cdiv(C, BLOCK_C) * 3
+    # TMA fills zeros in, and a plain source needs no more than that. Two loops, of which one is empty, rather than two
+    # branches: their shared memory is then the same.
+    MAY_MASK: tl.constexpr = HAS_AFFINE or RELU or not TMA
+    free = steps
+    if MAY_MASK:
+        interior = (h > h_low) & (h + ROWS < h_high) & (first > w_low) & (first + COLUMNS < w_high) & (n + IMAGES <= N)
+        free = tl.where(interior, steps, 0)
+    accs = _accumulate(
+        accs, 0, free, x, affine_ptr, w, n, h, first, N, H, W, h_low, h_high, w_low, w_high, C, c_first, C_LAST, k, K,
+        HAS_AFFINE, RELU, False, MIRRORED, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+    )  # fmt: skip
+    if MAY_MASK:
+        accs = _accumulate(
+            accs, free, steps, x, affine_ptr, w, n, h, first, N, H, W, h_low, h_high, w_low, w_high,
+            C, c_first, C_LAST, k, K,
+            HAS_AFFINE, RELU, True, MIRRORED, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+        )  # fmt: skip
+    return accs
+
+
+@triton.jit
+def _zeros(IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
+    """The sums of ROWS rows."""
+    return (tl.zeros([IMAGES * COLUMNS, BLOCK_K], ACC),) * ROWS
+
+
+@triton.jit
+def tile_place(tile, tiles_h, tiles_w, IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """First picture, row and column of tile number ``tile``."""
+    return (
+        tile // tiles_w // tiles_h * IMAGES,
+        tile // tiles_w % tiles_h * ROWS,
+        tile % tiles_w * COLUMNS,
+    )
+
+
+# ---- kernels -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _conv3x3_fwd_kernel(
+    x, affine_ptr, x1, affine1_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr,
+    N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles_h, tiles_w,
+    AFFINE: tl.constexpr, RELU: tl.constexpr, TWO: tl.constexpr, AFFINE1: tl.constexpr, RELU1: tl.constexpr,
+    BIAS: tl.constexpr, STATS: tl.constexpr, TMA: tl.constexpr,
+    IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(K, BLOCK_K)
+    tile = tl.program_id(0) // blocks
+    k = tl.program_id(0) % blocks * BLOCK_K
+    n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, ROWS, COLUMNS)
+    accs = _add_source(
+        _zeros(IMAGES, ROWS, COLUMNS, BLOCK_K, ACC), x, affine_ptr, w, n, p, q, N, H, W, top, left, P, Q,
+        C, 0, C + C1, k, K,
+        AFFINE, RELU, False, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+    )  # fmt: skip
+    if TWO:
+        accs = _add_source(
+            accs, x1, affine1_ptr, w, n, p, q, N, H1, W1, top1, left1, P, Q, C1, C, C + C1, k, K,
+            AFFINE1, RELU1, False, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+        )  # fmt: skip
+    pixel = tl.arange(0, IMAGES * COLUMNS)
+    image = n + pixel // COLUMNS
+    column = q + pixel % COLUMNS
+    filters = k + tl.arange(0, BLOCK_K)
+    rows = tl.where((image < N) & (column < Q), P - p, 0)  # that exist, at each pixel
+    if BIAS:
+        bias = tl.load(bias_ptr + filters, mask=filters < K, other=0.0).to(ACC)
+    for i in tl.static_range(ROWS):
+        acc = accs[i]
+        if BIAS:
+            acc += bias[None, :]
+        rounded = acc.to(DTYPE)
+        accs = replace(accs, i, rounded)
+        if TMA:  # which leaves out what lies outside
+            y.store([n, p + i, q, k], rounded.reshape(IMAGES, 1, COLUMNS, BLOCK_K))
+        else:
+            mask = (rows > i)[:, None] & (filters < K)[None, :]
+            place = ((image.to(tl.int64) * P + p + i) * Q + column)[:, None] * K + filters[None, :]
+            tl.store(y + place, rounded, mask=mask)
+    if STATS:
+        store_stats(accs, rows, tile, filters, K, mean_ptr, m2_ptr, count_ptr, ROWS, BLOCK_K, ACC)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _conv3x3_dgrad_kernel(
+    dy, w, x, affine_ptr, dx, partial_ptr, x1, affine1_ptr, dx1, partial1_ptr,
+    N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, C_FIRST, C_TOTAL, K, tiles_h, tiles_w,
+    AFFINE: tl.constexpr, RELU: tl.constexpr, TWO: tl.constexpr, AFFINE1: tl.constexpr, RELU1: tl.constexpr,
+    TMA: tl.constexpr,
+    IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx and daffine of one or two sources from dY (N,P,Q,K); tiles cover the frame, the first source's channels are
+    the weights' from C_FIRST on."""
+    blocks0 = tl.cdiv(C, BLOCK_C)
+    blocks = blocks0
+    if TWO:
+        blocks += tl.cdiv(C1, BLOCK_C)
+    block = tl.program_id(0) % blocks
+    tile = tl.program_id(0) // blocks
+    n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, ROWS, COLUMNS)
+    c_first = C_FIRST + block * BLOCK_C
+    if TWO:
+        c_first = tl.where(block < blocks0, c_first, C_FIRST + C + (block - blocks0) * BLOCK_C)
+    accs = _add_source(
+        _zeros(IMAGES, ROWS, COLUMNS, BLOCK_C, ACC), dy, dy, w, n, p, q, N, P, Q, 0, 0, P, Q, K, 0, K, c_first, C_TOTAL,
+        False, False, True, TMA, IMAGES, ROWS, COLUMNS, BLOCK_K, BLOCK_C, ACC, PRECISION,
+    )  # fmt: skip
+    if TWO and block >= blocks0:
+        _source_gradient(
+            accs, x1, affine1_ptr, dx1, partial1_ptr, tile, n, p, q, N, H1, W1, top1, left1, P, Q,
+            (block - blocks0) * BLOCK_C, C1, AFFINE1, RELU1, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, ACC, DTYPE,
+        )  # fmt: skip
+    else:
+        _source_gradient(
+            accs, x, affine_ptr, dx, partial_ptr, tile, n, p, q, N, H, W, top, left, P, Q,
+            block * BLOCK_C, C, AFFINE, RELU, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, ACC, DTYPE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _source_gradient(
+    accs, x, affine_ptr, dx, partial_ptr, tile, n, p, q, N, H, W, top, left, P, Q, c_first, C,
+    AFFINE: tl.constexpr, RELU: tl.constexpr, TMA: tl.constexpr,
+    IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Store dx of a source placed at (top, left) in the frame (P, Q), and this tile's share of daffine."""
+    if BLOCK_C >= 64:  # by halves, or the registers do not suffice
+        low = ()
+        high = ()
+        for i in tl.static_range(ROWS):
+            first, second = accs[i].reshape(IMAGES * COLUMNS, 2, BLOCK_C // 2).permute(0, 2, 1).split()
+            low = low + (first,)  # noqa: RUF005
+            high = high + (second,)  # noqa: RUF005
+        _narrow_gradient(
+            low, x, affine_ptr, dx, partial_ptr, tile, n, p, q, N, H, W, top, left, P, Q, c_first, C,
+            AFFINE, RELU, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C // 2, ACC, DTYPE,
+        )  # fmt: skip
+        _narrow_gradient(
+            high, x, affine_ptr, dx, partial_ptr, tile, n, p, q, N, H, W, top, left, P, Q, c_first + BLOCK_C // 2, C,
+            AFFINE, RELU, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C // 2, ACC, DTYPE,
+        )  # fmt: skip
+    else:
+        _narrow_gradient(
+            accs, x, affine_ptr, dx, partial_ptr, tile, n, p, q, N, H, W, top, left, P, Q, c_first, C,
+            AFFINE, RELU, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, ACC, DTYPE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _narrow_gradient(
+    accs, x, affine_ptr, dx, partial_ptr, tile, n, p, q, N, H, W, top, left, P, Q, c_first, C,
+    AFFINE: tl.constexpr, RELU: tl.constexpr, TMA: tl.constexpr,
+    IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The same for at most 64 channels."""
+    pixel = tl.arange(0, IMAGES * COLUMNS)
+    image = n + pixel // COLUMNS
+    w = q + pixel % COLUMNS - left
+    c = c_first + tl.arange(0, BLOCK_C)
+    scale, shift, centre = load_affine(affine_ptr, c, C, AFFINE, ACC)
+    sum_gx = tl.zeros([BLOCK_C], ACC)
+    sum_g = tl.zeros([BLOCK_C], ACC)
+    for i in tl.static_range(ROWS):
+        h = p + i - top
+        w_stop = tl.where((p + i < P) & (h >= 0) & (h < H), tl.minimum(W, Q - left), 0)
+        real = (image < N) & (w >= 0) & (w < w_stop)
+        g = tl.where(real[:, None], accs[i], 0.0)
+        if not TMA:
+            mask = real[:, None] & (c < C)[None, :]
+            place = ((image.to(tl.int64) * H + h) * W + w)[:, None] * C + c[None, :]
+        if AFFINE or RELU:
+            if TMA:
+                value = x.load([n, h, q - left, c_first]).reshape(IMAGES * COLUMNS, BLOCK_C)
+            else:
+                value = tl.load(x + place, mask=mask, other=0.0)
+            g, gx, masked = source_backward(g, value, scale, shift, centre, AFFINE, RELU, ACC)
+            if AFFINE:
+                sum_gx += tl.sum(gx, 0)
+                sum_g += tl.sum(masked, 0)
+        if TMA:
+            dx.store([n, h, q - left, c_first], g.to(DTYPE).reshape(IMAGES, 1, COLUMNS, BLOCK_C))
+        else:
+            tl.store(dx + place, g.to(DTYPE), mask=mask)
+    if AFFINE:
+        store_affine_gradient(partial_ptr, tile, c, C, scale, sum_gx, sum_g)
+
+
+# ---- launchers ---------------------------------------------------------------------------------------------------
+
+
+def _grid(tile: Tile, batch: int, height: int, width: int) -> tuple[int, int, int]:
+    """Tiles in all, along the height, along the width."""
+    tiles_h, tiles_w = triton.cdiv(height, tile.rows), triton.cdiv(width, tile.columns)
+    return triton.cdiv(batch, tile.images) * tiles_h * tiles_w, tiles_h, tiles_w
+
+
+def cropped(source: Source, frame: Sequence[int]) -> bool:
+    """Whether part of the source lies outside the frame: TMA would read it, and it must count as zero."""
+    return (
+        min(source.top, source.left) < 0
+        or source.top + source.height > frame[0]
+        or source.left + source.width > frame[1]
+    )
+
+
+def operand(x: Tensor, tile: Tile, channels: int) -> Any:
+    """An NHWC activation as the kernels read and write it, ``channels`` at a time."""
+    return describe(x.permute(0, 2, 3, 1), [tile.images, 1, tile.columns, channels], tile.tma)
+
+
+def _weights(weight: Tensor, tile: Tile, first: int, second: int) -> Any:
+    """Weights (K,9,C) as the kernels read them: ``first`` filters and ``second`` channels at a time."""
+    return describe(weight.permute(0, 2, 3, 1).flatten(1, 2), [first, 1, second], tile.tma)
+
+
+def conv3x3(
+    sources: Sequence[Source], frame: Sequence[int], weight: Tensor, bias: Tensor | None, stats: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, K, *frame), and its mean and biased variance (K,) if ``stats``, else empty."""
+    first, second = sources[0], sources[-1]
+    x, batch = first.x, first.x.shape[0]
+    filters, channels = weight.shape[:2]
+    height, width = frame
+    y = empty_nhwc(x, batch, filters, height, width)
+    dtype = stats_dtype(x.dtype)
+    if y.numel() == 0:
+        mean = x.new_zeros(filters if stats else 0, dtype=dtype)
+        return y, mean, mean.clone()
+    weight = nhwc(weight)
+    sticks_out = any(cropped(source, frame) for source in sources)
+    tile = choose(
+        "conv3x3_fwd", x.shape[0], max(source.channels for source in sources), filters, height, width,
+        [*(source.x for source in sources), weight, y], pointers=sticks_out,
+    )  # fmt: skip
+    tiles, tiles_h, tiles_w = _grid(tile, batch, height, width)
+    partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
+    counts = x.new_empty(tiles if stats else 0, dtype=dtype)
+    _conv3x3_fwd_kernel[(tiles * triton.cdiv(filters, tile.outputs),)](
+        operand(x, tile, tile.reduction), first.affine_or_x,
+        operand(second.x, tile, tile.reduction), second.affine_or_x,
+        _weights(weight, tile, tile.outputs, tile.reduction), x if bias is None else bias.contiguous(),
+        operand(y, tile, tile.outputs), *partials, counts,
+        batch, first.height, first.width, first.top, first.left, second.height, second.width, second.top, second.left,
+        height, width, first.channels, channels - first.channels, filters, tiles_h, tiles_w,
+        AFFINE=first.affine is not None, RELU=first.relu, TWO=len(sources) == 2,
+        AFFINE1=second.affine is not None, RELU1=second.relu, BIAS=bias is not None, STATS=stats, TMA=tile.tma,
+        IMAGES=tile.images, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
+        ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
+        **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y, *(merge_stats(*partials, counts) if stats else partials)
+
+
+def conv3x3_dgrad(
+    dy: Tensor, weight: Tensor, sources: Sequence[Source], mask: Sequence[bool]
+) -> list[tuple[Tensor, Tensor]]:
+    """(dx, daffine) of each source that ``mask`` asks for, from dY (N, K, P, Q); empty tensors for the others."""
+    batch, filters, height, width = dy.shape
+    weight = nhwc(weight)
+    starts = [0, sources[0].channels]
+    wanted = [i for i in range(len(sources)) if mask[i]]
+    first, second = sources[wanted[0]], sources[wanted[-1]]
+    gradients: list[tuple[Tensor, Tensor]] = []
+    tile = choose(
+        "conv3x3_dgrad", batch, filters, max(sources[i].channels for i in wanted), height, width,
+        [dy, weight, *(sources[i].x for i in wanted)],
+    )  # fmt: skip
+    tiles, tiles_h, tiles_w = _grid(tile, batch, height, width)
+    for i, source in enumerate(sources):
+        x = source.x
+        if i not in wanted:
+            gradients.append((x.new_empty(0), x.new_empty(0, dtype=stats_dtype(x.dtype))))
+            continue
+        dx = empty_nhwc(x, *x.shape)
+        if cropped(source, (height, width)):
+            dx.zero_()  # what lies outside the frame
+        shape = (tiles, 3, source.channels) if source.affine is not None else 0
+        gradients.append((dx, x.new_empty(shape, dtype=stats_dtype(x.dtype))))
+    blocks = sum(triton.cdiv(sources[i].channels, tile.outputs) for i in wanted)
+    if tiles * blocks:
+        part = tile.outputs // 2 if tile.outputs >= 64 else tile.outputs
+        (dx, partial), (dx1, partial1) = gradients[wanted[0]], gradients[wanted[-1]]
+        _conv3x3_dgrad_kernel[(tiles * blocks,)](
+            operand(dy, tile, tile.reduction), _weights(weight, tile, tile.reduction, tile.outputs),
+            operand(first.x, tile, part), first.affine_or_x, operand(dx, tile, part), partial,
+            operand(second.x, tile, part), second.affine_or_x, operand(dx1, tile, part), partial1,
+            batch, first.height, first.width, first.top, first.left,
+            second.height, second.width, second.top, second.left,
+            height, width, first.channels, second.channels, starts[wanted[0]], weight.shape[1], filters,
+            tiles_h, tiles_w,
+            AFFINE=first.affine is not None, RELU=first.relu, TWO=len(wanted) == 2,
+            AFFINE1=second.affine is not None, RELU1=second.relu, TMA=tile.tma,
+            IMAGES=tile.images, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK_C=tile.outputs, BLOCK_K=tile.reduction,
+            ACC=accumulator(dy.dtype), DTYPE=element(dy.dtype), PRECISION=precision(dy.dtype),
+            **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return [
+        (dx, sum_slabs(partial) if i in wanted and sources[i].affine is not None else partial)
+        for i, (dx, partial) in enumerate(gradients)
+    ]

@@ -1,0 +1,58 @@
+"""Which tile a kernel takes for a shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastunet.architecture import architecture
+from fastunet.kernels.common import block, precision
+
+
+class Tile(NamedTuple):
+    """IMAGES × ROWS × COLUMNS pixels and ``outputs`` channels a program, ``reduction`` channels a step."""
+
+    images: int
+    rows: int
+    columns: int
+    outputs: int
+    reduction: int
+    warps: int
+    stages: int
+    tma: bool = False
+
+
+def choose(
+    kind: str, batch: int, channels: int, outputs: int, height: int, width: int, operands: Sequence[Tensor],
+    pointers: bool = False,
+) -> Tile:  # fmt: skip
+    """The tile of a 3×3 convolution that reads ``channels`` and writes ``outputs`` channels."""
+    like = operands[0]
+    tma = not pointers and _tma(operands)
+    narrow = like.element_size() == 2
+    exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
+    columns = block(width, 64)
+    images = min(64 // columns, block(batch, 64, 1))
+    if exact:
+        return Tile(1, 1, columns, block(outputs, 32), block(channels, 16), 4, 2)
+    if not narrow:
+        return Tile(images, 2, columns, block(outputs, 32), block(channels, 32), 4, 2, tma)
+    if kind == "conv3x3_wgrad":
+        return Tile(images, 4 if tma else 2, columns, block(outputs, 64), block(channels, 64), 4, 2, tma)
+    if not tma:
+        return Tile(images, 2, columns, block(outputs, 64), block(channels, 32), 4, 3)
+    if outputs > 64:
+        columns = block(width, 128)
+        return Tile(min(128 // columns, block(batch, 128, 1)), 2, columns, 128, block(channels, 64), 8, 2, True)
+    return Tile(images, 4, columns, block(outputs, 64), block(channels, 64), 4, 2, True)
+
+
+def _tma(operands: Sequence[Tensor]) -> bool:
+    """Whether the tensor memory accelerator can move all of them: Hopper or later, and 16-byte rows."""
+    if not architecture(operands[0].device).startswith("sm_") or int(architecture(operands[0].device)[3:]) < 90:
+        return False
+    return all(
+        x.element_size() != 4 and x.shape[1] * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 for x in operands
+    )
