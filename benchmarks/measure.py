@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 ROOT = Path(__file__).parent.parent
 FLUSH_BYTES = 256 << 20  # and at least twice the L2 cache
@@ -198,7 +199,7 @@ def layout_conversions(call: Callable[[], Any], device: torch.device) -> dict[st
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    kernels = [event for event in profile.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in profile.events() or [] if event.device_type == DeviceType.CUDA]
     converting = [event for event in kernels if re.search("nchwToNhwc|nhwcToNchw", event.name)]
     total = sum(event.device_time for event in kernels)
     share = sum(event.device_time for event in converting) / total if total else 0.0

@@ -263,7 +263,7 @@ def _prepared(
     del results
     for _ in range(2):
         step()
-    found = {"error": errors, "layouts": layouts, "peak_bytes": memory.peak(step, provider.pooled)}
+    found: dict[str, Any] = {"error": errors, "layouts": layouts, "peak_bytes": memory.peak(step, provider.pooled)}
     if provider.compiled and case.kind == "net":
         found["layout_conversions"] = layout_conversions(step, device)
     return step, _row(case, provider.name, seconds=time.perf_counter() - begun, **found)
