@@ -192,7 +192,8 @@ class _GpuClock:
 def layout_conversions(call: Callable[[], Any], device: torch.device) -> dict[str, float] | None:
     """How many kernels of ``call``, which is warm, only change a tensor's layout, and their share of all kernels' time.
 
-    A compiled backward can lose channels_last; cuDNN then converts around every convolution. None on a CPU.
+    A compiled backward can lose channels_last; cuDNN then converts around every convolution. None on a CPU, or
+    where the profiler sees no kernels.
     """
     if device.type != "cuda":
         return None
@@ -202,8 +203,9 @@ def layout_conversions(call: Callable[[], Any], device: torch.device) -> dict[st
     kernels = [event for event in profile.events() or [] if event.device_type == DeviceType.CUDA]
     converting = [event for event in kernels if re.search("nchwToNhwc|nhwcToNchw", event.name)]
     total = sum(event.device_time for event in kernels)
-    share = sum(event.device_time for event in converting) / total if total else 0.0
-    return {"kernels": len(converting), "share": share}
+    if not total:
+        return None
+    return {"kernels": len(converting), "share": sum(event.device_time for event in converting) / total}
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
@@ -192,11 +194,9 @@ def work(order: Order) -> Iterator[Message]:
     """Do it, telling how it goes: (what, value), as :func:`main` reads them."""
     device = torch.device(order.device)
     chosen = [job.case for job in order.jobs]
-    if device.type == "cuda":
-        if order.check:
-            yield "doing", "compiling the kernels"
-            precompile(chosen)
-        torch.backends.cudnn.benchmark = True  # PyTorch's own choice of algorithm, by trying
+    if device.type == "cuda" and order.check:
+        yield "doing", "compiling the kernels"
+        precompile(chosen)
     yield "machine", machine(device)
     if order.check:
         yield "doing", "checking every operation and network, forward and backward, against float64"
@@ -223,7 +223,9 @@ def _measure(order: Order, job: Job, device: torch.device) -> Iterator[Message]:
     with precision(dtype):
         yield "doing", f"{job.case.name}: truth"
         try:
+            torch.backends.cudnn.benchmark = False  # truth is computed once
             problem = peers.pose(job.case, device)
+            torch.backends.cudnn.benchmark = True  # the peers' convolutions take the fastest algorithm
         except Exception as error:
             for name in names:
                 yield "row", _row(job.case, name, failure=f"no truth: {_describe(error)}")
@@ -265,7 +267,8 @@ def _prepared(
         step()
     found: dict[str, Any] = {"error": errors, "layouts": layouts, "peak_bytes": memory.peak(step, provider.pooled)}
     if provider.compiled and case.kind == "net":
-        found["layout_conversions"] = layout_conversions(step, device)
+        with contextlib.suppress(Exception):  # what the profiler cannot say must not cost the row
+            found["layout_conversions"] = layout_conversions(step, device)
     return step, _row(case, provider.name, seconds=time.perf_counter() - begun, **found)
 
 
@@ -343,9 +346,13 @@ def precompile(chosen: Sequence[AnyCase], architecture: str | None = None) -> in
         specialisation = specialise(launch, target)
         wanted.setdefault(specialisation.key, specialisation)
     _wanted = list(wanted.values())
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        numbers = pool.imap_unordered(_compile_number, range(len(_wanted)))
-        for _ in tqdm(numbers, total=len(_wanted), desc="compiling", disable=None, leave=False):
+    # A compiler that crashes breaks the pool: the rest is then compiled where it is used.
+    forked = multiprocessing.get_context("fork")
+    with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(os.cpu_count(), forked) as pool:
+        for _ in tqdm(
+            pool.map(_compile_number, range(len(_wanted))),
+            total=len(_wanted), desc="compiling", disable=None, leave=False,
+        ):  # fmt: skip
             pass
     return len(_wanted)
 
