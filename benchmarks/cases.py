@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,10 +23,12 @@ Operands = tuple[Any, ...]
 class Case:
     """One operation on one shape. What an operation has no use for is ignored."""
 
+    kind: ClassVar[str] = "op"
     op: str  # a forward operator of fastunet.ops
     shape: tuple[int, int, int, int]  # N, C, H, W of the (first) source, or of the logits
     dtype: torch.dtype = torch.bfloat16
-    mode: Literal["inference", "training"] = "training"  # forward, or forward and backward
+    # forward; forward and backward; of the backward only the inputs' or only the weights' gradients
+    mode: Literal["inference", "training", "dgrad", "wgrad"] = "training"
     layout: Literal["channels_last", "contiguous"] = "channels_last"
     filters: int = 0  # convolutions: channels of the result
     kernel: int = 3
@@ -60,17 +62,15 @@ class Case:
             once = 2 * batch * height * width * channels * self.filters * self.kernel**2
         else:
             return 0
-        if self.mode == "inference":
-            return once
-        return once * (2 if self.image else 3)
+        return once * (1 if self.mode != "training" else 2 if self.image else 3)
 
     @property
     def bytes(self) -> int:
         """Bytes moved if each call, forward and backward, reads each operand once and writes each result once."""
         operands = self.operands("meta")
         results = _results(getattr(torch.ops.fastunet, self.op)(*operands, "torch"))
-        total = _size(operands) + _size(results)
-        if self.mode == "training":
+        total = _size(operands) + _size(results) if self.mode in ("inference", "training") else 0
+        if self.mode != "inference":
             backward = self.backward_operands(operands, results)
             gradients = getattr(torch.ops.fastunet, f"{self.op}_backward")(*backward, "torch")
             total += _size(backward) + _size(_results(gradients))
@@ -88,7 +88,7 @@ class Case:
         """Call the functions of ``backend`` (:mod:`fastunet.kernels` or :mod:`fastunet.aten`) as this case needs."""
         operands = self.operands(device)
         results = _results(getattr(backend, self.op)(*operands))
-        if self.mode == "training":
+        if self.mode != "inference":
             getattr(backend, f"{self.op}_backward")(*self.backward_operands(operands, results))
 
     def source(self, channels: int, device: str | torch.device) -> tuple[Tensor, Tensor | None, bool]:
@@ -171,7 +171,8 @@ def _conv2d_backward(case: Case, operands: Operands, results: Operands) -> Opera
     *sources, weight, bias, stride, size, offset, _, _ = operands
     y, mean, var, z = results
     gradients = [torch.randn_like(y), torch.randn_like(mean), torch.randn_like(var)] if case.stats else [y, None, None]
-    mask = [not case.image, case.skip > 0, True, bias is not None]
+    inputs, weights = case.mode != "wgrad", case.mode != "dgrad"
+    mask = [inputs and not case.image, inputs and case.skip > 0, weights, weights and bias is not None]
     return *gradients, y, mean, *sources, weight, z, stride, size, offset, mask
 
 
@@ -186,7 +187,8 @@ def _conv_transpose2d_backward(case: Case, operands: Operands, results: Operands
     *source, weight, bias, _ = operands
     y, mean, var = results
     gradients = [torch.randn_like(y), torch.randn_like(mean), torch.randn_like(var)] if case.stats else [y, None, None]
-    return *gradients, y, mean, *source, weight, [True, True, bias is not None]
+    inputs, weights = case.mode != "wgrad", case.mode != "dgrad"
+    return *gradients, y, mean, *source, weight, [inputs, weights, weights and bias is not None]
 
 
 def _max_pool2x2(case: Case, device: Any) -> Operands:
@@ -277,6 +279,31 @@ CASES = [
     Case("softmax_stats", (8, 1, 512, 512), loss="sigmoid", dtype=FP32, layout="contiguous"),
     Case("softmax_stats", (8, 3, 512, 512), loss="sigmoid", labels=torch.uint8),
 ]
+
+
+def unet_layers(base: int = 64, size: int = 512, batch: int = 8, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
+    """Every layer of the milesial U-Net in both forms, from top to bottom; convolutions once for each direction."""
+    found = []
+    for level in range(5):
+        channels, above, side = base << level, (base << level) // 2, size >> level
+        shape = (batch, channels, side, side)
+        if level == 0:
+            found += _directions(Case("conv2d", (batch, 3, side, side), dtype, filters=base, affine=False, image=True))
+        else:
+            found += _directions(Case("conv2d", (batch, above, side, side), dtype, filters=channels))
+            up = Case("conv_transpose2d", shape, dtype, filters=above, kernel=2, stats=False, bias=True)
+            found += [*_directions(up), Case("upsample_concat", (batch, above, side, side), dtype)]
+        found += _directions(Case("conv2d", shape, dtype, filters=channels))
+        if level < 4:
+            found += _directions(Case("conv2d", shape, dtype, filters=channels, skip=channels))
+            found += [Case("max_pool2x2", shape, dtype)]
+    return found
+
+
+def _directions(case: Case) -> list[Case]:
+    modes: list[Any] = ["inference", "wgrad"] if case.image else ["inference", "dgrad", "wgrad"]
+    return [replace(case, mode=mode) for mode in modes]
+
 
 # What a CPU times in a few seconds: the same operations, small and in float32.
 SMALL_CASES = [

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastunet.architecture import architecture
 from fastunet.kernels.common import block, precision
+from fastunet.kernels.table import measured
 
 
 class Tile(NamedTuple):
@@ -24,6 +25,7 @@ class Tile(NamedTuple):
     tma: bool = False
 
 
+@measured
 def choose(
     kind: str, batch: int, channels: int, outputs: int, height: int, width: int, operands: Sequence[Tensor],
     pointers: bool = False,

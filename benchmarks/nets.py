@@ -1,0 +1,231 @@
+"""The networks that are timed: one step of training, inference, or inference with everything folded that can be.
+
+A training step is forward, loss, backward and SGD. The learning rate is 0, which changes the work by nothing and keeps
+the weights: every step of every provider computes the same numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastunet
+from fastunet import reference
+from fastunet.losses import DiceCELoss
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
+CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network in plain PyTorch and in fastunet, its arguments, and whether it returns logits or probabilities."""
+
+    plain: Callable[..., nn.Module]
+    ours: Callable[..., nn.Module]
+    arguments: Callable[[int], dict[str, Any]]
+    classes: int
+    logits: bool
+
+
+NETWORKS = {
+    "unet": Network(
+        reference.UNet, fastunet.UNet, lambda base: {"n_channels": 3, "n_classes": 2, "base_c": base}, 2, True
+    ),
+    "unet-bilinear": Network(
+        reference.UNet,
+        fastunet.UNet,
+        lambda base: {"n_channels": 3, "n_classes": 2, "bilinear": True, "base_c": base},
+        2,
+        True,
+    ),
+    "strided": Network(reference.StridedUNet, fastunet.StridedUNet, lambda base: {"base_c": base}, 3, False),
+    "plain": Network(
+        reference.PlainUNet,
+        fastunet.PlainUNet,
+        lambda base: {"in_channels": 3, "out_channels": 2, "init_features": base},
+        2,
+        True,
+    ),
+    "brain": Network(reference.BrainUNet, fastunet.BrainUNet, lambda base: {"init_features": base}, 1, False),
+}
+
+
+@dataclass(frozen=True)
+class NetCase:
+    """One network, batch, dtype and mode. "tf32" and "fp32" are float32 with and without TF32."""
+
+    kind: ClassVar[str] = "net"
+    net: str = "unet"
+    base: int = 64
+    size: int = 512
+    batch: int = 8
+    dtype: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
+    mode: Literal["training", "inference", "frozen"] = "training"
+
+    @property
+    def name(self) -> str:
+        """A readable identifier."""
+        return f"{self.net}-base{self.base}-{self.batch}x{self.size}x{self.size}-{self.dtype}-{self.mode}"
+
+    @property
+    def network(self) -> Network:
+        """What ``net`` names."""
+        return NETWORKS[self.net]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the step's matrix products, as PyTorch counts them."""
+        return _flops(self)
+
+    @property
+    def bytes(self) -> int | None:
+        """A network has no one number: see the ledger of its operations."""
+        return None
+
+    def data(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Pictures, and labels: classes for a network that returns logits, else zeros and ones per channel."""
+        x = torch.randn((self.batch, CHANNELS, self.size, self.size), device=device)
+        if self.network.logits:
+            return x, torch.randint(0, self.network.classes, (self.batch, self.size, self.size), device=device)
+        return x, torch.randint(0, 2, (self.batch, self.network.classes, self.size, self.size), device=device)
+
+    def plain(self) -> nn.Module:
+        """The network in plain PyTorch."""
+        return self.network.plain(**self.network.arguments(self.base))
+
+    def ours(self, backend: str) -> nn.Module:
+        """The network in fastunet."""
+        return self.network.ours(**self.network.arguments(self.base), backend=backend)
+
+
+@functools.cache
+def _flops(case: NetCase) -> int:
+    with torch.device("meta"):
+        model = case.plain()
+        x, _ = case.data("meta")
+        training = case.mode == "training"
+        with FlopCounterMode(display=False) as counter, contextlib.nullcontext() if training else torch.no_grad():
+            y = model(x)
+            if training:
+                y.sum().backward()
+    return int(counter.get_total_flops())
+
+
+# ---- losses ------------------------------------------------------------------------------------------------------
+
+
+def plain_loss(case: NetCase) -> Loss:
+    """Dice and cross-entropy by seed 002's formulas; Dice alone of a network that returns probabilities."""
+    return _scaled(case, _plain_dice_ce if case.network.logits else probability_dice)
+
+
+def our_loss(case: NetCase, backend: str) -> Loss:
+    """The same from one pass over the logits."""
+    return _scaled(case, DiceCELoss(backend=backend) if case.network.logits else probability_dice)
+
+
+def plain_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
+    """Seed 002's Dice loss plus cross-entropy, from logits (N, C, H, W) and labels (N, H, W)."""
+    return F.cross_entropy(logits, labels) + reference.functional.dice_loss(logits, labels)
+
+
+def _plain_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
+    return plain_dice_ce(logits.float(), labels)
+
+
+def probability_dice(p: Tensor, y: Tensor) -> Tensor:
+    """1 − (2·Σp·y + 1) / (Σp + Σy + 1) of the flattened batch."""
+    p = p.float()
+    return 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+
+
+def _scaled(case: NetCase, loss: Loss) -> Loss:
+    # float16 gradients of a mean over millions of pixels vanish; this is the factor GradScaler starts with.
+    return (lambda y, labels: loss(y, labels) * 65536) if case.dtype == "fp16" else loss
+
+
+# ---- steps -------------------------------------------------------------------------------------------------------
+
+
+def training_step(model: nn.Module, forward_loss: Loss, x: Tensor, labels: Tensor) -> Callable[[], list[Tensor]]:
+    """One step of ``forward_loss``, which runs ``model``: the loss and the weights' gradients."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def step() -> list[Tensor]:
+        optimizer.zero_grad()
+        value = forward_loss(x, labels)
+        value.backward()
+        optimizer.step()
+        return [value.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    return step
+
+
+def autocast(case: NetCase, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """AMP in the case's dtype; nothing for float32."""
+    lower = DTYPES[case.dtype] != torch.float32
+    return torch.autocast(device.type, DTYPES[case.dtype]) if lower else contextlib.nullcontext()
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """``model`` in eval mode, in place, with every batch norm folded into the convolution before it."""
+    model.eval()
+    for sequence in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
+        names = list(sequence._modules)
+        for first, second in itertools.pairwise(names):
+            layer, norm = sequence._modules[first], sequence._modules[second]
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and isinstance(norm, nn.BatchNorm2d):
+                transposed = isinstance(layer, nn.ConvTranspose2d)
+                sequence._modules[first] = fuse_conv_bn_eval(layer, norm, transposed)
+                sequence._modules[second] = nn.Identity()
+    return model
+
+
+# ---- the cases ---------------------------------------------------------------------------------------------------
+
+_UNETS = ("unet", "unet-bilinear")
+
+# Most important first; from the headline one thing is varied at a time.
+HEADLINE = [NetCase(net, mode=mode) for mode in ("training", "inference", "frozen") for net in _UNETS]
+CASES = list(
+    dict.fromkeys(
+        HEADLINE
+        + [NetCase(net, batch=1, mode=mode) for mode in ("frozen", "training") for net in _UNETS]
+        + [NetCase(net, mode=mode) for net in ("strided", "plain", "brain") for mode in ("training", "frozen")]
+        + [NetCase(net, base=32, mode=mode) for mode in ("training", "frozen") for net in _UNETS]
+        + [
+            NetCase(net, dtype=dtype, mode=mode)
+            for dtype in ("fp16", "tf32", "fp32")
+            for mode in ("training", "frozen")
+            for net in _UNETS
+        ]
+        + [
+            NetCase(net, base=base, size=size, batch=batch, mode=mode)
+            for mode in ("training", "frozen", "inference")
+            for base in (64, 32)
+            for size in (256, 1024, 512)
+            for batch in (8, 1, 32)
+            for net in _UNETS
+        ]
+    )
+)
+
+# What a CPU times in a few seconds.
+SMALL_CASES = [
+    NetCase(net, base=8, size=64, batch=1, dtype="fp32", mode=mode)
+    for net in _UNETS
+    for mode in ("training", "inference", "frozen")
+]

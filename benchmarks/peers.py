@@ -1,0 +1,541 @@
+"""Who is timed: every provider, what it can serve, and how it runs a case.
+
+A provider prepares a *step*: a function of no arguments that does the case's work once and returns its results and
+gradients. All providers of a case get the same numbers and are compared with the same truth before they are timed.
+
+======================  ============================================================================================
+eager                   PyTorch's own modules in channels_last, with AMP in a network
+eager-nchw              the same, contiguous
+eager-bare              the convolution, pooling or upsampling alone, without normalisation: a bound, not an equal
+eager-graph             eager in a CUDA graph
+compile                 torch.compile of eager, default mode; compile-max-autotune: mode="max-autotune"
+seed002                 a loss by seed 002's formulas, as written
+monai, torchmetrics     their loss and their score
+fastunet                backend="auto"; fastunet-torch and -triton: that backend; fastunet-graph: in a CUDA graph
+======================  ============================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastunet
+from benchmarks import nets
+from benchmarks.cases import Case
+from benchmarks.loss_cases import LossCase
+from benchmarks.measure import precision
+from benchmarks.nets import NetCase
+from fastunet import metrics, ops, reference
+from fastunet.losses import DiceCELoss
+
+AnyCase = Case | NetCase | LossCase
+Step = Callable[[], list[Tensor]]
+
+_SOURCED = ("affine_act", "conv2d", "conv_transpose2d", "max_pool2x2", "upsample_concat")  # normalise what they read
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Whom to time, and how it is set up."""
+
+    name: str
+    kinds: tuple[str, ...]
+    backend: str | None = None  # of fastunet
+    compiled: str | None = None  # a mode of torch.compile; or "trace": its front end alone, which takes seconds
+    graph: bool = False
+    layout: torch.memory_format = torch.channels_last
+
+    @property
+    def pooled(self) -> bool:
+        """Whether its memory lies in the pool of a CUDA graph."""
+        return self.graph or self.compiled == "max-autotune"
+
+
+_ALL = ("net", "loss", "op")
+PROVIDERS = {
+    provider.name: provider
+    for provider in [
+        Provider("eager", ("net", "op")),
+        Provider("seed002", ("loss",)),
+        Provider("fastunet", ("net", "loss"), backend="auto"),
+        Provider("fastunet-torch", _ALL, backend="torch"),
+        Provider("fastunet-triton", _ALL, backend="triton"),
+        Provider("fastunet-graph", ("net",), backend="auto", graph=True),
+        Provider("eager-nchw", ("net",), layout=torch.contiguous_format),
+        Provider("eager-bare", ("op",)),
+        Provider("eager-graph", ("net",), graph=True),
+        Provider("monai", ("loss",)),
+        Provider("torchmetrics", ("loss",)),
+        Provider("compile", _ALL, compiled="default"),
+        Provider("compile-max-autotune", ("net",), compiled="max-autotune"),
+    ]
+}
+
+
+def serving(case: AnyCase) -> list[Provider]:
+    """The providers that can do ``case`` at all, the plainest first and the slowest to prepare last."""
+    return [provider for provider in PROVIDERS.values() if _serves(provider, case)]
+
+
+def _serves(provider: Provider, case: AnyCase) -> bool:
+    if case.kind not in provider.kinds:
+        return False
+    if isinstance(case, NetCase):
+        return True
+    if isinstance(case, LossCase):
+        if case.function == "confusion_matrix":
+            return provider.name in ("torchmetrics", "fastunet")
+        return provider.name != "torchmetrics" and (provider.name != "monai" or case.function == "dice_ce")
+    if provider.compiled:
+        return case.mode in ("inference", "training")  # its backward frees what a second backward would need
+    return provider.name != "eager-bare" or (case.op in _SOURCED[1:] and case.affine)
+
+
+def unavailable(provider: Provider, device: torch.device) -> str | None:
+    """Why ``provider`` cannot run here, in a few words; None if it can."""
+    if provider.graph and device.type != "cuda":
+        return "CUDA graphs need a GPU"
+    if provider.backend == "triton":
+        return ops.triton_unavailable(device.type)
+    if provider.name in ("monai", "torchmetrics") and importlib.util.find_spec(provider.name) is None:
+        return f"{provider.name} is not installed"
+    return None
+
+
+def prepare(provider: Provider, case: AnyCase, problem: Problem) -> Step:
+    """The step of ``provider``; it compiles or captures when it is called first, or here."""
+    if isinstance(case, NetCase):
+        step = _net_step(provider, case, problem.data)
+    elif isinstance(case, LossCase):
+        step = _loss_step(provider, case, *problem.data)
+    else:
+        step = _op_step(provider, case, problem.data)
+    return _graphed(step) if provider.graph else step
+
+
+def compared(provider: Provider, case: AnyCase) -> int | None:
+    """How many of a step's results have a truth to be compared with; None for all of them.
+
+    Where PyTorch's modules normalise, their gradients include those of the batch norm's statistics, which fastunet
+    computes one layer further down: the same work in total, of which only the forward can be compared.
+    """
+    if not isinstance(case, Case) or provider.backend is not None or not (case.affine and case.op in _SOURCED):
+        return None
+    same = provider.name != "eager-bare" and case.op != "max_pool2x2" and case.mode in ("inference", "training")
+    return 1 if same else 0
+
+
+# ---- truth -------------------------------------------------------------------------------------------------------
+
+# Relative error of a whole tensor in the Euclidean norm: a few roundings of the dtype, since sums are long and centred.
+# float32 convolutions use TF32 by default, whose roundings are float16's.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+TF32_TOLERANCE = 3e-3
+
+
+class WrongNumbersError(Exception):
+    """A provider's results are not the case's."""
+
+
+@dataclass
+class Problem:
+    """A case's numbers: what every provider starts from, and what it must arrive at."""
+
+    data: Any
+    truth: list[Tensor]
+    forward: int  # the first results are the forward's, the others are gradients
+    allowed: tuple[float, float]  # of the forward and of the gradients
+    together: bool = False  # results are judged as one vector instead of one by one
+
+    @property
+    def device(self) -> torch.device:
+        return self.truth[0].device
+
+    def errors(self, found: Sequence[Tensor]) -> dict[str, float]:
+        """The error of the forward's results and of the gradients, each as far as there are any."""
+        pairs = list(zip(found, self.truth, strict=False))
+        parts = {"forward": pairs[: self.forward], "gradient": pairs[self.forward :]}
+        return {part: _error(of, self.together) for part, of in parts.items() if of}
+
+    def check(self, found: Sequence[Tensor], compared: int | None) -> dict[str, float]:
+        """The errors of the first ``compared`` of ``found``, if they are allowed; None: of all, and all must be there.
+
+        Raises:
+            WrongNumbersError: they are not allowed, or something is missing.
+        """
+        if compared is None and len(found) != len(self.truth):
+            raise WrongNumbersError(f"expected {len(self.truth)} results and gradients, got {len(found)}")
+        errors = self.errors(found[:compared])
+        for part, allowed in zip(("forward", "gradient"), self.allowed, strict=True):
+            if not errors.get(part, 0.0) <= allowed:  # NaN is not
+                raise WrongNumbersError(f"{part}: relative error {errors[part]:.1e}, allowed {allowed:.1e}")
+        return errors
+
+
+def _error(pairs: list[tuple[Tensor, Tensor]], together: bool) -> float:
+    """The largest of the tensors' errors in the Euclidean norm, each relative to its truth; or, ``together``, the error
+    of all as one long vector, to which a gradient that is zero in truth adds little."""
+    if any(found.shape != truth.shape for found, truth in pairs):
+        return math.inf
+    differences = torch.stack([(found.detach().to(truth.dtype) - truth).norm() for found, truth in pairs])
+    norms = torch.stack([truth.norm() for _, truth in pairs])
+    if together:
+        return float(differences.norm() / norms.norm())
+    return float((differences / norms.clamp_min(1e-12)).max())  # max() of a NaN is NaN
+
+
+def pose(case: AnyCase, device: torch.device) -> Problem:
+    """The numbers of ``case``, drawn from a fixed seed, and the truth about them."""
+    torch.manual_seed(0)
+    if isinstance(case, NetCase):
+        return _pose_net(case, device)
+    if isinstance(case, LossCase):
+        return _pose_loss(case, device)
+    return _pose_op(case, device)
+
+
+# ---- networks ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _NetData:
+    x: Tensor
+    labels: Tensor
+    weights: dict[str, Tensor]
+
+
+def _pose_net(case: NetCase, device: torch.device) -> Problem:
+    """Truth is float32 without TF32. Gradients of a whole network are ill-conditioned: 16-bit PyTorch's error is the
+    measure, and a provider may err twice as much."""
+    model = case.plain()
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+    weights = {name: value.to(device) for name, value in model.state_dict().items()}
+    data = _NetData(*case.data(device), weights)
+    with precision("fp32"):
+        step = _net_step(PROVIDERS["eager-nchw"], case, data, exact=True)
+        problem = Problem(data, [t.clone() for t in step()], 1, (math.inf, math.inf), together=True)
+    eager = problem.errors(_net_step(PROVIDERS["eager"], case, data)())
+    slack = {"fp32": 1e-5, "tf32": 2e-3, "fp16": 4e-3, "bf16": 3e-2}[case.dtype]
+    problem.allowed = (2 * eager["forward"] + slack, 2 * eager.get("gradient", 0) + 10 * slack)
+    return problem
+
+
+def _net_step(provider: Provider, case: NetCase, data: _NetData, exact: bool = False) -> Step:
+    """``exact``: in float32, whatever the case's dtype."""
+    backend = provider.backend
+    model = case.plain() if backend is None else case.ours(backend)
+    model.load_state_dict(data.weights)
+    model = model.to(data.x.device).to(memory_format=provider.layout)  # type: ignore[call-overload]
+    x = data.x.contiguous(memory_format=provider.layout)
+
+    def amp() -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if exact else nets.autocast(case, x.device)
+
+    if case.mode == "training":
+        loss = nets.plain_loss(case) if backend is None else nets.our_loss(case, backend)
+
+        def forward_loss(x: Tensor, labels: Tensor) -> Tensor:
+            with amp():
+                return loss(model(x), labels)
+
+        return nets.training_step(model, _compiled(provider, forward_loss), x, data.labels)
+    model.eval()
+    if case.mode == "frozen" and not exact:
+        dtype = nets.DTYPES[case.dtype]
+        freeze = getattr(fastunet, "freeze", None)
+        if backend is None:
+            model, x = nets.folded(model).to(dtype), x.to(dtype)
+        elif freeze is not None:
+            model, x = freeze(model, dtype=dtype), x.to(dtype)
+    forward = _compiled(provider, model)
+
+    def infer() -> list[Tensor]:
+        with torch.inference_mode(), amp():
+            return [forward(x)]
+
+    return infer
+
+
+def _compiled(provider: Provider, function: Callable[..., Any]) -> Callable[..., Any]:
+    if provider.compiled is None:
+        return function
+    how: dict[str, Any] = {"backend": "eager"} if provider.compiled == "trace" else {"mode": provider.compiled}
+    compiled = torch.compile(function, dynamic=False, **how)
+
+    @functools.wraps(compiled)
+    def run(*args: Any, **operands: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(*args, **operands)
+
+    return run
+
+
+def _graphed(step: Step) -> Step:
+    """``step`` captured in a CUDA graph, after three runs on a stream of their own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+
+    def replay() -> list[Tensor]:
+        graph.replay()
+        return results
+
+    return replay
+
+
+# ---- losses ------------------------------------------------------------------------------------------------------
+
+
+def _pose_loss(case: LossCase, device: torch.device) -> Problem:
+    logits, labels = case.data(device)
+    if case.function == "confusion_matrix":
+        pairs = labels.flatten() * case.shape[1] + logits.argmax(1).flatten()
+        counts = torch.bincount(pairs, minlength=case.shape[1] ** 2).view(case.shape[1], -1)
+        return Problem((logits, labels), [counts.double()], 1, (0, 0))
+    exact = logits.detach().double().requires_grad_()
+    truth = _loss_step(PROVIDERS["seed002"], case, exact, labels)()
+    # The losses are computed in float32, and the gradient is rounded to the logits' dtype.
+    return Problem((logits, labels), truth, 1, (1e-4, 1e-4 + torch.finfo(case.dtype).eps))
+
+
+def _loss_step(provider: Provider, case: LossCase, logits: Tensor, labels: Tensor) -> Step:
+    if case.function == "confusion_matrix":
+        return _score_step(provider, case, logits, labels)
+    function = _loss_function(provider, case)
+    if provider.compiled:
+        function = _compiled(provider, function)
+
+    def step() -> list[Tensor]:
+        value = function(logits, labels)
+        return [value.detach(), *torch.autograd.grad(value, logits)]
+
+    return step
+
+
+def _loss_function(provider: Provider, case: LossCase) -> Callable[[Tensor, Tensor], Tensor]:
+    if provider.backend is not None:
+        backend = provider.backend
+        if case.function == "soft_miou":
+            return functools.partial(metrics.soft_miou, backend=backend)
+        return DiceCELoss(backend=backend)
+    if provider.name == "monai":
+        from monai.losses import DiceCELoss as MonaiLoss
+
+        monai = MonaiLoss(softmax=True, to_onehot_y=True, batch=True)
+        return lambda logits, labels: monai(logits.float(), labels.unsqueeze(1))
+    plain = reference.functional.soft_miou if case.function == "soft_miou" else nets.plain_dice_ce
+    return lambda logits, labels: plain(logits if logits.dtype == torch.float64 else logits.float(), labels)
+
+
+def _score_step(provider: Provider, case: LossCase, logits: Tensor, labels: Tensor) -> Step:
+    classes = case.shape[1]
+    if provider.name == "torchmetrics":
+        from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+        return lambda: [multiclass_confusion_matrix(logits, labels, classes, validate_args=False)]
+
+    def step() -> list[Tensor]:
+        score = metrics.ConfusionMatrix(classes).to(logits.device)
+        score.update(logits, labels)
+        return [score.matrix]
+
+    return step
+
+
+# ---- operations --------------------------------------------------------------------------------------------------
+
+_EPS = 1e-5
+
+
+@dataclass
+class _Norm:
+    """The batch norm whose affine a source carries: its own batch statistics, weight and bias."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass
+class _OpData:
+    operands: dict[str, Any]  # by the names in the operator's schema
+    norms: dict[str, _Norm]  # by the name of the source they normalise
+
+
+def _pose_op(case: Case, device: torch.device) -> Problem:
+    """Truth is the reference in float64, or in float32 where the device's memory is too small for that."""
+    data = _op_data(case, device)
+    dtypes = [torch.float64, torch.float32]
+    for dtype in dtypes:
+        try:
+            with precision("fp32"):
+                operands = {name: _cast(value, dtype) for name, value in data.operands.items()}
+                truth = [t.detach() for t in _step(case, _reference(case), operands)()]
+            break
+        except torch.OutOfMemoryError:
+            if dtype is dtypes[-1]:
+                raise
+    leaves = sum(_trained(case, name, value) for name, value in data.operands.items())
+    results = len(truth) - (0 if case.mode == "inference" else leaves)
+    tf32 = case.dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    allowed = TF32_TOLERANCE if tf32 else TOLERANCE[case.dtype]
+    return Problem(data, truth, results, (allowed, allowed))
+
+
+def _op_data(case: Case, device: torch.device) -> _OpData:
+    names = [argument.name for argument in getattr(torch.ops.fastunet, case.op).default._schema.arguments]
+    operands = dict(zip(names, case.operands(device), strict=False))
+    norms = {}
+    for source, affine in (("x", "affine"), ("x0", "affine0"), ("x1", "affine1"), ("skip", "skip_affine")):
+        if operands.get(source) is not None and operands.get(affine) is not None:
+            mean, var = reference.functional.batch_stats(operands[source].float())
+            norms[source] = _Norm(mean, var, operands[affine][0].clone(), operands[affine][1].clone())
+            operands[affine] = reference.functional.bn_affine(mean, var, norms[source].weight, norms[source].bias, _EPS)
+    return _OpData(operands, norms)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _op_step(provider: Provider, case: Case, data: _OpData) -> Step:
+    if provider.backend is not None:
+        return _step(case, _ours(case, provider.backend), data.operands)
+    if not data.norms:
+        return _step(case, _compiled(provider, _reference(case)), data.operands)
+    operands = {name: value for name, value in data.operands.items() if "affine" not in name}
+    if provider.name != "eager-bare":
+        for source, norm in data.norms.items():
+            operands |= {f"{source}_{key}": value for key, value in vars(norm).items()}
+    return _step(case, _compiled(provider, _modules(case, provider.name != "eager-bare")), operands)
+
+
+def _reference(case: Case) -> Callable[..., list[Tensor]]:
+    """The operation by fastunet.reference; what is pooled stays as it was before normalisation, as in the operator."""
+    if case.op == "max_pool2x2":
+        return lambda x, affine: [reference.functional.max_pool2x2(x, None, False)]  # scales are above 0
+    function = getattr(reference.functional, case.op)
+    if case.op == "conv2d":
+        return lambda save, **operands: _list(function(**operands))
+    return lambda **operands: _list(function(**operands))
+
+
+def _ours(case: Case, backend: str) -> Callable[..., list[Tensor]]:
+    operator = getattr(ops, case.op)
+    return lambda **operands: _list(operator(*operands.values(), backend))[:3]
+
+
+def _list(results: Any) -> list[Tensor]:
+    return [y for y in ([results] if isinstance(results, Tensor) else results) if y.numel()]
+
+
+def _modules(case: Case, normalise: bool) -> Callable[..., list[Tensor]]:
+    """The same work as a network of PyTorch's modules does it: batch norm and ReLU in passes of their own."""
+
+    def source(name: str, operands: dict[str, Any]) -> Tensor:
+        x: Tensor = operands[name]
+        if not normalise:
+            return x
+        mean, var, weight, bias = (operands[f"{name}_{key}"] for key in ("mean", "var", "weight", "bias"))
+        if case.mode == "inference" and not case.stats:  # a network in eval mode
+            return F.relu(F.batch_norm(x, mean, var, weight, bias, eps=_EPS))
+        return F.relu(F.batch_norm(x, None, None, weight, bias, training=True, eps=_EPS))
+
+    def conv2d(**operands: Any) -> list[Tensor]:
+        z = source("x0", operands)
+        if operands["x1"] is not None:
+            z = torch.cat([z, source("x1", operands)], 1)
+        weight = operands["weight"]
+        return [F.conv2d(z, weight, operands["bias"], operands["stride"], weight.shape[-1] // 2)]
+
+    def conv_transpose2d(**operands: Any) -> list[Tensor]:
+        weight = operands["weight"]
+        margin = 0 if weight.shape[-1] == 2 else 1
+        return [F.conv_transpose2d(source("x", operands), weight, operands["bias"], 2, margin, margin)]
+
+    def max_pool2x2(**operands: Any) -> list[Tensor]:
+        return [F.max_pool2d(source("x", operands), 2)]
+
+    def upsample_concat(**operands: Any) -> list[Tensor]:
+        up = F.interpolate(source("x", operands), scale_factor=2, mode="bilinear", align_corners=True)
+        if operands["skip"] is None:
+            return [up]
+        skip = source("skip", operands)
+        rows, columns = skip.shape[2] - up.shape[2], skip.shape[3] - up.shape[3]
+        if rows or columns:
+            up = F.pad(up, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
+        return [torch.cat([skip, up], 1)]
+
+    def affine_act(**operands: Any) -> list[Tensor]:
+        return [source("x", operands)]
+
+    functions = (conv2d, conv_transpose2d, max_pool2x2, upsample_concat, affine_act)
+    return {function.__name__: function for function in functions}[case.op]
+
+
+def _step(case: Case, function: Callable[..., list[Tensor]], operands: dict[str, Any]) -> Step:
+    """Run ``function`` forward, and backward as the case's mode says; operands are copied as leaves."""
+    operands = {
+        name: value.detach().requires_grad_() if _trained(case, name, value) else value
+        for name, value in operands.items()
+    }
+    leaves = [x for x in operands.values() if isinstance(x, Tensor) and x.requires_grad]
+
+    if case.mode == "inference":
+
+        def infer() -> list[Tensor]:
+            with torch.no_grad():
+                return function(**operands)
+
+        return infer
+    results = function(**operands)
+    incoming = [_incoming(y, i) for i, y in enumerate(results)]
+    if case.mode == "training":
+        del results
+
+        def train() -> list[Tensor]:
+            found = function(**operands)
+            return [*(y.detach() for y in found), *torch.autograd.grad(found, leaves, incoming)]
+
+        return train
+    return lambda: list(torch.autograd.grad(results, leaves, incoming, retain_graph=True))
+
+
+def _trained(case: Case, name: str, value: Any) -> bool:
+    """Whether the case wants the gradient of an operand."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or name.endswith(("_mean", "_var")):
+        return False
+    if (case.op, name) in (("softmax_stats", "pixel_weight"), ("max_pool2x2", "affine")):
+        return False  # the operators have none
+    weights = name in ("weight", "bias") and case.op != "bn_affine"
+    if case.mode in ("dgrad", "wgrad"):
+        return weights == (case.mode == "wgrad")
+    return weights or not case.image
+
+
+def _incoming(y: Tensor, seed: int) -> Tensor:
+    """A gradient for result ``y``: the same numbers, of 8 bits of mantissa, in every dtype and layout."""
+    generator = torch.Generator(y.device).manual_seed(seed)
+    random = torch.randn(y.shape, generator=generator, device=y.device, dtype=torch.float32)
+    return torch.empty_like(y).copy_(random.to(torch.bfloat16))

@@ -1,0 +1,64 @@
+"""Every operation, loss and network with every provider; each must give the right numbers before it is timed.
+
+pytest-benchmark's own times are the host's, each call ending in a synchronisation. On a GPU ``extra_info`` has the
+suite's: between CUDA events, with a cold L2 cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import cases, loss_cases, nets, peers
+from benchmarks.conftest import DEVICE, NEEDS_GPU
+from benchmarks.measure import interleaved, machine, precision
+from benchmarks.peers import PROVIDERS, AnyCase, Problem
+
+SMALL: list[AnyCase] = [*cases.SMALL_CASES, *loss_cases.SMALL_CASES, *nets.SMALL_CASES]
+LARGE: list[AnyCase] = [*cases.CASES, *loss_cases.CASES, *nets.HEADLINE]
+
+
+def pairs() -> Iterator[Any]:
+    """(case, provider): all on a GPU, on a CPU the small cases without compilers."""
+    for case in SMALL + LARGE:
+        for provider in peers.serving(case):
+            if DEVICE.type == "cuda" or not provider.compiled:
+                marks = () if case in SMALL else NEEDS_GPU
+                yield pytest.param(case, provider.name, id=f"{case.name}-{provider.name}", marks=marks)
+
+
+@functools.lru_cache(maxsize=1)
+def problem(case: AnyCase) -> Problem:
+    """The case's numbers, shared by its providers."""
+    return peers.pose(case, DEVICE)
+
+
+@pytest.mark.parametrize(("case", "name"), pairs())
+def test_case(case: AnyCase, name: str, benchmark: Any) -> None:
+    provider = PROVIDERS[name]
+    reason = peers.unavailable(provider, DEVICE)
+    if reason is not None:
+        pytest.skip(reason)
+    with precision(case.dtype if isinstance(case, nets.NetCase) else ""):
+        posed = problem(case)
+        step = peers.prepare(provider, case, posed)
+        errors = posed.check(step(), peers.compared(provider, case))
+        for _ in range(2):
+            step()
+        benchmark.group = case.name
+        benchmark.extra_info.update(provider=name, bytes=case.bytes, flops=case.flops, error=errors, **machine(DEVICE))
+        if DEVICE.type == "cuda":
+            times = interleaved({name: step}, DEVICE, 0.3, head_start=case.kind != "net")[name]
+            benchmark.extra_info.update({f"cuda_ms_{key}": value for key, value in asdict(times).items()})
+        benchmark.pedantic(_finished, (step,), rounds=10 if DEVICE.type == "cuda" else 5)
+
+
+def _finished(step: peers.Step) -> None:
+    step()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,381 @@
+"""The GPU suite, on a CPU with small cases: it refuses wrong numbers, records every row, and always comes to an end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import cases, loss_cases, nets, peers, report, suite
+from benchmarks.measure import Times, interleaved, machine
+from benchmarks.nets import NetCase
+from benchmarks.suite import Job, Order
+from fastunet import aten, verify
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+TINY_NET = NetCase(base=4, size=32, batch=2, dtype="fp32")
+TINY_LOSS = replace(loss_cases.SMALL_CASES[0], shape=(2, 4, 8, 8))
+TINY_POOL = replace(cases.SMALL_CASES[3], shape=(1, 4, 8, 8))
+NO_COST = {(kind, name): 0.0 for kind in suite.EXPECTED for name in peers.PROVIDERS}
+
+
+def order(*jobs: Job, seconds: float = 300, **settings: bool) -> Order:
+    return Order("cpu", jobs, time.time() + seconds, NO_COST, **{"check": False, "roofs": False, **settings})
+
+
+def rows_of(*jobs: Job, seconds: float = 300) -> dict[str, dict]:
+    return {value["provider"]: value for what, value in suite.work(order(*jobs, seconds=seconds)) if what == "row"}
+
+
+@pytest.fixture
+def quick_verify(monkeypatch):
+    """`fastunet verify` has tests of its own, and takes longer than all of these."""
+    monkeypatch.setattr(verify, "rows", lambda *args, **settings: iter(()))
+
+
+# ---- wrong numbers -----------------------------------------------------------------------------------------------
+
+
+def plant(monkeypatch, module, name: str) -> None:
+    """Make ``module.name`` err by one percent."""
+    sound = getattr(module, name)
+
+    def wrong(*args):
+        results = sound(*args)
+        return results * 1.01 if isinstance(results, torch.Tensor) else tuple(y * 1.01 for y in results)
+
+    monkeypatch.setattr(module, name, wrong)
+
+
+def test_sound_kernels_pass_the_gate(quick_verify):
+    assert list(suite.gate(CPU, [TINY_POOL])) == []
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_wrong_numbers_only_in_backward_turn_the_gate_red(backend, monkeypatch, quick_verify):
+    module = aten if backend == "torch" else pytest.importorskip("fastunet.kernels")
+    plant(monkeypatch, module, "max_pool2x2_backward")
+    (problem,) = suite.gate(CPU, [TINY_POOL])
+    assert problem.startswith(f"fastunet-{backend}: max_pool2x2")
+    assert "gradient: relative error 1.0e-02" in problem
+
+
+def test_nothing_is_timed_when_the_gate_is_red(monkeypatch, quick_verify, tmp_path, capsys):
+    plant(monkeypatch, aten, "affine_act_backward")
+    arguments = ["--device", "cpu", "--only", "affine_act", "--results", str(tmp_path)]
+    assert suite.main(arguments) == 1
+    assert "WRONG fastunet-torch: affine_act" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_gate_has_the_rows_of_verify(monkeypatch):
+    wrong = verify.Row("conv2d", "2×3", "float32", "backward", float("nan"), 1e-6)
+    monkeypatch.setattr(verify, "rows", lambda *args, **settings: iter([wrong]))
+    assert "verify: conv2d 2×3 float32 backward: relative error nan" in next(suite.gate(CPU, []))
+
+
+def test_a_provider_with_wrong_numbers_is_not_timed(monkeypatch):
+    plant(monkeypatch, aten, "softmax_stats_backward")
+    found = rows_of(Job(TINY_LOSS, ("seed002", "fastunet-torch")))
+    assert found["fastunet-torch"]["failure"].startswith("WrongNumbersError: gradient")
+    assert found["fastunet-torch"]["ms"] is None
+    assert found["seed002"]["ms"]["p50"] > 0
+
+
+@pytest.mark.parametrize("name", sorted(nets.NETWORKS))
+def test_every_network_agrees_with_plain_pytorch_in_every_mode(name):
+    for mode in ("training", "inference", "frozen"):
+        case = replace(TINY_NET, net=name, mode=mode)
+        problem = peers.pose(case, CPU)
+        for provider in ("eager", "eager-nchw", "fastunet-torch"):
+            problem.check(peers.prepare(peers.PROVIDERS[provider], case, problem)(), None)
+
+
+@pytest.mark.parametrize("mode", ["inference", "training", "dgrad", "wgrad"])
+def test_every_mode_of_an_operation_agrees_with_float64(mode):
+    case = replace(cases.SMALL_CASES[1], shape=(2, 4, 6, 8), filters=5, skip=3, mode=mode)
+    problem = peers.pose(case, CPU)
+    for provider in peers.serving(case):
+        if provider.name in ("eager", "eager-bare", "fastunet-torch"):
+            found = peers.prepare(provider, case, problem)()
+            problem.check(found, peers.compared(provider, case))
+    assert len(problem.truth) == {"inference": 3, "training": 8, "dgrad": 4, "wgrad": 1}[mode]
+
+
+@pytest.mark.parametrize("package", ["monai", "torchmetrics"])
+def test_peers_agree_with_the_seed_formulas(package):
+    pytest.importorskip(package, reason=f"compares with {package}, which the tests do not need")
+    case = TINY_LOSS if package == "monai" else replace(TINY_LOSS, function="confusion_matrix")
+    problem = peers.pose(case, CPU)
+    problem.check(peers.prepare(peers.PROVIDERS[package], case, problem)(), None)
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_says_what_it_depends_on_and_can_be_measured_again(tmp_path, capsys, monkeypatch, quick_verify):
+    monkeypatch.setenv("FASTUNET_BACKEND", "torch")  # of "fastunet": here "auto" would be the interpreter
+    arguments = ["--device", "cpu", "--results", str(tmp_path)]
+    assert suite.main([*arguments, "--only", "soft_miou"]) == 0
+    printed = capsys.readouterr().out
+    first = report.read(tmp_path)
+    assert {row["provider"] for row in first} >= {"seed002", "fastunet-torch"}
+    for row in first:
+        assert row["failure"] is None
+        assert row["ms"]["p20"] <= row["ms"]["p50"] <= row["ms"]["p80"]
+        assert row["gbs"] == pytest.approx(row["bytes"] / row["ms"]["p50"] / 1e6)
+        assert row["error"].keys() == {"forward", "gradient"}
+        assert row["roofs"]["copy_gbs"] > 0
+        assert {"commit", "dirty", "sources", "driver", "sm_mhz", "gpu", "time", "peak_bytes"} <= row.keys()
+        assert row["versions"]["torch"] == torch.__version__
+        assert row["id"] in printed
+    assert len({row["id"] for row in first}) == len(first)
+
+    assert suite.main([*arguments, "--row", first[1]["id"]]) == 0
+    again = report.read(tmp_path)
+    assert len(again) == len(first) + 1
+    assert (again[-1]["case"], again[-1]["provider"]) == (first[1]["case"], first[1]["provider"])
+    printed = capsys.readouterr().out
+    assert first[1]["id"] in printed
+    assert again[-1]["id"] in printed
+    assert suite.main([*arguments, "--row", "nonsense"]) == 2
+
+
+@pytest.mark.parametrize("case", [cases.CASES[0], cases.SMALL_CASES[-1], loss_cases.CASES[0], nets.CASES[-1]])
+def test_a_case_is_rebuilt_from_its_row(case):
+    row = json.loads(json.dumps(suite._row(case, "eager")))
+    assert suite.rebuilt(row) == case
+
+
+def test_a_provider_that_fails_is_a_row(monkeypatch):
+    prepare = peers.prepare
+
+    def broken(provider, case, problem):
+        if provider.name == "eager":
+            raise RuntimeError("no\nluck")
+        return prepare(provider, case, problem)
+
+    monkeypatch.setattr(peers, "prepare", broken)
+    found = rows_of(Job(TINY_POOL, ("eager", "fastunet-torch")))
+    assert found["eager"]["failure"] == "RuntimeError: no luck"
+    assert found["fastunet-torch"]["failure"] is None
+
+
+def test_what_does_not_fit_in_the_budget_is_listed(tmp_path, capsys, quick_verify):
+    assert suite.main(["--device", "cpu", "--only", "dice_ce", "--budget", "0", "--results", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "not measured: dice_ce-2x22x64x64-float32: seed002, fastunet" in printed
+    assert "0 rows" in printed
+
+
+def test_expected_seconds_are_learned():
+    rows = [{"kind": "net", "provider": "compile", "failure": None, "seconds": s} for s in (10, 20, 60)]
+    rows.append({"kind": "net", "provider": "compile", "failure": "broken", "seconds": 1000})
+    expected = suite.expected_seconds(rows)
+    assert expected["net", "compile"] == 20
+    assert expected["op", "compile"] == suite.EXPECTED["op"]["compile"]
+
+
+def test_plan_begins_with_what_matters_and_misses_nothing():
+    jobs = suite.plan(torch.device("cuda"))
+    assert jobs[0].case.name == "unet-base64-8x512x512-bf16-training"
+    planned = {(job.case.name, name) for job in jobs for name in job.providers}
+    everything = [*nets.CASES, *loss_cases.CASES, *cases.CASES, *cases.unet_layers()]
+    assert planned >= {(case.name, provider.name) for case in everything for provider in peers.serving(case)}
+    for job in jobs:
+        if set(job.providers) & set(suite.DEAR):
+            assert job.providers[0] in ("eager", "seed002"), "a compiled peer is timed beside what it is compared with"
+
+
+# ---- time --------------------------------------------------------------------------------------------------------
+
+
+def test_providers_take_turns():
+    called = []
+    times = interleaved({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, CPU, 0.0, head_start=True)
+    assert called == ["a", "b"] * (len(called) // 2)
+    assert times["a"].rounds == len(called) // 2 - 1
+
+
+def test_each_provider_gets_its_own_times():
+    times = interleaved({"slow": lambda: time.sleep(0.01), "fast": lambda: None}, CPU, 0.0, head_start=False)
+    assert times["slow"].p50 > 9 > times["fast"].p50
+
+
+def test_percentiles():
+    assert Times.of([float(n) for n in range(101)]) == Times(20, 50, 80, 101)
+
+
+def test_machine_is_told_by_its_sources_without_git():
+    found = machine(CPU)
+    assert re.fullmatch("[0-9a-f]{12}", found["sources"])
+    assert found["gpu"] == "cpu"
+
+
+# ---- a process of its own ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CrashingNet(NetCase):
+    """Its fastunet form ends the process, as a sticky CUDA error does."""
+
+    def ours(self, backend: str) -> nn.Module:
+        os._exit(7)
+
+
+@dataclass(frozen=True)
+class HangingNet(NetCase):
+    """Its fastunet form never comes to an end, as a kernel in a dead lock."""
+
+    def ours(self, backend: str) -> nn.Module:
+        time.sleep(1e6)
+        raise AssertionError
+
+
+def of_same_size(build: type[NetCase]) -> NetCase:
+    return build(**vars(TINY_NET))
+
+
+def test_a_crash_costs_its_provider_a_row_and_nobody_else():
+    jobs = [
+        Job(of_same_size(CrashingNet), ("eager", "fastunet-torch", "eager-nchw")),
+        Job(TINY_LOSS, ("seed002",)),
+    ]
+    messages = list(suite.isolated(order(*jobs)))
+    found = {value["provider"]: value["failure"] for what, value in messages if what == "row"}
+    assert found.pop("fastunet-torch") == "the process ended with status 7"
+    assert found == {"eager": None, "eager-nchw": None, "seed002": None}
+    assert messages[-1] == ("done", None)
+
+
+def test_a_hang_ends_after_the_deadline(monkeypatch):
+    monkeypatch.setattr(suite, "GRACE", 1)
+    job = Job(of_same_size(HangingNet), ("fastunet-torch",))
+    messages = list(suite.isolated(order(job, seconds=1)))
+    rows = [value for what, value in messages if what == "row"]
+    assert [row["failure"] for row in rows] == ["did not answer 1 s after the deadline"]
+
+
+def test_a_crash_before_the_gate_has_passed_is_red():
+    job = Job(of_same_size(HangingNet), ("fastunet-torch",))
+    # The gate's process cannot find its device, and ends.
+    (gate,) = [v for what, v in suite.isolated(replace(order(job, check=True), device="no device")) if what == "gate"]
+    assert "the process ended with status 1" in gate[0]
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------
+
+
+def python(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=600,
+    )
+
+
+def test_dry_run_checks_every_provider_and_prints_the_plan():
+    done = python("-m", "benchmarks.suite", "--dry-run", "--only", "conv2d-8x64x512x512")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "conv2d-8x64x512x512-bfloat16-dgrad-k64: eager, fastunet-torch, fastunet-triton, eager-bare" in done.stdout
+    checked = re.search(r"(\d+) small ones checked, 0 wrong", done.stdout)
+    assert checked, done.stdout
+    assert int(checked[1]) > 20
+
+
+def test_kernels_are_compiled_ahead(tmp_path):
+    pytest.importorskip("triton")
+    code = (
+        "from benchmarks import cases, suite\n"
+        "print(suite.precompile([case for case in cases.CASES if case.op == 'max_pool2x2'][2:], 'sm_90'))"
+    )
+    done = python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.rglob("*.cubin"))) == int(done.stdout) > 0
+
+
+def test_a_checkout_that_is_not_installed_has_its_kernels():
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f).lower()]\n"
+        "import fastunet, fastunet.kernels, torch\n"
+        "from fastunet import ops\n"
+        f"assert fastunet.kernels.__file__ == {str(ROOT / 'kernels' / '__init__.py')!r}\n"
+        "x, a = torch.randn(1, 3, 4, 6), torch.randn(3, 3)\n"
+        "torch.testing.assert_close(*(ops.affine_act(x, a, True, backend) for backend in ('torch', 'triton')))"
+    )
+    pytest.importorskip("triton")
+    done = python("-c", code, PYTHONPATH=str(ROOT), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+
+
+# ---- the report --------------------------------------------------------------------------------------------------
+
+
+def recorded(provider: str, ms: float, group: str = "g", **more: object) -> dict:
+    row = suite._row(nets.HEADLINE[0], provider, peak_bytes=2 * 10**9, error={"forward": 1e-3}, gbs=None, tflops=10.0)
+    times = {"p20": ms - 1, "p50": ms, "p80": ms + 1, "rounds": 10}
+    about = {
+        "gpu": "Some GPU",
+        "id": f"{provider}{ms}",
+        "driver": "1",
+        "commit": "c" * 40,
+        "dirty": False,
+        "sources": "s",
+    }
+    versions = {"torch": "2", "triton": "3", "cuda": "13"}
+    return {**row, "ms": times, "group": group, **about, "versions": versions, "roofs": None, **more}
+
+
+def test_readme_states_what_is_recorded_and_nothing_else():
+    assert report.main(["--check"]) == 0, "run python -m benchmarks.report"
+
+
+def test_section_without_rows_says_so():
+    text = report.section([recorded("eager", 10, gpu="cpu")])
+    assert text.startswith("Nothing has been measured on a GPU yet")
+    assert "|" not in text
+
+
+def test_section_links_every_number_to_its_row():
+    rows = [recorded("eager", 30.0), recorded("fastunet", 20.0), recorded("eager", 50.0, "later")]
+    text = report.section(rows)
+    assert "| fastunet | 20.000 | 19.000–21.000 | 1.50 | 2.00 | `fastunet20.0` |" in text
+    assert "`eager50.0`" in text
+    assert "`eager30.0`" not in text, "the last row of a case and provider counts"
+    assert "(benchmarks/results/some-gpu.jsonl)" in text
+
+
+def test_a_failure_is_reported_as_one():
+    text = report.table([recorded("eager", 30.0), recorded("compile", 1.0) | {"ms": None, "failure": "broken"}])
+    assert re.search(r"compile +failed: +broken", text)
+
+
+def test_section_needs_its_markers():
+    readme = f"before\n{report.START}\nold\n{report.END}\nafter\n"
+    assert report.with_section(readme, "new") == readme.replace("old", "new")
+    with pytest.raises(ValueError, match="expected the lines"):
+        report.with_section("no markers", "new")
+
+
+def test_roofline_is_drawn_from_rows(tmp_path):
+    pytest.importorskip("matplotlib", reason="draws the picture where matplotlib is")
+    row = suite._row(cases.CASES[1], "eager", gbs=1.0, tflops=100.0)
+    row |= {"ms": {"p50": 1.0}, "gpu": "Some GPU", "roofs": {"copy_gbs": 4000.0, "bf16_tflops": 800.0}}
+    assert report.roofline([row], tmp_path / "a.svg")
+    assert "Some GPU" in (tmp_path / "a.svg").read_text()
+    assert not report.roofline([], tmp_path / "b.svg")

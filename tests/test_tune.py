@@ -1,0 +1,156 @@
+"""The tuner and its table: candidates are sound and measured fairly, and what is written is what kernels take."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import peers, tune
+from benchmarks.cases import Case
+from benchmarks.measure import Times
+from fastunet.kernels import table
+from fastunet.kernels.tiles import Tile, choose
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+TINY = Case("conv2d", (1, 16, 2, 16), torch.float16, "inference", filters=16, stats=False)
+RULE = Tile(1, 4, 64, 64, 64, 4, 2, True)
+
+
+@pytest.fixture
+def tiles(tmp_path, monkeypatch):
+    """An empty table in place of the one that is shipped."""
+    path = tmp_path / "tiles.json"
+    path.write_text("[]")
+    monkeypatch.setattr(table, "PATH", path)
+    table.entries.cache_clear()
+    yield path
+    table.entries.cache_clear()
+
+
+def entry(tile: Tile, rule: Tile = RULE, width: int = 16) -> dict:
+    key = ("conv3x3_fwd", "sm_90", "float16", "ieee", 16, 16, width)
+    return {"key": list(key), "tile": list(tile), "rule": list(rule)}
+
+
+def chosen(width: int = 16, batch: int = 1, pointers: bool = False) -> Tile:
+    x = torch.empty((batch, 16, 16, width), dtype=torch.float16, device="meta")
+    return choose("conv3x3_fwd", batch, 16, 16, 16, width, [x], pointers)
+
+
+def test_shipped_table_is_read():
+    assert isinstance(table.entries(), dict)
+
+
+def test_a_measured_tile_is_taken_for_its_shape(tiles):
+    rule = chosen()
+    better = rule._replace(stages=3)
+    tune.write(tiles, [entry(better)])
+    table.entries.cache_clear()
+    assert chosen() == better
+    assert chosen(width=13) == better, "up to the next power of two"
+    assert chosen(width=32).stages == rule.stages
+    assert not chosen(pointers=True).tma, "an entry for TMA says nothing about pointers"
+
+
+def test_a_tile_of_more_pictures_than_there_are_is_not_taken(tiles):
+    tune.write(tiles, [entry(chosen()._replace(images=4, stages=3))])
+    table.entries.cache_clear()
+    assert chosen(batch=2).stages != 3
+    assert chosen(batch=4).stages == 3
+
+
+def test_table_keeps_other_entries_and_forgets_tiles_that_no_longer_win(tiles):
+    tune.write(tiles, [entry(RULE._replace(stages=3)), entry(RULE._replace(warps=8), width=64)])
+    tune.write(tiles, [entry(RULE)])
+    assert json.loads(tiles.read_text()) == [
+        {"key": entry(RULE, width=64)["key"], "tile": list(RULE._replace(warps=8))}
+    ]
+    assert tiles.read_text().count("\n") == 3, "one entry a line"
+
+
+@pytest.mark.parametrize("case", tune.layers(torch.bfloat16)[::7], ids=lambda case: case.name)
+def test_candidates_differ_in_one_parameter_and_fit(case):
+    kind = tune.KINDS[case.mode]
+    found = tune.neighbours(RULE, case, kind)
+    assert found
+    for tile in found:
+        assert sum(a != b for a, b in zip(tile, RULE, strict=True)) == 1
+        assert tune._accumulators(tile, kind) <= tune.REGISTERS
+        assert tile.columns <= case.shape[3] * 2
+
+
+def times(**milliseconds: float) -> Times:
+    return Times(milliseconds["ms"] * 0.99, milliseconds["ms"], milliseconds["ms"] * 1.01, 10)
+
+
+@pytest.fixture
+def measured_as(monkeypatch):
+    """Candidates change the stages alone, and take as long as a function of their stages says."""
+
+    def plan(milliseconds) -> None:
+        def changed(tile, case, kind):
+            return [tile._replace(stages=tile.stages + 1)]
+
+        def fake(steps, device, seconds, head_start):
+            for step in steps.values():
+                step()
+            return {tile: times(ms=1.0 if tile == "torch" else milliseconds(tile.stages)) for tile in steps}
+
+        monkeypatch.setattr(tune, "neighbours", changed)
+        monkeypatch.setattr(tune, "interleaved", fake)
+
+    return plan
+
+
+def test_the_fastest_tile_is_found_step_by_step(measured_as, tiles):
+    measured_as(lambda stages: 3.0 / stages)
+    found = tune.tune(TINY, CPU, 0.0)
+    assert found["tile"][6] == found["rule"][6] + tune.ROUNDS
+    assert found["torch_ms"] == 1.0
+    assert found["ms"] < found["rule_ms"]
+
+
+def test_a_gain_within_the_noise_changes_nothing(measured_as, tiles):
+    measured_as(lambda stages: 3.0 - 0.01 * stages)
+    found = tune.tune(TINY, CPU, 0.0)
+    assert found["tile"] == found["rule"]
+
+
+def test_a_candidate_with_wrong_numbers_is_none(measured_as, tiles, monkeypatch):
+    measured_as(lambda stages: 3.0 / stages)
+    check = peers.Problem.check
+    rule = chosen()
+
+    def suspicious(problem, found, compared):
+        forced = table._forced.get("conv3x3_fwd", rule)
+        if forced.stages != rule.stages:
+            raise peers.WrongNumbersError("planted")
+        return check(problem, found, compared)
+
+    monkeypatch.setattr(peers.Problem, "check", suspicious)
+    found = tune.tune(TINY, CPU, 0.0)
+    assert found["tile"] == found["rule"]
+    assert found["candidates"] == 1
+
+
+def test_dry_run_checks_candidates_in_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.tune", "--dry-run", "--only", "512x512"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "12 small candidates checked, 0 wrong" in done.stdout
