@@ -39,6 +39,7 @@ class Case:
     loss: str = "softmax"  # softmax_stats: its mode
     labels: torch.dtype = torch.int64
     weighted: bool = False  # softmax_stats: weights per pixel
+    wanted: tuple[bool, bool, bool] = (False, True, False)  # softmax_stats: squares, cross-entropy, label smoothing
 
     @property
     def name(self) -> str:
@@ -125,6 +126,7 @@ _SUFFIXES = {
     "loss": "{}",
     "labels": "{}",
     "weighted": "weighted",
+    "wanted": "wanted{}",
     "layout": "{}",
 }
 
@@ -214,7 +216,7 @@ def _softmax_stats(case: Case, device: Any) -> Operands:
     shape = case.shape if multilabel else (batch, height, width)
     labels = torch.randint(0, 2 if case.loss == "sigmoid" else classes, shape, device=device).to(case.labels)
     weight = torch.rand((batch, height, width), dtype=torch.float32, device=device) if case.weighted else None
-    return case.random(case.shape, device), labels, weight, case.loss, -100
+    return case.random(case.shape, device), labels, weight, case.loss, -100, list(case.wanted)
 
 
 def _softmax_stats_backward(case: Case, operands: Operands, results: Operands) -> Operands:
