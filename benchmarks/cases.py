@@ -223,6 +223,11 @@ def _softmax_stats_backward(case: Case, operands: Operands, results: Operands) -
     return torch.randn_like(results[0]), *operands
 
 
+def _confusion_matrix(case: Case, device: Any) -> Operands:
+    logits, labels, *_ = _softmax_stats(case, device)
+    return logits, labels, -100, 0.0
+
+
 _OPERANDS: dict[str, Callable[[Case, Any], Operands]] = {
     "affine_act": _affine_act,
     "bn_affine": _bn_affine,
@@ -231,6 +236,7 @@ _OPERANDS: dict[str, Callable[[Case, Any], Operands]] = {
     "max_pool2x2": _max_pool2x2,
     "upsample_concat": _upsample_concat,
     "softmax_stats": _softmax_stats,
+    "confusion_matrix": _confusion_matrix,
 }
 _BACKWARD: dict[str, Callable[[Case, Operands, Operands], Operands]] = {
     "affine_act": _affine_act_backward,
@@ -278,6 +284,13 @@ CASES = [
     Case("softmax_stats", (8, 22, 512, 512), dtype=FP32, layout="contiguous", weighted=True),
     Case("softmax_stats", (8, 1, 512, 512), loss="sigmoid", dtype=FP32, layout="contiguous"),
     Case("softmax_stats", (8, 3, 512, 512), loss="sigmoid", labels=torch.uint8),
+    Case("softmax_stats", (8, 22, 512, 512), dtype=FP32, wanted=(True, True, True), weighted=True),
+    Case("softmax_stats", (8, 64, 512, 512), wanted=(True, True, True)),
+    Case("softmax_stats", (8, 256, 128, 128), weighted=True, layout="contiguous"),
+    Case("softmax_stats", (2, 8, 37, 53), wanted=(True, False, False)),
+    Case("confusion_matrix", (8, 22, 512, 512), mode="inference"),
+    Case("confusion_matrix", (8, 1, 512, 512), loss="sigmoid", dtype=FP32, layout="contiguous", mode="inference"),
+    Case("confusion_matrix", (8, 256, 128, 128), mode="inference"),
 ]
 
 # What a CPU times in a few seconds: the same operations, small and in float32.
@@ -289,4 +302,5 @@ SMALL_CASES = [
     Case("upsample_concat", (2, 16, 64, 64), skip=16, dtype=FP32),
     Case("affine_act", (2, 16, 128, 128), dtype=FP32),
     Case("softmax_stats", (2, 22, 128, 128), dtype=FP32),
+    Case("confusion_matrix", (2, 22, 128, 128), dtype=FP32, mode="inference"),
 ]

@@ -615,3 +615,21 @@ def softmax_stats_backward(
 
 def _zero_missing(t: Tensor, missing: Tensor | None) -> Tensor:
     return t if missing is None else t.masked_fill(missing, 0)
+
+
+# ---- confusion matrix --------------------------------------------------------------------------------------------
+
+
+def confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int, threshold: float) -> Tensor:
+    """(C + 1, C) int64 counts of pixels by [label, prediction]; the last row is for labels that are no class.
+
+    ``logits`` (N, C, H, W) predict the class of the largest (the first of equals, and NaN wins); (N, 1, H, W) predict
+    class 1 above ``threshold`` and else 0, and C is 2. Pixels labelled ``ignore_index`` (N, H, W) do not count.
+    """
+    classes = max(logits.shape[1], 2)
+    guess = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > threshold).to(torch.int64)
+    truth = labels.to(torch.int64)
+    row = torch.where((truth >= 0) & (truth < classes), truth, classes)
+    row = torch.where(truth == ignore_index, classes + 1, row)
+    counts = torch.bincount((row * classes + guess).flatten(), minlength=(classes + 2) * classes)
+    return counts[: (classes + 1) * classes].view(classes + 1, classes)

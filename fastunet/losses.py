@@ -30,7 +30,7 @@ __all__ = [
 
 MODES = ("softmax", "sigmoid")
 MAX_CLASSES = 256
-_NEVER = -(2**63)  # the ignore_index of those who ignore nothing: no class, and no value a mask would hold
+NEVER = -(2**63)  # the ignore_index of those who ignore nothing: no class, and no value a mask would hold
 _LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -136,7 +136,7 @@ def softmax_stats(
             elsewhere counts as no class (see :func:`check_labels`).
     """
     _check(logits, labels, mode, ignore_index, pixel_weight)
-    ignored = _NEVER if ignore_index is None else ignore_index
+    ignored = NEVER if ignore_index is None else ignore_index
     wanted = [squares, entropy, smoothing]
     stats: Tensor = ops.call(ops.softmax_stats, logits, labels, pixel_weight, mode, ignored, wanted, backend)
     return stats

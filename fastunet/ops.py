@@ -837,3 +837,26 @@ softmax_stats_backward = _register(
     " int ignore_index, bool[] wanted, str backend) -> Tensor",
     _softmax_stats_backward_fake,
 )
+
+
+# ---- confusion_matrix --------------------------------------------------------------------------------------------
+
+
+def _confusion_matrix_fake(logits: Tensor, labels: Tensor, ignore_index: int, threshold: float, backend: str) -> Tensor:
+    classes = max(logits.shape[1], 2)
+    return logits.new_empty((classes + 1, classes), dtype=torch.int64)
+
+
+def _check_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int, threshold: float) -> None:
+    if logits.dim() != 4 or not 1 <= logits.shape[1] <= 256:
+        raise ValueError(f"expected logits of shape (N, C, H, W) with 1 to 256 classes, got {_shape(logits)}")
+    plane = (logits.shape[0], *logits.shape[2:])
+    if tuple(labels.shape) != plane:
+        raise ValueError(f"expected labels of shape {plane} for logits of shape {_shape(logits)}, got {_shape(labels)}")
+
+
+confusion_matrix = _register(
+    "confusion_matrix(Tensor logits, Tensor labels, int ignore_index, float threshold, str backend) -> Tensor",
+    _confusion_matrix_fake,
+    check=_check_confusion_matrix,
+)

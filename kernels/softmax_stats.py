@@ -30,7 +30,6 @@ from torch import Tensor
 from fastunet.aten import memory_format, stats_dtype
 from fastunet.kernels.common import OPTIONS, PROPAGATE_ALL, accumulator, sum_slabs
 
-_WORK = 8  # elements of a tile per thread: the forward pass keeps six sums for each, and those of 16 spill
 _PROGRAMS = 1024  # of the forward pass; a constant, so that the order of summation is the same on every GPU
 
 
@@ -136,9 +135,12 @@ def _softmax_stats_kernel(
             p2_sum += p * p
         if ENTROPY:
             ce_sum += tl.where(counted, ce * w, 0.0)
-            w_sum += tl.where(counted, w, 0.0)
+            if HAS_WEIGHT or not SOFTMAX:
+                w_sum += tl.where(counted, w, 0.0)
         if SMOOTHING:
             spread_sum += tl.where(known, spread * w, 0.0)
+    if ENTROPY and SOFTMAX and not HAS_WEIGHT:
+        w_sum = y_sum
     row = partial_ptr + ((program.to(tl.int64) * batch + n) * C + c) * 7
     inside = c < C
     tl.store(row, tl.sum(tp, axis=0), mask=inside)
@@ -198,14 +200,14 @@ def _softmax_stats_backward_kernel(
     tl.store(dx_ptrs, tl.where(valid, dx, 0.0).to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def _by_pixel(t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+def by_pixel(t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """(N, C, H, W) and its strides along samples, classes and pixels; a copy if no single stride walks the pixels."""
     n, c, h, w = t.stride()
     if t.shape[3] == 1:
         return t, (n, c, h)
     if t.shape[2] == 1 or h == t.shape[3] * w:
         return t, (n, c, w)
-    return _by_pixel(t.contiguous())
+    return by_pixel(t.contiguous())
 
 
 def _operands(
@@ -214,39 +216,40 @@ def _operands(
     """Logits, labels and weights (logits if there are none) as the kernels read them, strides, and compiled strides."""
     if labels.dtype == torch.bool:
         labels = labels.view(torch.uint8)
-    logits, (stride_xn, stride_xc, stride_xp) = _by_pixel(logits)
-    labels, y_strides = _by_pixel(labels if labels.dim() == 4 else labels.unsqueeze(1))
+    logits, (stride_xn, stride_xc, stride_xp) = by_pixel(logits)
+    labels, y_strides = by_pixel(labels if labels.dim() == 4 else labels.unsqueeze(1))
     weight = logits if pixel_weight is None else pixel_weight.contiguous()
-    compiled = {"stride_xp": stride_xp, "ALIGN": _alignment(stride_xn, logits.shape[1])}
+    compiled = {"stride_xp": stride_xp, "ALIGN": alignment(stride_xn, logits.shape[1])}
     return (logits, labels, weight), (stride_xn, stride_xc, *y_strides), compiled
 
 
-def _alignment(stride: int, classes: int) -> int:
+def alignment(stride: int, classes: int) -> int:
     """A power of two that divides the stride of samples; of dense tensors the same for every picture's size."""
     return math.gcd(stride, classes, 16)
 
 
-def _tile(classes: int) -> tuple[int, int, int]:
-    """Pixels, classes and warps of a tile: 4 warps with _WORK elements a thread, more if 16 pixels need them.
+def _tile(classes: int, itemsize: int) -> tuple[int, int, int]:
+    """Pixels, classes and warps of a tile: a thread has 16 bytes of logits; 4 warps, more if 16 pixels need them.
 
-    Above 128 classes 8 pixels, for 16 warps leave a thread 128 registers, and some variants need more.
+    More work a thread spills, with up to seven sums for each element. Above 128 classes a tile has 8 pixels: 16 warps
+    leave a thread 128 registers, and some variants need more.
     """
     block_c = triton.next_power_of_2(classes)
-    block_p = max(16 if block_c <= 128 else 8, 128 * _WORK // block_c)
-    return block_p, block_c, block_p * block_c // (32 * _WORK)
+    work = max(2, 16 // itemsize)
+    block_p = max(16 if block_c <= 128 else 8, 128 * work // block_c)
+    return block_p, block_c, block_p * block_c // (32 * work)
 
 
-def _choices(
-    dtype: torch.dtype, classes: int, pixel_weight: Tensor | None, mode: str, wanted: Sequence[bool]
-) -> dict[str, Any]:
+def _choices(logits: Tensor, pixel_weight: Tensor | None, mode: str, wanted: Sequence[bool]) -> dict[str, Any]:
     """What is compiled into a kernel."""
-    block_p, block_c, warps = _tile(classes)
+    classes = logits.shape[1]
+    block_p, block_c, warps = _tile(classes, logits.element_size())
     return {
         "C": classes,
         **dict(zip(("SQUARES", "ENTROPY", "SMOOTHING"), map(bool, wanted), strict=True)),
         "SOFTMAX": mode == "softmax",
         "HAS_WEIGHT": pixel_weight is not None,
-        "ACC": accumulator(dtype),
+        "ACC": accumulator(logits.dtype),
         "BLOCK_P": block_p,
         "BLOCK_C": block_c,
         "num_warps": warps,
@@ -264,7 +267,7 @@ def softmax_stats(
     if batch * pixels == 0:
         return logits.new_zeros((batch, classes, 7), dtype=dtype)
     operands, strides, compiled = _operands(logits, labels, pixel_weight)
-    choices = _choices(dtype, classes, pixel_weight, mode, wanted)
+    choices = _choices(logits, pixel_weight, mode, wanted)
     programs = min(triton.cdiv(pixels, choices["BLOCK_P"]), max(1, _PROGRAMS // batch))
     partial = logits.new_empty((programs, batch, classes, 7), dtype=dtype)
     _softmax_stats_kernel[(programs * batch,)](
@@ -289,11 +292,11 @@ def softmax_stats_backward(
     if batch * pixels == 0:
         return dlogits
     operands, strides, compiled = _operands(logits, labels, pixel_weight)
-    choices = _choices(dstats.dtype, classes, pixel_weight, mode, wanted)
+    choices = _choices(logits, pixel_weight, mode, wanted)
     tiles = triton.cdiv(pixels, choices["BLOCK_P"])
-    _, (stride_dn, stride_dc, stride_dp) = _by_pixel(dlogits)
+    _, (stride_dn, stride_dc, stride_dp) = by_pixel(dlogits)
     _softmax_stats_backward_kernel[(tiles * batch,)](
         dstats.contiguous(), *operands, dlogits, pixels, tiles, ignore_index, *strides, stride_dn, stride_dc,
-        stride_dp=stride_dp, ALIGN_D=_alignment(stride_dn, classes), **compiled, **choices,
+        stride_dp=stride_dp, ALIGN_D=alignment(stride_dn, classes), **compiled, **choices,
     )  # fmt: skip
     return dlogits

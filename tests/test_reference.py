@@ -207,7 +207,8 @@ def test_sigmoid_stats_give_binary_cross_entropy() -> None:
 
 
 def test_confusion_matrix_counts_labels_by_row_and_skips_ignored() -> None:
-    labels = torch.tensor([[[0, 1, 1, 255]]])
-    predicted = torch.tensor([[[0, 1, 0, 1]]])
-    expected = torch.tensor([[1, 0], [1, 1]])
-    assert torch.equal(RF.confusion_matrix(predicted, labels, 2, ignore_index=255), expected)
+    labels = torch.tensor([[[0, 1, 1, 255, 7]]])
+    logits = torch.tensor([[[[5.0, 0.0, 5.0, 0.0, 5.0]], [[1.0, 1.0, 1.0, 1.0, 1.0]]]])  # 0, 1, 0, 1, 0
+    expected = torch.tensor([[1, 0], [1, 1], [1, 0]])
+    assert torch.equal(RF.confusion_matrix(logits, labels, 255, 0.0), expected)
+    assert torch.equal(RF.confusion_matrix(4 - logits[:, :1], labels, 255, 0.0), expected)

@@ -205,10 +205,17 @@ def soft_miou(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
     return ((tp + smooth) / (tp + fn + fp + smooth)).mean()
 
 
-def confusion_matrix(predicted: Tensor, labels: Tensor, n_classes: int, ignore_index: int = -100) -> Tensor:
-    """(C, C) int64 counts of pixels by [label, predicted class], from two (N, H, W); none where ``ignore_index``."""
+def confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int, threshold: float) -> Tensor:
+    """(C + 1, C) int64 counts of pixels by [label, class of the largest logit]; the last row: labels that are no class.
+
+    Of a single channel class 1 is what exceeds ``threshold``, and C is 2; ``ignore_index`` does not count.
+    """
+    classes = max(logits.shape[1], 2)
+    guess = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > threshold).to(torch.int64)
     kept = labels != ignore_index
-    counts = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=labels.device)
-    for truth, guess in zip(labels[kept].tolist(), predicted[kept].tolist(), strict=True):
-        counts[truth, guess] += 1
+    truth = torch.where((labels >= 0) & (labels < classes), labels, classes)
+    counts = torch.zeros(classes + 1, classes, dtype=torch.int64, device=labels.device)
+    for row in range(classes + 1):
+        for column in range(classes):
+            counts[row, column] = (kept & (truth == row) & (guess == column)).sum()
     return counts
