@@ -448,7 +448,7 @@ def _pixel_runs(
         labels = labels.unsqueeze(1)
     x, label = _pixel_rows(logits, axis), _pixel_rows(labels, axis)
     weight = None if pixel_weight is None else _pixel_rows(pixel_weight, axis)
-    step = (1 << 19 if logits.device.type == "cpu" else 1 << 24) // logits.shape[1] // 16 * 16
+    step = (1 << 20 if logits.device.type == "cpu" else 1 << 24) // logits.shape[1] // 16 * 16
     step = max(1, min(step, x.shape[2 - axis]))
     scratch = logits.new_empty(step * logits.shape[1], dtype=dtype)
     for n in range(logits.shape[0]):

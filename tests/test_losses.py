@@ -212,7 +212,7 @@ TVERSKY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", TVERSKY.values(), ids=TVERSKY.keys())
-def test_tversky_follows_its_definition_and_monai(options: dict[str, Any]) -> None:
+def test_tversky_follows_its_definition(options: dict[str, Any]) -> None:
     logits, labels = batch()
     tp, fp, fn = overlaps(logits, labels, (0, 2, 3) if options.get("batch", True) else (2, 3))
     score = (tp + options.get("smooth_nr", 1e-5)) / (
@@ -220,11 +220,15 @@ def test_tversky_follows_its_definition_and_monai(options: dict[str, Any]) -> No
     )
     loss = (1 - score)[..., 0 if options.get("include_background", True) else 1 :]
     reduce = {"mean": torch.mean, "sum": torch.sum, "none": lambda t: t}[options.get("reduction", "mean")]
-    value = TverskyLoss(**options)(logits, labels)
-    torch.testing.assert_close(value, reduce(loss), **EXACT)
+    torch.testing.assert_close(TverskyLoss(**options)(logits, labels), reduce(loss), **EXACT)
+
+
+@pytest.mark.parametrize("options", TVERSKY.values(), ids=TVERSKY.keys())
+def test_tversky_agrees_with_monai(options: dict[str, Any]) -> None:
+    logits, labels = batch()
     monai = pytest.importorskip("monai.losses", reason="MONAI is an optional oracle: pip install monai")
     theirs = monai.TverskyLoss(softmax=True, to_onehot_y=True, **{"batch": True, **options})
-    torch.testing.assert_close(value, theirs(logits, labels.unsqueeze(1)), **EXACT)
+    torch.testing.assert_close(TverskyLoss(**options)(logits, labels), theirs(logits, labels.unsqueeze(1)), **EXACT)
 
 
 def test_focal_tversky_is_a_power_of_each_class() -> None:
@@ -413,6 +417,44 @@ def test_certain_predictions(scale: float, dtype: torch.dtype, backend: str, dev
     wide = logits.double()
     expected = seed002(wide, labels) + F.cross_entropy(wide, labels)
     torch.testing.assert_close(value.cpu().double(), expected, **CLOSE)
+    (gradient,) = torch.autograd.grad(value, x)
+    assert gradient.isfinite().all()
+
+
+ALL_LOSSES: dict[str, Any] = {
+    "dice": DiceLoss(),
+    "squared": DiceLoss(squared_pred=True, batch=False),
+    "jaccard": DiceLoss(jaccard=True, include_background=False),
+    "log-dice": DiceLoss(log=True),
+    "tversky": TverskyLoss(alpha=0.3, beta=0.7),
+    "focal-tversky": TverskyLoss(alpha=0.3, beta=0.7, gamma=0.75),
+    "generalized": GeneralizedDiceLoss(),
+    "ce": CrossEntropyLoss(label_smoothing=0.1, ignore_index=255),
+    "dice-ce": DiceCELoss(weight=[1.0, 2.0, 0.5, 1.0], ignore_absent=True),
+}
+DEGENERATE: dict[str, tuple[Tensor, Tensor]] = {
+    "absent-class": (torch.linspace(-3, 3, 4 * 36).view(1, 4, 6, 6), torch.arange(36).view(1, 6, 6) % 3),
+    "one-class-only": (torch.linspace(3, -3, 4 * 36).view(1, 4, 6, 6), torch.ones(1, 6, 6, dtype=torch.int64)),
+    "right-for-sure": (
+        1e4 * F.one_hot(torch.arange(36).view(1, 6, 6) % 4, 4).movedim(3, 1).float(),
+        torch.arange(36).view(1, 6, 6) % 4,
+    ),
+    "wrong-for-sure": (
+        -1e4 * F.one_hot(torch.arange(36).view(1, 6, 6) % 4, 4).movedim(3, 1).float(),
+        torch.arange(36).view(1, 6, 6) % 4,
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("logits", "labels"), DEGENERATE.values(), ids=DEGENERATE.keys())
+@pytest.mark.parametrize("loss", ALL_LOSSES.values(), ids=ALL_LOSSES.keys())
+def test_degenerate_inputs_give_what_float64_gives(loss: Any, logits: Tensor, labels: Tensor, dtype: Any) -> None:
+    x = logits.to(dtype).requires_grad_()
+    value = loss(x, labels)
+    # A focal loss near 0 raises its rounding errors, of 1e-7, to the power of 0.75.
+    close = {"rtol": 2e-6, "atol": 1e-5} if getattr(loss, "gamma", 1) != 1 else CLOSE
+    torch.testing.assert_close(value.double(), loss(x.detach().double(), labels), **close)
     (gradient,) = torch.autograd.grad(value, x)
     assert gradient.isfinite().all()
 
