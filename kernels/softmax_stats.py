@@ -224,19 +224,21 @@ def _operands(
 
 
 def alignment(stride: int, classes: int) -> int:
-    """A power of two that divides the stride of samples; of dense tensors the same for every picture's size."""
-    return math.gcd(stride, classes, 16)
+    """A power of two that divides the stride of samples.
+
+    16 if it can be, which Triton compiles apart anyway; else what the classes grant whatever the picture's size.
+    """
+    return 16 if stride % 16 == 0 else math.gcd(stride, classes, 16)
 
 
 def _tile(classes: int, itemsize: int) -> tuple[int, int, int]:
-    """Pixels, classes and warps of a tile: a thread has 16 bytes of logits; 4 warps, more if 16 pixels need them.
+    """Pixels, classes and warps of a tile: a thread has 16 bytes of logits, and up to seven sums of each.
 
-    More work a thread spills, with up to seven sums for each element. Above 128 classes a tile has 8 pixels: 16 warps
-    leave a thread 128 registers, and some variants need more.
+    4 warps, up to 8 if a tile is to have 32 bytes of each class; more warps leave a thread too few registers.
     """
     block_c = triton.next_power_of_2(classes)
     work = max(2, 16 // itemsize)
-    block_p = max(16 if block_c <= 128 else 8, 128 * work // block_c)
+    block_p = min(max(32 // itemsize, 128 * work // block_c), 256 * work // block_c)
     return block_p, block_c, block_p * block_c // (32 * work)
 
 
