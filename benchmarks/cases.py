@@ -281,6 +281,7 @@ CASES = [
     Case("bn_affine", (8, 64, 512, 512)),
     Case("softmax_stats", (8, 2, 512, 512)),
     Case("softmax_stats", (8, 22, 512, 512)),
+    Case("softmax_stats", (8, 22, 512, 512), layout="contiguous"),
     Case("softmax_stats", (8, 22, 512, 512), dtype=FP32, layout="contiguous", weighted=True),
     Case("softmax_stats", (8, 1, 512, 512), loss="sigmoid", dtype=FP32, layout="contiguous"),
     Case("softmax_stats", (8, 3, 512, 512), loss="sigmoid", labels=torch.uint8),

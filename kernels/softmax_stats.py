@@ -178,18 +178,19 @@ def _softmax_stats_backward_kernel(
         p, _ = _softmax(x, c, C)
     else:
         p, p_not, _ = _sigmoid(x)
-    q = tl.where(y, dtp, 0.0) + dp
+    slope = dp
     if SQUARES:
-        q += 2.0 * p * dp2
+        slope += 2.0 * p * dp2
     if SOFTMAX:
-        q = p * q
+        at_label = p * dtp
         if ENTROPY:
-            q -= tl.where(y, w * dce, 0.0)
+            at_label -= w * dce
+        q = p * slope + tl.where(y, at_label, 0.0)
         if SMOOTHING:
             q -= tl.where(known, w * dspread, 0.0)
         dx = q - p * tl.sum(q, axis=1)[:, None]
     else:
-        dx = p * p_not * q
+        dx = p * p_not * (slope + tl.where(y, dtp, 0.0))
         if ENTROPY:
             dx += w * dce * tl.where(y, -p_not, p)
         if SMOOTHING:
