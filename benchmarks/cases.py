@@ -41,6 +41,7 @@ class Case:
     loss: str = "softmax"  # softmax_stats: its mode
     labels: torch.dtype = torch.int64
     weighted: bool = False  # softmax_stats: weights per pixel
+    wanted: tuple[bool, bool, bool] = (False, True, False)  # softmax_stats: squares, cross-entropy, label smoothing
 
     @property
     def name(self) -> str:
@@ -125,6 +126,7 @@ _SUFFIXES = {
     "loss": "{}",
     "labels": "{}",
     "weighted": "weighted",
+    "wanted": "wanted{}",
     "layout": "{}",
 }
 
@@ -216,11 +218,16 @@ def _softmax_stats(case: Case, device: Any) -> Operands:
     shape = case.shape if multilabel else (batch, height, width)
     labels = torch.randint(0, 2 if case.loss == "sigmoid" else classes, shape, device=device).to(case.labels)
     weight = torch.rand((batch, height, width), dtype=torch.float32, device=device) if case.weighted else None
-    return case.random(case.shape, device), labels, weight, case.loss, -100
+    return case.random(case.shape, device), labels, weight, case.loss, -100, list(case.wanted)
 
 
 def _softmax_stats_backward(case: Case, operands: Operands, results: Operands) -> Operands:
     return torch.randn_like(results[0]), *operands
+
+
+def _confusion_matrix(case: Case, device: Any) -> Operands:
+    logits, labels, *_ = _softmax_stats(case, device)
+    return logits, labels, -100, 0.0
 
 
 _OPERANDS: dict[str, Callable[[Case, Any], Operands]] = {
@@ -231,6 +238,7 @@ _OPERANDS: dict[str, Callable[[Case, Any], Operands]] = {
     "max_pool2x2": _max_pool2x2,
     "upsample_concat": _upsample_concat,
     "softmax_stats": _softmax_stats,
+    "confusion_matrix": _confusion_matrix,
 }
 _BACKWARD: dict[str, Callable[[Case, Operands, Operands], Operands]] = {
     "affine_act": _affine_act_backward,
@@ -275,9 +283,17 @@ CASES = [
     Case("bn_affine", (8, 64, 512, 512)),
     Case("softmax_stats", (8, 2, 512, 512)),
     Case("softmax_stats", (8, 22, 512, 512)),
+    Case("softmax_stats", (8, 22, 512, 512), layout="contiguous"),
     Case("softmax_stats", (8, 22, 512, 512), dtype=FP32, layout="contiguous", weighted=True),
     Case("softmax_stats", (8, 1, 512, 512), loss="sigmoid", dtype=FP32, layout="contiguous"),
     Case("softmax_stats", (8, 3, 512, 512), loss="sigmoid", labels=torch.uint8),
+    Case("softmax_stats", (8, 22, 512, 512), dtype=FP32, wanted=(True, True, True), weighted=True),
+    Case("softmax_stats", (8, 64, 512, 512), wanted=(True, True, True)),
+    Case("softmax_stats", (8, 256, 128, 128), weighted=True, layout="contiguous"),
+    Case("softmax_stats", (2, 8, 37, 53), wanted=(True, False, False)),
+    Case("confusion_matrix", (8, 22, 512, 512), mode="inference"),
+    Case("confusion_matrix", (8, 1, 512, 512), loss="sigmoid", dtype=FP32, layout="contiguous", mode="inference"),
+    Case("confusion_matrix", (8, 256, 128, 128), mode="inference"),
 ]
 
 
@@ -314,4 +330,5 @@ SMALL_CASES = [
     Case("upsample_concat", (2, 16, 64, 64), skip=16, dtype=FP32),
     Case("affine_act", (2, 16, 128, 128), dtype=FP32),
     Case("softmax_stats", (2, 22, 128, 128), dtype=FP32),
+    Case("confusion_matrix", (2, 22, 128, 128), dtype=FP32, mode="inference"),
 ]

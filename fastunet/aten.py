@@ -12,6 +12,7 @@ A *source* is three arguments ``(x, affine, relu)`` that stand for the tensor ``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -420,6 +421,8 @@ def upsample_concat_backward(
 
 # ---- softmax statistics ------------------------------------------------------------------------------------------
 
+_LOG2_E = 1 / math.log(2)
+
 
 def _class_axis(logits: Tensor) -> int:
     """The axis of the classes in a run of pixels: 1, (pixels, C), where they are adjacent in memory; else 0."""
@@ -434,24 +437,32 @@ def _pixel_rows(t: Tensor, axis: int) -> Tensor:
 
 def _pixel_runs(
     logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, axis: int
-) -> Iterator[tuple[int, tuple[slice, ...], Tensor, Tensor, Tensor | None]]:
-    """Runs of one sample's pixels that fit a CPU's cache: (sample, index of the run, logits, int64 labels, weights)."""
+) -> Iterator[tuple[int, tuple[slice, ...], Tensor, Tensor, Tensor | None, Tensor]]:
+    """Runs of one sample's pixels that fit a CPU's cache.
+
+    (sample, index of the run, logits, int64 labels, weights, scratch memory in the logits' shape: fresh memory of this
+    size would cost as much as the arithmetic.)
+    """
     dtype = stats_dtype(logits.dtype)
     if mode == "sigmoid" and labels.dim() == 3:
         labels = labels.unsqueeze(1)
     x, label = _pixel_rows(logits, axis), _pixel_rows(labels, axis)
     weight = None if pixel_weight is None else _pixel_rows(pixel_weight, axis)
-    step = max(1, (1 << 18 if logits.device.type == "cpu" else 1 << 24) // logits.shape[1])
+    step = (1 << 20 if logits.device.type == "cpu" else 1 << 24) // logits.shape[1] // 16 * 16
+    step = max(1, min(step, x.shape[2 - axis]))
+    scratch = logits.new_empty(step * logits.shape[1], dtype=dtype)
     for n in range(logits.shape[0]):
         for start in range(0, x.shape[2 - axis], step):
             pixels = slice(start, start + step)
             run = (pixels,) if axis == 1 else (slice(None), pixels)
+            part = x[n][run].to(dtype)
             yield (
                 n,
                 run,
-                x[n][run].to(dtype),
+                part,
                 label[n][run if label.dim() == 3 else pixels].to(torch.int64),
                 None if weight is None else weight[n, pixels].to(dtype),
+                scratch[: part.numel()].view(part.shape),
             )
 
 
@@ -462,73 +473,163 @@ def _zero_where(t: Tensor, mask: Tensor) -> Tensor:
     return t.masked_fill_(mask, 0)
 
 
-def _sum_by_class(index: Tensor, values: Tensor | None, classes: int) -> Tensor:
-    """For each class k, the sum of ``values`` (1 if None) where ``index`` is k, in a fixed order."""
+def _classify(label: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(class or 0, mask of the pixels with no class, mask of the ignored ones); no masks where a CPU finds none."""
+    if label.device.type == "cpu":
+        low, high = (int(t) for t in label.aminmax())
+        if low >= 0 and high < classes and not low <= ignore_index <= high:
+            return label, None, None
+    ignored = label == ignore_index
+    missing = ignored | (label < 0) | (label >= classes)
+    return label.masked_fill(missing, 0), missing, ignored
+
+
+def _softmax(x: Tensor, axis: int, out: Tensor) -> Tensor:
+    """Softmax in ``out``. Logits below 16 need no shift by their maximum, and on a CPU maxima and exp are slow."""
+    if x.device.type == "cpu":
+        low, high = torch.mul(x, _LOG2_E, out=out).aminmax()
+        if low > -24 and high < 24:
+            return out.exp2_().mul_(out.sum(axis, keepdim=True).reciprocal_())
+    return torch.softmax(x, axis, out=out)
+
+
+def _entropy(x: Tensor, p_y: Tensor, row: Tensor, axis: int) -> Tensor:
+    """−log p_y, with logits x to fall back on where p_y underflows."""
+    if x.device.type == "cpu" and not (p_y < 1e-30).any():
+        return p_y.log().neg_()
+    return -x.log_softmax(axis).gather(axis, row).squeeze(axis)
+
+
+def _sum_by_class(index: Tensor, missing: Tensor | None, values: Tensor | None, classes: int) -> Tensor:
+    """For each class k, the sum of ``values`` (1 if None) where ``index`` is k and not missing, in a fixed order."""
+    if missing is not None:
+        index = index.masked_fill(missing, classes)
     if index.device.type == "cpu":
-        weights = None if values is None else values.to(torch.float64)
-        return torch.bincount(index, weights, classes + 1)[:classes]
+        return torch.bincount(index, None if values is None else values.to(torch.float64), classes + 1)[:classes]
     member = index == torch.arange(classes, device=index.device).unsqueeze(1)
     return (member if values is None else torch.where(member, values, 0)).sum(1)
 
 
-def softmax_stats(logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int) -> Tensor:
-    """Per sample and class TP, Σp, Σy, Σp², Σw·CE, Σw: (N, C, 6); see :func:`fastunet.losses.softmax_stats`."""
+def softmax_stats(
+    logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int, wanted: Sequence[bool]
+) -> Tensor:
+    """Per sample and class TP, Σp, Σy, Σp², Σw·CE, Σw, Σw·S: (N, C, 7); see :func:`fastunet.losses.softmax_stats`.
+
+    ``wanted`` says whether the squares, the two of the cross-entropy, and the last are computed: else they are 0.
+    """
     batch, classes = logits.shape[:2]
-    stats = logits.new_zeros((batch, classes, 6), dtype=stats_dtype(logits.dtype))
+    stats = logits.new_zeros((batch, classes, 7), dtype=stats_dtype(logits.dtype))
     axis = _class_axis(logits)
-    for n, _, x, label, w in _pixel_runs(logits, labels, pixel_weight, mode, axis):
-        valid = label != ignore_index
+    squares, entropy, smoothing = wanted
+    for n, _, x, label, w, scratch in _pixel_runs(logits, labels, pixel_weight, mode, axis):
+        tp, p_sum, y, p2, ce, weight, spread = stats[n].unbind(1)
         if mode == "softmax":
-            known = valid & (label >= 0) & (label < classes)
-            row = label.clamp(0, classes - 1).unsqueeze(axis)
-            index = torch.where(known, label, classes)
-            log_p = F.log_softmax(x, axis)
-            ce = -log_p.gather(axis, row).squeeze(axis)
-            p = log_p.exp_()
-            tp = _sum_by_class(index, p.gather(axis, row).squeeze(axis), classes)
-            y = _sum_by_class(index, None, classes)
-            weight = y if w is None else _sum_by_class(index, w, classes)
-            ce = _sum_by_class(index, ce if w is None else ce * w, classes)
-            p = _zero_where(p, ~valid.unsqueeze(axis))
+            index, missing, ignored = _classify(label, classes, ignore_index)
+            row = index.unsqueeze(axis)
+            p = _softmax(x, axis, scratch)
+            p_y = p.gather(axis, row).squeeze(axis)
+            tp += _sum_by_class(index, missing, p_y, classes)
+            y += _sum_by_class(index, missing, None, classes)
+            if entropy:
+                cost = _entropy(x, p_y, row, axis)
+                ce += _sum_by_class(index, missing, cost if w is None else cost * w, classes)
+                weight += _sum_by_class(index, missing, w, classes)
+            if smoothing:
+                cost = x.log_softmax(axis).neg_()
+                if missing is not None:
+                    cost.masked_fill_(missing.unsqueeze(axis), 0)
+                spread += (cost if w is None else cost.mul_(_zero_missing(w, missing).unsqueeze(axis))).sum(1 - axis)
+            if ignored is not None:
+                p.masked_fill_(ignored.unsqueeze(axis), 0)
         else:
+            valid = label != ignore_index
             positive = valid & (label == 1)
             p = _zero_where(x.sigmoid(), ~valid)
-            ce = _zero_where(-F.logsigmoid(torch.where(positive, x, -x)), ~valid)
-            weight = valid if w is None else torch.where(valid, w.unsqueeze(axis), 0)
-            ce = (ce if w is None else ce * weight).sum(1 - axis)
-            tp, y, weight = (t.sum(1 - axis) for t in (p * positive, positive, weight))
-        stats[n] += torch.stack([tp, p.sum(1 - axis), y, p.square().sum(1 - axis), ce, weight], 1)
+            tp += (p * positive).sum(1 - axis)
+            y += positive.sum(1 - axis)
+            share = valid if w is None else torch.where(valid, w.unsqueeze(axis), 0)
+            if entropy:
+                cost = _zero_where(-F.logsigmoid(torch.where(positive, x, -x)), ~valid)
+                ce += (cost if w is None else cost.mul_(share)).sum(1 - axis)
+                weight += share.sum(1 - axis)
+            if smoothing:
+                cost = _zero_where(-F.logsigmoid(x) - F.logsigmoid(-x), ~valid)
+                spread += (cost if w is None else cost.mul_(share)).sum(1 - axis)
+        p_sum += p.sum(1 - axis)
+        if squares:
+            p2 += p.square_().sum(1 - axis)
     return stats
 
 
 def softmax_stats_backward(
-    dstats: Tensor, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int
+    dstats: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    mode: str,
+    ignore_index: int,
+    wanted: Sequence[bool],
 ) -> Tensor:
     """The gradient of the logits, in their dtype and memory format; the probabilities are computed again."""
     classes = logits.shape[1]
     dlogits = torch.empty_like(logits, memory_format=memory_format(logits))
     axis = _class_axis(logits)
     dx = _pixel_rows(dlogits, axis)
-    for n, run, x, label, w in _pixel_runs(logits, labels, pixel_weight, mode, axis):
-        dtp, dp, _, dp2, dce, _ = dstats[n].unbind(1)
-        valid = label != ignore_index
+    squares, entropy, smoothing = wanted
+    for n, run, x, label, w, scratch in _pixel_runs(logits, labels, pixel_weight, mode, axis):
+        dtp, dp, _, dp2, dce, _, dspread = dstats[n].t().contiguous()
+        along = dp.unsqueeze(1 - axis)
         if mode == "softmax":
-            # dx = q − p·Σq with q = p·(dP + 2p·dP2), and at the label + p·dTP − w·dCE.
-            known = valid & (label >= 0) & (label < classes)
-            row = label.clamp(0, classes - 1)
-            p = F.softmax(x, axis)
-            p_y = p.gather(axis, row.unsqueeze(axis)).squeeze(axis)
-            at_label = torch.where(known, p_y * dtp[row] - (dce[row] if w is None else dce[row] * w), 0)
-            q = torch.addcmul(dp.unsqueeze(1 - axis), p, dp2.unsqueeze(1 - axis), value=2).mul_(p)
-            q.scatter_add_(axis, row.unsqueeze(axis), at_label.unsqueeze(axis))
-            torch.addcmul(q, p, q.sum(axis, keepdim=True), value=-1, out=dx[n][run])
-            valid = valid.unsqueeze(axis)
+            # dx = q − p·Σq with q = p·(dP + 2p·dP2) − w·dS, and at the label + p·dTP − w·dCE.
+            index, missing, ignored = _classify(label, classes, ignore_index)
+            row = index.unsqueeze(axis)
+            p = _softmax(x, axis, scratch)
+            at_label = p.gather(axis, row).squeeze(axis).mul_(dtp.index_select(0, index))
+            if entropy:
+                cost = dce.index_select(0, index)
+                at_label -= cost if w is None else cost.mul_(w)
+            at_label = _zero_missing(at_label, missing)
+            q = dx[n][run] if logits.dtype == x.dtype else torch.empty_like(x)
+            torch.mul(p, torch.addcmul(along, p, dp2.unsqueeze(1 - axis), value=2) if squares else along, out=q)
+            if smoothing:
+                share = _zero_missing(torch.ones_like(at_label) if w is None else w, missing)
+                q.addcmul_(share.unsqueeze(axis), dspread.unsqueeze(1 - axis), value=-1)
+            q.scatter_add_(axis, row, at_label.unsqueeze(axis))
+            q.addcmul_(p, q.sum(axis, keepdim=True), value=-1)
+            if ignored is not None:
+                q.masked_fill_(ignored.unsqueeze(axis), 0)
+            if logits.dtype != x.dtype:
+                dx[n][run].copy_(q)
         else:
-            dtp, dp, dp2, dce = (t.unsqueeze(1 - axis) for t in (dtp, dp, dp2, dce))
             positive = (label == 1).to(x.dtype)
             p = x.sigmoid()
-            q = torch.addcmul(dp, p, dp2, value=2).addcmul_(positive, dtp).mul_(p * (1 - p))
-            ce = p - positive if w is None else (p - positive).mul_(w.unsqueeze(axis))
-            torch.addcmul(q, ce, dce, out=dx[n][run])
-        _zero_where(dx[n][run], ~valid)
+            q = torch.addcmul(along, p, dp2.unsqueeze(1 - axis), value=2 if squares else 0)
+            q.addcmul_(positive, dtp.unsqueeze(1 - axis)).mul_(p * (1 - p))
+            cost = (p - positive) * dce.unsqueeze(1 - axis) if entropy else torch.zeros_like(p)
+            if smoothing:
+                cost.addcmul_(2 * p - 1, dspread.unsqueeze(1 - axis))
+            torch.add(q, cost if w is None else cost.mul_(w.unsqueeze(axis)), out=dx[n][run])
+            _zero_where(dx[n][run], label == ignore_index)
     return dlogits
+
+
+def _zero_missing(t: Tensor, missing: Tensor | None) -> Tensor:
+    return t if missing is None else t.masked_fill(missing, 0)
+
+
+# ---- confusion matrix --------------------------------------------------------------------------------------------
+
+
+def confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int, threshold: float) -> Tensor:
+    """(C + 1, C) int64 counts of pixels by [label, prediction]; the last row is for labels that are no class.
+
+    ``logits`` (N, C, H, W) predict the class of the largest (the first of equals, and NaN wins); (N, 1, H, W) predict
+    class 1 above ``threshold`` and else 0, and C is 2. Pixels labelled ``ignore_index`` (N, H, W) do not count.
+    """
+    classes = max(logits.shape[1], 2)
+    guess = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > threshold).to(torch.int64)
+    truth = labels.to(torch.int64)
+    row = torch.where((truth >= 0) & (truth < classes), truth, classes)
+    row = torch.where(truth == ignore_index, classes + 1, row)
+    counts = torch.bincount((row * classes + guess).flatten(), minlength=(classes + 2) * classes)
+    return counts[: (classes + 1) * classes].view(classes + 1, classes)

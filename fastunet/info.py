@@ -22,6 +22,7 @@ OPERATIONS = (
     "affine_act",
     "bn_affine",
     "softmax_stats",
+    "confusion_matrix",
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -1,6 +1,6 @@
 """Losses for segmentation with integer labels, as a few lines over one pass of statistics.
 
-:func:`softmax_stats` reads logits and labels once and returns six sums per sample and class; its backward is one more
+:func:`softmax_stats` reads logits and labels once and returns seven sums per sample and class; its backward is one more
 pass. There is no one-hot tensor, and nothing of the logits' size is kept but the logits. Every loss here takes
 **logits**: a network that ends in a sigmoid or softmax has to give its last activation up.
 """
@@ -14,15 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import ops
+from fastunet.weight_map import unet_weight_map
 
-__all__ = ["DiceCELoss", "DiceLoss", "check_labels", "dice_loss", "softmax_stats"]
+__all__ = [
+    "CrossEntropyLoss",
+    "DiceCELoss",
+    "DiceLoss",
+    "GeneralizedDiceLoss",
+    "TverskyLoss",
+    "check_labels",
+    "dice_loss",
+    "softmax_stats",
+    "unet_weight_map",
+]
 
 MODES = ("softmax", "sigmoid")
 MAX_CLASSES = 256
+NEVER = -(2**63)  # the ignore_index of those who ignore nothing: no class, and no value a mask would hold
 _LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_labels(labels: Tensor, n_classes: int, ignore_index: int = -100) -> None:
+def check_labels(labels: Tensor, n_classes: int, ignore_index: int | None = -100) -> None:
     """Raise ValueError if a label is neither in 0 … n_classes − 1 nor ``ignore_index``; waits for a GPU.
 
     The losses call this for labels on the CPU. On a GPU it would stall every step, so there a label out of range
@@ -34,7 +46,8 @@ def check_labels(labels: Tensor, n_classes: int, ignore_index: int = -100) -> No
     if low >= 0 and high < n_classes:
         return
     wide = labels.to(torch.int64)  # uint8 would wrap a negative ignore_index around
-    wrong = wide[(wide != ignore_index) & ((wide < 0) | (wide >= n_classes))]
+    wrong = wide[(wide < 0) | (wide >= n_classes)]
+    wrong = wrong if ignore_index is None else wrong[wrong != ignore_index]
     if wrong.numel() > 0:
         hint = "; a single channel needs sigmoid" if n_classes == 1 else "; map the mask's values to class indices"
         raise ValueError(
@@ -42,7 +55,7 @@ def check_labels(labels: Tensor, n_classes: int, ignore_index: int = -100) -> No
         )
 
 
-def _check(logits: Tensor, labels: Tensor, mode: str, ignore_index: int, pixel_weight: Tensor | None) -> None:
+def _check(logits: Tensor, labels: Tensor, mode: str, ignore_index: int | None, pixel_weight: Tensor | None) -> None:
     if mode not in MODES:
         raise ValueError(f"expected mode 'softmax' or 'sigmoid', got {mode!r}")
     if logits.dim() != 4:
@@ -83,8 +96,11 @@ def softmax_stats(
     labels: Tensor,
     *,
     mode: str = "softmax",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     pixel_weight: Tensor | None = None,
+    squares: bool = True,
+    entropy: bool = True,
+    smoothing: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """The sums that Dice, soft IoU and cross-entropy are made of, in one pass over the logits; differentiable.
@@ -92,33 +108,37 @@ def softmax_stats(
     Over the pixels whose label is not ``ignore_index``, for every sample and class k, with p = softmax(logits)[k],
     y = 1 where the label is k, and w = ``pixel_weight`` or 1:
 
-    ====== === === ==== ==================== ======
-    0      1   2   3    4                    5
-    Σ p·y  Σ p Σ y Σ p² Σ w·y·(−log p)       Σ w·y
-    ====== === === ==== ==================== ======
+    ====== === === ==== ================ ====== ==============
+    0      1   2   3    4                5      6
+    Σ p·y  Σ p Σ y Σ p² Σ w·y·(−log p)   Σ w·y  Σ w·(−log p)
+    ====== === === ==== ================ ====== ==============
 
     In mode "sigmoid" every channel is a question of its own: p = sigmoid(logits)[k], y = 1 where the channel's label
-    is 1, column 4 is the binary cross-entropy Σ w·(−y·log p − (1−y)·log(1−p)) and column 5 Σ w. A pixel's label may
-    be ignored in one channel and count in another.
+    is 1, column 4 is the binary cross-entropy Σ w·(−y·log p − (1−y)·log(1−p)), column 5 Σ w and column 6
+    Σ w·(−log p − log(1−p)). A pixel's label may be ignored in one channel and count in another.
 
     Args:
         logits: (N, C, H, W), floating point, 1 to 256 classes, any memory format.
         labels: (N, H, W), uint8 to int64. In mode "sigmoid" 0, 1 or ignore_index, bool too: (N, C, H, W), or
             (N, H, W) for one channel.
         mode: "softmax" (each pixel has one class) or "sigmoid" (binary, or several labels per pixel).
-        ignore_index: pixels with this label do not count; their gradient is 0 whatever their logits are.
-        pixel_weight: (N, H, W) floating point, weights of the cross-entropy only; receives no gradient.
+        ignore_index: pixels with this label do not count; their gradient is 0 whatever their logits are. None: every
+            pixel counts.
+        pixel_weight: (N, H, W) floating point, weights of columns 4 to 6 only; receives no gradient.
+        squares, entropy, smoothing: False leaves column 3, columns 4 and 5, or column 6 at 0 and saves their cost.
         backend: see :func:`fastunet.ops.resolve_backend`.
 
     Returns:
-        (N, C, 6) in float32 (float64 for float64 logits), the same bits on every run.
+        (N, C, 7) in float32 (float64 for float64 logits), the same bits on every run.
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or mode; on the CPU also a label out of range, which
             elsewhere counts as no class (see :func:`check_labels`).
     """
     _check(logits, labels, mode, ignore_index, pixel_weight)
-    stats: Tensor = ops.call(ops.softmax_stats, logits, labels, pixel_weight, mode, ignore_index, backend)
+    ignored = NEVER if ignore_index is None else ignore_index
+    wanted = [squares, entropy, smoothing]
+    stats: Tensor = ops.call(ops.softmax_stats, logits, labels, pixel_weight, mode, ignored, wanted, backend)
     return stats
 
 
@@ -128,17 +148,133 @@ def dice_loss(
     *,
     sigmoid: bool = False,
     smooth: float = 1e-5,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     backend: str = "auto",
 ) -> Tensor:
     """1 − the mean over classes of (2·Σp·y + smooth) / (Σp + Σy + smooth), sums over the batch: ``DiceLoss()``.
 
     Arguments and errors as in :func:`softmax_stats`, with mode "sigmoid" if ``sigmoid``.
     """
-    mode = "sigmoid" if sigmoid else "softmax"
-    stats = softmax_stats(logits, labels, mode=mode, ignore_index=ignore_index, backend=backend)
-    tp, p, y = stats[..., :3].sum(0).unbind(-1)
-    return 1 - ((2 * tp + smooth) / (p + y + smooth)).mean()
+    loss = DiceLoss(sigmoid=sigmoid, smooth_nr=smooth, smooth_dr=smooth, ignore_index=ignore_index, backend=backend)
+    value: Tensor = loss(logits, labels)
+    return value
+
+
+class _StatsLoss(nn.Module):
+    """A loss of the statistics: the options that all have in common, and one pass over the logits."""
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        sigmoid: bool | None,
+        reduction: str,
+        weight: Sequence[float] | Tensor | None,
+        ignore_index: int | None,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"expected reduction 'mean', 'sum' or 'none', got {reduction!r}")
+        if weight is not None:
+            weight = torch.as_tensor(weight, dtype=torch.float32)
+            if weight.dim() != 1 or bool((weight < 0).any()):
+                raise ValueError(f"expected weight to be one factor ≥ 0 per class, got {weight.tolist()}")
+        self.sigmoid = sigmoid
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.backend = backend
+        self.register_buffer("weight", weight)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Loss of logits (N, C, H, W) and labels as in :func:`softmax_stats`, which see for errors.
+
+        In float32 (float64 for float64 logits); a scalar unless reduction is "none".
+        """
+        return self.from_stats(self.stats(logits, labels))
+
+    def stats(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
+        """The statistics (N, C, 7) that :meth:`from_stats` needs."""
+        if self.weight is not None and logits.dim() == 4 and self.weight.shape[0] != logits.shape[1]:
+            raise ValueError(
+                f"expected one weight for each of the {logits.shape[1]} classes, got {self.weight.shape[0]}"
+            )
+        return softmax_stats(
+            logits,
+            labels,
+            mode="sigmoid" if logits.dim() == 4 and self._takes_sigmoid(logits.shape[1]) else "softmax",
+            ignore_index=self.ignore_index,
+            pixel_weight=pixel_weight,
+            **self._wanted(),
+            backend=self.backend,
+        )
+
+    def from_stats(self, stats: Tensor) -> Tensor:
+        """The loss of statistics (N, C, 7) as :func:`softmax_stats` returns them."""
+        raise NotImplementedError
+
+    def _wanted(self) -> dict[str, bool]:
+        """The columns of the statistics that not every loss needs."""
+        return {"squares": False, "entropy": False, "smoothing": False}
+
+    def _takes_sigmoid(self, classes: int) -> bool:
+        return classes == 1 if self.sigmoid is None else self.sigmoid
+
+
+class _OverlapLoss(_StatsLoss):
+    """A loss per class from TP, Σp, Σy; the sums over batch and classes before it, and the reduction after it."""
+
+    def __init__(
+        self,
+        *,
+        include_background: bool = True,
+        sigmoid: bool | None = False,
+        reduction: str = "mean",
+        smooth_nr: float = 1e-5,
+        smooth_dr: float = 1e-5,
+        batch: bool = True,
+        micro: bool = False,
+        ignore_absent: bool = False,
+        weight: Sequence[float] | Tensor | None = None,
+        ignore_index: int | None = -100,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(sigmoid, reduction, weight, ignore_index, backend)
+        if micro and weight is not None:
+            raise ValueError("expected no weight with micro=True, which adds the classes up before it divides")
+        self.include_background = include_background
+        self.smooth_nr = smooth_nr
+        self.smooth_dr = smooth_dr
+        self.batch = batch
+        self.micro = micro
+        self.ignore_absent = ignore_absent
+
+    def from_stats(self, stats: Tensor) -> Tensor:
+        """The loss of statistics (N, C, 7) as :func:`softmax_stats` returns them."""
+        stats = self._summed(stats)
+        loss = self._per_class(stats)
+        if self.weight is not None:
+            loss = loss * self.weight[-loss.shape[-1] :].to(loss.dtype)
+        if self.ignore_absent:
+            present = stats[..., 2] > 0
+            loss = torch.where(present, loss, 0)
+            if self.reduction == "mean":
+                return loss.sum() / present.sum().clamp_min(1)
+        if self.reduction == "none":
+            return loss
+        return loss.mean() if self.reduction == "mean" else loss.sum()
+
+    def _summed(self, stats: Tensor) -> Tensor:
+        """The statistics of the classes that count, over the batch and over them if so asked."""
+        if not self.include_background and stats.shape[1] > 1:
+            stats = stats[:, 1:]
+        if self.batch:
+            stats = stats.sum(0)
+        return stats.sum(-2) if self.micro else stats
+
+    def _per_class(self, stats: Tensor) -> Tensor:
+        """The loss of each (…, 7), before weights and reduction."""
+        raise NotImplementedError
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -149,7 +285,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class DiceLoss(nn.Module):
+class DiceLoss(_OverlapLoss):
     """Soft Dice loss 1 − (2·TP + smooth_nr) / (Σp + Σy + smooth_dr) from logits and integer labels.
 
     TP = Σ p·y, over the pixels whose label is not ``ignore_index``. Argument names follow MONAI's; the default is
@@ -158,58 +294,31 @@ class DiceLoss(nn.Module):
     prediction scores smooth_nr / smooth_dr, that is 1; so does a batch in which every pixel is ignored.
 
     Args:
+        squared_pred: Σp² in place of Σp (Σy² is Σy).
+        jaccard: soft Jaccard (IoU) loss: the denominator is 2·(Σp + Σy − TP) + smooth_dr, as in MONAI.
+        log: −log of the score instead of 1 − it (log-Dice; Wong et al. 2018, arXiv:1809.00076, with γ = 1).
         include_background: False leaves class 0 out (never the only class).
         sigmoid: independent channels instead of a softmax; None: a sigmoid if there is one channel, else a softmax.
-        squared_pred: Σp² in place of Σp (Σy² is Σy).
-        reduction: "mean" or "sum" over classes (and samples), or "none".
+        reduction: "mean" or "sum" over classes (and samples), or "none": (C,), (N, C) if not ``batch``, and without
+            the C if ``micro``; C is one less without background.
         smooth_nr, smooth_dr: added to numerator and denominator.
-        batch: sum over the batch before dividing; False scores every sample by itself.
+        batch: sum over the batch before dividing; False (MONAI's default) scores every sample by itself.
         micro: sum over classes before dividing.
+        ignore_absent: a class with no pixel in the labels (of the batch, or of the sample if not ``batch``) has loss 0
+            and is left out of the mean; by default it counts, and whatever is predicted of it is an error.
         weight: C factors ≥ 0 for the classes' losses, not normalised; with ``micro`` there is nothing to weight.
-        ignore_index: label of pixels that do not count.
+        ignore_index: label of pixels that do not count, or None.
         backend: see :func:`fastunet.ops.resolve_backend`.
 
     Raises:
         ValueError: an unknown reduction, a negative weight, or ``weight`` together with ``micro``.
     """
 
-    weight: Tensor | None
-
-    def __init__(
-        self,
-        *,
-        include_background: bool = True,
-        sigmoid: bool | None = False,
-        squared_pred: bool = False,
-        reduction: str = "mean",
-        smooth_nr: float = 1e-5,
-        smooth_dr: float = 1e-5,
-        batch: bool = True,
-        micro: bool = False,
-        weight: Sequence[float] | Tensor | None = None,
-        ignore_index: int = -100,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"expected reduction 'mean', 'sum' or 'none', got {reduction!r}")
-        if weight is not None:
-            weight = torch.as_tensor(weight, dtype=torch.float32)
-            if weight.dim() != 1 or bool((weight < 0).any()):
-                raise ValueError(f"expected weight to be one factor ≥ 0 per class, got {weight.tolist()}")
-            if micro:
-                raise ValueError("expected no weight with micro=True, which adds the classes up before it divides")
-        self.include_background = include_background
-        self.sigmoid = sigmoid
+    def __init__(self, *, squared_pred: bool = False, jaccard: bool = False, log: bool = False, **options: Any) -> None:
+        super().__init__(**options)
         self.squared_pred = squared_pred
-        self.reduction = reduction
-        self.smooth_nr = smooth_nr
-        self.smooth_dr = smooth_dr
-        self.batch = batch
-        self.micro = micro
-        self.ignore_index = ignore_index
-        self.backend = backend
-        self.register_buffer("weight", weight)
+        self.jaccard = jaccard
+        self.log = log
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> DiceLoss:
@@ -230,78 +339,188 @@ class DiceLoss(nn.Module):
             raise ValueError(f"expected a preset among {', '.join(sorted(_PRESETS))}, got {name!r}")
         return cls(**{**_PRESETS[name], **overrides})
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Loss of logits (N, C, H, W) and labels as in :func:`softmax_stats`, which see for errors.
+    def _wanted(self) -> dict[str, bool]:
+        return {**super()._wanted(), "squares": self.squared_pred}
 
-        A scalar in float32 (float64 for float64 logits); with reduction "none" (C,), (N, C) if not ``batch``, and
-        without the C if ``micro``; C is one less without background.
-        """
-        return self._dice(self._stats(logits, labels, None))
+    def _per_class(self, stats: Tensor) -> Tensor:
+        tp, p, y, p2 = stats[..., :4].unbind(-1)
+        size = (p2 if self.squared_pred else p) + y
+        if self.jaccard:
+            size = 2 * (size - tp)
+        score = (2 * tp + self.smooth_nr) / (size + self.smooth_dr)
+        return -score.clamp_min(torch.finfo(score.dtype).tiny).log() if self.log else 1 - score
 
-    def _stats(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None) -> Tensor:
-        if self.weight is not None and logits.dim() == 4 and self.weight.shape[0] != logits.shape[1]:
-            raise ValueError(
-                f"expected one weight for each of the {logits.shape[1]} classes, got {self.weight.shape[0]}"
-            )
-        sigmoid = self.sigmoid if self.sigmoid is not None else logits.dim() == 4 and logits.shape[1] == 1
-        return softmax_stats(
-            logits,
-            labels,
-            mode="sigmoid" if sigmoid else "softmax",
-            ignore_index=self.ignore_index,
-            pixel_weight=pixel_weight,
-            backend=self.backend,
-        )
 
-    def _dice(self, stats: Tensor) -> Tensor:
-        first = 0 if self.include_background or stats.shape[1] == 1 else 1
-        stats = stats[:, first:]
-        if self.batch:
-            stats = stats.sum(0)
-        if self.micro:
-            stats = stats.sum(-2)
-        tp, p, y, p2, _, _ = stats.unbind(-1)
-        loss = 1 - (2 * tp + self.smooth_nr) / ((p2 if self.squared_pred else p) + y + self.smooth_dr)
-        if self.weight is not None:
-            loss = loss * self.weight[first:].to(loss.dtype)
-        if self.reduction == "none":
+class TverskyLoss(_OverlapLoss):
+    """(1 − (TP + smooth_nr) / (TP + alpha·FP + beta·FN + smooth_dr))^gamma, FP = Σp − TP, FN = Σy − TP.
+
+    Salehi et al. 2017 (arXiv:1706.05721); as MONAI's with softmax=True, to_onehot_y=True, batch=True. alpha = beta = ½
+    is Dice, 1 is Jaccard; beta > alpha prefers a pixel too many to one missed. gamma ≠ 1 is the focal Tversky loss of
+    Abraham and Khan 2018 (arXiv:1810.07842), whose exponent 1/γ with γ = 4/3 is gamma = 0.75 here.
+
+    Args:
+        alpha, beta: weights of false positives and false negatives.
+        gamma: exponent of each class's loss, > 0.
+        **options: those of :class:`DiceLoss` from ``include_background`` on.
+
+    Raises:
+        ValueError: gamma ≤ 0, or what :class:`DiceLoss` raises.
+    """
+
+    def __init__(self, *, alpha: float = 0.5, beta: float = 0.5, gamma: float = 1.0, **options: Any) -> None:
+        super().__init__(**options)
+        if gamma <= 0:
+            raise ValueError(f"expected gamma > 0, got {gamma}; the paper's γ = 4/3 is gamma=0.75")
+        self.alpha = alpha
+        self.beta = beta
+        self.gamma = gamma
+
+    def _per_class(self, stats: Tensor) -> Tensor:
+        tp, p, y = stats[..., :3].unbind(-1)
+        wrong = self.alpha * (p - tp) + self.beta * (y - tp)
+        loss = 1 - (tp + self.smooth_nr) / (tp + wrong + self.smooth_dr)
+        if self.gamma == 1:
             return loss
+        # Below 1 the power's slope at 0 is infinite, and rounding may leave less than 0.
+        return loss.clamp_min(torch.finfo(loss.dtype).eps) ** self.gamma
+
+
+class GeneralizedDiceLoss(_OverlapLoss):
+    """1 − (2·Σ_k w_k·TP_k + smooth_nr) / (Σ_k w_k·(Σp_k + Σy_k) + smooth_dr), with w_k from the size of class k.
+
+    Sudre et al. 2017 (arXiv:1707.03237); as MONAI's with softmax=True, to_onehot_y=True, batch=True. An absent class
+    has the largest weight of the others, or 0 with ``ignore_absent``.
+
+    Args:
+        w_type: "square": w = 1/(Σy)², "simple": 1/Σy, "uniform": 1.
+        **options: those of :class:`DiceLoss` from ``include_background`` on, but neither micro nor weight. With
+            reduction "none" the loss is (1,), or (N,) if not ``batch``.
+
+    Raises:
+        ValueError: an unknown w_type, micro or weight, or what :class:`DiceLoss` raises.
+    """
+
+    def __init__(self, *, w_type: str = "square", **options: Any) -> None:
+        super().__init__(**options)
+        if w_type not in ("square", "simple", "uniform"):
+            raise ValueError(f"expected w_type 'square', 'simple' or 'uniform', got {w_type!r}")
+        if self.micro or self.weight is not None:
+            raise ValueError("expected neither micro nor weight, since w_type says how the classes are weighted")
+        self.w_type = w_type
+
+    def from_stats(self, stats: Tensor) -> Tensor:
+        """The loss of statistics (N, C, 7) as :func:`softmax_stats` returns them."""
+        tp, p, y = self._summed(stats)[..., :3].unbind(-1)
+        w = y.detach() ** {"square": -2, "simple": -1, "uniform": 0}[self.w_type]
+        if self.ignore_absent:
+            w = torch.where(y > 0, w, 0)
+        else:
+            w = torch.where(w.isinf(), torch.where(w.isinf(), 0, w).amax(-1, keepdim=True), w)
+        loss = 1 - (2 * (w * tp).sum(-1) + self.smooth_nr) / ((w * (p + y)).sum(-1) + self.smooth_dr)
+        if self.reduction == "none":
+            return loss.reshape(-1)
         return loss.mean() if self.reduction == "mean" else loss.sum()
 
 
-class DiceCELoss(DiceLoss):
-    """lambda_dice · Dice + lambda_ce · cross-entropy, from one pass over the logits.
+class CrossEntropyLoss(_StatsLoss):
+    """``torch.nn.CrossEntropyLoss`` of integer labels, with weights for pixels too.
 
-    The Dice term is :class:`DiceLoss` with the same arguments. The cross-entropy is ``torch.nn.CrossEntropyLoss``'s
-    with ``weight`` and ``ignore_index``: Σ u·(−log p) / Σ u over the pixels, where u is the weight of the pixel's class
-    (times ``pixel_weight``); with reduction "sum" the numerator alone. Where every pixel is ignored it is NaN, as in
-    PyTorch. With ``sigmoid`` it is the mean binary cross-entropy over pixels and channels, and ``weight`` weighs
-    channels.
+    Σ [(1 − ε)·weight_y·w·(−log p_y) + ε/C·Σ_k weight_k·w·(−log p_k)] / Σ weight_y·w over the pixels, y being a pixel's
+    label, w its ``pixel_weight`` or 1, and ε = ``label_smoothing``; with reduction "sum" the numerator alone. Where
+    every pixel is ignored it is NaN, as in PyTorch. With ``sigmoid`` it is the binary cross-entropy with the labels
+    (1 − ε)·y + ε/2 over pixels and channels, and ``weight`` weighs channels.
+
+    Args:
+        weight: C factors ≥ 0, one for each class.
+        label_smoothing: ε from 0 to 1.
+        sigmoid: independent channels instead of a softmax; None: a sigmoid if there is one channel, else a softmax.
+        reduction: "mean" or "sum".
+        ignore_index: label of pixels that do not count, or None.
+        backend: see :func:`fastunet.ops.resolve_backend`.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: Sequence[float] | Tensor | None = None,
+        label_smoothing: float = 0.0,
+        sigmoid: bool | None = False,
+        reduction: str = "mean",
+        ignore_index: int | None = -100,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(sigmoid, reduction, weight, ignore_index, backend)
+        _check_entropy(reduction, label_smoothing)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
+        """A scalar; ``pixel_weight`` is (N, H, W). Shapes, dtypes and errors as in :func:`softmax_stats`."""
+        return self.from_stats(self.stats(logits, labels, pixel_weight))
+
+    def from_stats(self, stats: Tensor) -> Tensor:
+        """The loss of statistics (N, C, 7) as :func:`softmax_stats` returns them."""
+        return _cross_entropy(self, stats, self.label_smoothing)
+
+    def _wanted(self) -> dict[str, bool]:
+        return {"squares": False, "entropy": True, "smoothing": self.label_smoothing > 0}
+
+
+def _check_entropy(reduction: str, label_smoothing: float) -> None:
+    if reduction == "none":
+        raise ValueError("expected reduction 'mean' or 'sum', got 'none': the statistics know no single pixel")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"expected label_smoothing from 0 to 1, got {label_smoothing}")
+
+
+def _cross_entropy(loss: _StatsLoss, stats: Tensor, label_smoothing: float) -> Tensor:
+    """Cross-entropy of statistics, with the options of ``loss``."""
+    ce, total, spread = stats[..., 4:].sum(0).unbind(-1)
+    if label_smoothing > 0:
+        outcomes = 2 if loss._takes_sigmoid(stats.shape[1]) else stats.shape[1]
+        ce = (1 - label_smoothing) * ce + label_smoothing / outcomes * spread
+    if loss.weight is not None:
+        weight = loss.weight.to(stats.dtype)
+        ce, total = ce * weight, total * weight
+    return ce.sum() / total.sum() if loss.reduction == "mean" else ce.sum()
+
+
+class DiceCELoss(DiceLoss):
+    """lambda_dice · :class:`DiceLoss` + lambda_ce · :class:`CrossEntropyLoss`, from one pass over the logits.
+
+    ``weight`` weighs the classes of both terms.
 
     Args:
         lambda_dice, lambda_ce: factors of the two terms.
+        label_smoothing: of the cross-entropy, from 0 to 1.
         **dice: arguments of :class:`DiceLoss`; reduction is "mean" or "sum".
 
     Raises:
-        ValueError: reduction "none", or what :class:`DiceLoss` raises.
+        ValueError: reduction "none", or what the two losses raise.
     """
 
-    def __init__(self, *, lambda_dice: float = 1.0, lambda_ce: float = 1.0, **dice: Any) -> None:
+    def __init__(
+        self, *, lambda_dice: float = 1.0, lambda_ce: float = 1.0, label_smoothing: float = 0.0, **dice: Any
+    ) -> None:
         super().__init__(**dice)
-        if self.reduction == "none":
-            raise ValueError("expected reduction 'mean' or 'sum', got 'none', which would add losses of unlike shapes")
+        _check_entropy(self.reduction, label_smoothing)
         self.lambda_dice = lambda_dice
         self.lambda_ce = lambda_ce
+        self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
-        """A scalar; ``pixel_weight`` (N, H, W) weighs the cross-entropy, as in the U-Net paper's border map.
+        """A scalar; ``pixel_weight`` (N, H, W) weighs the cross-entropy, for instance :func:`unet_weight_map`.
 
         Shapes, dtypes and errors as in :func:`softmax_stats`.
         """
-        stats = self._stats(logits, labels, pixel_weight)
-        ce, total = stats[..., 4:].sum(0).unbind(-1)
-        if self.weight is not None:
-            weight = self.weight.to(stats.dtype)
-            ce, total = ce * weight, total * weight
-        entropy = ce.sum() / total.sum() if self.reduction == "mean" else ce.sum()
-        return self.lambda_dice * self._dice(stats) + self.lambda_ce * entropy
+        return self.from_stats(self.stats(logits, labels, pixel_weight))
+
+    def from_stats(self, stats: Tensor) -> Tensor:
+        """The loss of statistics (N, C, 7) as :func:`softmax_stats` returns them."""
+        entropy = _cross_entropy(self, stats, self.label_smoothing)
+        return self.lambda_dice * super().from_stats(stats) + self.lambda_ce * entropy
+
+    def _wanted(self) -> dict[str, bool]:
+        return {**super()._wanted(), "entropy": True, "smoothing": self.label_smoothing > 0}

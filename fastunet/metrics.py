@@ -12,14 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastunet import ops
 from fastunet.aten import stats_dtype
-from fastunet.losses import softmax_stats
+from fastunet.losses import NEVER, check_labels, softmax_stats
 
 __all__ = ["ConfusionMatrix", "dice_coeff", "miou", "multiclass_dice_coeff", "soft_miou"]
 
 
 def soft_miou(
-    logits: Tensor, labels: Tensor, smooth: float = 1e-5, *, ignore_index: int = -100, backend: str = "auto"
+    logits: Tensor, labels: Tensor, smooth: float = 1e-5, *, ignore_index: int | None = -100, backend: str = "auto"
 ) -> Tensor:
     """Seed 002's mIoU: the mean over classes of (Σp·y + smooth) / (Σp + Σy − Σp·y + smooth), sums over the batch.
 
@@ -27,7 +28,9 @@ def soft_miou(
     from the labels: any probability left on that class takes its score, and a share of the mean, to about 0.
     Arguments, dtypes and errors as in :func:`fastunet.losses.softmax_stats`; a differentiable scalar.
     """
-    stats = softmax_stats(logits, labels, ignore_index=ignore_index, backend=backend)
+    stats = softmax_stats(
+        logits, labels, ignore_index=ignore_index, squares=False, entropy=False, smoothing=False, backend=backend
+    )
     tp, p, y = stats[..., :3].sum(0).unbind(-1)
     return ((tp + smooth) / (p + y - tp + smooth)).mean()
 
@@ -87,8 +90,11 @@ class ConfusionMatrix(nn.Module):
     Scores are float64; a per-class score is NaN where it is 0/0 (no such pixel), and means leave NaN out.
 
     Args:
-        num_classes: number of classes; 2 also for a network with one sigmoid channel.
+        num_classes: number of classes, up to 256; 2 also for a network with one sigmoid channel.
         ignore_index: label of pixels that do not count, or None.
+        threshold: above it a single channel predicts class 1: 0 for logits; 0.5 for the probabilities that
+            :class:`fastunet.BrainUNet` and :class:`fastunet.StridedUNet` return.
+        backend: see :func:`fastunet.ops.resolve_backend`.
 
     Attributes:
         matrix: (C, C) int64, rows are true classes and columns predicted ones.
@@ -96,21 +102,26 @@ class ConfusionMatrix(nn.Module):
 
     matrix: Tensor
 
-    def __init__(self, num_classes: int, ignore_index: int | None = None) -> None:
+    def __init__(
+        self, num_classes: int, ignore_index: int | None = None, *, threshold: float = 0.0, backend: str = "auto"
+    ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"expected at least 2 classes, got {num_classes}; a foreground mask has 2")
+        if not 2 <= num_classes <= 256:
+            raise ValueError(f"expected 2 to 256 classes, got {num_classes}; a foreground mask has 2")
         self.num_classes = num_classes
         self.ignore_index = ignore_index
+        self.threshold = float(threshold)
+        self.backend = backend
         self.register_buffer("matrix", torch.zeros(num_classes, num_classes, dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
     def update(self, prediction: Tensor, labels: Tensor) -> None:
-        """Add a batch; waits for a GPU.
+        """Add a batch, in one pass; waits for a GPU.
 
         Args:
-            prediction: logits or probabilities (N, C, H, W), whose largest class counts; logits (N, 1, H, W) of a
-                network with one sigmoid channel, positive where the class is 1; or an integer mask like ``labels``.
+            prediction: logits or probabilities (N, C, H, W), whose largest class counts (the first of equals; NaN
+                wins); (N, 1, H, W) of a network with one sigmoid channel, class 1 above ``threshold``; or an integer
+                mask like ``labels``.
             labels: (N, H, W), integer or bool.
 
         Raises:
@@ -119,34 +130,40 @@ class ConfusionMatrix(nn.Module):
         """
         if labels.is_floating_point():
             raise TypeError(f"expected integer labels, got {labels.dtype}; convert them with .long()")
-        if prediction.is_floating_point():
-            channels = prediction.shape[1] if prediction.dim() > 1 else 0
-            binary = self.num_classes == 2 and channels == 1
-            if prediction.shape[:1] + prediction.shape[2:] != labels.shape or not (
-                binary or channels == self.num_classes
-            ):
-                raise ValueError(
-                    f"expected logits of shape (N, {self.num_classes}, H, W) and labels (N, H, W), got "
-                    f"{tuple(prediction.shape)} and {tuple(labels.shape)}"
-                )
-            prediction = prediction[:, 0] > 0 if binary else prediction.argmax(1)
-        if prediction.shape != labels.shape:
+        count = self._count if prediction.is_floating_point() else self._count_mask
+        counts = count(prediction, labels)
+        if bool(counts[-1].any()):
+            check_labels(labels, self.num_classes, self.ignore_index)
+        self.matrix += counts[:-1].to(self.matrix.device)
+
+    def _count(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """(C + 1, C) counts; the last row is for labels that are no class."""
+        channels = logits.shape[1] if logits.dim() == 4 else 0
+        fits = channels == self.num_classes or (channels == 1 and self.num_classes == 2)
+        if not fits or logits.shape[:1] + logits.shape[2:] != labels.shape:
             raise ValueError(
-                f"expected a mask of the labels' shape {tuple(labels.shape)}, got {tuple(prediction.shape)}"
+                f"expected logits of shape (N, {self.num_classes}, H, W) and labels (N, H, W), got "
+                f"{tuple(logits.shape)} and {tuple(labels.shape)}"
             )
-        truth, predicted = labels.flatten().to(torch.int64), prediction.flatten().to(torch.int64)
+        ignored = NEVER if self.ignore_index is None else self.ignore_index
+        counts: Tensor = ops.confusion_matrix(logits, labels, ignored, self.threshold, self.backend)
+        return counts
+
+    def _count_mask(self, mask: Tensor, labels: Tensor) -> Tensor:
+        if mask.shape != labels.shape:
+            raise ValueError(f"expected a mask of the labels' shape {tuple(labels.shape)}, got {tuple(mask.shape)}")
+        truth, guess = labels.flatten().to(torch.int64), mask.flatten().to(torch.int64)
         if self.ignore_index is not None:
             valid = truth != self.ignore_index
-            truth, predicted = truth[valid], predicted[valid]
-        for name, classes in (("labels", truth), ("the mask", predicted)):
-            wrong = classes[(classes < 0) | (classes >= self.num_classes)]
-            if wrong.numel() > 0:
-                raise ValueError(
-                    f"expected classes from 0 to {self.num_classes - 1} in {name}, got {int(wrong[0])}; map the values "
-                    "to class indices or set ignore_index"
-                )
-        counts = torch.bincount(truth * self.num_classes + predicted, minlength=self.num_classes**2)
-        self.matrix += counts.view_as(self.matrix).to(self.matrix.device)
+            truth, guess = truth[valid], guess[valid]
+        classes = self.num_classes
+        wrong = guess[(guess < 0) | (guess >= classes)]
+        if wrong.numel() > 0:
+            raise ValueError(
+                f"expected classes from 0 to {classes - 1} in the mask, got {int(wrong[0])}; map its values to classes"
+            )
+        truth = torch.where((truth >= 0) & (truth < classes), truth, classes)
+        return torch.bincount(truth * classes + guess, minlength=(classes + 1) * classes).view(-1, classes)
 
     def reset(self) -> None:
         """Forget every batch."""

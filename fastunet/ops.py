@@ -752,24 +752,29 @@ class _SoftmaxStats(torch.autograd.Function):
         pixel_weight: Tensor | None,
         mode: str,
         ignore_index: int,
+        wanted: Sequence[bool],
         backend: str,
     ) -> Tensor:
         ctx.save_for_backward(logits, labels, pixel_weight)
-        ctx.config = (mode, ignore_index, backend)
-        return _below_autograd(  # type: ignore[no-any-return]
-            softmax_stats, logits, labels, pixel_weight, mode, ignore_index, backend
-        )
+        ctx.config = (mode, ignore_index, wanted, backend)
+        return _below_autograd(softmax_stats, logits, labels, pixel_weight, *ctx.config)  # type: ignore[no-any-return]
 
     @staticmethod
     @_first_order
     def backward(ctx: Any, dstats: Tensor) -> Any:
-        return softmax_stats_backward(dstats, *ctx.saved_tensors, *ctx.config), *(None,) * 5
+        return softmax_stats_backward(dstats, *ctx.saved_tensors, *ctx.config), *(None,) * 6
 
 
 def _softmax_stats_fake(
-    logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int, backend: str
+    logits: Tensor,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    mode: str,
+    ignore_index: int,
+    wanted: Sequence[bool],
+    backend: str,
 ) -> Tensor:
-    return logits.new_empty((logits.shape[0], logits.shape[1], 6), dtype=stats_dtype(logits.dtype))
+    return logits.new_empty((logits.shape[0], logits.shape[1], 7), dtype=stats_dtype(logits.dtype))
 
 
 def _softmax_stats_backward_fake(
@@ -779,14 +784,22 @@ def _softmax_stats_backward_fake(
     pixel_weight: Tensor | None,
     mode: str,
     ignore_index: int,
+    wanted: Sequence[bool],
     backend: str,
 ) -> Tensor:
     return torch.empty_like(logits, memory_format=memory_format(logits))
 
 
 def _check_softmax_stats(
-    logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int
+    logits: Tensor,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    mode: str,
+    ignore_index: int,
+    wanted: Sequence[bool],
 ) -> None:
+    if len(wanted) != 3:
+        raise ValueError(f"expected wanted to be 3 booleans, got {len(wanted)}")
     if logits.dim() != 4 or logits.shape[1] > 256:
         raise ValueError(f"expected logits of shape (N, C, H, W) with at most 256 classes, got {_shape(logits)}")
     batch, classes, height, width = logits.shape
@@ -799,14 +812,37 @@ def _check_softmax_stats(
 
 
 softmax_stats = _register(
-    "softmax_stats(Tensor logits, Tensor labels, Tensor? pixel_weight, str mode, int ignore_index, str backend)"
-    " -> Tensor",
+    "softmax_stats(Tensor logits, Tensor labels, Tensor? pixel_weight, str mode, int ignore_index, bool[] wanted,"
+    " str backend) -> Tensor",
     _softmax_stats_fake,
     _SoftmaxStats,
     _check_softmax_stats,
 )
 softmax_stats_backward = _register(
     "softmax_stats_backward(Tensor dstats, Tensor logits, Tensor labels, Tensor? pixel_weight, str mode,"
-    " int ignore_index, str backend) -> Tensor",
+    " int ignore_index, bool[] wanted, str backend) -> Tensor",
     _softmax_stats_backward_fake,
+)
+
+
+# ---- confusion_matrix --------------------------------------------------------------------------------------------
+
+
+def _confusion_matrix_fake(logits: Tensor, labels: Tensor, ignore_index: int, threshold: float, backend: str) -> Tensor:
+    classes = max(logits.shape[1], 2)
+    return logits.new_empty((classes + 1, classes), dtype=torch.int64)
+
+
+def _check_confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int, threshold: float) -> None:
+    if logits.dim() != 4 or not 1 <= logits.shape[1] <= 256:
+        raise ValueError(f"expected logits of shape (N, C, H, W) with 1 to 256 classes, got {_shape(logits)}")
+    plane = (logits.shape[0], *logits.shape[2:])
+    if tuple(labels.shape) != plane:
+        raise ValueError(f"expected labels of shape {plane} for logits of shape {_shape(logits)}, got {_shape(labels)}")
+
+
+confusion_matrix = _register(
+    "confusion_matrix(Tensor logits, Tensor labels, int ignore_index, float threshold, str backend) -> Tensor",
+    _confusion_matrix_fake,
+    check=_check_confusion_matrix,
 )

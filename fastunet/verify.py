@@ -218,7 +218,7 @@ def _stats_case(logits: tuple[int, ...], mode: str) -> Case:
     def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
         weight = inputs["pixel_weight"]
         assert weight is not None
-        return function(inputs["logits"], inputs["labels"], weight.detach().abs(), mode, 1, *rest)
+        return function(inputs["logits"], inputs["labels"], weight.detach().abs(), mode, 1, [True] * 3, *rest)
 
     return Case(
         "softmax_stats",

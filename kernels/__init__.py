@@ -11,6 +11,7 @@ if __name__ != "fastunet.kernels":
     )
 
 from fastunet.kernels.affine import affine_act, affine_act_backward, bn_affine, bn_affine_backward
+from fastunet.kernels.confusion import confusion_matrix
 from fastunet.kernels.conv import conv2d, conv_transpose2d
 from fastunet.kernels.conv_backward import conv2d_backward, conv_transpose2d_backward
 from fastunet.kernels.pool import max_pool2x2, max_pool2x2_backward
@@ -22,6 +23,7 @@ __all__ = [
     "affine_act_backward",
     "bn_affine",
     "bn_affine_backward",
+    "confusion_matrix",
     "conv2d",
     "conv2d_backward",
     "conv_transpose2d",

@@ -2,19 +2,25 @@
 
 For every sample and class k, over the pixels whose label is not ignore_index, with y = [label = k]:
 
-    TP = Σ p·y    P = Σ p    Y = Σ y    P2 = Σ p²    CE = Σ w·y·(−log p)    W = Σ w·y
+    TP = Σ p·y    P = Σ p    Y = Σ y    P2 = Σ p²    CE = Σ w·y·(−log p)    W = Σ w·y    S = Σ w·(−log p)
 
-In sigmoid mode each channel has labels of its own; y = [label = 1], CE = Σ w·(−y·log p − (1−y)·log(1−p)), W = Σ w.
-Backward, with the probabilities computed again: q = p·(dTP·y + dP + 2p·dP2) − w·y·dCE, dx = q − p·Σ_classes q;
-in sigmoid mode dx = p·(1−p)·(dTP·y + dP + 2p·dP2) + w·dCE·(p − y).
+In sigmoid mode each channel has labels of its own; y = [label = 1], CE = Σ w·(−y·log p − (1−y)·log(1−p)), W = Σ w,
+S = Σ w·(−log p − log(1−p)). P2, CE and W, and S are computed if they are wanted.
+Backward, with the probabilities computed again: q = p·(dTP·y + dP + 2p·dP2) − w·(y·dCE + dS), dx = q − p·Σ_classes q;
+in sigmoid mode dx = p·(1−p)·(dTP·y + dP + 2p·dP2) + w·(dCE·(p − y) + dS·(2p − 1)).
 
 Layout: logits in NHWC or NCHW memory, or any other in which one stride walks the pixels and one the classes; a tile is
-pixels × all classes. Bytes moved: forward reads logits and labels; backward reads them again and writes the gradient.
+pixels × all classes. The number of classes and the pixel's stride are compiled in: they say how wide an access may be.
+Bytes moved: forward reads logits and labels; backward reads them again and writes the gradient.
 Sums are float32 (float64 for float64 logits), in a fixed order: a program keeps one sum per element of its tile while
 it walks the tiles of one sample, adds those up over the tile's pixels, and sum_slabs adds up the programs.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -24,36 +30,42 @@ from torch import Tensor
 from fastunet.aten import memory_format, stats_dtype
 from fastunet.kernels.common import OPTIONS, PROPAGATE_ALL, accumulator, sum_slabs
 
-_WORK = 8  # elements of a tile per thread: the forward pass keeps six sums for each, and those of 16 spill
 _PROGRAMS = 1024  # of the forward pass; a constant, so that the order of summation is the same on every GPU
 
 
 @triton.jit
 def _load_tile(
-    logits_ptr, labels_ptr, weight_ptr, n, pixel, c, pixels, C, ignore_index,
-    stride_xn, stride_xc, stride_xp, stride_yn, stride_yc, stride_yp,
+    logits_ptr, labels_ptr, weight_ptr, n, pixel, c, pixels, ignore_index,
+    stride_xn, stride_xc, stride_yn, stride_yc, stride_yp,
+    stride_xp: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
     SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Logits, y and validity (pixels × classes) and weight (pixels × 1) of the pixels ``pixel`` (int64) of sample n."""
+    """Logits, y, validity (ignored: 0) and known (has a class), pixels × classes, and weight (pixels × 1).
+
+    ``pixel`` (int64) are pixels of sample n. In sigmoid mode known is validity.
+    """
     row = pixel < pixels
     inside = row[:, None] & (c < C)[None, :]
-    x_ptr = logits_ptr + n * stride_xn + (pixel * stride_xp)[:, None] + (c.to(tl.int64) * stride_xc)[None, :]
+    sample_ptr = logits_ptr + tl.multiple_of(n * stride_xn, ALIGN)
+    x_ptr = sample_ptr + (pixel * stride_xp)[:, None] + (c.to(tl.int64) * stride_xc)[None, :]
     x = tl.load(x_ptr, mask=inside, other=0.0).to(ACC)
     if SOFTMAX:
         label = tl.load(labels_ptr + n * stride_yn + pixel * stride_yp, mask=row, other=0).to(tl.int64)
         valid = inside & (label != ignore_index)[:, None]
         label = tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
+        known = valid & (label >= 0)[:, None]
         y = valid & (label[:, None] == c[None, :])
     else:
         y_ptr = labels_ptr + n * stride_yn + (pixel * stride_yp)[:, None] + (c.to(tl.int64) * stride_yc)[None, :]
         label = tl.load(y_ptr, mask=inside, other=0).to(tl.int64)
         valid = inside & (label != ignore_index)
+        known = valid
         y = valid & (label == 1)
     if HAS_WEIGHT:
         w = tl.load(weight_ptr + n * pixels + pixel, mask=row, other=0.0).to(ACC)[:, None]
     else:
         w = tl.full([1, 1], 1.0, ACC)
-    return x, y, valid, w
+    return x, y, valid, known, w
 
 
 @triton.jit
@@ -83,131 +95,198 @@ def _log1p(e):
 @triton.jit(do_not_specialize=["batch", "programs", "ignore_index"])
 def _softmax_stats_kernel(
     logits_ptr, labels_ptr, weight_ptr, partial_ptr, batch, pixels, programs, ignore_index,
-    stride_xn, stride_xc, stride_xp, stride_yn, stride_yc, stride_yp, C,
+    stride_xn, stride_xc, stride_yn, stride_yc, stride_yp,
+    stride_xp: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
+    SQUARES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr,
     SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """partial[program, n, :, :] = the six sums over tiles program, program + programs, … of sample n."""
+    """partial[program, n, :, :] = the seven sums over tiles program, program + programs, … of sample n."""
     program = tl.program_id(0) % programs
     n = (tl.program_id(0) // programs).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     tp = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     p_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    p2_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     y_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    p2_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     ce_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     w_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    spread_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for tile in range(program, tl.cdiv(pixels, BLOCK_P), programs):
         pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-        x, y, valid, w = _load_tile(
-            logits_ptr, labels_ptr, weight_ptr, n, pixel, c, pixels, C, ignore_index,
-            stride_xn, stride_xc, stride_xp, stride_yn, stride_yc, stride_yp, SOFTMAX, HAS_WEIGHT, ACC,
+        x, y, valid, known, w = _load_tile(
+            logits_ptr, labels_ptr, weight_ptr, n, pixel, c, pixels, ignore_index,
+            stride_xn, stride_xc, stride_yn, stride_yc, stride_yp, stride_xp, C, ALIGN, SOFTMAX, HAS_WEIGHT, ACC,
         )  # fmt: skip
         if SOFTMAX:
             p, ce = _softmax(x, c, C)
+            spread = ce
             counted = y
         else:
             p, _, e = _sigmoid(x)
-            ce = tl.maximum(tl.where(y, -x, x), 0.0, propagate_nan=PROPAGATE_ALL) + _log1p(e)
+            tail = _log1p(e)
+            ce = tl.maximum(tl.where(y, -x, x), 0.0, propagate_nan=PROPAGATE_ALL) + tail
+            spread = tl.abs(x) + 2.0 * tail
             counted = valid
         p = tl.where(valid, p, 0.0)
         tp += tl.where(y, p, 0.0)
         p_sum += p
-        p2_sum += p * p
         y_sum += tl.where(y, 1.0, 0.0)
-        w = tl.where(counted, w, 0.0)
-        ce_sum += tl.where(counted, ce, 0.0) * w
-        w_sum += w
-    row = ((program.to(tl.int64) * batch + n) * C + c) * 6
+        if SQUARES:
+            p2_sum += p * p
+        if ENTROPY:
+            ce_sum += tl.where(counted, ce * w, 0.0)
+            if HAS_WEIGHT or not SOFTMAX:
+                w_sum += tl.where(counted, w, 0.0)
+        if SMOOTHING:
+            spread_sum += tl.where(known, spread * w, 0.0)
+    if ENTROPY and SOFTMAX and not HAS_WEIGHT:
+        w_sum = y_sum
+    row = partial_ptr + ((program.to(tl.int64) * batch + n) * C + c) * 7
     inside = c < C
-    tl.store(partial_ptr + row, tl.sum(tp, axis=0), mask=inside)
-    tl.store(partial_ptr + row + 1, tl.sum(p_sum, axis=0), mask=inside)
-    tl.store(partial_ptr + row + 2, tl.sum(y_sum, axis=0), mask=inside)
-    tl.store(partial_ptr + row + 3, tl.sum(p2_sum, axis=0), mask=inside)
-    tl.store(partial_ptr + row + 4, tl.sum(ce_sum, axis=0), mask=inside)
-    tl.store(partial_ptr + row + 5, tl.sum(w_sum, axis=0), mask=inside)
+    tl.store(row, tl.sum(tp, axis=0), mask=inside)
+    tl.store(row + 1, tl.sum(p_sum, axis=0), mask=inside)
+    tl.store(row + 2, tl.sum(y_sum, axis=0), mask=inside)
+    tl.store(row + 3, tl.sum(p2_sum, axis=0), mask=inside)
+    tl.store(row + 4, tl.sum(ce_sum, axis=0), mask=inside)
+    tl.store(row + 5, tl.sum(w_sum, axis=0), mask=inside)
+    tl.store(row + 6, tl.sum(spread_sum, axis=0), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tiles", "ignore_index"])
 def _softmax_stats_backward_kernel(
     dstats_ptr, logits_ptr, labels_ptr, weight_ptr, dx_ptr, pixels, tiles, ignore_index,
-    stride_xn, stride_xc, stride_xp, stride_yn, stride_yc, stride_yp, stride_dn, stride_dc, stride_dp, C,
+    stride_xn, stride_xc, stride_yn, stride_yc, stride_yp, stride_dn, stride_dc,
+    stride_xp: tl.constexpr, stride_dp: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr, ALIGN_D: tl.constexpr,
+    SQUARES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr,
     SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx of one tile of one sample."""
     n = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.arange(0, BLOCK_C)
-    x, y, valid, w = _load_tile(
-        logits_ptr, labels_ptr, weight_ptr, n, pixel, c, pixels, C, ignore_index,
-        stride_xn, stride_xc, stride_xp, stride_yn, stride_yc, stride_yp, SOFTMAX, HAS_WEIGHT, ACC,
+    x, y, valid, known, w = _load_tile(
+        logits_ptr, labels_ptr, weight_ptr, n, pixel, c, pixels, ignore_index,
+        stride_xn, stride_xc, stride_yn, stride_yc, stride_yp, stride_xp, C, ALIGN, SOFTMAX, HAS_WEIGHT, ACC,
     )  # fmt: skip
-    row = dstats_ptr + (n * C + c) * 6
+    row = dstats_ptr + (n * C + c) * 7
     dtp = tl.load(row, mask=c < C, other=0.0)[None, :]
     dp = tl.load(row + 1, mask=c < C, other=0.0)[None, :]
     dp2 = tl.load(row + 3, mask=c < C, other=0.0)[None, :]
     dce = tl.load(row + 4, mask=c < C, other=0.0)[None, :]
+    dspread = tl.load(row + 6, mask=c < C, other=0.0)[None, :]
     if SOFTMAX:
         p, _ = _softmax(x, c, C)
-        q = p * (tl.where(y, dtp, 0.0) + dp + 2.0 * p * dp2) - tl.where(y, w * dce, 0.0)
-        dx = q - p * tl.sum(q, axis=1)[:, None]
     else:
         p, p_not, _ = _sigmoid(x)
-        dx = p * p_not * (tl.where(y, dtp, 0.0) + dp + 2.0 * p * dp2) + w * dce * tl.where(y, -p_not, p)
-    dx_ptrs = dx_ptr + n * stride_dn + (pixel * stride_dp)[:, None] + (c.to(tl.int64) * stride_dc)[None, :]
+    slope = dp
+    if SQUARES:
+        slope += 2.0 * p * dp2
+    if SOFTMAX:
+        at_label = p * dtp
+        if ENTROPY:
+            at_label -= w * dce
+        q = p * slope + tl.where(y, at_label, 0.0)
+        if SMOOTHING:
+            q -= tl.where(known, w * dspread, 0.0)
+        dx = q - p * tl.sum(q, axis=1)[:, None]
+    else:
+        dx = p * p_not * (slope + tl.where(y, dtp, 0.0))
+        if ENTROPY:
+            dx += w * dce * tl.where(y, -p_not, p)
+        if SMOOTHING:
+            dx += w * dspread * (p - p_not)
+    sample_ptr = dx_ptr + tl.multiple_of(n * stride_dn, ALIGN_D)
+    dx_ptrs = sample_ptr + (pixel * stride_dp)[:, None] + (c.to(tl.int64) * stride_dc)[None, :]
     inside = (pixel < pixels)[:, None] & (c < C)[None, :]
     tl.store(dx_ptrs, tl.where(valid, dx, 0.0).to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def _by_pixel(t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+def by_pixel(t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """(N, C, H, W) and its strides along samples, classes and pixels; a copy if no single stride walks the pixels."""
     n, c, h, w = t.stride()
     if t.shape[3] == 1:
         return t, (n, c, h)
     if t.shape[2] == 1 or h == t.shape[3] * w:
         return t, (n, c, w)
-    return _by_pixel(t.contiguous())
+    return by_pixel(t.contiguous())
 
 
 def _operands(
     logits: Tensor, labels: Tensor, pixel_weight: Tensor | None
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...]]:
-    """Logits, labels and weights (logits if there are none) as the kernels read them; strides of the first two."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...], dict[str, int]]:
+    """Logits, labels and weights (logits if there are none) as the kernels read them, strides, and compiled strides."""
     if labels.dtype == torch.bool:
         labels = labels.view(torch.uint8)
-    logits, x_strides = _by_pixel(logits)
-    labels, y_strides = _by_pixel(labels if labels.dim() == 4 else labels.unsqueeze(1))
+    logits, (stride_xn, stride_xc, stride_xp) = by_pixel(logits)
+    labels, y_strides = by_pixel(labels if labels.dim() == 4 else labels.unsqueeze(1))
     weight = logits if pixel_weight is None else pixel_weight.contiguous()
-    return (logits, labels, weight), (*x_strides, *y_strides)
+    compiled = {"stride_xp": stride_xp, "ALIGN": alignment(stride_xn, logits.shape[1])}
+    return (logits, labels, weight), (stride_xn, stride_xc, *y_strides), compiled
 
 
-def _tile(classes: int) -> tuple[int, int, int]:
-    """Pixels, classes and warps of a tile: 4 warps with _WORK elements a thread, more if 16 pixels need them."""
+def alignment(stride: int, classes: int) -> int:
+    """A power of two that divides the stride of samples.
+
+    16 if it can be, which Triton compiles apart anyway; else what the classes grant whatever the picture's size.
+    """
+    return 16 if stride % 16 == 0 else math.gcd(stride, classes, 16)
+
+
+def _tile(classes: int, itemsize: int) -> tuple[int, int, int]:
+    """Pixels, classes and warps of a tile: a thread has 16 bytes of logits, and up to seven sums of each.
+
+    4 warps, up to 8 if a tile is to have 32 bytes of each class; more warps leave a thread too few registers.
+    """
     block_c = triton.next_power_of_2(classes)
-    block_p = max(16, 128 * _WORK // block_c)
-    return block_p, block_c, block_p * block_c // (32 * _WORK)
+    work = max(2, 16 // itemsize)
+    block_p = min(max(32 // itemsize, 128 * work // block_c), 256 * work // block_c)
+    return block_p, block_c, block_p * block_c // (32 * work)
 
 
-def softmax_stats(logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int) -> Tensor:
+def _choices(logits: Tensor, pixel_weight: Tensor | None, mode: str, wanted: Sequence[bool]) -> dict[str, Any]:
+    """What is compiled into a kernel."""
+    classes = logits.shape[1]
+    block_p, block_c, warps = _tile(classes, logits.element_size())
+    return {
+        "C": classes,
+        **dict(zip(("SQUARES", "ENTROPY", "SMOOTHING"), map(bool, wanted), strict=True)),
+        "SOFTMAX": mode == "softmax",
+        "HAS_WEIGHT": pixel_weight is not None,
+        "ACC": accumulator(logits.dtype),
+        "BLOCK_P": block_p,
+        "BLOCK_C": block_c,
+        "num_warps": warps,
+        **OPTIONS,
+    }
+
+
+def softmax_stats(
+    logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int, wanted: Sequence[bool]
+) -> Tensor:
     """See :func:`fastunet.aten.softmax_stats`."""
     batch, classes = logits.shape[:2]
     dtype = stats_dtype(logits.dtype)
     pixels = logits.shape[2] * logits.shape[3]
     if batch * pixels == 0:
-        return logits.new_zeros((batch, classes, 6), dtype=dtype)
-    operands, strides = _operands(logits, labels, pixel_weight)
-    block_p, block_c, warps = _tile(classes)
-    programs = min(triton.cdiv(pixels, block_p), max(1, _PROGRAMS // batch))
-    partial = logits.new_empty((programs, batch, classes, 6), dtype=dtype)
+        return logits.new_zeros((batch, classes, 7), dtype=dtype)
+    operands, strides, compiled = _operands(logits, labels, pixel_weight)
+    choices = _choices(logits, pixel_weight, mode, wanted)
+    programs = min(triton.cdiv(pixels, choices["BLOCK_P"]), max(1, _PROGRAMS // batch))
+    partial = logits.new_empty((programs, batch, classes, 7), dtype=dtype)
     _softmax_stats_kernel[(programs * batch,)](
-        *operands, partial, batch, pixels, programs, ignore_index, *strides, classes,
-        SOFTMAX=mode == "softmax", HAS_WEIGHT=pixel_weight is not None, ACC=accumulator(dtype),
-        BLOCK_P=block_p, BLOCK_C=block_c, **OPTIONS, num_warps=warps,
-    )  # fmt: skip
+        *operands, partial, batch, pixels, programs, ignore_index, *strides, **compiled, **choices
+    )
     return sum_slabs(partial)
 
 
 def softmax_stats_backward(
-    dstats: Tensor, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int
+    dstats: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    mode: str,
+    ignore_index: int,
+    wanted: Sequence[bool],
 ) -> Tensor:
     """See :func:`fastunet.aten.softmax_stats_backward`."""
     batch, classes = logits.shape[:2]
@@ -215,12 +294,12 @@ def softmax_stats_backward(
     pixels = logits.shape[2] * logits.shape[3]
     if batch * pixels == 0:
         return dlogits
-    operands, strides = _operands(logits, labels, pixel_weight)
-    block_p, block_c, warps = _tile(classes)
-    tiles = triton.cdiv(pixels, block_p)
+    operands, strides, compiled = _operands(logits, labels, pixel_weight)
+    choices = _choices(logits, pixel_weight, mode, wanted)
+    tiles = triton.cdiv(pixels, choices["BLOCK_P"])
+    _, (stride_dn, stride_dc, stride_dp) = by_pixel(dlogits)
     _softmax_stats_backward_kernel[(tiles * batch,)](
-        dstats.contiguous(), *operands, dlogits, pixels, tiles, ignore_index, *strides, *_by_pixel(dlogits)[1], classes,
-        SOFTMAX=mode == "softmax", HAS_WEIGHT=pixel_weight is not None, ACC=accumulator(dstats.dtype),
-        BLOCK_P=block_p, BLOCK_C=block_c, **OPTIONS, num_warps=warps,
+        dstats.contiguous(), *operands, dlogits, pixels, tiles, ignore_index, *strides, stride_dn, stride_dc,
+        stride_dp=stride_dp, ALIGN_D=alignment(stride_dn, classes), **compiled, **choices,
     )  # fmt: skip
     return dlogits

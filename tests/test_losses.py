@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastunet.losses import DiceCELoss, DiceLoss, check_labels, dice_loss, softmax_stats
+from fastunet.losses import (
+    CrossEntropyLoss,
+    DiceCELoss,
+    DiceLoss,
+    GeneralizedDiceLoss,
+    TverskyLoss,
+    check_labels,
+    dice_loss,
+    softmax_stats,
+)
 
 # The interpreter is numpy, which warns of values that the kernels compute and then mask.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -111,6 +120,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "smooth": {"smooth_nr": 0.5, "smooth_dr": 2.0},
     "weight": {"weight": [0.1, 1.0, 2.0, 0.7]},
     "sigmoid": {"sigmoid": True},
+    "jaccard": {"jaccard": True},
     "everything": {"sigmoid": True, "squared_pred": True, "batch": False, "include_background": False},
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -128,6 +138,8 @@ def test_options_follow_their_definition(options: dict[str, Any]) -> None:
         p, y = p[:, 1:], y[:, 1:]
     axes = (0, 2, 3) if options.get("batch", True) else (2, 3)
     size = (p * p if options.get("squared_pred") else p).sum(axes) + y.sum(axes)
+    if options.get("jaccard"):
+        size = 2 * (size - (p * y).sum(axes))
     score = (2 * (p * y).sum(axes) + options.get("smooth_nr", 1e-5)) / (size + options.get("smooth_dr", 1e-5))
     expected = (1 - score) * torch.tensor(options.get("weight", 1.0), dtype=torch.float64)
     reduce = {"mean": torch.mean, "sum": torch.sum, "none": lambda t: t}[options.get("reduction", "mean")]
@@ -148,6 +160,142 @@ def test_options_agree_with_monai(options: dict[str, Any]) -> None:
     # MONAI's one-hot is float32, and so are the norm that squared_pred takes of it and the class weights.
     close = CLOSE if {"weight", "squared_pred"} & options.keys() else EXACT
     torch.testing.assert_close(value.flatten(), expected.flatten(), **close)
+
+
+def overlaps(logits: Tensor, labels: Tensor, axes: tuple[int, ...] = (0, 2, 3)) -> tuple[Tensor, Tensor, Tensor]:
+    """TP, false positives and false negatives per class."""
+    p, y = logits.double().softmax(1), one_hot(labels, logits.shape[1])
+    return (p * y).sum(axes), (p * (1 - y)).sum(axes), ((1 - p) * y).sum(axes)
+
+
+def test_log_dice_is_minus_the_logarithm_of_the_score() -> None:
+    logits, labels = batch()
+    tp, fp, fn = overlaps(logits, labels)
+    expected = -((2 * tp + 1e-5) / (2 * tp + fp + fn + 1e-5)).log()
+    torch.testing.assert_close(DiceLoss(log=True)(logits, labels), expected.mean(), **EXACT)
+
+
+def test_log_dice_of_a_missed_class_is_finite_without_smoothing() -> None:
+    logits = torch.tensor([1e4, -1e4]).view(1, 2, 1, 1).expand(1, 2, 3, 3).contiguous().requires_grad_()
+    value = DiceLoss(log=True, smooth_nr=0.0)(logits, torch.ones(1, 3, 3, dtype=torch.int64))
+    value.backward()
+    assert value.isfinite()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["batch", "per-sample"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_absent_classes_can_be_left_out(reduction: str, batched: bool) -> None:
+    logits, labels = batch()  # class 3 does not occur
+    labels[0].clamp_(max=1)  # nor class 2 in the first sample
+    tp, fp, fn = overlaps(logits, labels, (0, 2, 3) if batched else (2, 3))
+    loss = 1 - (2 * tp + 1e-5) / (2 * tp + fp + fn + 1e-5)
+    present = tp + fn > 0
+    expected = {"mean": loss[present].mean(), "sum": loss[present].sum(), "none": torch.where(present, loss, 0)}
+    value = DiceLoss(ignore_absent=True, reduction=reduction, batch=batched)(logits, labels)
+    torch.testing.assert_close(value, expected[reduction], **EXACT)
+
+
+def test_no_class_present_is_a_loss_of_zero() -> None:
+    logits, labels = torch.randn(1, 3, 2, 2), torch.full((1, 2, 2), 255)
+    assert DiceLoss(ignore_absent=True, ignore_index=255)(logits, labels) == 0
+
+
+TVERSKY: dict[str, dict[str, Any]] = {
+    "default": {},
+    "recall": {"alpha": 0.3, "beta": 0.7},
+    "jaccard": {"alpha": 1.0, "beta": 1.0, "batch": False},
+    "sum": {"alpha": 0.2, "reduction": "sum", "include_background": False},
+    "none": {"reduction": "none", "batch": False, "smooth_nr": 0.5, "smooth_dr": 2.0},
+}
+
+
+@pytest.mark.parametrize("options", TVERSKY.values(), ids=TVERSKY.keys())
+def test_tversky_follows_its_definition(options: dict[str, Any]) -> None:
+    logits, labels = batch()
+    tp, fp, fn = overlaps(logits, labels, (0, 2, 3) if options.get("batch", True) else (2, 3))
+    score = (tp + options.get("smooth_nr", 1e-5)) / (
+        tp + options.get("alpha", 0.5) * fp + options.get("beta", 0.5) * fn + options.get("smooth_dr", 1e-5)
+    )
+    loss = (1 - score)[..., 0 if options.get("include_background", True) else 1 :]
+    reduce = {"mean": torch.mean, "sum": torch.sum, "none": lambda t: t}[options.get("reduction", "mean")]
+    torch.testing.assert_close(TverskyLoss(**options)(logits, labels), reduce(loss), **EXACT)
+
+
+@pytest.mark.parametrize("options", TVERSKY.values(), ids=TVERSKY.keys())
+def test_tversky_agrees_with_monai(options: dict[str, Any]) -> None:
+    logits, labels = batch()
+    monai = pytest.importorskip("monai.losses", reason="MONAI is an optional oracle: pip install monai")
+    theirs = monai.TverskyLoss(softmax=True, to_onehot_y=True, **{"batch": True, **options})
+    torch.testing.assert_close(TverskyLoss(**options)(logits, labels), theirs(logits, labels.unsqueeze(1)), **EXACT)
+
+
+def test_focal_tversky_is_a_power_of_each_class() -> None:
+    logits, labels = batch()
+    each = TverskyLoss(alpha=0.3, beta=0.7, reduction="none")(logits, labels)
+    value = TverskyLoss(alpha=0.3, beta=0.7, gamma=0.75)(logits, labels)
+    torch.testing.assert_close(value, (each**0.75).mean(), **EXACT)
+
+
+def test_focal_tversky_of_a_perfect_prediction_has_a_finite_gradient() -> None:
+    labels = torch.zeros(1, 3, 3, dtype=torch.int64)  # class 1 is absent and not predicted: a loss of exactly 0
+    logits = (1e4 * (one_hot(labels, 2) - 0.5)).float().requires_grad_()
+    TverskyLoss(gamma=0.75)(logits, labels).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+GENERALIZED: dict[str, dict[str, Any]] = {
+    "default": {},
+    "simple": {"w_type": "simple"},
+    "uniform": {"w_type": "uniform"},
+    "per-sample": {"batch": False, "reduction": "sum"},
+    "no-background": {"include_background": False, "smooth_nr": 0.5, "smooth_dr": 2.0},
+    "none": {"batch": False, "reduction": "none"},
+}
+
+
+@pytest.mark.parametrize("options", GENERALIZED.values(), ids=GENERALIZED.keys())
+def test_generalized_dice_agrees_with_monai(options: dict[str, Any]) -> None:
+    monai = pytest.importorskip("monai.losses", reason="MONAI is an optional oracle: pip install monai")
+    logits, labels = batch()  # the absent class gets the largest weight
+    theirs = monai.GeneralizedDiceLoss(softmax=True, to_onehot_y=True, **{"batch": True, **options})
+    expected = theirs(logits, labels.unsqueeze(1)).flatten()
+    # MONAI computes the weights of classes in float32.
+    torch.testing.assert_close(GeneralizedDiceLoss(**options)(logits, labels).flatten(), expected, **CLOSE)
+
+
+def test_generalized_dice_follows_its_definition() -> None:
+    logits, labels = batch()
+    tp, fp, fn = (t[:3] for t in overlaps(logits, labels))  # class 3 is absent
+    w = 1 / (tp + fn) ** 2
+    expected = 1 - (2 * (w * tp).sum() + 1e-5) / ((w * (2 * tp + fp + fn)).sum() + 1e-5)
+    torch.testing.assert_close(GeneralizedDiceLoss(ignore_absent=True)(logits, labels), expected, **EXACT)
+
+
+def test_generalized_dice_of_nothing_but_ignored_pixels_is_zero() -> None:
+    logits, labels = torch.randn(2, 3, 4, 5, requires_grad=True), torch.full((2, 4, 5), 255)
+    value = GeneralizedDiceLoss(ignore_index=255)(logits, labels)
+    value.backward()
+    assert value == 0
+    assert logits.grad is not None
+    assert (logits.grad == 0).all()
+
+
+def test_nothing_is_ignored_if_ignore_index_is_none(backend: str, device: str) -> None:
+    logits, labels = batch(dtype=torch.float32)
+    value = DiceLoss(ignore_index=None, backend=backend)(logits.to(device), labels.to(device))
+    torch.testing.assert_close(value.cpu().double(), seed002(logits, labels), **CLOSE)
+    with pytest.raises(ValueError, match="got -100"):
+        DiceLoss(ignore_index=None)(logits, torch.full_like(labels, -100))
+
+
+@pytest.mark.parametrize("kind", [DiceLoss, TverskyLoss, GeneralizedDiceLoss, CrossEntropyLoss, DiceCELoss])
+def test_a_loss_of_given_statistics_is_the_loss(kind: Any) -> None:
+    logits, labels = batch()
+    loss = kind()
+    torch.testing.assert_close(loss.from_stats(softmax_stats(logits, labels)), loss(logits, labels), **EXACT)
 
 
 @pytest.mark.parametrize("ignored", [0, 2])
@@ -179,6 +327,42 @@ def test_cross_entropy_is_pytorchs(weight: list[float] | None, reduction: str, b
     value = loss(logits.to(device), labels.to(device)).cpu().double()
     expected = F.cross_entropy(logits.double(), labels, weight=w, ignore_index=3, reduction=reduction)
     torch.testing.assert_close(value, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weight", [None, [0.5, 1.0, 2.0, 0.25]], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_label_smoothing_is_pytorchs(
+    smoothing: float, weight: list[float] | None, reduction: str, backend: str, device: str
+) -> None:
+    logits, labels = batch(dtype=torch.float32)
+    labels[torch.rand(labels.shape) < 0.2] = 255
+    options: dict[str, Any] = {"ignore_index": 255, "reduction": reduction, "label_smoothing": smoothing}
+    loss = CrossEntropyLoss(weight=weight, backend=backend, **options).to(device)
+    w = None if weight is None else torch.tensor(weight, dtype=torch.float64)
+    value = loss(logits.to(device), labels.to(device)).cpu().double()
+    torch.testing.assert_close(value, F.cross_entropy(logits.double(), labels, weight=w, **options), **CLOSE)
+    mine, expected = gradients(
+        lambda x: loss(x.to(device), labels.to(device)),
+        lambda x: F.cross_entropy(x, labels, weight=w, **options),
+        logits,
+    )
+    torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)  # float32; with "sum" gradients are of order 1
+
+
+def test_label_smoothing_in_dice_ce_agrees_with_monai() -> None:
+    monai = pytest.importorskip("monai.losses", reason="MONAI is an optional oracle: pip install monai")
+    logits, labels = batch()
+    theirs = monai.DiceCELoss(softmax=True, to_onehot_y=True, batch=True, label_smoothing=0.2)
+    value = DiceCELoss(label_smoothing=0.2)(logits, labels)
+    torch.testing.assert_close(value, theirs(logits, labels.unsqueeze(1)), **EXACT)
+
+
+def test_smoothed_binary_labels_lie_between_zero_and_one() -> None:
+    logits, labels = torch.randn(2, 3, 5, 4, dtype=torch.float64), torch.randint(0, 2, (2, 3, 5, 4))
+    value = CrossEntropyLoss(sigmoid=True, label_smoothing=0.3)(logits, labels)
+    expected = F.binary_cross_entropy_with_logits(logits, 0.7 * labels.double() + 0.15)
+    torch.testing.assert_close(value, expected, **EXACT)
 
 
 def test_dice_ce_is_dice_plus_cross_entropy() -> None:
@@ -233,6 +417,44 @@ def test_certain_predictions(scale: float, dtype: torch.dtype, backend: str, dev
     wide = logits.double()
     expected = seed002(wide, labels) + F.cross_entropy(wide, labels)
     torch.testing.assert_close(value.cpu().double(), expected, **CLOSE)
+    (gradient,) = torch.autograd.grad(value, x)
+    assert gradient.isfinite().all()
+
+
+ALL_LOSSES: dict[str, Any] = {
+    "dice": DiceLoss(),
+    "squared": DiceLoss(squared_pred=True, batch=False),
+    "jaccard": DiceLoss(jaccard=True, include_background=False),
+    "log-dice": DiceLoss(log=True),
+    "tversky": TverskyLoss(alpha=0.3, beta=0.7),
+    "focal-tversky": TverskyLoss(alpha=0.3, beta=0.7, gamma=0.75),
+    "generalized": GeneralizedDiceLoss(),
+    "ce": CrossEntropyLoss(label_smoothing=0.1, ignore_index=255),
+    "dice-ce": DiceCELoss(weight=[1.0, 2.0, 0.5, 1.0], ignore_absent=True),
+}
+DEGENERATE: dict[str, tuple[Tensor, Tensor]] = {
+    "absent-class": (torch.linspace(-3, 3, 4 * 36).view(1, 4, 6, 6), torch.arange(36).view(1, 6, 6) % 3),
+    "one-class-only": (torch.linspace(3, -3, 4 * 36).view(1, 4, 6, 6), torch.ones(1, 6, 6, dtype=torch.int64)),
+    "right-for-sure": (
+        1e4 * F.one_hot(torch.arange(36).view(1, 6, 6) % 4, 4).movedim(3, 1).float(),
+        torch.arange(36).view(1, 6, 6) % 4,
+    ),
+    "wrong-for-sure": (
+        -1e4 * F.one_hot(torch.arange(36).view(1, 6, 6) % 4, 4).movedim(3, 1).float(),
+        torch.arange(36).view(1, 6, 6) % 4,
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("logits", "labels"), DEGENERATE.values(), ids=DEGENERATE.keys())
+@pytest.mark.parametrize("loss", ALL_LOSSES.values(), ids=ALL_LOSSES.keys())
+def test_degenerate_inputs_give_what_float64_gives(loss: Any, logits: Tensor, labels: Tensor, dtype: Any) -> None:
+    x = logits.to(dtype).requires_grad_()
+    value = loss(x, labels)
+    # A focal loss near 0 raises its rounding errors, of 1e-7, to the power of 0.75.
+    close = {"rtol": 2e-6, "atol": 1e-5} if getattr(loss, "gamma", 1) != 1 else CLOSE
+    torch.testing.assert_close(value.double(), loss(x.detach().double(), labels), **close)
     (gradient,) = torch.autograd.grad(value, x)
     assert gradient.isfinite().all()
 
@@ -324,16 +546,22 @@ def test_bad_arguments_get_one_sentence(arguments: tuple[Tensor, Tensor, dict[st
         ({"weight": [1.0, -1.0]}, "≥ 0"),
         ({"weight": torch.ones(2, 2)}, "one factor"),
         ({"weight": [1.0], "micro": True}, "micro"),
+        ({"kind": TverskyLoss, "gamma": 0.0}, "gamma > 0"),
+        ({"kind": GeneralizedDiceLoss, "w_type": "cubic"}, "w_type 'square', 'simple' or 'uniform'"),
+        ({"kind": GeneralizedDiceLoss, "weight": [1.0]}, "neither micro nor weight"),
+        ({"kind": CrossEntropyLoss, "label_smoothing": 1.5}, "label_smoothing from 0 to 1"),
+        ({"kind": DiceCELoss, "label_smoothing": -0.1}, "label_smoothing from 0 to 1"),
+        ({"kind": CrossEntropyLoss, "reduction": "none"}, "no single pixel"),
     ],
-    ids=["reduction", "negative-weight", "weight-rank", "weight-micro"],
 )
 def test_bad_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    kind = options.pop("kind", DiceLoss)
     with pytest.raises(ValueError, match=message):
-        DiceLoss(**options)
+        kind(**options)
 
 
 def test_dice_ce_refuses_reduction_none() -> None:
-    with pytest.raises(ValueError, match="unlike shapes"):
+    with pytest.raises(ValueError, match="no single pixel"):
         DiceCELoss(reduction="none")
 
 

@@ -54,6 +54,23 @@ def test_one_sigmoid_channel_counts_as_two_classes() -> None:
     assert matrix.matrix.tolist() == counted((logits[:, 0].sigmoid() > 0.5).long(), labels.long(), 2)
 
 
+def test_probabilities_are_compared_with_the_threshold() -> None:
+    logits, labels = torch.randn(2, 1, 5, 6), torch.rand(2, 5, 6) < 0.5
+    from_logits, from_probabilities = ConfusionMatrix(2), ConfusionMatrix(2, threshold=0.5)
+    from_logits.update(logits, labels)
+    from_probabilities.update(logits.sigmoid(), labels)
+    assert torch.equal(from_logits.matrix, from_probabilities.matrix)
+    assert from_logits.matrix[:, 0].sum() > 0
+
+
+def test_ignored_pixels_of_logits_do_not_count(backend: str, device: str) -> None:
+    logits, labels = torch.randn(2, 4, 5, 6), torch.randint(0, 4, (2, 5, 6))
+    labels[:, 1] = 255
+    matrix = ConfusionMatrix(4, ignore_index=255, backend=backend).to(device)
+    matrix.update(logits.to(device), labels.to(device))
+    assert matrix.matrix.tolist() == counted(logits.argmax(1), labels, 4, 255)
+
+
 def test_batches_add_up_and_reset_forgets() -> None:
     prediction, labels = masks()
     whole, parts = ConfusionMatrix(4), ConfusionMatrix(4)
@@ -138,10 +155,11 @@ def test_all_reduce_alone_is_a_copy() -> None:
         (torch.zeros(2, 2, 4, 5), torch.zeros(2, 4, 5).long(), r"expected logits of shape \(N, 3, H, W\)"),
         (torch.zeros(2, 3, 4, 4), torch.zeros(2, 4, 5).long(), r"expected logits of shape \(N, 3, H, W\)"),
         (torch.zeros(2, 4, 4).long(), torch.zeros(2, 4, 5).long(), "expected a mask of the labels' shape"),
-        (torch.zeros(2, 4, 5).long(), torch.full((2, 4, 5), 3), "from 0 to 2 in labels, got 3"),
+        (torch.zeros(2, 3, 4, 5), torch.full((2, 4, 5), 3), "labels from 0 to 2 or ignore_index=None, got 3"),
+        (torch.zeros(2, 4, 5).long(), torch.full((2, 4, 5), 3), "labels from 0 to 2 or ignore_index=None, got 3"),
         (torch.full((2, 4, 5), -1), torch.zeros(2, 4, 5).long(), "from 0 to 2 in the mask, got -1"),
     ],
-    ids=["float-labels", "channels", "size", "mask-size", "label-range", "mask-range"],
+    ids=["float-labels", "channels", "size", "mask-size", "label-range", "label-range-mask", "mask-range"],
 )
 def test_bad_batches_get_one_sentence_and_are_not_counted(prediction: Tensor, labels: Tensor, message: str) -> None:
     matrix = ConfusionMatrix(3)
@@ -152,7 +170,7 @@ def test_bad_batches_get_one_sentence_and_are_not_counted(prediction: Tensor, la
 
 
 def test_one_class_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least 2 classes, got 1"):
+    with pytest.raises(ValueError, match="2 to 256 classes, got 1"):
         ConfusionMatrix(1)
 
 

@@ -183,13 +183,13 @@ def test_softmax_stats_give_cross_entropy_and_the_dice_loss(weighted: bool) -> N
     logits, labels = _rand(2, 4, 5, 7), torch.randint(0, 4, (2, 5, 7))
     dropped = torch.rand(2, 5, 7) < 0.3
     weight = torch.rand(2, 5, 7, dtype=torch.float64) if weighted else None
-    stats = RF.softmax_stats(logits, labels.masked_fill(dropped, 255), weight, "softmax", 255).sum(0)
+    stats = RF.softmax_stats(logits, labels.masked_fill(dropped, 255), weight, "softmax", 255, [True] * 3).sum(0)
     kept = ~dropped if weight is None else ~dropped * weight
     expected = (F.cross_entropy(logits, labels, reduction="none") * kept).sum() / kept.sum()
     torch.testing.assert_close(stats[:, 4].sum() / stats[:, 5].sum(), expected, **CLOSE)
-    tp, p, y, *_ = RF.softmax_stats(logits, labels, None, "softmax", -1).sum(0).unbind(1)
+    tp, p, y, *_ = RF.softmax_stats(logits, labels, None, "softmax", -1, [False] * 3).sum(0).unbind(1)
     torch.testing.assert_close(1 - ((2 * tp + 1e-5) / (p + y + 1e-5)).mean(), RF.dice_loss(logits, labels), **CLOSE)
-    squares = RF.softmax_stats(logits, labels, weight, "softmax", -1)[..., 3]
+    squares = RF.softmax_stats(logits, labels, weight, "softmax", -1, [True, False, False])[..., 3]
     torch.testing.assert_close(squares, logits.softmax(1).square().sum((2, 3)), **CLOSE)
 
 
@@ -197,7 +197,7 @@ def test_sigmoid_stats_give_binary_cross_entropy() -> None:
     logits, labels = _rand(2, 3, 5, 7), torch.randint(0, 2, (2, 3, 5, 7))
     ignored = torch.rand(2, 3, 5, 7) < 0.3
     weight = torch.rand(2, 5, 7, dtype=torch.float64)
-    stats = RF.softmax_stats(logits, labels.masked_fill(ignored, -1), weight, "sigmoid", -1)
+    stats = RF.softmax_stats(logits, labels.masked_fill(ignored, -1), weight, "sigmoid", -1, [True] * 3)
     ce = F.binary_cross_entropy_with_logits(logits, labels.double(), weight.unsqueeze(1), reduction="none")
     torch.testing.assert_close(stats[..., 4], (ce * ~ignored).sum((2, 3)), **CLOSE)
     torch.testing.assert_close(stats[..., 5], (weight.unsqueeze(1) * ~ignored).sum((2, 3)), **CLOSE)
@@ -207,7 +207,8 @@ def test_sigmoid_stats_give_binary_cross_entropy() -> None:
 
 
 def test_confusion_matrix_counts_labels_by_row_and_skips_ignored() -> None:
-    labels = torch.tensor([[[0, 1, 1, 255]]])
-    predicted = torch.tensor([[[0, 1, 0, 1]]])
-    expected = torch.tensor([[1, 0], [1, 1]])
-    assert torch.equal(RF.confusion_matrix(predicted, labels, 2, ignore_index=255), expected)
+    labels = torch.tensor([[[0, 1, 1, 255, 7]]])
+    logits = torch.tensor([[[[5.0, 0.0, 5.0, 0.0, 5.0]], [[1.0, 1.0, 1.0, 1.0, 1.0]]]])  # 0, 1, 0, 1, 0
+    expected = torch.tensor([[1, 0], [1, 1], [1, 0]])
+    assert torch.equal(RF.confusion_matrix(logits, labels, 255, 0.0), expected)
+    assert torch.equal(RF.confusion_matrix(4 - logits[:, :1], labels, 255, 0.0), expected)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastunet import aten, ops
 
 IGNORE = -100
+ALL = [True, True, True]
 # The interpreter is numpy, which warns of values that the kernels compute and then mask.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
@@ -63,14 +64,17 @@ def truth(logits: Tensor, labels: Tensor, weight: Tensor | None, mode: str) -> T
         valid = (labels != IGNORE).unsqueeze(1).expand_as(x)
         log_p = x.log_softmax(1)
         entropy, counted = -log_p * y, y & valid
+        spread, known = -log_p, counted.any(1, keepdim=True)
     else:
         labels = labels.view_as(x)
         y, valid = labels == 1, labels != IGNORE
         log_p = torch.nn.functional.logsigmoid(x)
         entropy = -torch.where(y, log_p, torch.nn.functional.logsigmoid(-x))
-        counted = valid
+        spread = -log_p - torch.nn.functional.logsigmoid(-x)
+        counted = known = valid
     p = log_p.exp() * valid
     columns = [p * y, p, (y & valid).double(), p * p, torch.where(counted, w * entropy, 0), counted * w]
+    columns.append(torch.where(known, w * spread, 0))
     return torch.stack([t.sum((2, 3)) for t in columns], -1)
 
 
@@ -93,7 +97,7 @@ GRADIENT = {
 def check(logits: Tensor, labels: Tensor, weight: Tensor | None, mode: str, backend: str) -> None:
     """Forward and backward against the truth."""
     x = logits.detach().requires_grad_()
-    stats = ops.softmax_stats(x, labels, weight, mode, IGNORE, backend)
+    stats = ops.softmax_stats(x, labels, weight, mode, IGNORE, ALL, backend)
     assert stats.dtype == aten.stats_dtype(logits.dtype)
     torch.testing.assert_close(stats.double(), truth(logits, labels, weight, mode).detach(), **SUM)
     dstats = torch.randn_like(stats)
@@ -106,6 +110,29 @@ def check(logits: Tensor, labels: Tensor, weight: Tensor | None, mode: str, back
 @case
 def test_equals_float64_truth(case: Case, backend: str, device: str) -> None:
     check(*make(case, device), case.mode, backend)
+
+
+COLUMNS = [[3], [4, 5], [6]]
+
+
+@pytest.mark.parametrize("wanted", [[w == k for w in range(3)] for k in range(4)], ids=["p2", "ce", "smooth", "none"])
+@pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
+def test_columns_not_wanted_are_zero_and_get_no_gradient(
+    wanted: list[bool], mode: str, backend: str, device: str
+) -> None:
+    logits, labels, weight = make(Case((2, 3, 5, 4), mode, weighted=True), device)
+    x = logits.requires_grad_()
+    stats = ops.softmax_stats(x, labels, weight, mode, IGNORE, wanted, backend)
+    expected = truth(logits, labels, weight, mode).detach()
+    dropped = [c for asked, columns in zip(wanted, COLUMNS, strict=True) if not asked for c in columns]
+    expected[..., dropped] = 0
+    torch.testing.assert_close(stats.double(), expected, **SUM)
+    dstats = torch.randn_like(stats)
+    (dx,) = torch.autograd.grad(stats, x, dstats)
+    dstats[..., dropped] = 0
+    torch.testing.assert_close(
+        dx.double(), truth_gradient(dstats, logits, labels, weight, mode), **GRADIENT[torch.float32]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -121,14 +148,14 @@ def test_label_dtypes(dtype: torch.dtype, backend: str, device: str) -> None:
     logits = torch.randn(2, 5, 3, 4, device=device)
     labels = torch.randint(0, 5, (2, 3, 4), device=device)
     labels[0, 0, 0] = 100
-    expected = ops.softmax_stats(logits, labels, None, "softmax", 100, "torch")
-    stats = ops.softmax_stats(logits, labels.to(dtype), None, "softmax", 100, backend)
+    expected = ops.softmax_stats(logits, labels, None, "softmax", 100, ALL, "torch")
+    stats = ops.softmax_stats(logits, labels.to(dtype), None, "softmax", 100, ALL, backend)
     torch.testing.assert_close(stats, expected, **SUM)
 
 
 def test_bool_labels_in_sigmoid_mode(backend: str, device: str) -> None:
     logits, labels = torch.randn(2, 1, 3, 4, device=device), torch.rand(2, 3, 4, device=device) < 0.5
-    stats = ops.softmax_stats(logits, labels, None, "sigmoid", IGNORE, backend)
+    stats = ops.softmax_stats(logits, labels, None, "sigmoid", IGNORE, ALL, backend)
     torch.testing.assert_close(stats.double(), truth(logits, labels.long(), None, "sigmoid"), **SUM)
 
 
@@ -159,14 +186,14 @@ def test_layouts(layout: Callable[[Tensor], Tensor], mode: str, backend: str, de
 def test_gradient_keeps_the_memory_format(layout: str, backend: str, device: str) -> None:
     x = LAYOUTS[layout](torch.randn(2, 3, 4, 5, device=device)).requires_grad_()
     labels = torch.zeros(2, 4, 5, dtype=torch.int64, device=device)
-    (dx,) = torch.autograd.grad(ops.softmax_stats(x, labels, None, "softmax", IGNORE, backend).sum(), x)
+    (dx,) = torch.autograd.grad(ops.softmax_stats(x, labels, None, "softmax", IGNORE, ALL, backend).sum(), x)
     assert dx.stride() == x.stride()
 
 
 def test_an_incoming_gradient_of_any_strides(backend: str, device: str) -> None:
     logits, labels, _ = make(Case((2, 3, 4, 5)), device)
-    dstats = torch.randn(6, 3, 2, device=device).permute(2, 1, 0)
-    arguments = (logits, labels, None, "softmax", IGNORE, backend)
+    dstats = torch.randn(7, 3, 2, device=device).permute(2, 1, 0)
+    arguments = (logits, labels, None, "softmax", IGNORE, ALL, backend)
     expected = ops.softmax_stats_backward(dstats.contiguous(), *arguments)
     torch.testing.assert_close(ops.softmax_stats_backward(dstats, *arguments), expected, rtol=0, atol=0)
 
@@ -175,7 +202,7 @@ def test_a_program_walks_many_tiles(device: str, monkeypatch: pytest.MonkeyPatch
     pytest.importorskip("triton")
     kernels = importlib.import_module("fastunet.kernels.softmax_stats")
     monkeypatch.setattr(kernels, "_PROGRAMS", 4)
-    check(*make(Case((2, 5, 31, 29), weighted=True), device), "softmax", "triton")  # 8 tiles, 2 programs a sample
+    check(*make(Case((2, 5, 31, 29), weighted=True), device), "softmax", "triton")  # 15 tiles, 2 programs a sample
 
 
 @pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
@@ -189,7 +216,7 @@ def test_ignored_pixels_leave_no_trace(mode: str, backend: str, device: str) -> 
     else:
         logits.masked_fill_(ignored, float("nan"))
     x = logits.requires_grad_()
-    stats = ops.softmax_stats(x, labels, weight, mode, IGNORE, backend)
+    stats = ops.softmax_stats(x, labels, weight, mode, IGNORE, ALL, backend)
     clean = logits.detach().nan_to_num()
     torch.testing.assert_close(stats.double(), truth(clean, labels, weight.nan_to_num(), mode), **SUM)
     (dx,) = torch.autograd.grad(stats, x, torch.randn_like(stats))
@@ -201,7 +228,7 @@ def test_ignored_pixels_leave_no_trace(mode: str, backend: str, device: str) -> 
 def test_all_ignored_is_zero(backend: str, device: str) -> None:
     x = torch.randn(2, 3, 4, 5, device=device, requires_grad=True)
     labels = torch.full((2, 4, 5), IGNORE, device=device)
-    stats = ops.softmax_stats(x, labels, None, "softmax", IGNORE, backend)
+    stats = ops.softmax_stats(x, labels, None, "softmax", IGNORE, ALL, backend)
     (dx,) = torch.autograd.grad(stats.sum(), x)
     assert (stats == 0).all()
     assert (dx == 0).all()
@@ -217,7 +244,7 @@ def test_a_label_out_of_range_is_no_class(wrong: int, backend: str, device: str)
 def test_a_negative_ignore_index_does_not_wrap_around_in_uint8(backend: str, device: str) -> None:
     logits = torch.randn(1, 200, 3, 3, device=device)
     labels = torch.full((1, 3, 3), 156, dtype=torch.uint8, device=device)  # −100 in 8 bits
-    stats = ops.softmax_stats(logits, labels, None, "softmax", -100, backend)
+    stats = ops.softmax_stats(logits, labels, None, "softmax", -100, ALL, backend)
     assert stats[0, 156, 2] == 9
 
 
@@ -232,7 +259,7 @@ def test_large_logits(dtype: torch.dtype, mode: str, backend: str, device: str) 
 def test_small_entropies_keep_their_digits(backend: str, device: str) -> None:
     logits = torch.full((1, 1, 4, 4), 15.0, device=device)
     labels = torch.ones(1, 1, 4, 4, dtype=torch.int64, device=device)
-    stats = ops.softmax_stats(logits, labels, None, "sigmoid", IGNORE, backend)
+    stats = ops.softmax_stats(logits, labels, None, "sigmoid", IGNORE, ALL, backend)
     entropy = truth(logits, labels, None, "sigmoid")[0, 0, 4]  # 16·log(1 + e⁻¹⁵) = 4.9e-6
     torch.testing.assert_close(stats[0, 0, 4].double(), entropy, rtol=1e-5, atol=0)
 
@@ -240,10 +267,10 @@ def test_small_entropies_keep_their_digits(backend: str, device: str) -> None:
 def test_infinite_logits_as_in_cross_entropy(backend: str, device: str) -> None:
     logits = torch.tensor([0.0, 1.0, -float("inf")], device=device).view(1, 3, 1, 1)
     labels = torch.tensor([[[0]]], device=device)
-    stats = ops.softmax_stats(logits, labels, None, "softmax", IGNORE, backend)
+    stats = ops.softmax_stats(logits, labels, None, "softmax", IGNORE, ALL, backend)
     entropy = torch.nn.functional.cross_entropy(logits, labels)
     torch.testing.assert_close(stats[0, :, 4].sum(), entropy, **SUM)
-    never = ops.softmax_stats(logits, torch.full_like(labels, 2), None, "softmax", IGNORE, backend)
+    never = ops.softmax_stats(logits, torch.full_like(labels, 2), None, "softmax", IGNORE, ALL, backend)
     assert never[0, 2, 4] == float("inf")
     assert never[0, :2].isfinite().all()
 
@@ -253,7 +280,7 @@ def test_nan_shows_in_its_sample_only(mode: str, backend: str, device: str) -> N
     logits, labels, _ = make(Case((2, 3, 5, 4), mode), device)
     labels.clamp_(min=0)
     logits[1, 2, 3, 1] = float("nan")
-    stats = ops.softmax_stats(logits, labels, None, mode, IGNORE, backend)
+    stats = ops.softmax_stats(logits, labels, None, mode, IGNORE, ALL, backend)
     assert stats[0].isfinite().all()
     assert stats[1, 2, [1, 3]].isnan().all()
     if mode == "sigmoid":
@@ -264,8 +291,8 @@ def test_nan_shows_in_its_sample_only(mode: str, backend: str, device: str) -> N
 def test_empty(shape: tuple[int, int, int, int], backend: str, device: str) -> None:
     x = torch.randn(shape, device=device, requires_grad=True)
     labels = torch.zeros((shape[0], *shape[2:]), dtype=torch.int64, device=device)
-    stats = ops.softmax_stats(x, labels, None, "softmax", IGNORE, backend)
-    assert stats.shape == (shape[0], 3, 6)
+    stats = ops.softmax_stats(x, labels, None, "softmax", IGNORE, ALL, backend)
+    assert stats.shape == (shape[0], 3, 7)
     assert (stats == 0).all()
     assert torch.autograd.grad(stats.sum(), x)[0].shape == shape
 
@@ -276,17 +303,17 @@ def test_gradcheck(mode: str, backend: str, device: str) -> None:
         pytest.skip("float64 kernels are for the interpreter")
     x, labels, weight = make(Case((1, 3, 2, 2), mode, weighted=True), device, torch.float64)
     x.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: ops.softmax_stats(x, labels, weight, mode, IGNORE, backend), (x,))
+    assert torch.autograd.gradcheck(lambda x: ops.softmax_stats(x, labels, weight, mode, IGNORE, ALL, backend), (x,))
 
 
 @pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
 def test_opcheck(mode: str, backend: str, device: str) -> None:
     x, labels, weight = make(Case((2, 3, 4, 5), mode, weighted=True), device)
     for logits in (x, x.contiguous(memory_format=torch.channels_last)):
-        arguments = (logits.clone().requires_grad_(), labels, weight, mode, IGNORE, backend)
+        arguments = (logits.clone().requires_grad_(), labels, weight, mode, IGNORE, ALL, backend)
         torch.library.opcheck(torch.ops.fastunet.softmax_stats.default, arguments)
-        dstats = torch.randn(2, 3, 6, device=device)
-        backward = (dstats, logits, labels, weight, mode, IGNORE, backend)
+        dstats = torch.randn(2, 3, 7, device=device)
+        backward = (dstats, logits, labels, weight, mode, IGNORE, ALL, backend)
         torch.library.opcheck(torch.ops.fastunet.softmax_stats_backward.default, backward)
 
 
@@ -294,7 +321,7 @@ def test_compiles_to_one_graph(backend: str, device: str) -> None:
     x, labels, weight = make(Case((2, 3, 4, 5), weighted=True), device)
 
     def f(x: Tensor) -> Tensor:
-        return ops.softmax_stats(x, labels, weight, "softmax", IGNORE, backend).square().sum()
+        return ops.softmax_stats(x, labels, weight, "softmax", IGNORE, ALL, backend).square().sum()
 
     eager, compiled = x.clone().requires_grad_(), x.clone().requires_grad_()
     f(eager).backward()
@@ -309,8 +336,8 @@ def test_the_same_bits_on_every_run(mode: str, backend: str, device: str) -> Non
     runs = []
     with deterministic():
         for _ in range(3):
-            stats = ops.softmax_stats(x, labels, weight, mode, IGNORE, backend)
-            dx = ops.softmax_stats_backward(torch.ones_like(stats), x, labels, weight, mode, IGNORE, backend)
+            stats = ops.softmax_stats(x, labels, weight, mode, IGNORE, ALL, backend)
+            dx = ops.softmax_stats_backward(torch.ones_like(stats), x, labels, weight, mode, IGNORE, ALL, backend)
             runs.append((stats, dx))
     for stats, dx in runs[1:]:
         assert torch.equal(stats, runs[0][0])
@@ -345,13 +372,13 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_torch_backend_makes_no_tensor_of_the_size_of_the_logits(layout: str) -> None:
-    logits = LAYOUTS[layout](torch.randn(4, 22, 128, 128))
-    labels = torch.randint(0, 22, (4, 128, 128))
+    logits = LAYOUTS[layout](torch.randn(4, 22, 256, 256))
+    labels = torch.randint(0, 22, (4, 256, 256))
     with Largest(logits, labels) as forward:
-        stats = aten.softmax_stats(logits, labels, None, "softmax", IGNORE)
+        stats = aten.softmax_stats(logits, labels, None, "softmax", IGNORE, ALL)
     assert forward.elements <= logits.numel() // 4
     with Largest(logits, labels) as backward:
-        gradient = aten.softmax_stats_backward(stats, logits, labels, None, "softmax", IGNORE)
+        gradient = aten.softmax_stats_backward(stats, logits, labels, None, "softmax", IGNORE, ALL)
     backward.known.add(gradient.untyped_storage().data_ptr())
     assert backward.elements == gradient.numel()
 
@@ -363,7 +390,7 @@ def test_gpu_memory_is_the_gradient_and_little_else(device: str) -> None:
     labels = torch.zeros(4, 256, 256, dtype=torch.int64, device=device)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    ops.softmax_stats(x, labels, None, "softmax", IGNORE, "triton").sum().backward()
+    ops.softmax_stats(x, labels, None, "softmax", IGNORE, ALL, "triton").sum().backward()
     extra = torch.cuda.max_memory_allocated() - before - x.numel() * x.element_size()
     assert extra <= x.numel() * x.element_size() // 10
 
@@ -375,7 +402,7 @@ def test_more_than_two_to_the_31_elements(device: str) -> None:
     logits.data[0, 1, -1, -1] = 10
     labels = torch.zeros(1, 2**15 + 1, 2**15, dtype=torch.uint8, device=device)
     labels[0, -1, -1] = 1
-    stats = ops.softmax_stats(logits, labels, None, "softmax", IGNORE, "triton")
+    stats = ops.softmax_stats(logits, labels, None, "softmax", IGNORE, ALL, "triton")
     (dx,) = torch.autograd.grad(stats[0, 1, 0], logits)
     p = torch.tensor([0.0, 10.0]).softmax(0)
     torch.testing.assert_close(stats[0, 1, 0].cpu(), p[1], **SUM)

@@ -149,30 +149,37 @@ def one_hot(labels: Tensor, n_classes: int, ignore_index: int, dtype: torch.dtyp
     return hot.to(dtype)
 
 
-def softmax_stats(logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int) -> Tensor:
-    """Sums over the pixels not labelled ``ignore_index``, per sample and class: (N, C, 6) of
-    Σp·y, Σp, Σy, Σp², Σw·y·CE, Σw·y.
+def softmax_stats(
+    logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int, wanted: Sequence[bool]
+) -> Tensor:
+    """Sums over the pixels not labelled ``ignore_index``, per sample and class: (N, C, 7) of
+    Σp·y, Σp, Σy, Σp², Σw·y·CE, Σw·y, Σw·S.
 
-    ``mode`` "softmax": p = softmax of logits (N, C, H, W), labels (N, H, W) are classes, y their one-hot and
-    CE = −log p. "sigmoid": p = sigmoid, labels (N, C, H, W), or (N, H, W) for C = 1, are 0 or 1,
-    y = [label = 1], CE = −y·log p − (1 − y)·log(1 − p) over all pixels, and the last two sums are Σw·CE and Σw.
-    ``pixel_weight`` w is (N, H, W), or None for 1.
+    ``mode`` "softmax": p = softmax of logits (N, C, H, W), labels (N, H, W) are classes, y their one-hot, CE = −log p,
+    and S = −log p of pixels that have a class. "sigmoid": p = sigmoid, labels (N, C, H, W), or (N, H, W) for C = 1, are
+    0 or 1, y = [label = 1], CE = −y·log p − (1 − y)·log(1 − p) over all pixels, S = −log p − log(1 − p), and the sums
+    are Σw·CE and Σw. ``pixel_weight`` w is (N, H, W), or None for 1. The columns 3, 4 and 5, and 6 are 0 unless
+    ``wanted``.
     """
     if mode == "softmax":
-        p, log_p = logits.softmax(1), logits.log_softmax(1)
+        p, cost = logits.softmax(1), -logits.log_softmax(1)
         valid = (labels != ignore_index).unsqueeze(1)
         y = share = one_hot(labels, logits.shape[1], ignore_index, torch.bool)
-        ce = torch.where(y, -log_p, 0)
+        ce, spread = torch.where(y, cost, 0), torch.where(y.any(1, keepdim=True), cost, 0)
     else:
         p = logits.sigmoid()
         labels = labels.view_as(logits)
         valid = share = labels != ignore_index
         y = valid & (labels == 1)
         ce = torch.where(valid, -F.logsigmoid(torch.where(y, logits, -logits)), 0)
+        spread = torch.where(valid, -F.logsigmoid(logits) - F.logsigmoid(-logits), 0)
     p = torch.where(valid, p, 0)
     w = torch.ones_like(logits[:, 0]) if pixel_weight is None else pixel_weight.to(logits.dtype)
     w = w.unsqueeze(1)
-    return torch.stack([v.sum((2, 3)) for v in (p * y, p, y.to(p.dtype), p * p, w * ce, w * share)], 2)
+    columns = [p * y, p, y.to(p.dtype), p * p, w * ce, w * share, w * spread]
+    computed = [True, True, True, wanted[0], wanted[1], wanted[1], wanted[2]]
+    sums = [v.sum((2, 3)) if asked else p.new_zeros(p.shape[:2]) for v, asked in zip(columns, computed, strict=True)]
+    return torch.stack(sums, 2)
 
 
 def _overlaps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,10 +205,17 @@ def soft_miou(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
     return ((tp + smooth) / (tp + fn + fp + smooth)).mean()
 
 
-def confusion_matrix(predicted: Tensor, labels: Tensor, n_classes: int, ignore_index: int = -100) -> Tensor:
-    """(C, C) int64 counts of pixels by [label, predicted class], from two (N, H, W); none where ``ignore_index``."""
+def confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int, threshold: float) -> Tensor:
+    """(C + 1, C) int64 counts of pixels by [label, class of the largest logit]; the last row: labels that are no class.
+
+    Of a single channel class 1 is what exceeds ``threshold``, and C is 2; ``ignore_index`` does not count.
+    """
+    classes = max(logits.shape[1], 2)
+    guess = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > threshold).to(torch.int64)
     kept = labels != ignore_index
-    counts = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=labels.device)
-    for truth, guess in zip(labels[kept].tolist(), predicted[kept].tolist(), strict=True):
-        counts[truth, guess] += 1
+    truth = torch.where((labels >= 0) & (labels < classes), labels, classes)
+    counts = torch.zeros(classes + 1, classes, dtype=torch.int64, device=labels.device)
+    for row in range(classes + 1):
+        for column in range(classes):
+            counts[row, column] = (kept & (truth == row) & (guess == column)).sum()
     return counts

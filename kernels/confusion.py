@@ -1,0 +1,96 @@
+"""Counts of true against predicted classes, in one pass over the logits.
+
+For every pixel whose label is not ignore_index: counts[label, prediction] += 1, where the prediction is the class of
+the largest logit (the first of equals; NaN wins, as in torch.argmax) or, of a single channel, 1 above the threshold and
+else 0. Labels that are no class are counted in a last row.
+
+Layout: as softmax_stats. Bytes moved: logits and labels are read once. Counts are integers, so every order of summation
+gives the same result: a program counts its tiles in a histogram of its own; where that would not fit in registers the
+programs add to the counts in memory, atomically.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastunet.kernels.common import OPTIONS, accumulator
+from fastunet.kernels.softmax_stats import alignment, by_pixel
+
+_PROGRAMS = 1024
+_CELLS = 1 << 20  # of all programs' histograms together
+_LARGEST_HISTOGRAM = 4096  # 32 registers a thread
+
+
+@triton.jit(do_not_specialize=["programs", "ignore_index"])
+def _confusion_matrix_kernel(
+    logits_ptr, labels_ptr, counts_ptr, pixels, programs, ignore_index,
+    stride_xn, stride_xc, stride_yn, stride_yp,
+    stride_xp: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr, THRESHOLD: tl.constexpr, ACC: tl.constexpr,
+    CELLS: tl.constexpr, HISTOGRAM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Tiles program, program + programs, … of sample n: row CLASSES of the counts is for labels that are no class."""
+    CLASSES: tl.constexpr = max(C, 2)
+    program = tl.program_id(0) % programs
+    n = (tl.program_id(0) // programs).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    histogram = tl.zeros([CELLS], tl.int32)
+    for tile in range(program, tl.cdiv(pixels, BLOCK_P), programs):
+        pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+        row = pixel < pixels
+        inside = row[:, None] & (c < C)[None, :]
+        sample_ptr = logits_ptr + tl.multiple_of(n * stride_xn, ALIGN)
+        x_ptr = sample_ptr + (pixel * stride_xp)[:, None] + (c.to(tl.int64) * stride_xc)[None, :]
+        x = tl.load(x_ptr, mask=inside, other=0.0).to(ACC)
+        if C == 1:
+            guess = (tl.max(x, axis=1) > THRESHOLD).to(tl.int32)
+        else:
+            nan = x != x
+            number = tl.where((c < C)[None, :] & (x == x), x, float("-inf"))
+            largest = number == tl.max(number, axis=1)[:, None]
+            rank = tl.where((c < C)[None, :], tl.where(nan, 2, tl.where(largest, 1, 0)), 0)
+            guess = tl.argmax(rank, axis=1)
+        label = tl.load(labels_ptr + n * stride_yn + pixel * stride_yp, mask=row, other=0).to(tl.int64)
+        counted = row & (label != ignore_index)
+        label = tl.where((label >= 0) & (label < CLASSES), label, CLASSES).to(tl.int32)
+        cell = label * CLASSES + guess
+        if HISTOGRAM:  # what does not count goes to its last cell
+            histogram += tl.histogram(tl.where(counted, cell, CELLS - 1), CELLS)
+        else:
+            tl.atomic_add(counts_ptr + cell, tl.full([BLOCK_P], 1, tl.int64), mask=counted, sem="relaxed")
+    if HISTOGRAM:
+        cells = tl.arange(0, CELLS)
+        tl.store(counts_ptr + tl.program_id(0).to(tl.int64) * CELLS + cells, histogram)
+
+
+def confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int, threshold: float) -> Tensor:
+    """See :func:`fastunet.aten.confusion_matrix`."""
+    batch, channels = logits.shape[:2]
+    classes = max(channels, 2)
+    pixels = logits.shape[2] * logits.shape[3]
+    if batch * pixels == 0:
+        return torch.zeros((classes + 1, classes), dtype=torch.int64, device=logits.device)
+    if labels.dtype == torch.bool:
+        labels = labels.view(torch.uint8)
+    logits, (stride_xn, stride_xc, stride_xp) = by_pixel(logits)
+    labels, (stride_yn, _, stride_yp) = by_pixel(labels.unsqueeze(1))
+    used = (classes + 1) * classes
+    cells = int(triton.next_power_of_2(used + 1))
+    small = cells <= _LARGEST_HISTOGRAM
+    block_c = triton.next_power_of_2(channels)
+    block_p = max(16, 2048 // block_c)
+    most = min(_PROGRAMS, _CELLS // cells) if small else _PROGRAMS
+    programs = min(triton.cdiv(pixels, block_p), max(1, most // batch))
+    if small:
+        counts = torch.empty((programs * batch, cells), dtype=torch.int32, device=logits.device)
+    else:
+        counts = torch.zeros((1, used), dtype=torch.int64, device=logits.device)
+    _confusion_matrix_kernel[(programs * batch,)](
+        logits, labels, counts, pixels, programs, ignore_index, stride_xn, stride_xc, stride_yn, stride_yp,
+        stride_xp=stride_xp, C=channels, ALIGN=alignment(stride_xn, channels), THRESHOLD=threshold,
+        ACC=accumulator(logits.dtype), CELLS=cells if small else 1, HISTOGRAM=small, BLOCK_P=block_p, BLOCK_C=block_c,
+        **OPTIONS, num_warps=4 if channels <= 128 else 8,
+    )  # fmt: skip
+    return counts.sum(0)[:used].view(classes + 1, classes)
