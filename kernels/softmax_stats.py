@@ -34,21 +34,16 @@ _PROGRAMS = 1024  # of the forward pass; a constant, so that the order of summat
 
 
 @triton.jit
-def _load_tile(
-    logits_ptr, labels_ptr, weight_ptr, n, pixel, c, pixels, ignore_index,
-    stride_xn, stride_xc, stride_yn, stride_yc, stride_yp,
-    stride_xp: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
-    SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr,
+def load_labels(
+    labels_ptr, weight_ptr, n, pixel, c, pixels, ignore_index, stride_yn, stride_yc, stride_yp,
+    C: tl.constexpr, SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Logits, y, validity (ignored: 0) and known (has a class), pixels × classes, and weight (pixels × 1).
+    """y, validity (ignored: 0) and known (has a class), pixels × classes, and weight (pixels × 1).
 
     ``pixel`` (int64) are pixels of sample n. In sigmoid mode known is validity.
     """
     row = pixel < pixels
     inside = row[:, None] & (c < C)[None, :]
-    sample_ptr = logits_ptr + tl.multiple_of(n * stride_xn, ALIGN)
-    x_ptr = sample_ptr + (pixel * stride_xp)[:, None] + (c.to(tl.int64) * stride_xc)[None, :]
-    x = tl.load(x_ptr, mask=inside, other=0.0).to(ACC)
     if SOFTMAX:
         label = tl.load(labels_ptr + n * stride_yn + pixel * stride_yp, mask=row, other=0).to(tl.int64)
         valid = inside & (label != ignore_index)[:, None]
@@ -65,7 +60,17 @@ def _load_tile(
         w = tl.load(weight_ptr + n * pixels + pixel, mask=row, other=0.0).to(ACC)[:, None]
     else:
         w = tl.full([1, 1], 1.0, ACC)
-    return x, y, valid, known, w
+    return y, valid, known, w
+
+
+@triton.jit
+def _load_logits(
+    logits_ptr, n, pixel, c, pixels, stride_xn, stride_xc,
+    stride_xp: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    sample_ptr = logits_ptr + tl.multiple_of(n * stride_xn, ALIGN)
+    x_ptr = sample_ptr + (pixel * stride_xp)[:, None] + (c.to(tl.int64) * stride_xc)[None, :]
+    return tl.load(x_ptr, mask=(pixel < pixels)[:, None] & (c < C)[None, :], other=0.0).to(ACC)
 
 
 @triton.jit
@@ -92,82 +97,30 @@ def _log1p(e):
     return tl.where(u == 1.0, e, tl.log(u) * (e / (u - 1.0)))
 
 
-@triton.jit(do_not_specialize=["batch", "programs", "ignore_index"])
-def _softmax_stats_kernel(
-    logits_ptr, labels_ptr, weight_ptr, partial_ptr, batch, pixels, programs, ignore_index,
-    stride_xn, stride_xc, stride_yn, stride_yc, stride_yp,
-    stride_xp: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
-    SQUARES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr,
-    SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """partial[program, n, :, :] = the seven sums over tiles program, program + programs, … of sample n."""
-    program = tl.program_id(0) % programs
-    n = (tl.program_id(0) // programs).to(tl.int64)
-    c = tl.arange(0, BLOCK_C)
-    tp = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    p_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    y_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    p2_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    ce_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    w_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    spread_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    for tile in range(program, tl.cdiv(pixels, BLOCK_P), programs):
-        pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-        x, y, valid, known, w = _load_tile(
-            logits_ptr, labels_ptr, weight_ptr, n, pixel, c, pixels, ignore_index,
-            stride_xn, stride_xc, stride_yn, stride_yc, stride_yp, stride_xp, C, ALIGN, SOFTMAX, HAS_WEIGHT, ACC,
-        )  # fmt: skip
-        if SOFTMAX:
-            p, ce = _softmax(x, c, C)
-            spread = ce
-            counted = y
-        else:
-            p, _, e = _sigmoid(x)
-            tail = _log1p(e)
-            ce = tl.maximum(tl.where(y, -x, x), 0.0, propagate_nan=PROPAGATE_ALL) + tail
-            spread = tl.abs(x) + 2.0 * tail
-            counted = valid
-        p = tl.where(valid, p, 0.0)
-        tp += tl.where(y, p, 0.0)
-        p_sum += p
-        y_sum += tl.where(y, 1.0, 0.0)
-        if SQUARES:
-            p2_sum += p * p
-        if ENTROPY:
-            ce_sum += tl.where(counted, ce * w, 0.0)
-            if HAS_WEIGHT or not SOFTMAX:
-                w_sum += tl.where(counted, w, 0.0)
-        if SMOOTHING:
-            spread_sum += tl.where(known, spread * w, 0.0)
-    if ENTROPY and SOFTMAX and not HAS_WEIGHT:
-        w_sum = y_sum
-    row = partial_ptr + ((program.to(tl.int64) * batch + n) * C + c) * 7
-    inside = c < C
-    tl.store(row, tl.sum(tp, axis=0), mask=inside)
-    tl.store(row + 1, tl.sum(p_sum, axis=0), mask=inside)
-    tl.store(row + 2, tl.sum(y_sum, axis=0), mask=inside)
-    tl.store(row + 3, tl.sum(p2_sum, axis=0), mask=inside)
-    tl.store(row + 4, tl.sum(ce_sum, axis=0), mask=inside)
-    tl.store(row + 5, tl.sum(w_sum, axis=0), mask=inside)
-    tl.store(row + 6, tl.sum(spread_sum, axis=0), mask=inside)
+@triton.jit
+def terms(x, y, valid, known, w, c, C, SOFTMAX: tl.constexpr):
+    """What a tile of logits adds to the sums P, CE, W and S: p, and the terms of the other three, pixels × classes."""
+    if SOFTMAX:
+        p, ce = _softmax(x, c, C)
+        spread = ce
+        counted = y
+    else:
+        p, _, e = _sigmoid(x)
+        tail = _log1p(e)
+        ce = tl.maximum(tl.where(y, -x, x), 0.0, propagate_nan=PROPAGATE_ALL) + tail
+        spread = tl.abs(x) + 2.0 * tail
+        counted = valid
+    p = tl.where(valid, p, 0.0)
+    ce = tl.where(counted, ce * w, 0.0)
+    return p, ce, tl.where(counted, w, 0.0), tl.where(known, spread * w, 0.0)
 
 
-@triton.jit(do_not_specialize=["tiles", "ignore_index"])
-def _softmax_stats_backward_kernel(
-    dstats_ptr, logits_ptr, labels_ptr, weight_ptr, dx_ptr, pixels, tiles, ignore_index,
-    stride_xn, stride_xc, stride_yn, stride_yc, stride_yp, stride_dn, stride_dc,
-    stride_xp: tl.constexpr, stride_dp: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr, ALIGN_D: tl.constexpr,
-    SQUARES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr,
-    SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+@triton.jit
+def gradient(
+    dstats_ptr, n, x, y, valid, known, w, c, C,
+    SQUARES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr, SOFTMAX: tl.constexpr,
 ):  # fmt: skip
-    """dx of one tile of one sample."""
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    pixel = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.arange(0, BLOCK_C)
-    x, y, valid, known, w = _load_tile(
-        logits_ptr, labels_ptr, weight_ptr, n, pixel, c, pixels, ignore_index,
-        stride_xn, stride_xc, stride_yn, stride_yc, stride_yp, stride_xp, C, ALIGN, SOFTMAX, HAS_WEIGHT, ACC,
-    )  # fmt: skip
+    """The gradient of a tile of logits of sample n."""
     row = dstats_ptr + (n * C + c) * 7
     dtp = tl.load(row, mask=c < C, other=0.0)[None, :]
     dp = tl.load(row + 1, mask=c < C, other=0.0)[None, :]
@@ -195,10 +148,92 @@ def _softmax_stats_backward_kernel(
             dx += w * dce * tl.where(y, -p_not, p)
         if SMOOTHING:
             dx += w * dspread * (p - p_not)
+    return tl.where(valid, dx, 0.0)
+
+
+@triton.jit
+def store_stats(
+    partial_ptr, slab, c, C, tp, p_sum, y_sum, p2_sum, ce_sum, w_sum, spread_sum,
+):  # fmt: skip
+    """Write the seven sums, added up over the tile's pixels, into row ``slab`` (int64) of partial (…, C, 7)."""
+    row = partial_ptr + (slab * C + c) * 7
+    inside = c < C
+    tl.store(row, tl.sum(tp, axis=0), mask=inside)
+    tl.store(row + 1, tl.sum(p_sum, axis=0), mask=inside)
+    tl.store(row + 2, tl.sum(y_sum, axis=0), mask=inside)
+    tl.store(row + 3, tl.sum(p2_sum, axis=0), mask=inside)
+    tl.store(row + 4, tl.sum(ce_sum, axis=0), mask=inside)
+    tl.store(row + 5, tl.sum(w_sum, axis=0), mask=inside)
+    tl.store(row + 6, tl.sum(spread_sum, axis=0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["batch", "programs", "ignore_index"])
+def _softmax_stats_kernel(
+    logits_ptr, labels_ptr, weight_ptr, partial_ptr, batch, pixels, programs, ignore_index,
+    stride_xn, stride_xc, stride_yn, stride_yc, stride_yp,
+    stride_xp: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
+    SQUARES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr,
+    SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """partial[program, n, :, :] = the seven sums over tiles program, program + programs, … of sample n."""
+    program = tl.program_id(0) % programs
+    n = (tl.program_id(0) // programs).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
+    tp = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    p_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    y_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    p2_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    ce_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    w_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    spread_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    for tile in range(program, tl.cdiv(pixels, BLOCK_P), programs):
+        pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+        x = _load_logits(logits_ptr, n, pixel, c, pixels, stride_xn, stride_xc, stride_xp, C, ALIGN, ACC)
+        y, valid, known, w = load_labels(
+            labels_ptr, weight_ptr, n, pixel, c, pixels, ignore_index, stride_yn, stride_yc, stride_yp,
+            C, SOFTMAX, HAS_WEIGHT, ACC,
+        )  # fmt: skip
+        p, ce, share, spread = terms(x, y, valid, known, w, c, C, SOFTMAX)
+        tp += tl.where(y, p, 0.0)
+        p_sum += p
+        y_sum += tl.where(y, 1.0, 0.0)
+        if SQUARES:
+            p2_sum += p * p
+        if ENTROPY:
+            ce_sum += ce
+            if HAS_WEIGHT or not SOFTMAX:
+                w_sum += share
+        if SMOOTHING:
+            spread_sum += spread
+    if ENTROPY and SOFTMAX and not HAS_WEIGHT:
+        w_sum = y_sum
+    store_stats(
+        partial_ptr, program.to(tl.int64) * batch + n, c, C, tp, p_sum, y_sum, p2_sum, ce_sum, w_sum, spread_sum
+    )
+
+
+@triton.jit(do_not_specialize=["tiles", "ignore_index"])
+def _softmax_stats_backward_kernel(
+    dstats_ptr, logits_ptr, labels_ptr, weight_ptr, dx_ptr, pixels, tiles, ignore_index,
+    stride_xn, stride_xc, stride_yn, stride_yc, stride_yp, stride_dn, stride_dc,
+    stride_xp: tl.constexpr, stride_dp: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr, ALIGN_D: tl.constexpr,
+    SQUARES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr,
+    SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx of one tile of one sample."""
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    pixel = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.arange(0, BLOCK_C)
+    x = _load_logits(logits_ptr, n, pixel, c, pixels, stride_xn, stride_xc, stride_xp, C, ALIGN, ACC)
+    y, valid, known, w = load_labels(
+        labels_ptr, weight_ptr, n, pixel, c, pixels, ignore_index, stride_yn, stride_yc, stride_yp,
+        C, SOFTMAX, HAS_WEIGHT, ACC,
+    )  # fmt: skip
+    dx = gradient(dstats_ptr, n, x, y, valid, known, w, c, C, SQUARES, ENTROPY, SMOOTHING, SOFTMAX)
     sample_ptr = dx_ptr + tl.multiple_of(n * stride_dn, ALIGN_D)
     dx_ptrs = sample_ptr + (pixel * stride_dp)[:, None] + (c.to(tl.int64) * stride_dc)[None, :]
     inside = (pixel < pixels)[:, None] & (c < C)[None, :]
-    tl.store(dx_ptrs, tl.where(valid, dx, 0.0).to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 def by_pixel(t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
