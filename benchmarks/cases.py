@@ -61,6 +61,9 @@ class Case:
             once = 2 * pixels * (channels + self.skip) * self.filters * self.kernel**2
         elif self.op == "conv_transpose2d":
             once = 2 * batch * height * width * channels * self.filters * self.kernel**2
+        elif self.op.startswith("head"):
+            product = 2 * batch * height * width * channels * self.filters
+            return product * (1 if self.mode == "inference" else 4)  # the backward makes the logits again
         else:
             return 0
         return once * (1 if self.mode != "training" else 2 if self.image else 3)
@@ -230,6 +233,18 @@ def _confusion_matrix(case: Case, device: Any) -> Operands:
     return logits, labels, -100, 0.0
 
 
+def _head_stats(case: Case, device: Any) -> Operands:
+    channels = case.shape[1]
+    weight = case.random_weight((case.filters, channels, 1, 1), channels, device)
+    bias = torch.randn(case.filters, dtype=case.dtype, device=device)
+    logits = replace(case, shape=(case.shape[0], case.filters, *case.shape[2:]))
+    return *case.source(channels, device), weight, bias, *_softmax_stats(logits, device)[1:]
+
+
+def _head_stats_backward(case: Case, operands: Operands, results: Operands) -> Operands:
+    return torch.randn_like(results[0]), *operands, [True, True, True]
+
+
 _OPERANDS: dict[str, Callable[[Case, Any], Operands]] = {
     "affine_act": _affine_act,
     "bn_affine": _bn_affine,
@@ -239,6 +254,7 @@ _OPERANDS: dict[str, Callable[[Case, Any], Operands]] = {
     "upsample_concat": _upsample_concat,
     "softmax_stats": _softmax_stats,
     "confusion_matrix": _confusion_matrix,
+    "head_stats": _head_stats,
 }
 _BACKWARD: dict[str, Callable[[Case, Operands, Operands], Operands]] = {
     "affine_act": _affine_act_backward,
@@ -248,6 +264,7 @@ _BACKWARD: dict[str, Callable[[Case, Operands, Operands], Operands]] = {
     "max_pool2x2": _max_pool2x2_backward,
     "upsample_concat": _upsample_concat_backward,
     "softmax_stats": _softmax_stats_backward,
+    "head_stats": _head_stats_backward,
 }
 
 
@@ -294,6 +311,14 @@ CASES = [
     Case("confusion_matrix", (8, 22, 512, 512), mode="inference"),
     Case("confusion_matrix", (8, 1, 512, 512), loss="sigmoid", dtype=FP32, layout="contiguous", mode="inference"),
     Case("confusion_matrix", (8, 256, 128, 128), mode="inference"),
+    Case("head_stats", (8, 64, 512, 512), filters=22, kernel=1),
+    Case("head_stats", (8, 64, 512, 512), filters=2, kernel=1),
+    Case("head_stats", (8, 64, 512, 512), filters=1, kernel=1, loss="sigmoid"),
+    Case("head_stats", (8, 64, 512, 512), filters=22, kernel=1, dtype=FP32),
+    Case("head_stats", (8, 64, 512, 512), filters=22, kernel=1, wanted=(True, True, True), weighted=True),
+    Case("head_stats", (8, 128, 256, 256), filters=64, kernel=1),
+    Case("head_stats", (8, 40, 128, 128), filters=256, kernel=1, wanted=(True, True, True)),
+    Case("head_stats", (2, 5, 37, 53), filters=3, kernel=1, loss="sigmoid", dtype=FP16, weighted=True),
 ]
 
 
@@ -331,4 +356,5 @@ SMALL_CASES = [
     Case("affine_act", (2, 16, 128, 128), dtype=FP32),
     Case("softmax_stats", (2, 22, 128, 128), dtype=FP32),
     Case("confusion_matrix", (2, 22, 128, 128), dtype=FP32, mode="inference"),
+    Case("head_stats", (2, 16, 128, 128), filters=22, kernel=1, dtype=FP32),
 ]

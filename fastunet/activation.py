@@ -160,6 +160,24 @@ def conv_transpose2d(act: Activation, conv: nn.ConvTranspose2d, stats: bool, con
     return Raw(*ops.call(ops.conv_transpose2d, *act, weight, bias, stats, config.backend))
 
 
+def head_stats(
+    act: Activation,
+    conv: nn.Conv2d,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    mode: str,
+    ignore_index: int,
+    wanted: list[bool],
+    config: Config,
+) -> Tensor:
+    """The statistics (N, K, 7) of a 1×1 convolution's output, which is not stored; see :mod:`fastunet.losses`."""
+    act, weight, bias = _operands(act, conv.weight, conv.bias, config)
+    stats: Tensor = ops.call(
+        ops.head_stats, *act, weight, bias, labels, pixel_weight, mode, ignore_index, wanted, config.backend
+    )
+    return stats
+
+
 def uses_batch_stats(bn: nn.BatchNorm2d) -> bool:
     """Whether ``bn`` normalises by the statistics of the batch, as nn.BatchNorm2d decides it."""
     return bn.training or (bn.running_mean is None and bn.running_var is None)

@@ -617,6 +617,110 @@ def _zero_missing(t: Tensor, missing: Tensor | None) -> Tensor:
     return t if missing is None else t.masked_fill(missing, 0)
 
 
+# ---- the logit-free head -----------------------------------------------------------------------------------------
+
+
+def _head_runs(
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
+) -> Iterator[tuple[int, slice, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
+    """Runs of one sample's pixels that fit a CPU's cache, so that there is no tensor of the logits' size.
+
+    (sample, pixels, x (1, C, 1, P), its value (P, C), logits (1, K, 1, P), labels, pixel weights); value and logits in
+    stats_dtype.
+    """
+    batch, channels, height, width = x.shape
+    rows = channels_last(x).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+    filters = weight.flatten(1).to(stats_dtype(x.dtype))
+    step = max(1, (1 << 18 if x.device.type == "cpu" else 1 << 23) // max(channels, weight.shape[0]))
+    flat, weights = (None if t is None else t.flatten(-2) for t in (labels, pixel_weight))
+    for n in range(batch):
+        for start in range(0, height * width, step):
+            pixels = slice(start, start + step)
+            part = rows[n, pixels].t()[None, :, None]
+            z = _normalise(part, affine, relu)[0, :, 0].t().to(filters.dtype)
+            logits = z @ filters.t() if bias is None else torch.addmm(bias.to(filters.dtype), z, filters.t())
+            yield (
+                n,
+                pixels,
+                part,
+                z,
+                logits.t()[None, :, None],
+                None if flat is None else flat[n : n + 1, ..., None, pixels],
+                None if weights is None else weights[n : n + 1, None, pixels],
+            )
+
+
+def head_stats(
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    mode: str,
+    ignore_index: int,
+    wanted: Sequence[bool],
+) -> Tensor:
+    """:func:`softmax_stats` (N, K, 7) of the logits that weight (K, C, 1, 1) and bias make of a source.
+
+    The logits are never stored: they exist for a run of pixels at a time, unrounded, in stats_dtype.
+    """
+    stats = x.new_zeros((x.shape[0], weight.shape[0], 7), dtype=stats_dtype(x.dtype))
+    for n, _, _, _, logits, label, w in _head_runs(x, affine, relu, weight, bias, labels, pixel_weight):
+        assert label is not None
+        stats[n] += softmax_stats(logits, label, w, mode, ignore_index, wanted)[0]
+    return stats
+
+
+def head_stats_backward(
+    dstats: Tensor,
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    mode: str,
+    ignore_index: int,
+    wanted: Sequence[bool],
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dx, daffine, dweight, dbias); those not asked for in ``mask`` (source, weight, bias) are empty."""
+    filters = weight.flatten(1).to(dstats.dtype)
+    dfilters, dbias = torch.zeros_like(filters), filters.new_zeros(filters.shape[0])
+    dx = torch.empty_like(x, memory_format=torch.channels_last) if mask[0] else x.new_empty(0)
+    daffine = _nothing(x, 1)[0] if affine is None or not mask[0] else torch.zeros_like(affine)
+    rows = dx.permute(0, 2, 3, 1).view(x.shape[0], -1, x.shape[1]) if dx.numel() else dx
+    for n, pixels, part, z, logits, label, w in _head_runs(x, affine, relu, weight, bias, labels, pixel_weight):
+        assert label is not None
+        g = softmax_stats_backward(dstats[n : n + 1], logits, label, w, mode, ignore_index, wanted)[0, :, 0].t()
+        if mask[1]:
+            dfilters.addmm_(g.t(), z)
+        if mask[2]:
+            dbias += g.sum(0)
+        if mask[0]:
+            dz = (g @ filters).to(x.dtype).t()[None, :, None]
+            dpart, share = _normalise_backward(dz, part, affine, relu, z.to(x.dtype).t()[None, :, None])
+            rows[n, pixels] = dpart[0, :, 0].t()
+            if affine is not None:
+                daffine += share
+    dweight = torch.empty_like(weight, memory_format=memory_format(weight)) if mask[1] else weight.new_empty(0)
+    return (
+        dx,
+        daffine,
+        dweight.copy_(dfilters.view(weight.shape)) if mask[1] else dweight,
+        dbias.to(weight.dtype) if mask[2] else weight.new_empty(0),
+    )
+
+
 # ---- confusion matrix --------------------------------------------------------------------------------------------
 
 

@@ -192,6 +192,13 @@ class OutConv(LazyBlock):
         return lazily([self.conv], placed, config)
 
 
+def head_conv(module: nn.Module) -> nn.Conv2d | None:
+    """The 1×1 convolution that a head is, if that is all it is and nobody listens to its calls."""
+    if isinstance(module, OutConv) and module.is_lazy():
+        module = module.conv
+    return module if _is_conv(module) and module.kernel_size == (1, 1) else None  # type: ignore[return-value]
+
+
 class Down(LazyModule):
     """2×2 max-pool, then :class:`DoubleConv`: (N, in, H, W) → (N, out, H // 2, W // 2)."""
 

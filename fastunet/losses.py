@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import ops
+from fastunet.activation import Activation, Config, head_stats
+from fastunet.blocks import untouched
 from fastunet.weight_map import unet_weight_map
 
 __all__ = [
@@ -55,26 +57,29 @@ def check_labels(labels: Tensor, n_classes: int, ignore_index: int | None = -100
         )
 
 
-def _check(logits: Tensor, labels: Tensor, mode: str, ignore_index: int | None, pixel_weight: Tensor | None) -> None:
+def _check(
+    shape: Sequence[int],
+    device: torch.device,
+    labels: Tensor,
+    mode: str,
+    ignore_index: int | None,
+    pixel_weight: Tensor | None,
+) -> None:
+    """What statistics of logits of ``shape`` (N, C, H, W) are to be made with."""
     if mode not in MODES:
         raise ValueError(f"expected mode 'softmax' or 'sigmoid', got {mode!r}")
-    if logits.dim() != 4:
-        raise ValueError(f"expected logits of shape (N, C, H, W), got {tuple(logits.shape)}; reshape them")
-    if not logits.is_floating_point():
-        raise TypeError(f"expected floating-point logits, got {logits.dtype}; pass the network's output, not a mask")
-    batch, classes, height, width = logits.shape
+    shape = tuple(shape)
+    batch, classes, height, width = shape
     if not 1 <= classes <= MAX_CLASSES:
         raise ValueError(f"expected logits with 1 to {MAX_CLASSES} classes, got {classes}")
     if labels.dtype not in _LABEL_DTYPES and not (mode == "sigmoid" and labels.dtype == torch.bool):
         raise TypeError(f"expected integer labels (uint8 to int64), got {labels.dtype}; convert them with .long()")
     plane = (batch, height, width)
-    if not (mode == "sigmoid" and labels.shape == logits.shape) and (
-        labels.shape != plane or (mode == "sigmoid" and classes > 1)
-    ):
-        expected = logits.shape if mode == "sigmoid" else plane
+    given = tuple(labels.shape)
+    if not (mode == "sigmoid" and given == shape) and (given != plane or (mode == "sigmoid" and classes > 1)):
+        expected = shape if mode == "sigmoid" else plane
         raise ValueError(
-            f"expected labels of shape {tuple(expected)} for logits of shape {tuple(logits.shape)} in {mode} mode, "
-            f"got {tuple(labels.shape)}"
+            f"expected labels of shape {expected} for logits of shape {shape} in {mode} mode, got {given}"
         )
     if pixel_weight is not None:
         if pixel_weight.shape != plane or not pixel_weight.is_floating_point():
@@ -85,8 +90,8 @@ def _check(logits: Tensor, labels: Tensor, mode: str, ignore_index: int | None, 
         if pixel_weight.requires_grad:
             raise ValueError("expected a pixel_weight without requires_grad, since none is computed; detach() it")
     for name, t in (("labels", labels), ("pixel_weight", pixel_weight)):
-        if t is not None and t.device != logits.device:
-            raise ValueError(f"expected {name} on {logits.device}, where the logits are, got {t.device}; move them")
+        if t is not None and t.device != device:
+            raise ValueError(f"expected {name} on {device}, where the logits are, got {t.device}; move them")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         check_labels(labels, classes if mode == "softmax" else 2, ignore_index)
 
@@ -135,7 +140,11 @@ def softmax_stats(
         ValueError, TypeError: a wrong shape, dtype, device or mode; on the CPU also a label out of range, which
             elsewhere counts as no class (see :func:`check_labels`).
     """
-    _check(logits, labels, mode, ignore_index, pixel_weight)
+    if logits.dim() != 4:
+        raise ValueError(f"expected logits of shape (N, C, H, W), got {tuple(logits.shape)}; reshape them")
+    if not logits.is_floating_point():
+        raise TypeError(f"expected floating-point logits, got {logits.dtype}; pass the network's output, not a mask")
+    _check(logits.shape, logits.device, labels, mode, ignore_index, pixel_weight)
     ignored = NEVER if ignore_index is None else ignore_index
     wanted = [squares, entropy, smoothing]
     stats: Tensor = ops.call(ops.softmax_stats, logits, labels, pixel_weight, mode, ignored, wanted, backend)
@@ -160,7 +169,7 @@ def dice_loss(
     return value
 
 
-class _StatsLoss(nn.Module):
+class StatsLoss(nn.Module):
     """A loss of the statistics: the options that all have in common, and one pass over the logits."""
 
     weight: Tensor | None
@@ -195,23 +204,36 @@ class _StatsLoss(nn.Module):
 
     def stats(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
         """The statistics (N, C, 7) that :meth:`from_stats` needs."""
-        if self.weight is not None and logits.dim() == 4 and self.weight.shape[0] != logits.shape[1]:
-            raise ValueError(
-                f"expected one weight for each of the {logits.shape[1]} classes, got {self.weight.shape[0]}"
-            )
-        return softmax_stats(
-            logits,
-            labels,
-            mode="sigmoid" if logits.dim() == 4 and self._takes_sigmoid(logits.shape[1]) else "softmax",
-            ignore_index=self.ignore_index,
-            pixel_weight=pixel_weight,
-            **self._wanted(),
-            backend=self.backend,
-        )
+        settings = self._settings(logits.shape[1]) if logits.dim() == 4 else {}
+        return softmax_stats(logits, labels, pixel_weight=pixel_weight, **settings, backend=self.backend)
+
+    def head_stats(
+        self, act: Activation, conv: nn.Conv2d, labels: Tensor, pixel_weight: Tensor | None, config: Config
+    ) -> Tensor:
+        """:meth:`stats` of the logits that a 1×1 convolution makes of an activation; the logits are never stored."""
+        settings = self._settings(conv.out_channels)
+        mode, ignore_index = settings.pop("mode"), settings.pop("ignore_index")
+        if pixel_weight is not None and not settings["entropy"]:
+            raise ValueError(f"expected no pixel_weight with {type(self).__name__}, which has no cross-entropy to weigh")
+        shape = (act.x.shape[0], conv.out_channels, act.x.shape[2], act.x.shape[3])
+        _check(shape, act.x.device, labels, mode, ignore_index, pixel_weight)
+        ignored = NEVER if ignore_index is None else ignore_index
+        return head_stats(act, conv, labels, pixel_weight, mode, ignored, list(settings.values()), config)
+
+    def _settings(self, classes: int) -> dict[str, Any]:
+        """The arguments of :func:`softmax_stats` for logits of so many classes."""
+        if self.weight is not None and self.weight.shape[0] != classes:
+            raise ValueError(f"expected one weight for each of the {classes} classes, got {self.weight.shape[0]}")
+        mode = "sigmoid" if self._takes_sigmoid(classes) else "softmax"
+        return {"mode": mode, "ignore_index": self.ignore_index, **self._wanted()}
 
     def from_stats(self, stats: Tensor) -> Tensor:
         """The loss of statistics (N, C, 7) as :func:`softmax_stats` returns them."""
         raise NotImplementedError
+
+    def plain(self) -> bool:
+        """Whether a call is :meth:`from_stats` of :meth:`stats` and nothing else: no subclass of a user's, no hook."""
+        return type(self).__module__ == __name__ and untouched(self, type(self))
 
     def _wanted(self) -> dict[str, bool]:
         """The columns of the statistics that not every loss needs."""
@@ -221,7 +243,7 @@ class _StatsLoss(nn.Module):
         return classes == 1 if self.sigmoid is None else self.sigmoid
 
 
-class _OverlapLoss(_StatsLoss):
+class _OverlapLoss(StatsLoss):
     """A loss per class from TP, Σp, Σy; the sums over batch and classes before it, and the reduction after it."""
 
     def __init__(
@@ -422,7 +444,7 @@ class GeneralizedDiceLoss(_OverlapLoss):
         return loss.mean() if self.reduction == "mean" else loss.sum()
 
 
-class CrossEntropyLoss(_StatsLoss):
+class CrossEntropyLoss(StatsLoss):
     """``torch.nn.CrossEntropyLoss`` of integer labels, with weights for pixels too.
 
     Σ [(1 − ε)·weight_y·w·(−log p_y) + ε/C·Σ_k weight_k·w·(−log p_k)] / Σ weight_y·w over the pixels, y being a pixel's
@@ -475,7 +497,7 @@ def _check_entropy(reduction: str, label_smoothing: float) -> None:
         raise ValueError(f"expected label_smoothing from 0 to 1, got {label_smoothing}")
 
 
-def _cross_entropy(loss: _StatsLoss, stats: Tensor, label_smoothing: float) -> Tensor:
+def _cross_entropy(loss: StatsLoss, stats: Tensor, label_smoothing: float) -> Tensor:
     """Cross-entropy of statistics, with the options of ``loss``."""
     ce, total, spread = stats[..., 4:].sum(0).unbind(-1)
     if label_smoothing > 0:

@@ -19,6 +19,7 @@ from fastunet.blocks import (
     ConvSequence,
     DoubleConv,
     Down,
+    LazyBlock,
     LazyModule,
     OutConv,
     StridedDown,
@@ -29,12 +30,14 @@ from fastunet.blocks import (
     conv_bn_relu,
     descend,
     enlarge,
+    head_conv,
     lazily,
     pool,
     run,
     strided_ascend,
     strided_descend,
 )
+from fastunet.losses import StatsLoss
 
 
 class _Network(nn.Module):
@@ -84,7 +87,55 @@ class _Network(nn.Module):
         return Activation(x), self.config.like(x, self)
 
 
-class UNet(_Network):
+class _LogitNetwork(_Network):
+    """A network that ends in a 1×1 convolution to logits, which its loss and its predictions do without."""
+
+    def _decode(self, x: Tensor) -> tuple[Activation, Config]:
+        """What the head reads, and the configuration of this forward."""
+        raise NotImplementedError
+
+    @property
+    def _head(self) -> nn.Module:
+        """An :class:`OutConv`, a 1×1 convolution, or what somebody put in its place."""
+        raise NotImplementedError
+
+    def _logits(self, act: Activation, config: Config) -> Tensor:
+        head = self._head
+        if isinstance(head, LazyBlock):
+            return run(head, Placed.alone(act), config).tensor(config)
+        return lazily([head], Placed.alone(act), config).tensor(config)
+
+    def loss(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        criterion: Callable[..., Tensor],
+        pixel_weight: Tensor | None = None,
+    ) -> Tensor:
+        """``criterion`` of this network's logits and ``labels``, without a tensor of the logits' size.
+
+        The value and the gradients of ``criterion(logits, labels)``, or ``criterion(logits, labels, pixel_weight)``,
+        where logits are what the last convolution gives (:class:`BrainUNet` puts a sigmoid behind it). A loss of
+        :mod:`fastunet.losses` is computed in one pass over the last activation, forward and backward; of 16-bit
+        networks its logits are not rounded. For any other criterion, or a head that has hooks or was replaced, the
+        logits are stored as usual. Under DDP wrap a module whose forward calls this: DDP sees only calls of itself.
+
+        Args:
+            x: (N, C, H, W), as in a call.
+            labels, pixel_weight: as ``criterion`` takes them; :func:`fastunet.losses.softmax_stats`.
+
+        Raises:
+            ValueError, TypeError: as a call, or as the loss.
+        """
+        act, config = self._decode(x)
+        conv = head_conv(self._head)
+        if conv is not None and isinstance(criterion, StatsLoss) and criterion.plain():
+            return criterion.from_stats(criterion.head_stats(act, conv, labels, pixel_weight, config))
+        weights = () if pixel_weight is None else (pixel_weight,)
+        return criterion(self._logits(act, config), labels, *weights)
+
+
+class UNet(_LogitNetwork):
     """The U-Net of milesial/Pytorch-UNet: its attributes, state_dict keys and outputs.
 
     Args:
@@ -135,7 +186,7 @@ class UNet(_Network):
         self.outc = OutConv(base_c, n_classes)
         self._configure()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _decode(self, x: Tensor) -> tuple[Activation, Config]:
         act, config = self._enter(x)
         act = self._stage(config, run, self.inc, Placed.alone(act))
         skips = []
@@ -144,8 +195,14 @@ class UNet(_Network):
             skips.append(skip)
         for up in (self.up1, self.up2, self.up3, self.up4):
             act = self._stage(config, ascend, up, act, skips.pop())
-        act = run(self.outc, Placed.alone(act), config)
-        return act.tensor(config)
+        return act, config
+
+    @property
+    def _head(self) -> nn.Module:
+        return self.outc
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._logits(*self._decode(x))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Upstream checkpoints carry the mask's values among the weights: kept as an attribute.
@@ -208,7 +265,7 @@ class StridedUNet(_Network):
         return run(self.o, placed, config).tensor(config)
 
 
-class _HubNetwork(_Network):
+class _HubNetwork(_LogitNetwork):
     """Four encoders with max-pooling, a bottleneck, four decoders behind 2×2 transposed convolutions.
 
     Concatenation is (up, skip). Subclasses name the modules.
@@ -241,7 +298,7 @@ class _HubNetwork(_Network):
     def _pool(self, level: int) -> nn.Module:
         raise NotImplementedError
 
-    def _decode(self, x: Tensor, head: nn.Module) -> Tensor:
+    def _decode(self, x: Tensor) -> tuple[Activation, Config]:
         act, config = self._enter(x)
         skips = []
         for level in (1, 2, 3, 4):
@@ -253,7 +310,7 @@ class _HubNetwork(_Network):
             up = enlarge(self.get_submodule(f"upconv{level}"), act, config)
             placed = Placed.with_skip(up, skips.pop(), skip_first=False)
             act = self._stage(config, run, self.get_submodule(f"decoder{level}"), placed)
-        return lazily([head], Placed.alone(act), config).tensor(config)
+        return act, config
 
 
 class PlainUNet(_HubNetwork):
@@ -301,8 +358,12 @@ class PlainUNet(_HubNetwork):
     def _add_head(self, head: nn.Conv2d) -> None:
         self.output = head
 
+    @property
+    def _head(self) -> nn.Module:
+        return self.output
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._decode(x, self.output)
+        return self._logits(*self._decode(x))
 
 
 class BrainUNet(_HubNetwork):
@@ -351,5 +412,9 @@ class BrainUNet(_HubNetwork):
     def _add_head(self, head: nn.Conv2d) -> None:
         self.conv = head
 
+    @property
+    def _head(self) -> nn.Module:
+        return self.conv
+
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self._decode(x, self.conv))
+        return torch.sigmoid(self._logits(*self._decode(x)))

@@ -798,15 +798,22 @@ def _check_softmax_stats(
     ignore_index: int,
     wanted: Sequence[bool],
 ) -> None:
-    if len(wanted) != 3:
-        raise ValueError(f"expected wanted to be 3 booleans, got {len(wanted)}")
     if logits.dim() != 4 or logits.shape[1] > 256:
         raise ValueError(f"expected logits of shape (N, C, H, W) with at most 256 classes, got {_shape(logits)}")
-    batch, classes, height, width = logits.shape
+    _check_statistics(logits.shape, labels, pixel_weight, mode, wanted)
+
+
+def _check_statistics(
+    shape: Sequence[int], labels: Tensor, pixel_weight: Tensor | None, mode: str, wanted: Sequence[bool]
+) -> None:
+    """What statistics of logits of ``shape`` are made with."""
+    if len(wanted) != 3:
+        raise ValueError(f"expected wanted to be 3 booleans, got {len(wanted)}")
+    batch, classes, height, width = shape
     plane = (batch, height, width)
     fits = tuple(labels.shape) == plane if mode == "softmax" or classes == 1 else False
-    if not fits and not (mode == "sigmoid" and labels.shape == logits.shape):
-        raise ValueError(f"expected labels of shape {plane} for logits of shape {_shape(logits)}, got {_shape(labels)}")
+    if not fits and not (mode == "sigmoid" and tuple(labels.shape) == tuple(shape)):
+        raise ValueError(f"expected labels of shape {plane} for logits of shape {tuple(shape)}, got {_shape(labels)}")
     if pixel_weight is not None and tuple(pixel_weight.shape) != plane:
         raise ValueError(f"expected pixel_weight of shape {plane}, got {_shape(pixel_weight)}")
 
@@ -822,6 +829,110 @@ softmax_stats_backward = _register(
     "softmax_stats_backward(Tensor dstats, Tensor logits, Tensor labels, Tensor? pixel_weight, str mode,"
     " int ignore_index, bool[] wanted, str backend) -> Tensor",
     _softmax_stats_backward_fake,
+)
+
+
+# ---- head_stats --------------------------------------------------------------------------------------------------
+
+
+class _HeadStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        affine: Tensor | None,
+        relu: bool,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        pixel_weight: Tensor | None,
+        mode: str,
+        ignore_index: int,
+        wanted: Sequence[bool],
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, affine, weight, bias, labels, pixel_weight)
+        ctx.config = (relu, mode, ignore_index, wanted, backend)
+        return _below_autograd(  # type: ignore[no-any-return]
+            head_stats, x, affine, relu, weight, bias, labels, pixel_weight, mode, ignore_index, wanted, backend
+        )
+
+    @staticmethod
+    @_first_order
+    def backward(ctx: Any, dstats: Tensor) -> Any:
+        x, affine, weight, bias, labels, pixel_weight = ctx.saved_tensors
+        relu, mode, ignore_index, wanted, backend = ctx.config
+        need = ctx.needs_input_grad
+        dx, daffine, dweight, dbias = head_stats_backward(
+            dstats, x, affine, relu, weight, bias, labels, pixel_weight, mode, ignore_index, wanted,
+            [need[0] or need[1], need[3], need[4]], backend,
+        )  # fmt: skip
+        return (
+            _given(dx, need[0]), _given(daffine, need[1]), None,
+            _given(dweight, need[3]), _given(dbias, need[4]), *(None,) * 6,
+        )  # fmt: skip
+
+
+def _head_stats_fake(
+    x: Tensor, affine: Tensor | None, relu: bool, weight: Tensor, bias: Tensor | None, *settings: Any
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0], 7), dtype=stats_dtype(x.dtype))
+
+
+def _head_stats_backward_fake(
+    dstats: Tensor,
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    mode: str,
+    ignore_index: int,
+    wanted: Sequence[bool],
+    mask: Sequence[bool],
+    backend: str,
+) -> Any:
+    source = _source_gradient_fake(x, affine) if mask[0] else (x.new_empty(0), _empty_stats(x))
+    return (*source, *_weight_gradient_fake(weight, mask[1], mask[2], weight.shape[0]))
+
+
+def _check_head(x: Tensor, affine: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
+    _check_source(x, affine, x)
+    _check_filters(weight, bias, x, 1, x.shape[1], (1,))
+    if weight.shape[0] > 256:
+        raise ValueError(f"expected a weight of at most 256 classes, got {weight.shape[0]}")
+
+
+def _check_head_stats(
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    mode: str,
+    ignore_index: int,
+    wanted: Sequence[bool],
+) -> None:
+    _check_head(x, affine, weight, bias)
+    _check_statistics((x.shape[0], weight.shape[0], *x.shape[2:]), labels, pixel_weight, mode, wanted)
+
+
+head_stats = _register(
+    "head_stats(Tensor x, Tensor? affine, bool relu, Tensor weight, Tensor? bias, Tensor labels, Tensor? pixel_weight,"
+    " str mode, int ignore_index, bool[] wanted, str backend) -> Tensor",
+    _head_stats_fake,
+    _HeadStats,
+    _check_head_stats,
+)
+head_stats_backward = _register(
+    "head_stats_backward(Tensor dstats, Tensor x, Tensor? affine, bool relu, Tensor weight, Tensor? bias,"
+    " Tensor labels, Tensor? pixel_weight, str mode, int ignore_index, bool[] wanted, bool[] mask, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _head_stats_backward_fake,
 )
 
 

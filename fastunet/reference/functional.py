@@ -182,6 +182,23 @@ def softmax_stats(
     return torch.stack(sums, 2)
 
 
+def head_stats(
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    mode: str,
+    ignore_index: int,
+    wanted: Sequence[bool],
+) -> Tensor:
+    """:func:`softmax_stats` of the logits that a 1×1 convolution, weight (K, C, 1, 1), makes of a source."""
+    logits = F.conv2d(affine_act(x, affine, relu), weight, bias)
+    return softmax_stats(logits, labels, pixel_weight, mode, ignore_index, wanted)
+
+
 def _overlaps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Per class, over the batch: true positives Σp·y, false positives Σp − Σp·y, false negatives Σy − Σp·y."""
     p = logits.softmax(1)

@@ -1,0 +1,303 @@
+"""The logit-free head: 1×1 convolution and softmax (or sigmoid) statistics in one pass over the last activation.
+
+    z = act(scale·(x − centre) + shift)    logits = z·Wᵀ + bias    stats = the seven sums of ``softmax_stats.py``
+
+Backward, with z and the logits computed again and g = the gradient of the logits as there:
+
+    dz = g·W    dW = gᵀ·z    dbias = Σ g    dx and daffine from dz as in ``affine.py``
+
+Inference: the class of the largest logit, a mask of σ(logit) > threshold, or probabilities, straight from the tile.
+
+Layout: x in NHWC memory, W a matrix (K, C); a tile is pixels × all K classes, for which a program walks the channels.
+Logits stay in registers, in float32: unlike those that pass through memory they are not rounded to x's dtype.
+Bytes moved: forward reads x and labels; backward reads both again and writes dx; more than 64 channels (32 with
+more than 32 classes) are read once more for each further 64. Accumulation: float32 (float64 for float64). Sums in a fixed order: a program keeps one per
+element of its tile while it walks the tiles of one sample, adds those up over the tile's pixels into its slab, and
+sum_slabs adds up the programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastunet.architecture import architecture
+from fastunet.aten import memory_format, stats_dtype
+from fastunet.kernels.affine import source_backward, store_affine_gradient
+from fastunet.kernels.common import (
+    OPTIONS,
+    Source,
+    accumulator,
+    block,
+    load_affine,
+    normalise,
+    precision,
+    sum_slabs,
+)
+from fastunet.kernels.softmax_stats import by_pixel, gradient, load_labels, store_stats, terms
+
+_PROGRAMS = 1024  # a constant, so that the order of summation is the same on every GPU
+_TILES = 4  # a program walks at least as many, if there are: what it adds to a slab of sums costs little beside them
+
+
+@triton.jit
+def _load_z(
+    x_ptr, affine_ptr, pixel, c, inside, C: tl.constexpr, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """x of pixels (int64, counted over the batch) × channels, and z in x's dtype; 0 in channels beyond C."""
+    mask = inside[:, None] & (c < C)[None, :]
+    x = tl.load(x_ptr + pixel[:, None] * C + c[None, :], mask=mask, other=0.0)
+    scale, shift, centre = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)
+    return x, normalise(x, scale, shift, centre, HAS_AFFINE, RELU, ACC).to(x.dtype)
+
+
+@triton.jit
+def _logits(
+    x_ptr, affine_ptr, w_ptr, bias_ptr, pixel, k, inside,
+    C: tl.constexpr, K: tl.constexpr, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Logits of pixels × classes, in ACC."""
+    acc = tl.zeros([BLOCK_P, BLOCK_K], ACC)
+    for first in tl.static_range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        _, z = _load_z(x_ptr, affine_ptr, pixel, c, inside, C, HAS_AFFINE, RELU, ACC)
+        w = tl.load(w_ptr + k[None, :] * C + c[:, None], mask=(c < C)[:, None] & (k < K)[None, :], other=0.0)
+        acc = tl.dot(z, w, acc, input_precision=PRECISION, out_dtype=ACC)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
+    return acc
+
+
+@triton.jit(do_not_specialize=["batch", "pixels", "programs", "ignore_index"])
+def _head_stats_kernel(
+    x_ptr, affine_ptr, w_ptr, bias_ptr, labels_ptr, weight_ptr, partial_ptr, batch, pixels, programs, ignore_index,
+    stride_yn, stride_yc, stride_yp,
+    C: tl.constexpr, K: tl.constexpr, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SQUARES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr,
+    SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """partial[program, n, :, :] = the seven sums over tiles program, program + programs, … of sample n."""
+    program = tl.program_id(0) % programs
+    n = (tl.program_id(0) // programs).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    tp = tl.zeros([BLOCK_P, BLOCK_K], ACC)
+    p_sum = tl.zeros([BLOCK_P, BLOCK_K], ACC)
+    y_sum = tl.zeros([BLOCK_P, BLOCK_K], ACC)
+    p2_sum = tl.zeros([BLOCK_P, BLOCK_K], ACC)
+    ce_sum = tl.zeros([BLOCK_P, BLOCK_K], ACC)
+    w_sum = tl.zeros([BLOCK_P, BLOCK_K], ACC)
+    spread_sum = tl.zeros([BLOCK_P, BLOCK_K], ACC)
+    for tile in range(program, tl.cdiv(pixels, BLOCK_P), programs):
+        pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+        x = _logits(
+            x_ptr, affine_ptr, w_ptr, bias_ptr, n * pixels + pixel, k, pixel < pixels, C, K, HAS_AFFINE, RELU, HAS_BIAS,
+            ACC, PRECISION, BLOCK_P, BLOCK_C, BLOCK_K,
+        )  # fmt: skip
+        y, valid, known, w = load_labels(
+            labels_ptr, weight_ptr, n, pixel, k, pixels, ignore_index, stride_yn, stride_yc, stride_yp,
+            K, SOFTMAX, HAS_WEIGHT, ACC,
+        )  # fmt: skip
+        p, ce, share, spread = terms(x, y, valid, known, w, k, K, SOFTMAX)
+        tp += tl.where(y, p, 0.0)
+        p_sum += p
+        y_sum += tl.where(y, 1.0, 0.0)
+        if SQUARES:
+            p2_sum += p * p
+        if ENTROPY:
+            ce_sum += ce
+            if HAS_WEIGHT or not SOFTMAX:
+                w_sum += share
+        if SMOOTHING:
+            spread_sum += spread
+    if ENTROPY and SOFTMAX and not HAS_WEIGHT:
+        w_sum = y_sum
+    slab = program.to(tl.int64) * batch + n
+    store_stats(partial_ptr, slab, k, K, tp, p_sum, y_sum, p2_sum, ce_sum, w_sum, spread_sum)
+
+
+@triton.jit(do_not_specialize=["batch", "pixels", "programs", "ignore_index"])
+def _head_stats_backward_kernel(
+    dstats_ptr, x_ptr, affine_ptr, w_ptr, bias_ptr, labels_ptr, weight_ptr, dx_ptr, daffine_ptr, dw_ptr, dbias_ptr,
+    batch, pixels, programs, ignore_index, stride_yn, stride_yc, stride_yp,
+    C: tl.constexpr, K: tl.constexpr, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SQUARES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr,
+    SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SOURCE: tl.constexpr, FILTERS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dx of the tiles program, program + programs, … of sample n, and their shares of daffine, dW and dbias.
+
+    Of the BLOCK_C channels from program_id(1) on; if SOURCE and if FILTERS.
+    """
+    program = tl.program_id(0) % programs
+    n = (tl.program_id(0) // programs).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    scale, shift, centre = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)
+    sum_gx = tl.zeros([BLOCK_C], ACC)
+    sum_g = tl.zeros([BLOCK_C], ACC)
+    dw = tl.zeros([BLOCK_C, BLOCK_K], ACC)
+    dbias = tl.zeros([BLOCK_P, BLOCK_K], ACC)
+    for tile in range(program, tl.cdiv(pixels, BLOCK_P), programs):
+        pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+        inside = pixel < pixels
+        at = n * pixels + pixel
+        logits = _logits(
+            x_ptr, affine_ptr, w_ptr, bias_ptr, at, k, inside, C, K, HAS_AFFINE, RELU, HAS_BIAS,
+            ACC, PRECISION, BLOCK_P, BLOCK_C, BLOCK_K,
+        )  # fmt: skip
+        y, valid, known, w = load_labels(
+            labels_ptr, weight_ptr, n, pixel, k, pixels, ignore_index, stride_yn, stride_yc, stride_yp,
+            K, SOFTMAX, HAS_WEIGHT, ACC,
+        )  # fmt: skip
+        g = gradient(dstats_ptr, n, logits, y, valid, known, w, k, K, SQUARES, ENTROPY, SMOOTHING, SOFTMAX)
+        x, z = _load_z(x_ptr, affine_ptr, at, c, inside, C, HAS_AFFINE, RELU, ACC)
+        narrow = g.to(x.dtype)
+        if FILTERS:
+            dbias += g
+            dw = tl.dot(tl.trans(z), narrow, dw, input_precision=PRECISION, out_dtype=ACC)
+        if SOURCE:
+            filters = tl.load(w_ptr + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0)
+            dz = tl.dot(narrow, filters, input_precision=PRECISION, out_dtype=ACC)
+            dx, gx, g_source = source_backward(dz, x, scale, shift, centre, HAS_AFFINE, RELU, ACC)
+            dx = dx.to(dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + at[:, None] * C + c[None, :], dx, mask=inside[:, None] & (c < C)[None, :])
+            if HAS_AFFINE:
+                sum_gx += tl.sum(gx, 0)
+                sum_g += tl.sum(g_source, 0)
+    slab = program.to(tl.int64) * batch + n
+    if FILTERS:
+        mask = (c < C)[:, None] & (k < K)[None, :]
+        tl.store(dw_ptr + (slab * K + k)[None, :] * C + c[:, None], dw, mask=mask)
+        if tl.program_id(1) == 0:
+            tl.store(dbias_ptr + slab * K + k, tl.sum(dbias, 0), mask=k < K)
+    if SOURCE and HAS_AFFINE:
+        store_affine_gradient(daffine_ptr, slab, c, C, scale, sum_gx, sum_g)
+
+
+# ---- launchers ---------------------------------------------------------------------------------------------------
+
+
+def _choices(
+    source: Source, weight: Tensor, bias: Tensor | None, classes: int, logits: int, values: int, most_channels: int = 64
+) -> dict[str, Any]:
+    """What is compiled into every kernel here; of its tile, a thread has at most so many logits and values of x."""
+    block_c, block_k = block(source.channels, most_channels), block(classes, 256)
+    warps = 4 if block_k <= 64 else 8
+    lanes = 64 if architecture(source.x.device).startswith("gfx") else 32
+    share = warps * lanes * min(2, 4 // source.x.element_size()) // 2
+    return {
+        "C": source.channels,
+        "K": classes,
+        "HAS_AFFINE": source.affine is not None,
+        "RELU": source.relu,
+        "HAS_BIAS": bias is not None,
+        "ACC": accumulator(source.x.dtype),
+        "PRECISION": precision(source.x.dtype),
+        "BLOCK_P": max(16, min(64, share * logits // block_k, share * values // block_c)),
+        "BLOCK_C": block_c,
+        "BLOCK_K": block_k,
+        "num_warps": warps,
+        **OPTIONS,
+    }
+
+
+def _statistics(
+    labels: Tensor, pixel_weight: Tensor | None, mode: str, wanted: Sequence[bool]
+) -> tuple[Tensor, Tensor, tuple[int, int, int], dict[str, bool]]:
+    """Labels and weights (labels if there are none) as the kernels read them, the labels' strides, compiled choices."""
+    if labels.dtype == torch.bool:
+        labels = labels.view(torch.uint8)
+    labels, strides = by_pixel(labels if labels.dim() == 4 else labels.unsqueeze(1))
+    choices = dict(zip(("SQUARES", "ENTROPY", "SMOOTHING"), map(bool, wanted), strict=True))
+    choices |= {"SOFTMAX": mode == "softmax", "HAS_WEIGHT": pixel_weight is not None}
+    return labels, labels if pixel_weight is None else pixel_weight.contiguous(), strides, choices
+
+
+def _operands(source: Source, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    filters = weight.reshape(weight.shape[:2]).contiguous()
+    return source.x, source.affine_or_x, filters, filters if bias is None else bias.contiguous()
+
+
+def head_stats(
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    mode: str,
+    ignore_index: int,
+    wanted: Sequence[bool],
+) -> Tensor:
+    """See :func:`fastunet.aten.head_stats`."""
+    source = Source(x, affine, relu)
+    batch, classes, pixels = x.shape[0], weight.shape[0], source.height * source.width
+    if batch * pixels * classes == 0:
+        return x.new_zeros((batch, classes, 7), dtype=stats_dtype(x.dtype))
+    labels, pixel_weight_or_labels, strides, about = _statistics(labels, pixel_weight, mode, wanted)
+    choices = _choices(source, weight, bias, classes, 8 if all(wanted) else 16, 32)
+    programs = min(triton.cdiv(pixels, choices["BLOCK_P"] * _TILES), max(1, _PROGRAMS // batch))
+    partial = x.new_empty((programs, batch, classes, 7), dtype=stats_dtype(x.dtype))
+    _head_stats_kernel[(programs * batch,)](
+        *_operands(source, weight, bias), labels, pixel_weight_or_labels, partial, batch, pixels, programs,
+        ignore_index, *strides, **about, **choices,
+    )  # fmt: skip
+    return sum_slabs(partial)
+
+
+def head_stats_backward(
+    dstats: Tensor,
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    pixel_weight: Tensor | None,
+    mode: str,
+    ignore_index: int,
+    wanted: Sequence[bool],
+    mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`fastunet.aten.head_stats_backward`."""
+    source = Source(x, affine, relu)
+    batch, classes, pixels = x.shape[0], weight.shape[0], source.height * source.width
+    dtype = stats_dtype(x.dtype)
+    choices = _choices(source, weight, bias, classes, 16, 16, 64 if classes <= 32 else 32)
+    programs = min(triton.cdiv(pixels, choices["BLOCK_P"] * _TILES), max(1, _PROGRAMS // max(batch, 1)))
+    need_source, need_filters = mask[0], mask[1] or mask[2]
+    slabs = programs * batch if classes > 0 else 0
+    dx = torch.empty_like(source.x if need_source else x.new_empty(0))
+    daffine = x.new_empty((slabs, 3, source.channels) if need_source and affine is not None else 0, dtype=dtype)
+    dweight = x.new_empty((slabs, classes, source.channels) if need_filters else 0, dtype=dtype)
+    dbias = x.new_empty((slabs, classes) if need_filters else 0, dtype=dtype)
+    if slabs * source.channels > 0:
+        labels, pixel_weight_or_labels, strides, about = _statistics(labels, pixel_weight, mode, wanted)
+        _head_stats_backward_kernel[(slabs, triton.cdiv(source.channels, choices["BLOCK_C"]))](
+            dstats.contiguous(), *_operands(source, weight, bias), labels, pixel_weight_or_labels,
+            dx, daffine, dweight, dbias, batch, pixels, programs, ignore_index, *strides,
+            SOURCE=need_source, FILTERS=need_filters, **about, **choices,
+        )  # fmt: skip
+    elif need_source:
+        dx.zero_()
+    return (
+        dx,
+        sum_slabs(daffine) if need_source and affine is not None else daffine,
+        _like(weight, sum_slabs(dweight)) if mask[1] else weight.new_empty(0),
+        sum_slabs(dbias).to(weight.dtype) if mask[2] else weight.new_empty(0),
+    )
+
+
+def _like(weight: Tensor, dweight: Tensor) -> Tensor:
+    """dW (K, C) in the weight's shape, dtype and layout."""
+    return torch.empty_like(weight, memory_format=memory_format(weight)).copy_(dweight.view(weight.shape))
