@@ -226,7 +226,7 @@ def test_statistics_are_centred(backend: str, device: str) -> None:
     x = (torch.randn(2, 1, 33, 17, device=device, dtype=torch.float64) + 1000).float()
     weight = torch.zeros(2, 1, 3, 3, device=device)
     weight[:, :, 1, 1] = 1
-    y, mean, var, _ = ops.conv2d(
+    y, mean, var, *_ = ops.conv2d(
         x, None, False, None, None, False, weight, None, 1, (33, 17), (0, 0, 0, 0), True, False, backend
     )
     exact = y.double()
@@ -238,7 +238,7 @@ def test_statistics_are_of_the_rounded_output(backend: str, device: str) -> None
     """The normalisation reads y in its dtype, so its statistics must be those of that y."""
     x = torch.randn(2, 4, 9, 9, device=device).half()
     weight = torch.randn(3, 4, 3, 3, device=device).half() * 50
-    y, mean, var, _ = ops.conv2d(
+    y, mean, var, *_ = ops.conv2d(
         x, None, False, None, None, False, weight, None, 1, (9, 9), (0, 0, 0, 0), True, False, backend
     )
     exact = y.double()
@@ -318,7 +318,7 @@ def test_opcheck_conv2d(save: bool, channels_last: bool, backend: str, device: s
     arguments = conv2d_arguments(case, inputs, backend, save)
     torch.library.opcheck(ops.conv2d, arguments)
     with torch.no_grad():
-        y, mean, var, z = ops.conv2d(*arguments)
+        y, mean, var, z, _ = ops.conv2d(*arguments)
         torch.library.opcheck(
             ops.conv2d_backward,
             (
@@ -351,7 +351,7 @@ def test_compiles_to_one_graph(backend: str, device: str) -> None:
     inputs = draw(case, device)
 
     def function(x: Tensor, affine: Tensor, weight: Tensor) -> Tensor:
-        y, mean, var, _ = ops.conv2d(
+        y, mean, var, *_ = ops.conv2d(
             x, affine, True, None, None, False, weight, None, 1, (4, 3), (0, 0, 0, 0), True, False, backend
         )
         return (y.sum() + mean.sum() + var.sum()) * 2
@@ -414,7 +414,7 @@ def test_operands_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
 def test_statistics_without_a_gradient_stay_so(backend: str, device: str) -> None:
     case = CASES["relu-without-affine"]
     inputs = draw(case, device)
-    y, mean, var, z = ops.conv2d(*conv2d_arguments(case, inputs, backend, True))
+    y, mean, var, z, _ = ops.conv2d(*conv2d_arguments(case, inputs, backend, True))
     assert y.requires_grad
     assert not any(t.requires_grad for t in (mean, var, z))
 
