@@ -2,17 +2,17 @@
 
 ``python -m benchmarks.gate`` finds what fastunet launches: the launches of benchmarks/cases.py, and those of training
 steps and inferences of every network, noted on the meta device once for each chip. A launch's entry is its kernel,
-constants, types, warps and stages, on one chip. Of each kernel and dtype on each chip it compiles the entry that
-benchmarks/gate.json says has the most registers; ``--all`` compiles every one. It prints a table, the worst of each
-kernel on each chip, and exits with 1 on a broken rule:
+constants, types, warps and stages, on one chip. Of each kernel on each chip it compiles the entry that
+benchmarks/gate.json says has the most registers, with and without tensor instructions; ``--all`` compiles every one.
+It prints a table, the worst of each kernel on each chip, and exits with 1 on a broken rule:
 
 - every kernel of fastunet.kernels is launched by something, and compiles;
-- nothing spills to local memory, and shared memory fits the chip;
+- nothing spills to local memory, but for what benchmarks/gate_limits.py tolerates, and shared memory fits the chip;
 - every dot of a tensor-core dtype becomes tensor-core instructions;
 - no instruction computes in float64;
 - on NVIDIA, where the dtype has 16 bits and all channel counts are multiples of 16, activations are loaded 16 bytes at
   a time and never stored one by one;
-- the main loop keeps within :data:`LIMITS` (benchmarks/main_loop.py says how it is found and counted);
+- the main loop keeps within benchmarks/gate_limits.py (benchmarks/main_loop.py says how it is found and counted);
 - benchmarks/gate.json has an entry for each launch, and under the Triton that wrote it no number is worse than there.
   ``--update`` rewrites the file.
 """
@@ -43,6 +43,7 @@ import triton
 from torch import nn
 from tqdm import tqdm
 
+from benchmarks import gate_limits
 from benchmarks.cases import CASES, Case
 from benchmarks.gate_file import FILE, Numbers, load, numbers, regressions, save
 from benchmarks.machine_code import CHIPS, Resources, read
@@ -62,18 +63,6 @@ NETWORKS: Networks = {
 # float16 compiles to the code of bfloat16 with other type names, so that CASES have enough of it.
 DTYPES = (torch.bfloat16, torch.float32)
 SIZES = ((8, 512), (1, 256))
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What the main loop of entries may cost."""
-
-    entries: str  # a regular expression that is searched in the entry's name
-    issue_slots: float = float("inf")  # per tensor clock
-    shared_stores: int | None = None  # 0: no round trip through shared memory
-
-
-LIMITS: tuple[Limit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,7 +139,9 @@ def _as_on(chip: str, tf32: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.version.hip = kept
 
 
-def _launched(chip: str, cases: Iterable[Case], networks: Networks, backend: ModuleType) -> Iterator[tuple[str, Launch]]:
+def _launched(
+    chip: str, cases: Iterable[Case], networks: Networks, backend: ModuleType
+) -> Iterator[tuple[str, Launch]]:
     """(origin, launch) of everything that is launched on ``chip``."""
     for tf32 in (True, False):
         with _as_on(chip, tf32):
@@ -198,12 +189,12 @@ def find(chip: str, cases: Iterable[Case], networks: Networks, backend: ModuleTy
 def heaviest(tasks: Iterable[Task], recorded: Mapping[str, Numbers]) -> list[Task]:
     """One task of each kind: that with the most registers in the record, or that has no record.
 
-    A kind is a kernel on a chip, with or without tensor instructions, for numbers of a size.
+    A kind is a kernel on a chip, with or without tensor instructions.
     """
-    chosen: dict[tuple[object, ...], tuple[float, Task]] = {}
+    chosen: dict[tuple[str, str, bool], tuple[float, Task]] = {}
     for task in tasks:
         about = recorded.get(task.name, {})
-        kind = (task.wanted.name, task.chip, task.dtype[-2:], "tensor" in about)
+        kind = (task.wanted.name, task.chip, "tensor" in about)
         weight = float(about.get("registers", float("inf")))
         if kind not in chosen or weight > chosen[kind][0]:
             chosen[kind] = (weight, task)
@@ -227,7 +218,8 @@ def judge(task: Task, before: Numbers | None) -> Entry:
 
 def _broken_rules(found: Resources, task: Task) -> Iterator[str]:
     limit = CHIPS[task.chip].shared_limit
-    if found.spilled_bytes:
+    tolerated = [most for pattern, most in gate_limits.TOLERATED_SPILLS.items() if re.search(pattern, task.name)]
+    if found.spilled_bytes > max(tolerated, default=0):
         yield f"spills {found.spilled_bytes} bytes a thread"
     if found.shared_bytes > limit:
         yield f"wants {found.shared_bytes} bytes of shared memory and the chip has {limit}"
@@ -242,11 +234,11 @@ def _broken_rules(found: Resources, task: Task) -> Iterator[str]:
             yield f"loads {_accesses(found.loads)} where 16 bytes at a time are possible"
         if 2 in found.stores:  # wider but short of 16: sums in float32, which the code does not tell apart
             yield f"stores {_accesses(found.stores)} where 16 bytes at a time are possible"
-    for rule in LIMITS:
-        if found.loop and re.search(rule.entries, task.name):
-            if (found.loop.issue_slots or 0) > rule.issue_slots:
-                yield f"issues {found.loop.issue_slots} slots a tensor clock in its main loop, over {rule.issue_slots}"
-            if rule.shared_stores is not None and found.loop.shared_stores > rule.shared_stores:
+    for held in gate_limits.LIMITS:
+        if found.loop and re.search(held.pattern, task.name):
+            if (found.loop.issue_slots or 0) > held.issue_slots:
+                yield f"issues {found.loop.issue_slots} slots a tensor clock in its main loop, over {held.issue_slots}"
+            if found.loop.shared_stores > held.shared_stores:
                 yield f"stores {found.loop.shared_stores} times to shared memory in its main loop"
 
 
@@ -276,18 +268,19 @@ def _judge_number(number: int) -> tuple[Resources | None, list[str]]:
 
 def table(groups: Mapping[str, list[Entry]]) -> str:
     """A line for each group: the worst of its entries in each respect."""
-    head = ("chip", "binaries", "regs", "spill", "shared", "blocks", "load", "store", "f64", "tma")
-    head += ("tensor", "issue slots", "STS", "LDS", "entry")
-    lines: list[tuple[str, ...]] = [head]
+    highest = ("registers", "spilled", "shared", "f64")
+    lowest = ("blocks", "widest load", "widest store")
+    in_loop = ("loop", "loop tensor", "issue slots", "loop STS", "loop LDS", "loop LDGSTS", "loop TMA")
+    lines: list[Sequence[str]] = [("binaries", *highest, *lowest, *in_loop, "tensor", "entry")]
     for name, entries in groups.items():
         about = [entry.numbers for entry in entries if entry.resources]
-        worst = [f"{max((x.get(n, 0) for x in about), default='-')}" for n in ("registers", "spilled", "shared")]
-        least = [f"{min((x.get(n, 0) for x in about), default='-')}" for n in ("blocks", "widest load", "widest store")]
-        tensor = " ".join(sorted({part.partition(":")[0] for x in about for part in str(x.get("tensor", "")).split()}))
-        rest = [f"{max((x.get(n, 0) for x in about), default='-')}" for n in ("f64", "tma")]
-        loop = [f"{max((x[n] for x in about if n in x), default='-')}" for n in ("issue slots", "loop STS", "loop LDS")]
-        lines.append((entries[0].task.chip, str(len(entries)), *worst, *least, *rest, tensor or "-", *loop, name))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        loops = [numbers for numbers in about if "loop" in numbers]
+        cells = [str(max((x.get(key, 0) for x in about), default="-")) for key in highest]
+        cells += [str(min((x.get(key, 0) for x in about), default="-")) for key in lowest]
+        cells += [str(max((x.get(key, 0) for x in loops), default="-")) for key in in_loop]
+        tensor = sorted({part.partition(":")[0] for x in about for part in x.get("tensor", "").split()}) or ["-"]
+        lines.append((str(len(entries)), *cells, " ".join(tensor), name))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
@@ -304,7 +297,7 @@ def main(
         "--arch", nargs="+", choices=sorted(CHIPS), default=list(CHIPS), metavar="ARCH",
         help=f"chips to compile for, of {', '.join(CHIPS)}; default: all",
     )  # fmt: skip
-    parser.add_argument("--all", action="store_true", help="compile every entry, not one of each kernel and dtype")
+    parser.add_argument("--all", action="store_true", help="compile every entry, not one or two of each kernel")
     parser.add_argument("--update", action="store_true", help="compile every entry and write benchmarks/gate.json")
     parser.add_argument("--only", metavar="TEXT", default="", help="only entries whose name contains TEXT")
     parser.add_argument("--verbose", action="store_true", help="print every entry, not the worst of each kernel")
@@ -314,7 +307,7 @@ def main(
     recorded = load(file)
     if options.update and options.only:
         parser.error("--update needs every entry of a chip: leave out --only, and name chips with --arch")
-    if options.update and not recorded.comparable and {k.rpartition(" ")[2] for k in recorded.entries} - {*options.arch}:
+    if options.update and not recorded.comparable and recorded.entries and len(options.arch) < len(CHIPS):
         parser.error(f"{file.name} is of Triton {recorded.triton}: leave out --arch, so that all of it is of this one")
 
     found: dict[str, Task] = {}

@@ -1,6 +1,6 @@
-"""benchmarks/gate.json: what the gate found when it was last updated, an entry a line, so that a diff shows a regression.
+"""benchmarks/gate.json: what the gate found when it was last updated, an entry a line: a diff shows a regression.
 
-The first lines name the Triton that compiled it: another one makes other machine code, and its numbers are not compared.
+It names the Triton that compiled it: another one makes other machine code, and its numbers are not compared.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import triton
 
 from benchmarks.machine_code import Resources
 
 FILE = Path(__file__).with_name("gate.json")
-Numbers = dict[str, int | float | str]
+Numbers = dict[str, Any]  # what one entry costs: int, float or str by name
 
 # What is worse when it rises (1) or falls (-1). More registers alone cost nothing: blocks says when they do.
 WORSE = {"spilled": 1, "shared": 1, "blocks": -1, "widest load": -1, "widest store": -1, "f64": 1}
@@ -25,7 +26,7 @@ WORSE_IN_LOOP = {"issue slots": 1, "loop STS": 1, "loop LDS": 1}
 
 def numbers(found: Resources) -> Numbers:
     """``found`` as it is written: short names, and nothing that is zero."""
-    everything: dict[str, int | float | str | None] = {
+    everything: Numbers = {
         "registers": found.registers,
         "spilled": found.spilled_bytes,
         "shared": found.shared_bytes,
@@ -59,7 +60,7 @@ class Recorded:
     @property
     def comparable(self) -> bool:
         """Whether the Triton at hand makes the machine code that was recorded."""
-        return self.triton == triton.__version__
+        return self.triton == str(triton.__version__)
 
 
 def load(file: Path) -> Recorded:

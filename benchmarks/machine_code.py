@@ -76,7 +76,7 @@ def resident_blocks(chip: Chip, warps: int, registers: int, shared: int, tensor_
     Each scheduler has a quarter of the registers and gives them to warps in steps of 8 a thread; shared memory comes
     in steps of 128 bytes; a multiprocessor of sm_100 has 512 columns of tensor memory.
     """
-    lanes = chip.target.warp_size
+    lanes = int(chip.target.warp_size)
     by_registers = 4 * (chip.registers // 4 // (max(-(-registers // 8), 1) * 8 * lanes)) // warps
     by_shared = chip.shared // (-(-(shared + chip.reserved) // 128) * 128 or 1)
     by_tensor_memory = 512 // tensor_columns if tensor_columns else chip.blocks

@@ -87,11 +87,11 @@ class Specialisation:
     def sizes_aligned(self) -> bool:
         """Whether every integer argument that Triton specialises on is a multiple of 16."""
         aligned = {path[0] for path, about in self.attributes.items() if about}
-        for i, (parameter, kind) in enumerate(zip(self.kernel.params, self.signature.values(), strict=True)):
-            if not parameter.is_constexpr and not parameter.do_not_specialize:
-                if self.constants.get((i,)) == 1 or (kind in ("i32", "i64") and i not in aligned):
-                    return False
-        return True
+        return not any(
+            self.constants.get((i,)) == 1 or (kind in ("i32", "i64") and i not in aligned)
+            for i, (parameter, kind) in enumerate(zip(self.kernel.params, self.signature.values(), strict=True))
+            if not parameter.is_constexpr and not parameter.do_not_specialize
+        )
 
     def compile(self) -> Any:
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)

@@ -14,7 +14,7 @@ from types import ModuleType
 import triton
 import triton.language as tl
 
-from benchmarks import gate
+from benchmarks import gate, gate_limits
 from benchmarks.cases import Case
 
 CASE = Case("affine_act", (1, 64, 8, 8), mode="inference")
@@ -128,7 +128,7 @@ def main(directory):
     other = doctored(file, blocks=1)
     other.write_text(other.read_text().replace(triton.__version__, "0.0"))
     found["other Triton"] = judged(loop, other)
-    gate.LIMITS = (gate.Limit("^_round_trip_kernel .* sm_90$", 0.1, 0),)
+    gate_limits.LIMITS = (gate_limits.Limit("^_round_trip_kernel .* sm_90$", 0.1, 0),)
     found["limits"] = judged(loop, file)
     json.dump(found, sys.stdout)
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from benchmarks.gate_limits import LIMITS, TOLERATED_SPILLS
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,13 +47,19 @@ def test_kernels_pass():
         [convolution] = [
             entry["numbers"]
             for entry in entries
-            if entry["kernel"] == "_conv_fwd_kernel"
-            and entry["chip"] == chip
-            and " bf16 " in entry["entry"]
-            and "tensor" in entry["numbers"]
+            if entry["kernel"] == "_conv_fwd_kernel" and entry["chip"] == chip and "tensor" in entry["numbers"]
         ]
         assert convolution["loop tensor"]
         assert ("issue slots" in convolution) == chip.startswith("sm")
+
+
+@pytest.mark.parametrize("pattern", [limit.pattern for limit in LIMITS] + list(TOLERATED_SPILLS))
+def test_limits_are_about_something(pattern):
+    entries = json.loads((ROOT / "benchmarks" / "gate.json").read_text())["entries"]
+    found = [numbers for name, numbers in entries.items() if re.search(pattern, name)]
+    assert found
+    if pattern in TOLERATED_SPILLS:
+        assert max(numbers.get("spilled", 0) for numbers in found) == TOLERATED_SPILLS[pattern]
 
 
 @pytest.fixture(scope="module")
