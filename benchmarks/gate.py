@@ -87,7 +87,8 @@ class Task:
             for name, value in constants.items()
             if value is not None and value is not False
         )
-        everything = constants, wanted.signature, sorted(wanted.attributes.items()), sorted(wanted.asked.items())
+        aligned = sorted((i, about) for i, about in wanted.attributes.items() if about)
+        everything = constants, wanted.signature, aligned, sorted(wanted.asked.items())
         mark = hashlib.sha256(str(everything).encode()).hexdigest()[:6]
         options = wanted.options
         tile = f"{said} warps={options['num_warps']} stages={options['num_stages']}".strip()
