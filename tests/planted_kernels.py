@@ -77,7 +77,7 @@ def _round_trip_kernel(x_ptr, y_ptr, n):
     total = tl.zeros([64, 64], tl.float32)
     for step in range(n):
         a = tl.load(x_ptr + step * 4096 + i[:, None] * 64 + i[None, :])
-        total = tl.dot(a, tl.maximum(a, 0.0), total)
+        total = tl.dot(a, tl.maximum(a, 0.0).to(a.dtype), total)
     tl.store(y_ptr + i[:, None] * 64 + i[None, :], total)
 
 
