@@ -97,7 +97,8 @@ class Task:
     @property
     def dtype(self) -> str:
         """Of the first tensor."""
-        return next((kind[1:] for kind in self.wanted.signature.values() if kind.startswith("*")), "none")
+        found = re.search(r"(?:\*|tensordesc<)(\w+)", " ".join(self.wanted.signature.values()))
+        return found[1] if found else "none"
 
     @property
     def wide(self) -> bool:
@@ -231,7 +232,7 @@ def _broken_rules(found: Resources, task: Task) -> Iterator[str]:
         yield f"computes in float64 ({found.float64} instructions)"
     if task.wide and CHIPS[task.chip].target.backend == "cuda":
         # Where TMA moves the activations, what else is loaded are vectors of a value a channel.
-        if found.loads and (max(found.loads) < 16 and not found.tma or min(found.loads) < 4):
+        if found.loads and ((max(found.loads) < 16 and not found.tma) or min(found.loads) < 4):
             yield f"loads {_accesses(found.loads)} where 16 bytes at a time are possible"
         if 2 in found.stores:  # wider but short of 16: sums in float32, which the code does not tell apart
             yield f"stores {_accesses(found.stores)} where 16 bytes at a time are possible"

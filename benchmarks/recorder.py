@@ -19,6 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,15 @@ class Launch:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for two launches on the meta device that compile to the same."""
-        said = tuple(arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in self.args)
+        said = tuple(map(_type, self.args))
         return self.kernel, said, tuple(self.kwargs.items())
+
+
+def _type(argument: Any) -> Any:
+    """What of an argument decides what is compiled."""
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype, *argument.block_shape
+    return argument.dtype if isinstance(argument, torch.Tensor) else argument
 
 
 @contextmanager
