@@ -37,6 +37,7 @@ class Case:
     affine: bool = True  # sources are normalised and rectified when they are read
     stats: bool = True  # the result's batch statistics are wanted
     bias: bool = False
+    pool: bool = False  # the result is wanted 2×2-pooled as well
     image: bool = False  # the source is the network's input and needs no gradient
     loss: str = "softmax"  # softmax_stats: its mode
     labels: torch.dtype = torch.int64
@@ -125,6 +126,7 @@ _SUFFIXES = {
     "affine": "plain",
     "stats": "nostats",
     "bias": "bias",
+    "pool": "pooled",
     "image": "image",
     "loss": "{}",
     "labels": "{}",
@@ -169,16 +171,18 @@ def _conv2d(case: Case, device: Any) -> Operands:
     bias = torch.randn(case.filters, dtype=case.dtype, device=device) if case.bias else None
     second = case.source(case.skip, device) if case.skip else (None, None, False)
     size = list(case.shape[2:])
-    return *case.source(case.shape[1], device), *second, weight, bias, case.stride, size, [0] * 4, case.stats, False
+    settings = (case.stats, False, case.pool, case.random_affine(case.filters, device)[0] if case.pool else None)
+    return *case.source(case.shape[1], device), *second, weight, bias, case.stride, size, [0] * 4, *settings
 
 
 def _conv2d_backward(case: Case, operands: Operands, results: Operands) -> Operands:
-    *sources, weight, bias, stride, size, offset, _, _ = operands
-    y, mean, var, z = results
+    *sources, weight, bias, stride, size, offset, _, _, _, scale = operands
+    y, mean, var, z, pooled = results
     gradients = [torch.randn_like(y), torch.randn_like(mean), torch.randn_like(var)] if case.stats else [y, None, None]
+    gradients.append(torch.randn_like(pooled) if case.pool else None)
     inputs, weights = case.mode != "wgrad", case.mode != "dgrad"
     mask = [inputs and not case.image, inputs and case.skip > 0, weights, weights and bias is not None]
-    return *gradients, y, mean, *sources, weight, z, stride, size, offset, mask
+    return *gradients, y, mean, scale, *sources, weight, z, stride, size, offset, mask
 
 
 def _conv_transpose2d(case: Case, device: Any) -> Operands:
@@ -277,12 +281,17 @@ CASES = [
     Case("conv2d", (8, 3, 512, 512), filters=64, affine=False, image=True),
     Case("conv2d", (8, 64, 512, 512), filters=64),
     Case("conv2d", (8, 64, 256, 256), filters=128),
+    Case("conv2d", (8, 64, 512, 512), filters=64, pool=True),
+    Case("conv2d", (8, 128, 256, 256), filters=128, pool=True),
     Case("conv2d", (8, 512, 32, 32), filters=1024),
     Case("conv2d", (8, 64, 512, 512), filters=64, skip=64),
     Case("conv2d", (8, 64, 512, 512), filters=22, kernel=1, stats=False, bias=True),
     Case("conv2d", (8, 64, 512, 512), filters=64, mode="inference", stats=False, bias=True),
     Case("conv2d", (8, 64, 512, 512), filters=128, stride=2),
     Case("conv2d", (8, 64, 512, 512), filters=64, dtype=FP32),
+    Case("conv2d", (8, 64, 512, 512), filters=64, skip=64, dtype=FP32),
+    Case("conv2d", (8, 3, 512, 512), filters=64, affine=False, image=True, dtype=FP32),
+    Case("conv2d", (8, 64, 512, 512), filters=22, kernel=1, stats=False, bias=True, dtype=FP32),
     Case("conv2d", (2, 5, 37, 53), filters=7, dtype=FP16),
     Case("conv_transpose2d", (8, 128, 256, 256), filters=64, kernel=2, stats=False, bias=True),
     Case("conv_transpose2d", (8, 128, 256, 256), filters=64, kernel=3),

@@ -16,24 +16,40 @@ from typing import Any
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
+from benchmarks.main_loop import Loop, is_tensor, main_loop, parse_amd, parse_sass
+
 
 @dataclass(frozen=True)
 class Chip:
-    """A GPU architecture and the bytes of shared memory that one block may have."""
+    """A GPU architecture: what one multiprocessor (compute unit) has, and what one block may have of it."""
 
     target: GPUTarget
-    shared_limit: int
+    threads: int
+    blocks: int
+    shared: int  # bytes
+    shared_limit: int  # bytes a block
+    registers: int = 65536  # of 32 bits, a quarter for each scheduler
+    reserved: int = 1024  # bytes of shared memory that the driver takes for each block
+    rate: int = 0  # dense 16-bit multiply-adds of the tensor cores a clock, accumulated in float32; 0: not modelled
 
 
+# NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". AMD: the CDNA 3 and CDNA 4
+# instruction set manuals (512 vector registers a lane for each of four SIMDs, 8 waves each, local data share) and
+# LLVM's AMDGPU target (16 groups of several waves, for lack of barriers).
+# Rates are peak FLOP/s of the data sheets / 2 / multiprocessors / boost clock, of the chip that has all its tensor
+# cores (GeForce cards of sm_86, sm_89 and sm_120 have half as much with float32 sums):
+#   A100 312 T / 2 / 108 / 1.41 GHz = 1024 · A40 149.7 T / 2 / 84 / 1.74 GHz = 512 · L4 121 T / 2 / 58 / 2.04 GHz = 512
+#   H100 SXM 989.4 T / 2 / 132 / 1.83 GHz = 2048 · B200 2.25 P / 2 / 148 / 1.86 GHz = 4096
+#   RTX PRO 6000 503.8 T / 2 / 188 / 2.62 GHz = 512
 CHIPS = {
-    "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 << 10),
-    "sm_86": Chip(GPUTarget("cuda", 86, 32), 99 << 10),
-    "sm_89": Chip(GPUTarget("cuda", 89, 32), 99 << 10),
-    "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 << 10),
-    "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 << 10),
-    "sm_120": Chip(GPUTarget("cuda", 120, 32), 99 << 10),
-    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 << 10),
-    "gfx950": Chip(GPUTarget("hip", "gfx950", 64), 160 << 10),
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 2048, 32, 164 << 10, 163 << 10, rate=1024),
+    "sm_86": Chip(GPUTarget("cuda", 86, 32), 1536, 16, 100 << 10, 99 << 10, rate=512),
+    "sm_89": Chip(GPUTarget("cuda", 89, 32), 1536, 24, 100 << 10, 99 << 10, rate=512),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 2048, 32, 228 << 10, 227 << 10, rate=2048),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 2048, 32, 228 << 10, 227 << 10, rate=4096),
+    "sm_120": Chip(GPUTarget("cuda", 120, 32), 1536, 24, 100 << 10, 99 << 10, rate=512),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 2048, 16, 64 << 10, 64 << 10, registers=131072, reserved=0),
+    "gfx950": Chip(GPUTarget("hip", "gfx950", 64), 2048, 16, 160 << 10, 160 << 10, registers=131072, reserved=0),
 }
 
 
@@ -44,18 +60,31 @@ class Resources:
     registers: int
     spilled_bytes: int  # local memory (NVIDIA) or scratch (AMD) a thread
     shared_bytes: int  # a block
+    blocks: int  # that one multiprocessor holds at a time
     dots: int  # tl.dot in the source whose operands tensor cores accept
     tensor: dict[str, int]  # tensor-core instructions
+    loop: Loop | None  # the main loop, of a kernel that has tensor instructions in a loop
     loads: dict[int, int]  # global loads
     stores: dict[int, int]  # global stores
     tma: int  # bulk tensor copies
     float64: int  # instructions that compute in float64
 
 
+def resident_blocks(chip: Chip, warps: int, registers: int, shared: int, tensor_columns: int = 0) -> int:
+    """Blocks of ``warps`` warps that one multiprocessor of ``chip`` holds at a time; 0 if not even one.
+
+    Each scheduler has a quarter of the registers and gives them to warps in steps of 8 a thread; shared memory comes
+    in steps of 128 bytes; a multiprocessor of sm_100 has 512 columns of tensor memory.
+    """
+    lanes = int(chip.target.warp_size)
+    by_registers = 4 * (chip.registers // 4 // (max(-(-registers // 8), 1) * 8 * lanes)) // warps
+    by_shared = chip.shared // (-(-(shared + chip.reserved) // 128) * 128 or 1)
+    by_tensor_memory = 512 // tensor_columns if tensor_columns else chip.blocks
+    return min(chip.blocks, chip.threads // (warps * lanes), by_registers, by_shared, by_tensor_memory)
+
+
 # A float32 dot uses the tensor cores only when its precision was lowered to TF32.
 _DOT = re.compile(r"tt\.dot(?:_scaled)? .*?(inputPrecision = (?:tf32|bf16)\w*)?[^:\n]*: tensor<(?:\d+x)+(\w+)")
-_SASS = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-_AMD = re.compile(r"^\s+([a-z]\w+)", re.MULTILINE)
 _AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?([a-z0-9_]+)")
 _AMD_BYTES = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4}
 
@@ -65,18 +94,23 @@ def read(compiled: Any, chip: Chip) -> Resources:
     dots = sum(operand != "f32" or bool(lowered) for lowered, operand in _DOT.findall(compiled.asm["ttir"]))
     shared = int(compiled.metadata.shared)
     if chip.target.backend == "hip":
-        return _read_amd(compiled.asm["amdgcn"], shared, dots)
-    return _read_nvidia(compiled.asm["cubin"], compiled.asm["ptx"], shared, dots)
+        return _read_amd(compiled.asm["amdgcn"], shared, dots, compiled.metadata.num_warps, chip)
+    return _read_nvidia(compiled, shared, dots, chip)
 
 
-def _read_nvidia(cubin: bytes, ptx: str, shared: int, dots: int) -> Resources:
+def _read_nvidia(compiled: Any, shared: int, dots: int, chip: Chip) -> Resources:
+    ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _cuobjdump("--dump-resource-usage", file.name)
-        sass = _cuobjdump("--dump-sass", file.name)
-    numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    opcodes = Counter(_SASS.findall(sass))
+        dump = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", "--dump-sass", file.name],
+            check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        ).stdout  # fmt: skip
+    numbers = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
+    code = parse_sass(dump)
+    opcodes = Counter(instruction.opcode for instruction in code)
+    warps = int(re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)[1]) // 32  # type: ignore[index]
     names: Counter[str] = Counter()
     for opcode, count in opcodes.items():
         names[opcode.partition(".")[0]] += count
@@ -85,7 +119,9 @@ def _read_nvidia(cubin: bytes, ptx: str, shared: int, dots: int) -> Resources:
         spilled_bytes=numbers["STACK"] + numbers["LOCAL"] or 4 * (names["LDL"] + names["STL"]),
         shared_bytes=shared,
         dots=dots,
-        tensor={name: count for name, count in sorted(names.items()) if name.endswith("MMA")},
+        blocks=resident_blocks(chip, warps, numbers["REG"], shared, compiled.metadata.tmem_size),
+        tensor={name: count for name, count in sorted(names.items()) if is_tensor(name)},
+        loop=main_loop(code, warps, 16 * chip.rate, _block_shape(ptx)),
         loads=_widths((opcode, count) for opcode, count in opcodes.items() if opcode.startswith(("LDG", "LDGSTS"))),
         stores=_widths((opcode, count) for opcode, count in opcodes.items() if opcode.startswith("STG")),
         tma=names["UTMALDG"] + names["UTMASTG"],
@@ -93,10 +129,17 @@ def _read_nvidia(cubin: bytes, ptx: str, shared: int, dots: int) -> Resources:
     )
 
 
-def _cuobjdump(*args: str) -> str:
-    return subprocess.run(
-        [knobs.nvidia.cuobjdump.path, *args], check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    ).stdout
+# A tcgen05.mma says what it multiplies in a register: N / 8 in bits 17 to 22, M / 16 in bits 24 to 28 (PTX manual,
+# "Instruction descriptor"). One always reads 32 bytes of each row.
+_TCGEN05 = re.compile(r"tcgen05\.mma\.\S*kind::(\w+) \[.*?\], [^;]*?(%r\d+), %p\d+;")
+_TCGEN05_DEPTH = {"f16": 16, "tf32": 8, "f8f6f4": 32, "i8": 32}
+
+
+def _block_shape(ptx: str) -> int:
+    """m·n·k of the smallest tcgen05.mma in ``ptx``; 0 if there is none."""
+    values = dict(re.findall(r"mov\.b32 \s*(%r\d+), (\d+);", ptx))
+    found = [(int(values[register]), _TCGEN05_DEPTH[kind]) for kind, register in _TCGEN05.findall(ptx)]
+    return min(((about >> 24 & 31) * 16 * (about >> 17 & 63) * 8 * depth for about, depth in found), default=0)
 
 
 def _widths(opcodes: Iterable[tuple[str, int]]) -> dict[int, int]:
@@ -108,11 +151,12 @@ def _widths(opcodes: Iterable[tuple[str, int]]) -> dict[int, int]:
     return dict(sorted(found.items()))
 
 
-def _read_amd(assembly: str, shared: int, dots: int) -> Resources:
+def _read_amd(assembly: str, shared: int, dots: int, warps: int, chip: Chip) -> Resources:
     def stated(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])  # type: ignore[index]
 
-    code = Counter(_AMD.findall(assembly))
+    instructions = parse_amd(assembly)
+    code = Counter(instruction.opcode for instruction in instructions)
     accesses: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
     for name, count in code.items():
         if match := _AMD_ACCESS.match(name):
@@ -124,7 +168,9 @@ def _read_amd(assembly: str, shared: int, dots: int) -> Resources:
         spilled_bytes=stated("private_segment_fixed_size") or 4 * stated("vgpr_spill_count"),
         shared_bytes=shared,
         dots=dots,
-        tensor={name: count for name, count in sorted(code.items()) if name.startswith(("v_mfma", "v_smfmac"))},
+        blocks=resident_blocks(chip, warps, stated("vgpr_count"), shared),
+        tensor={name: count for name, count in sorted(code.items()) if is_tensor(name)},
+        loop=main_loop(instructions, warps, 0, 0),
         loads=dict(sorted(accesses["load"].items())),
         stores=dict(sorted(accesses["store"].items())),
         tma=0,

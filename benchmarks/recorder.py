@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,19 @@ class Launch:
     grid: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for two launches on the meta device that compile to the same."""
+        said = tuple(map(_type, self.args))
+        return self.kernel, said, tuple(self.kwargs.items())
+
+
+def _type(argument: Any) -> Any:
+    """What of an argument decides what is compiled."""
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype, *argument.block_shape
+    return argument.dtype if isinstance(argument, torch.Tensor) else argument
 
 
 @contextmanager
@@ -70,15 +85,21 @@ class Specialisation:
     constants: dict[Any, Any]
     attributes: dict[Any, Any]
     options: dict[str, Any]
+    asked: dict[str, Any]  # the options that the launcher named
 
     @property
     def name(self) -> str:
         return str(self.kernel.__name__)
 
     @property
-    def key(self) -> str:
-        """Equal for two launches that share one binary."""
-        return f"{self.name} {self.target} {self.signature} {self.constants} {self.attributes} {self.options}"
+    def sizes_aligned(self) -> bool:
+        """Whether every integer argument that Triton specialises on is a multiple of 16."""
+        aligned = {path[0] for path, about in self.attributes.items() if about}
+        return not any(
+            self.constants.get((i,)) == 1 or (kind in ("i32", "i64") and i not in aligned)
+            for i, (parameter, kind) in enumerate(zip(self.kernel.params, self.signature.values(), strict=True))
+            if not parameter.is_constexpr and not parameter.do_not_specialize
+        )
 
     def compile(self) -> Any:
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
@@ -97,4 +118,5 @@ def specialise(launch: Launch, target: GPUTarget) -> Specialisation:
     parsed, signature, constants, attributes = kernel._pack_args(
         make_backend(target), dict(launch.kwargs), bound, types, options
     )
-    return Specialisation(kernel, target, signature, constants, attributes, parsed.__dict__)
+    asked = {name: value for name, value in launch.kwargs.items() if name not in signature}
+    return Specialisation(kernel, target, signature, constants, attributes, parsed.__dict__, asked)

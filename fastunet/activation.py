@@ -23,12 +23,14 @@ class Config(NamedTuple):
     """How a network computes: ``backend`` (see :func:`fastunet.ops.resolve_backend`), ``policy``, layout.
 
     Policy "speed" lets the torch backend store what it normalised, for several readers and for the backward; "memory"
-    normalises again. ``channels_last`` is the layout of what leaves fastunet, in one forward.
+    normalises again. ``channels_last`` is the layout of what leaves fastunet, in one forward, and ``pool`` says what
+    follows a block in it.
     """
 
     backend: str = "auto"
     policy: str = "speed"
     channels_last: bool = False  # not a torch.memory_format, which torch.save cannot pickle
+    pool: bool = False  # what a block returns will be 2×2-pooled
 
     @classmethod
     def checked(cls, backend: str, policy: str) -> Config:
@@ -50,11 +52,20 @@ class Config(NamedTuple):
 
 
 class Activation(NamedTuple):
-    """``act(scale·(x − centre) + shift)``: x (N, C, H, W); affine (3, C) or None; relu says whether act is ReLU."""
+    """``act(scale·(x − centre) + shift)``: x (N, C, H, W); affine (3, C) or None; relu says whether act is ReLU.
+
+    ``pooled`` is x 2×2-pooled for this affine, where the convolution that wrote x did that too.
+    """
 
     x: Tensor
     affine: Tensor | None = None
     relu: bool = False
+    pooled: Tensor | None = None
+
+    @property
+    def source(self) -> tuple[Tensor, Tensor | None, bool]:
+        """(x, affine, relu), as operators take it."""
+        return self.x, self.affine, self.relu
 
     @property
     def plain(self) -> bool:
@@ -135,29 +146,36 @@ def _operands(
 
 
 class Raw(NamedTuple):
-    """A convolution's output and, where asked for, its batch statistics over (N, H, W)."""
+    """A convolution's output and, where asked for, its batch statistics over (N, H, W) and its values 2×2-pooled."""
 
     y: Tensor
     mean: Tensor
     var: Tensor
+    pooled: Tensor | None = None
 
 
-def conv2d(placed: Placed, conv: nn.Conv2d, stats: bool, config: Config) -> Raw:
-    """A 3×3 (padding 1, stride 1 or 2) or 1×1 convolution of what is placed, with its bias."""
+def conv2d(placed: Placed, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, pool: bool, config: Config) -> Raw:
+    """A 3×3 (padding 1, stride 1 or 2) or 1×1 convolution of what is placed, with its bias.
+
+    With the statistics that ``norm`` needs; if ``pool``, also pooled for a normalisation by it.
+    """
     first, weight, bias = _operands(placed.first, conv.weight, conv.bias, config)
     second = placed.second
-    x1, affine1, relu1 = (None, None, False) if second is None else (second.x.to(first.x.dtype), *second[1:])
-    y, mean, var, _ = ops.call(
-        ops.conv2d, *first, x1, affine1, relu1, weight, bias, conv.stride[0], placed.size, placed.offset, stats,
-        config.stores(first.x), config.backend,
+    x1, affine1, relu1 = (None, None, False) if second is None else second.source
+    stats = norm is not None and uses_batch_stats(norm)
+    y, mean, var, _, pooled = ops.call(
+        ops.conv2d, *first.source, None if x1 is None else x1.to(first.x.dtype), affine1, relu1, weight, bias,
+        conv.stride[0], placed.size, placed.offset, stats, config.stores(first.x),
+        pool, norm.weight if pool and norm is not None else None, config.backend,
     )  # fmt: skip
-    return Raw(y, mean, var)
+    return Raw(y, mean, var, pooled if pool else None)
 
 
-def conv_transpose2d(act: Activation, conv: nn.ConvTranspose2d, stats: bool, config: Config) -> Raw:
-    """A stride-2 transposed convolution to twice the size, with its bias."""
+def conv_transpose2d(act: Activation, conv: nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, config: Config) -> Raw:
+    """A stride-2 transposed convolution to twice the size, with its bias and the statistics that ``norm`` needs."""
     act, weight, bias = _operands(act, conv.weight, conv.bias, config)
-    return Raw(*ops.call(ops.conv_transpose2d, *act, weight, bias, stats, config.backend))
+    stats = norm is not None and uses_batch_stats(norm)
+    return Raw(*ops.call(ops.conv_transpose2d, *act.source, weight, bias, stats, config.backend))
 
 
 def head_stats(
@@ -213,7 +231,8 @@ def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, config: Config) -> Acti
         assert bn.running_var is not None
         dtype = stats_dtype(raw.y.dtype)
         mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
-    return Activation(raw.y, ops.call(ops.bn_affine, mean, var, bn.weight, bn.bias, bn.eps, config.backend), relu)
+    affine = ops.call(ops.bn_affine, mean, var, bn.weight, bn.bias, bn.eps, config.backend)
+    return Activation(raw.y, affine, relu, raw.pooled)
 
 
 def update_running_stats(
@@ -226,6 +245,8 @@ def update_running_stats(
 
 def pool_fork(act: Activation, config: Config) -> tuple[Activation, Activation]:
     """(2×2 max-pooled, the activation itself for its skip connection); one backward pass serves both."""
+    if act.pooled is not None:
+        return act._replace(x=act.pooled, pooled=None), act._replace(pooled=None)
     if config.stores(act.x):
         act = act.stored(config)
     pooled, x = ops.pool_fork(act.x, act.affine, config.backend)
@@ -234,5 +255,5 @@ def pool_fork(act: Activation, config: Config) -> tuple[Activation, Activation]:
 
 def upsample(act: Activation, align_corners: bool, config: Config) -> Activation:
     """Bilinear ×2 of the activation's value; the result is plain."""
-    x = ops.call(ops.upsample_concat, *act, None, None, False, align_corners, True, config.backend)
+    x = ops.call(ops.upsample_concat, *act.source, None, None, False, align_corners, True, config.backend)
     return Activation(x)

@@ -171,8 +171,15 @@ def conv2d(
     offset: Sequence[int],
     stats: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Convolution of one or two sources, concatenated along the channels in a zero frame; see :mod:`fastunet.ops`."""
+    pool: bool,
+    pool_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Convolution of one or two sources, concatenated along the channels in a zero frame.
+
+    Returns y; its mean and variance if ``stats``; the normalised operand if ``save`` asks for it; and if ``pool`` what
+    is 2×2-pooled from y for a normalisation by a scale with the signs of ``pool_scale`` (None: positive; see
+    :func:`max_pool2x2`). What was not asked for is empty.
+    """
     z = frame(_normalise(channels_last(x0), affine0, relu0), size, offset[0], offset[1])
     if x1 is not None:
         z = torch.cat([z, frame(_normalise(channels_last(x1), affine1, relu1), size, offset[2], offset[3])], 1)
@@ -181,7 +188,17 @@ def conv2d(
     )
     mean, var = _batch_stats(y) if stats else _nothing(y, 2)
     plain = affine0 is None and not relu0 and x1 is None and list(size) == list(x0.shape[-2:])
-    return y, mean, var, x0.new_empty(0) if plain or not save else channels_last(z)
+    kept = x0.new_empty(0) if plain or not save else channels_last(z)
+    pooled = max_pool2x2(y, pool_affine(pool_scale, y)) if pool else x0.new_empty(0)
+    return y, mean, var, kept, pooled
+
+
+def pool_affine(scale: Tensor | None, y: Tensor) -> Tensor | None:
+    """An affine of y's channels with the signs of ``scale``: all that pooling reads."""
+    if scale is None:
+        return None
+    scale = scale.detach().to(stats_dtype(y.dtype))
+    return torch.stack([scale, torch.zeros_like(scale), torch.zeros_like(scale)])
 
 
 def _nothing(like: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -192,8 +209,10 @@ def conv2d_backward(
     dy: Tensor | None,
     dmean: Tensor | None,
     dvar: Tensor | None,
+    dp: Tensor | None,
     y: Tensor,
     mean: Tensor,
+    pool_scale: Tensor | None,
     x0: Tensor,
     affine0: Tensor | None,
     relu0: bool,
@@ -212,6 +231,8 @@ def conv2d_backward(
     sources = [(x0, affine0, relu0, offset[0], offset[1])]
     if x1 is not None:
         sources.append((x1, affine1, relu1, offset[2], offset[3]))
+    if dp is not None:
+        dy = max_pool2x2_backward(y, pool_affine(pool_scale, y), dp, dy)
     dy = _form_dy(dy, dmean, dvar, y, mean)
     if z.numel() == 0:
         placed = [

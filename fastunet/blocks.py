@@ -27,7 +27,6 @@ from fastunet.activation import (
     conv_transpose2d,
     pool_fork,
     upsample,
-    uses_batch_stats,
 )
 
 
@@ -69,7 +68,7 @@ def _is_conv_transpose(module: nn.Module) -> bool:
     return shape in known and module.dilation == (1, 1) and module.groups == 1
 
 
-def _is_pool(module: nn.Module) -> bool:
+def is_pool(module: nn.Module) -> bool:
     if not untouched(module, nn.MaxPool2d):
         return False
     assert isinstance(module, nn.MaxPool2d)
@@ -110,14 +109,16 @@ def _split(modules: list[nn.Module]) -> tuple[list[Layer], list[nn.Module]]:
 def lazily(modules: list[nn.Module], placed: Placed, config: Config) -> Activation:
     """``modules`` in turn on what is placed: lazily as far as they read conv [BN] [ReLU] …, then as modules."""
     layers, rest = _split(modules)
-    for conv, norm, relu in layers:
-        stats = norm is not None and uses_batch_stats(norm)
+    for number, (conv, norm, relu) in enumerate(layers, 1):
         if isinstance(conv, nn.Conv2d):
-            raw = conv2d(placed, conv, stats, config)
+            # Pooled where it is written, if nothing but the pooling comes next and its value is not stored for it.
+            last = number == len(layers) and not rest and min(placed.size) >= 2 * conv.stride[0]
+            pool = config.pool and last and not config.stores(placed.first.x)
+            raw = conv2d(placed, conv, norm, pool, config)
         else:
             source = placed.first if placed.second is None else Activation(placed.tensor(config))
-            raw = conv_transpose2d(source, conv, stats, config)
-        act = Activation(raw.y, None, relu) if norm is None else batch_norm(raw, norm, relu, config)
+            raw = conv_transpose2d(source, conv, norm, config)
+        act = Activation(raw.y, None, relu, raw.pooled) if norm is None else batch_norm(raw, norm, relu, config)
         placed = Placed.alone(act)
     if not rest and placed.second is None:
         return placed.first
@@ -213,9 +214,15 @@ class Down(LazyModule):
             return Activation(self.maxpool_conv(z)), Activation(z)
         first, *rest = self.maxpool_conv
         below, skip = pool(first, act, config)
-        for module in rest:
+        for module in rest[:-1]:
+            below = run(module, Placed.alone(below), config._replace(pool=False))
+        for module in rest[-1:]:
             below = run(module, Placed.alone(below), config)
         return below, skip
+
+    def pools(self) -> bool:
+        """Whether the block begins by pooling its input lazily."""
+        return self.is_lazy() and untouched(self.maxpool_conv, nn.Sequential) and is_pool(self.maxpool_conv[0])
 
     def forward(self, x: Tensor) -> Tensor:
         config = self.config.like(x, self)
@@ -316,7 +323,7 @@ def strided_ascend(block: nn.Module, placed: Placed, skip: Activation, config: C
 
 def pool(module: nn.Module, act: Activation, config: Config) -> tuple[Activation, Activation]:
     """(``module`` applied to the activation, the activation again for its skip connection)."""
-    if _is_pool(module):
+    if is_pool(module):
         return pool_fork(act, config)
     z = act.tensor(config)
     return Activation(module(z)), Activation(z)

@@ -84,9 +84,9 @@ def conv_bn_relu(
     if weight.dtype != dtype and dtype == x.dtype:
         raise TypeError(f"expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; convert one of them")
     placed = Placed.alone(Activation(x.to(dtype)))
-    y, mean, var, _ = ops.conv2d(
-        *placed.first, None, None, False, weight.to(dtype), None if bias is None else bias.to(dtype), stride,
-        placed.size, placed.offset, training, True, backend,
+    y, mean, var, *_ = ops.conv2d(
+        *placed.first.source, None, None, False, weight.to(dtype), None if bias is None else bias.to(dtype), stride,
+        placed.size, placed.offset, training, True, False, None, backend,
     )  # fmt: skip
     if training:
         count = y.numel() // filters

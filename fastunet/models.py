@@ -31,6 +31,7 @@ from fastunet.blocks import (
     descend,
     enlarge,
     head_conv,
+    is_pool,
     lazily,
     pool,
     run,
@@ -188,10 +189,13 @@ class UNet(_LogitNetwork):
 
     def _decode(self, x: Tensor) -> tuple[Activation, Config]:
         act, config = self._enter(x)
-        act = self._stage(config, run, self.inc, Placed.alone(act))
+        downs = (self.down1, self.down2, self.down3, self.down4)
+        # What each block returns is pooled by the next.
+        pooled = [config._replace(pool=isinstance(down, Down) and down.pools()) for down in downs]
+        act = self._stage(pooled[0], run, self.inc, Placed.alone(act))
         skips = []
-        for down in (self.down1, self.down2, self.down3, self.down4):
-            act, skip = self._stage(config, descend, down, act)
+        for down, after in zip(downs, [*pooled[1:], config], strict=True):
+            act, skip = self._stage(after, descend, down, act)
             skips.append(skip)
         for up in (self.up1, self.up2, self.up3, self.up4):
             act = self._stage(config, ascend, up, act, skips.pop())
@@ -302,7 +306,8 @@ class _HubNetwork(_LogitNetwork):
         act, config = self._enter(x)
         skips = []
         for level in (1, 2, 3, 4):
-            act = self._stage(config, run, self.get_submodule(f"encoder{level}"), Placed.alone(act))
+            pooled = config._replace(pool=is_pool(self._pool(level)))
+            act = self._stage(pooled, run, self.get_submodule(f"encoder{level}"), Placed.alone(act))
             act, skip = pool(self._pool(level), act, config)
             skips.append(skip)
         act = self._stage(config, run, self.bottleneck, Placed.alone(act))

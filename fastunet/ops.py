@@ -361,35 +361,43 @@ class _Conv2d(torch.autograd.Function):
         offset: Sequence[int],
         stats: bool,
         save: bool,
+        pool: bool,
+        pool_scale: Tensor | None,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        y, mean, var, z = _below_autograd(
-            conv2d, x0, affine0, relu0, x1, affine1, relu1, weight, bias, stride, size, offset, stats, save, backend
-        )
-        # y is needed only to spread the gradient of the statistics; its storage is the consumer's saved input anyway.
-        ctx.save_for_backward(y if stats else x0.new_empty(0), mean, x0, affine0, x1, affine1, weight, z)
+        y, mean, var, z, pooled = _below_autograd(
+            conv2d, x0, affine0, relu0, x1, affine1, relu1, weight, bias, stride, size, offset, stats, save,
+            pool, pool_scale, backend,
+        )  # fmt: skip
+        # y is needed only to spread the gradients of the statistics and of what is pooled; its storage is the
+        # consumer's saved input anyway.
+        kept = y if stats or pool else x0.new_empty(0)
+        ctx.save_for_backward(kept, mean, pool_scale, x0, affine0, x1, affine1, weight, z)
         ctx.config = (relu0, relu1, stride, size, offset, backend)
-        ctx.mark_non_differentiable(*((z,) if stats else (mean, var, z)))  # the last call is the one that counts
-        return y, mean, var, z
+        constant = [z] + ([] if stats else [mean, var]) + ([] if pool else [pooled])
+        ctx.mark_non_differentiable(*constant)  # the last call is the one that counts
+        return y, mean, var, z, pooled
 
     @staticmethod
     @_first_order
-    def backward(ctx: Any, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, _dz: Tensor | None) -> Any:
-        y, mean, x0, affine0, x1, affine1, weight, z = ctx.saved_tensors
+    def backward(
+        ctx: Any, dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, _dz: Tensor | None, dp: Tensor | None
+    ) -> Any:
+        y, mean, pool_scale, x0, affine0, x1, affine1, weight, z = ctx.saved_tensors
         relu0, relu1, stride, size, offset, backend = ctx.config
-        if dy is None and dmean is None and dvar is None:
-            return (None,) * 14
+        if dy is None and dmean is None and dvar is None and dp is None:
+            return (None,) * 16
         need = ctx.needs_input_grad
         mask = [need[0] or need[1], need[3] or need[4], need[6], need[7]]
         dx0, daffine0, dx1, daffine1, dweight, dbias = conv2d_backward(
-            dy, dmean, dvar, y, mean, x0, affine0, relu0, x1, affine1, relu1,
+            dy, dmean, dvar, dp, y, mean, pool_scale, x0, affine0, relu0, x1, affine1, relu1,
             weight, z, stride, size, offset, mask, backend,
         )  # fmt: skip
         return (
             _given(dx0, need[0]), _given(daffine0, need[1]), None,
             _given(dx1, need[3]), _given(daffine1, need[4]), None,
-            _given(dweight, need[6]), _given(dbias, need[7]), *(None,) * 6,
+            _given(dweight, need[6]), _given(dbias, need[7]), *(None,) * 8,
         )  # fmt: skip
 
 
@@ -407,8 +415,10 @@ def _conv2d_fake(
     offset: Sequence[int],
     stats: bool,
     save: bool,
+    pool: bool,
+    pool_scale: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, filters = x0.shape[0], weight.shape[0]
     height, width = ((n - 1) // stride + 1 for n in size)
     y = _activation(x0, (batch, filters, height, width))
@@ -418,15 +428,18 @@ def _conv2d_fake(
         z = _activation(x0, (batch, weight.shape[1], *size))
     else:
         z = x0.new_empty(0)
-    return y, mean, var, z
+    pooled = _activation(x0, (batch, filters, height // 2, width // 2)) if pool else x0.new_empty(0)
+    return y, mean, var, z, pooled
 
 
 def _conv2d_backward_fake(
     dy: Tensor | None,
     dmean: Tensor | None,
     dvar: Tensor | None,
+    dp: Tensor | None,
     y: Tensor,
     mean: Tensor,
+    pool_scale: Tensor | None,
     x0: Tensor,
     affine0: Tensor | None,
     relu0: bool,
@@ -473,6 +486,8 @@ def _check_conv2d(
     offset: Sequence[int],
     stats: bool,
     save: bool,
+    pool: bool,
+    pool_scale: Tensor | None,
 ) -> None:
     _check_source(x0, affine0, x0)
     if x1 is not None:
@@ -482,18 +497,21 @@ def _check_conv2d(
         raise ValueError(f"expected stride 1, or 2 for a 3×3 weight, got {stride}")
     if len(size) != 2 or len(offset) != 4:
         raise ValueError(f"expected a size of 2 and an offset of 4 numbers, got {len(size)} and {len(offset)}")
+    if pool_scale is not None and tuple(pool_scale.shape) != (weight.shape[0],):
+        raise ValueError(f"expected a pool_scale of shape ({weight.shape[0]},), got {_shape(pool_scale)}")
 
 
 conv2d = _register(
     "conv2d(Tensor x0, Tensor? affine0, bool relu0, Tensor? x1, Tensor? affine1, bool relu1, Tensor weight,"
-    " Tensor? bias, int stride, SymInt[] size, SymInt[] offset, bool stats, bool save, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? bias, int stride, SymInt[] size, SymInt[] offset, bool stats, bool save, bool pool,"
+    " Tensor? pool_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _conv2d_fake,
     _Conv2d,
     _check_conv2d,
 )
 conv2d_backward = _register(
-    "conv2d_backward(Tensor? dy, Tensor? dmean, Tensor? dvar, Tensor y, Tensor mean, Tensor x0, Tensor? affine0,"
+    "conv2d_backward(Tensor? dy, Tensor? dmean, Tensor? dvar, Tensor? dp, Tensor y, Tensor mean,"
+    " Tensor? pool_scale, Tensor x0, Tensor? affine0,"
     " bool relu0, Tensor? x1, Tensor? affine1, bool relu1, Tensor weight, Tensor z, int stride, SymInt[] size,"
     " SymInt[] offset, bool[] mask, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _conv2d_backward_fake,

@@ -149,7 +149,7 @@ def _conv_case(
     size = (x[2], x[3])
 
     def ours(tensors: Tensors, backend: str) -> Any:
-        return _conv(tensors, lambda *args: ops.conv2d(*args, False, backend), size, **settings)
+        return _conv(tensors, lambda *args: ops.conv2d(*args, False, False, None, backend), size, **settings)
 
     shape = f"{_by(x)}{'+' + _by(x1[1:]) if x1 else ''}, {_by(weight)}"
     return Case(name, shape, inputs, ours, lambda t: _conv(t, plain.conv2d, size, **settings), quick=quick)

@@ -39,6 +39,7 @@ from fastunet.kernels.common import (
 )
 from fastunet.kernels.conv3x3 import conv3x3
 from fastunet.kernels.conv_image import conv_image, serves
+from fastunet.kernels.pool import max_pool2x2
 from fastunet.kernels.statistics import merge_stats, store_stats
 
 SIZES = ["N", "H", "W", "P", "Q", "PF", "QF", "top", "left", "tiles_h", "tiles_w"]
@@ -228,18 +229,23 @@ def conv2d(
     offset: Sequence[int],
     stats: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pool: bool,
+    pool_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastunet.aten.conv2d`; nothing normalised is stored, so there is nothing to ``save``."""
     sources = [Source(x0, affine0, relu0, offset[0], offset[1])]
     if x1 is not None:
         sources.append(Source(x1, affine1, relu1, offset[2], offset[3]))
+    pooled: Tensor | None = None
     if len(sources) == 1 and stride == 1 and serves(sources[0], size, weight):
         y, mean, var = conv_image(sources[0], weight, bias, stats)
     elif weight.shape[-1] == 3 and stride == 1:
-        y, mean, var = conv3x3(sources, size, weight, bias, stats)
+        y, mean, var, pooled = conv3x3(sources, size, weight, bias, stats, pool, pool_scale)
     else:
         y, mean, var = _forward(sources, size, weight, bias, stats, stride, weight.shape[-1] // 2, False)
-    return y, mean, var, x0.new_empty(0)
+    if pooled is None:
+        pooled = max_pool2x2(y, pool_scale) if pool else x0.new_empty(0)
+    return y, mean, var, x0.new_empty(0), pooled
 
 
 def conv_transpose2d(

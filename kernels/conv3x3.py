@@ -28,6 +28,7 @@ from fastunet.aten import stats_dtype
 from fastunet.kernels.affine import source_backward, store_affine_gradient
 from fastunet.kernels.common import (
     OPTIONS,
+    PROPAGATE_ALL,
     Source,
     accumulator,
     describe,
@@ -186,15 +187,58 @@ def tile_place(tile, tiles_h, tiles_w, IMAGES: tl.constexpr, ROWS: tl.constexpr,
     )
 
 
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=PROPAGATE_ALL)
+
+
+@triton.jit
+def _store_pooled(
+    ys, pooled, scale_ptr, n, p, q, N, P, Q, k, K,
+    HAS_SCALE: tl.constexpr, TMA: tl.constexpr, IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """2×2-pool the tile's ROWS rows by the sign of the scale to come; see :mod:`fastunet.kernels.pool`."""
+    filters = k + tl.arange(0, BLOCK_K)
+    scale = tl.full([BLOCK_K], 1.0, tl.float32)
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + filters, mask=filters < K, other=1.0).to(tl.float32)
+    negative = (scale < 0)[None, :]
+    flat = (scale == 0)[None, :]
+    odd = (tl.arange(0, IMAGES * COLUMNS) % 2 == 1)[:, None]
+    window = tl.arange(0, IMAGES * COLUMNS // 2)
+    image = n + window // (COLUMNS // 2)
+    column = q // 2 + window % (COLUMNS // 2)
+    for i in tl.static_range(0, ROWS, 2):
+        upper = ys[i].to(ACC)
+        lower = ys[i + 1].to(ACC)
+        upper = tl.where(negative, -upper, upper)
+        lower = tl.where(negative, -lower, lower)
+        # Where the scale is 0 the first pixel of the window wins over all but a NaN.
+        upper = tl.where(flat & odd & (upper == upper), float("-inf"), upper)
+        lower = tl.where(flat & (lower == lower), float("-inf"), lower)
+        both = _larger(upper, lower).reshape(IMAGES * COLUMNS // 2, 2, BLOCK_K)
+        best = tl.reduce(both, 1, _larger)
+        best = tl.where(negative, -best, best).to(DTYPE)
+        h = (p + i) // 2
+        if TMA:
+            pooled.store([n, h, q // 2, k], best.reshape(IMAGES, 1, COLUMNS // 2, BLOCK_K))
+        else:
+            w_stop = tl.where(h < P // 2, Q // 2, 0)
+            mask = ((image < N) & (column < w_stop))[:, None] & (filters < K)[None, :]
+            place = ((image.to(tl.int64) * (P // 2) + h) * (Q // 2) + column)[:, None] * K + filters[None, :]
+            tl.store(pooled + place, best, mask=mask)
+
+
 # ---- kernels -----------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv3x3_fwd_kernel(
-    x, affine_ptr, x1, affine1_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr,
+    x, affine_ptr, x1, affine1_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles_h, tiles_w,
     AFFINE: tl.constexpr, RELU: tl.constexpr, TWO: tl.constexpr, AFFINE1: tl.constexpr, RELU1: tl.constexpr,
-    BIAS: tl.constexpr, STATS: tl.constexpr, TMA: tl.constexpr,
+    BIAS: tl.constexpr, STATS: tl.constexpr, POOL: tl.constexpr, POOL_SCALE: tl.constexpr, TMA: tl.constexpr,
     IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -231,6 +275,11 @@ def _conv3x3_fwd_kernel(
             mask = (rows > i)[:, None] & (filters < K)[None, :]
             place = ((image.to(tl.int64) * P + p + i) * Q + column)[:, None] * K + filters[None, :]
             tl.store(y + place, rounded, mask=mask)
+    if POOL:
+        _store_pooled(
+            accs, pooled, pool_scale_ptr, n, p, q, N, P, Q, k, K,
+            POOL_SCALE, TMA, IMAGES, ROWS, COLUMNS, BLOCK_K, ACC, DTYPE,
+        )  # fmt: skip
     if STATS:
         store_stats(accs, rows, tile, filters, K, mean_ptr, m2_ptr, count_ptr, ROWS, BLOCK_K, ACC)
 
@@ -360,9 +409,9 @@ def cropped(source: Source, frame: Sequence[int]) -> bool:
     )
 
 
-def operand(x: Tensor, tile: Tile, channels: int) -> Any:
-    """An NHWC activation as the kernels read and write it, ``channels`` at a time."""
-    return describe(x.permute(0, 2, 3, 1), [tile.images, 1, tile.columns, channels], tile.tma)
+def operand(x: Tensor, tile: Tile, channels: int, pooled: int = 1) -> Any:
+    """An NHWC activation as the kernels read and write it, ``channels`` at a time; 2×2-``pooled`` if that is 2."""
+    return describe(x.permute(0, 2, 3, 1), [tile.images, 1, tile.columns // pooled, channels], tile.tma)
 
 
 def _weights(weight: Tensor, tile: Tile, first: int, second: int) -> Any:
@@ -371,9 +420,16 @@ def _weights(weight: Tensor, tile: Tile, first: int, second: int) -> Any:
 
 
 def conv3x3(
-    sources: Sequence[Source], frame: Sequence[int], weight: Tensor, bias: Tensor | None, stats: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, K, *frame), and its mean and biased variance (K,) if ``stats``, else empty."""
+    sources: Sequence[Source],
+    frame: Sequence[int],
+    weight: Tensor,
+    bias: Tensor | None,
+    stats: bool,
+    pool: bool,
+    pool_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """y (N, K, *frame); its mean and biased variance (K,) if ``stats``, else empty; y pooled by the signs of
+    ``pool_scale`` if ``pool`` and the tile has pairs of rows, else None."""
     first, second = sources[0], sources[-1]
     x, batch = first.x, first.x.shape[0]
     filters, channels = weight.shape[:2]
@@ -382,7 +438,7 @@ def conv3x3(
     dtype = stats_dtype(x.dtype)
     if y.numel() == 0:
         mean = x.new_zeros(filters if stats else 0, dtype=dtype)
-        return y, mean, mean.clone()
+        return y, mean, mean.clone(), None
     weight = nhwc(weight)
     sticks_out = any(cropped(source, frame) for source in sources)
     tile = choose(
@@ -392,20 +448,27 @@ def conv3x3(
     tiles, tiles_h, tiles_w = _grid(tile, batch, height, width)
     partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
+    pool = pool and tile.rows % 2 == 0 and min(height, width) > 1
+    pooled = empty_nhwc(x, batch, filters, height // 2, width // 2) if pool else None
+    scale = None if pool_scale is None else pool_scale.contiguous()
     _conv3x3_fwd_kernel[(tiles * triton.cdiv(filters, tile.outputs),)](
         operand(x, tile, tile.reduction), first.affine_or_x,
         operand(second.x, tile, tile.reduction), second.affine_or_x,
         _weights(weight, tile, tile.outputs, tile.reduction), x if bias is None else bias.contiguous(),
         operand(y, tile, tile.outputs), *partials, counts,
+        operand(y, tile, tile.outputs) if pooled is None else operand(pooled, tile, tile.outputs, 2),
+        x if scale is None else scale,
         batch, first.height, first.width, first.top, first.left, second.height, second.width, second.top, second.left,
         height, width, first.channels, channels - first.channels, filters, tiles_h, tiles_w,
         AFFINE=first.affine is not None, RELU=first.relu, TWO=len(sources) == 2,
         AFFINE1=second.affine is not None, RELU1=second.relu, BIAS=bias is not None, STATS=stats, TMA=tile.tma,
+        POOL=pool, POOL_SCALE=scale is not None,
         IMAGES=tile.images, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return y, *(merge_stats(*partials, counts) if stats else partials)
+    mean, var = merge_stats(*partials, counts) if stats else partials
+    return y, mean, var, pooled
 
 
 def conv3x3_dgrad(

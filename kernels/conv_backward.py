@@ -39,6 +39,7 @@ from fastunet.kernels.conv import SIZES, accumulate, tile_pixels, tile_shape
 from fastunet.kernels.conv3x3 import conv3x3_dgrad
 from fastunet.kernels.conv3x3_wgrad import conv3x3_wgrad
 from fastunet.kernels.conv_image import conv_image_wgrad, serves
+from fastunet.kernels.pool import pool_backward
 
 # ---- kernels ----------------------------------------------------------------------------------------------------
 
@@ -281,8 +282,10 @@ def conv2d_backward(
     dy: Tensor | None,
     dmean: Tensor | None,
     dvar: Tensor | None,
+    dp: Tensor | None,
     y: Tensor,
     mean: Tensor,
+    pool_scale: Tensor | None,
     x0: Tensor,
     affine0: Tensor | None,
     relu0: bool,
@@ -301,6 +304,11 @@ def conv2d_backward(
     sources = [Source(x0, affine0, relu0, offset[0], offset[1])]
     if x1 is not None:
         sources.append(Source(x1, affine1, relu1, offset[2], offset[3]))
+    if dp is not None:
+        stats = None if dmean is None or dvar is None else (dmean, dvar, mean)
+        dy = pool_backward(y, pool_scale, dp, dy, stats)
+        if stats is not None:
+            dmean, dvar = None, None
     dy, dbias = _form_dy(dy, dmean, dvar, y, mean, mask[3])
     grads: list[Tensor] = []
     rows = weight.shape[-1] == 3 and stride == 1

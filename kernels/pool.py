@@ -3,7 +3,8 @@
 Forward:   p  = x at the winner of each 2×2 window: the largest x if scale > 0 (or there is no affine), the smallest if
            scale < 0, the first if scale = 0; a NaN wins over everything, and ties go to the first, as in PyTorch.
            act(scale·(p − centre) + shift) is then the max-pool of act(scale·(x − centre) + shift), which is monotone.
-Backward:  dx = dskip + (dp at the winner, 0 elsewhere); the winner is found again from x, no index is stored.
+Backward:  dx = dskip + (dp at the winner, 0 elsewhere); the winner is found again from x, no index is stored. Where x
+           is a convolution's output whose statistics have gradients too, they are added in the same pass.
 
 Layout: NHWC; a program has one row of windows, a block of its columns and a block of channels. Bytes, once each:
 forward reads x and writes a quarter of it; backward reads x, dskip and dp (a quarter) and writes dx. Comparisons and
@@ -32,12 +33,8 @@ def _contest(best, winner, x, number: tl.constexpr, negative, flat):
 
 
 @triton.jit
-def _windows(x_ptr, at, row, C, inside, negative, flat, ACC: tl.constexpr):
-    """Signed value and number (0..3, row by row) of the winner of each window whose first element is at ``at``."""
-    x0 = tl.load(x_ptr + at, mask=inside, other=0.0).to(ACC)
-    x1 = tl.load(x_ptr + at + C, mask=inside, other=0.0).to(ACC)
-    x2 = tl.load(x_ptr + at + row, mask=inside, other=0.0).to(ACC)
-    x3 = tl.load(x_ptr + at + row + C, mask=inside, other=0.0).to(ACC)
+def _winner(x0, x1, x2, x3, negative, flat):
+    """Signed value and number (0..3, row by row) of the winner of each window."""
     best = tl.where(negative, -x0, x0)
     winner = tl.zeros(best.shape, tl.int32)
     best, winner = _contest(best, winner, x1, 1, negative, flat)
@@ -76,24 +73,34 @@ def _max_pool2x2_fwd_kernel(
     inside = (w < W // 2)[:, None] & (c < C)[None, :]
     negative, flat = _order(affine_ptr, c, C, HAS_AFFINE)
     row = W.to(tl.int64) * C
-    best, _ = _windows(x_ptr, (first + 2 * w)[:, None] * C + c[None, :], row, C, inside, negative, flat, ACC)
+    at = (first + 2 * w)[:, None] * C + c[None, :]
+    x0 = tl.load(x_ptr + at, mask=inside, other=0.0).to(ACC)
+    x1 = tl.load(x_ptr + at + C, mask=inside, other=0.0).to(ACC)
+    x2 = tl.load(x_ptr + at + row, mask=inside, other=0.0).to(ACC)
+    x3 = tl.load(x_ptr + at + row + C, mask=inside, other=0.0).to(ACC)
+    best, _ = _winner(x0, x1, x2, x3, negative, flat)
     p_at = (q.to(tl.int64) * (W // 2) + w)[:, None] * C + c[None, :]
     tl.store(p_ptr + p_at, tl.where(negative, -best, best), mask=inside)
 
 
-@triton.jit(do_not_specialize=["H", "W", "blocks"])
+@triton.jit(do_not_specialize=["pixels", "H", "W", "blocks"])
 def _max_pool2x2_bwd_kernel(
     x_ptr,
     affine_ptr,
     dp_ptr,
     dskip_ptr,
+    dmean_ptr,
+    dvar_ptr,
+    mean_ptr,
     dx_ptr,
+    pixels,
     H,
     W,
     C,
     blocks,
     HAS_AFFINE: tl.constexpr,
     HAS_SKIP: tl.constexpr,
+    STATS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -114,7 +121,11 @@ def _max_pool2x2_bwd_kernel(
     at = ((n * H + h) * W + 2 * w)[:, None] * C + c[None, :]
     row = W.to(tl.int64) * C
     negative, flat = _order(affine_ptr, c, C, HAS_AFFINE)
-    _, winner = _windows(x_ptr, at, row, C, in3, negative, flat, ACC)
+    x0 = tl.load(x_ptr + at, mask=in0, other=0.0).to(ACC)
+    x1 = tl.load(x_ptr + at + C, mask=in1, other=0.0).to(ACC)
+    x2 = tl.load(x_ptr + at + row, mask=in2, other=0.0).to(ACC)
+    x3 = tl.load(x_ptr + at + row + C, mask=in3, other=0.0).to(ACC)
+    _, winner = _winner(x0, x1, x2, x3, negative, flat)
     dp_at = ((n * (H // 2) + h // 2) * (W // 2) + w)[:, None] * C + c[None, :]
     dp = tl.load(dp_ptr + dp_at, mask=in3, other=0.0).to(ACC)
     dx0 = tl.where(winner == 0, dp, 0.0)
@@ -126,6 +137,15 @@ def _max_pool2x2_bwd_kernel(
         dx1 += tl.load(dskip_ptr + at + C, mask=in1, other=0.0).to(ACC)
         dx2 += tl.load(dskip_ptr + at + row, mask=in2, other=0.0).to(ACC)
         dx3 += tl.load(dskip_ptr + at + row + C, mask=in3, other=0.0).to(ACC)
+    if STATS:
+        count = pixels.to(ACC)
+        mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)[None, :]
+        level = (tl.load(dmean_ptr + c, mask=c < C, other=0.0) / count)[None, :]
+        slope = (tl.load(dvar_ptr + c, mask=c < C, other=0.0) * (2.0 / count))[None, :]
+        dx0 += level + slope * (x0 - mean)
+        dx1 += level + slope * (x1 - mean)
+        dx2 += level + slope * (x2 - mean)
+        dx3 += level + slope * (x3 - mean)
     tl.store(dx_ptr + at, dx0, mask=in0)
     tl.store(dx_ptr + at + C, dx1, mask=in1)
     tl.store(dx_ptr + at + row, dx2, mask=in2)
@@ -158,15 +178,29 @@ def max_pool2x2_backward(x: Tensor, affine: Tensor | None, dp: Tensor | None, ds
         if dskip is None:
             return torch.zeros_like(x, memory_format=torch.channels_last)
         return dskip.clone(memory_format=torch.channels_last)
+    return pool_backward(x, affine, dp, dskip, None)
+
+
+def pool_backward(
+    x: Tensor,
+    scale: Tensor | None,
+    dp: Tensor,
+    dskip: Tensor | None,
+    stats: tuple[Tensor, Tensor, Tensor] | None,
+) -> Tensor:
+    """:func:`max_pool2x2_backward` by the signs of ``scale`` (C, or the first row of an affine; None: positive); with
+    ``stats`` = (dmean, dvar, mean) also their share of x's gradient, dmean/M + (2/M)·dvar·(x − mean)."""
     x = nhwc(x)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
     if x.numel() > 0:
         block_w, block_c = tile(channels, x.element_size(), _ACCESSES)
         blocks = triton.cdiv((width + 1) // 2, block_w)
+        dmean, dvar, mean = (None, None, None) if stats is None else stats
         _max_pool2x2_bwd_kernel[(batch * ((height + 1) // 2) * blocks, triton.cdiv(channels, block_c))](
-            x, dense(affine), nhwc(dp), None if dskip is None else nhwc(dskip), dx, height, width, channels, blocks,
-            HAS_AFFINE=affine is not None, HAS_SKIP=dskip is not None, **OPTIONS,
+            x, dense(scale), nhwc(dp), None if dskip is None else nhwc(dskip), dense(dmean), dense(dvar), dense(mean),
+            dx, batch * height * width, height, width, channels, blocks,
+            HAS_AFFINE=scale is not None, HAS_SKIP=dskip is not None, STATS=stats is not None, **OPTIONS,
             ACC=accumulator(x.dtype),
             BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources import DTYPES, LAYOUTS, check_compiled, laid_out, random_affine, skip_if_unsupported
@@ -33,6 +34,7 @@ class Conv:
     bias: bool = False
     stats: bool = True
     transposed: bool = False
+    pool: str = ""  # the output is also 2×2-pooled: "all" for scales above 0, "by sign" of random ones
 
     @property
     def frame(self) -> tuple[int, int]:
@@ -57,6 +59,10 @@ CASES = {
     "padded-on-all-sides": Conv((1, 3, 9, 9), 4, x1=(1, 2, 6, 5), offset=(0, 0, 1, 2), bias=True),
     "up-then-skip-cropped": Conv((1, 4, 8, 9), 3, x1=(1, 5, 6, 5), size=(6, 5), offset=(-1, -2, 0, 0)),
     "many-channels-two-sources": Conv((1, 70, 3, 2), 33, x1=(1, 35, 2, 2), offset=(0, 0, 0, 0)),
+    "pooled": Conv((2, 8, 4, 6), 8, pool="all"),
+    "pooled-by-sign-odd": Conv((1, 8, 7, 5), 9, pool="by sign"),
+    "pooled-image": Conv((1, 2, 5, 6), 4, affine=(False, False), relu=(False, False), stats=False, pool="by sign"),
+    "pooled-stride-2": Conv((1, 3, 5, 7), 4, stride=2, pool="by sign"),
     "wider-than-a-tile": Conv((1, 2, 3, 37), 3),
     "taller-than-a-tile": Conv((1, 2, 41, 2), 3),
     "statistics-merged-twice": Conv((70, 1, 2, 2), 2, kernel=1),
@@ -107,8 +113,14 @@ def draw(case: Conv, device: str, dtype: torch.dtype = torch.float32) -> Inputs:
     return Inputs(x0, affine0, x1, affine1, weight, bias)
 
 
+def pooling(case: Conv, device: torch.device) -> tuple[bool, Tensor | None]:
+    """(pool, pool_scale): of alternating signs, and 0."""
+    signs = torch.tensor([-2.0, 0.0, 0.5], device=device).repeat(case.filters)[: case.filters]
+    return bool(case.pool), signs if case.pool == "by sign" else None
+
+
 def run(case: Conv, inputs: Inputs, backend: str | None, save: bool = False) -> list[Tensor]:
-    """[y, mean, var] or [y] from the operator, or from the reference if ``backend`` is None."""
+    """[y, mean, var] or [y], and the pooled y, from the operator, or the reference if ``backend`` is None."""
     source = (inputs.x0, inputs.affine0, case.relu[0])
     if case.transposed:
         function: Any = plain.conv_transpose2d if backend is None else ops.conv_transpose2d
@@ -116,12 +128,24 @@ def run(case: Conv, inputs: Inputs, backend: str | None, save: bool = False) -> 
         outputs = function(*source, inputs.weight, inputs.bias, case.stats, *rest)
     else:
         function = plain.conv2d if backend is None else ops.conv2d
-        rest = () if backend is None else (save, backend)
+        pool, scale = pooling(case, inputs.x0.device)
+        rest = () if backend is None else (save, pool, scale, backend)
         outputs = function(
             *source, inputs.x1, inputs.affine1, case.relu[1] and case.x1 is not None, inputs.weight, inputs.bias,
             case.stride, case.frame, case.offset, case.stats, *rest,
         )  # fmt: skip
-    return list(outputs[:3] if case.stats else outputs[:1])
+    found = list(outputs[:3] if case.stats else outputs[:1])
+    if case.pool and backend is not None:
+        found.append(outputs[4])
+    elif case.pool:
+        y = outputs[0]
+        # Normalising by a scale of ±1, pooling and undoing it picks the same pixel; by 0, the first one.
+        sign = torch.ones(case.filters).to(y) if scale is None else scale.sign().to(y)
+        signed = sign.view(1, -1, 1, 1)
+        flat = signed == 0
+        first = y[..., : y.shape[2] // 2 * 2 : 2, : y.shape[3] // 2 * 2 : 2]
+        found.append(torch.where(flat, first, F.max_pool2d(y * signed, 2) * signed))
+    return found
 
 
 def gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -226,8 +250,8 @@ def test_statistics_are_centred(backend: str, device: str) -> None:
     x = (torch.randn(2, 1, 33, 17, device=device, dtype=torch.float64) + 1000).float()
     weight = torch.zeros(2, 1, 3, 3, device=device)
     weight[:, :, 1, 1] = 1
-    y, mean, var, _ = ops.conv2d(
-        x, None, False, None, None, False, weight, None, 1, (33, 17), (0, 0, 0, 0), True, False, backend
+    y, mean, var, *_ = ops.conv2d(
+        x, None, False, None, None, False, weight, None, 1, (33, 17), (0, 0, 0, 0), True, False, False, None, backend
     )
     exact = y.double()
     torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=0)  # float32's rounding of 1000
@@ -238,8 +262,8 @@ def test_statistics_are_of_the_rounded_output(backend: str, device: str) -> None
     """The normalisation reads y in its dtype, so its statistics must be those of that y."""
     x = torch.randn(2, 4, 9, 9, device=device).half()
     weight = torch.randn(3, 4, 3, 3, device=device).half() * 50
-    y, mean, var, _ = ops.conv2d(
-        x, None, False, None, None, False, weight, None, 1, (9, 9), (0, 0, 0, 0), True, False, backend
+    y, mean, var, *_ = ops.conv2d(
+        x, None, False, None, None, False, weight, None, 1, (9, 9), (0, 0, 0, 0), True, False, False, None, backend
     )
     exact = y.double()
     torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-5, atol=1e-4)  # float32 sums
@@ -272,6 +296,7 @@ def test_the_same_bits_every_time(name: str, backend: str, device: str) -> None:
 GRADCHECK = {
     "two-sources": Conv((1, 2, 3, 3), 2, x1=(1, 1, 2, 2), offset=(0, 0, 0, 1), bias=True),
     "stride-2": Conv((2, 1, 3, 2), 2, stride=2),
+    "pooled": Conv((1, 1, 2, 3), 2, pool="all"),
     "transposed-2x2": Conv((1, 2, 2, 2), 1, kernel=2, bias=True, transposed=True),
     "transposed-3x3": Conv((1, 1, 2, 2), 2, transposed=True),
 }
@@ -304,27 +329,27 @@ def test_gradcheck(case: Conv, backend: str, device: str) -> None:
 def conv2d_arguments(case: Conv, inputs: Inputs, backend: str, save: bool) -> tuple[Any, ...]:
     return (
         inputs.x0, inputs.affine0, case.relu[0], inputs.x1, inputs.affine1, case.relu[1], inputs.weight, inputs.bias,
-        case.stride, case.frame, case.offset, case.stats, save, backend,
+        case.stride, case.frame, case.offset, case.stats, save, *pooling(case, inputs.x0.device), backend,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("save", [False, True], ids=["recompute", "save"])
 def test_opcheck_conv2d(save: bool, channels_last: bool, backend: str, device: str) -> None:
-    case = Conv((2, 2, 4, 3), 3, x1=(2, 1, 3, 2), bias=True)
+    case = Conv((2, 2, 4, 3), 3, x1=(2, 1, 3, 2), bias=True, pool="all")
     inputs = draw(case, device)
     if channels_last:
         inputs.x0 = inputs.x0.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     arguments = conv2d_arguments(case, inputs, backend, save)
     torch.library.opcheck(ops.conv2d, arguments)
     with torch.no_grad():
-        y, mean, var, z = ops.conv2d(*arguments)
+        y, mean, var, z, pooled = ops.conv2d(*arguments)
         torch.library.opcheck(
             ops.conv2d_backward,
             (
-                torch.randn_like(y), mean, var, y, mean, inputs.x0.detach(), inputs.affine0.detach(), case.relu[0],
-                inputs.x1.detach(), inputs.affine1.detach(), case.relu[1], inputs.weight.detach(), z, case.stride,
-                case.frame, case.offset, [True, False, True, True], backend,
+                torch.randn_like(y), mean, var, torch.randn_like(pooled), y, mean, None, inputs.x0.detach(),
+                inputs.affine0.detach(), case.relu[0], inputs.x1.detach(), inputs.affine1.detach(), case.relu[1],
+                inputs.weight.detach(), z, case.stride, case.frame, case.offset, [True, False, True, True], backend,
             ),
         )  # fmt: skip
 
@@ -351,8 +376,8 @@ def test_compiles_to_one_graph(backend: str, device: str) -> None:
     inputs = draw(case, device)
 
     def function(x: Tensor, affine: Tensor, weight: Tensor) -> Tensor:
-        y, mean, var, _ = ops.conv2d(
-            x, affine, True, None, None, False, weight, None, 1, (4, 3), (0, 0, 0, 0), True, False, backend
+        y, mean, var, *_ = ops.conv2d(
+            x, affine, True, None, None, False, weight, None, 1, (4, 3), (0, 0, 0, 0), True, False, False, None, backend
         )
         return (y.sum() + mean.sum() + var.sum()) * 2
 
@@ -406,7 +431,7 @@ def test_operands_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
     with pytest.raises(ValueError, match=message) as caught:
         ops.conv2d(
             t["x0"], t["affine0"], True, t["x1"], None, False, t["weight"], t["bias"], t["stride"], (4, 4),
-            (0, 0, 0, 0), False, False, backend,
+            (0, 0, 0, 0), False, False, False, None, backend,
         )  # fmt: skip
     assert "\n" not in str(caught.value)
 
@@ -414,7 +439,7 @@ def test_operands_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
 def test_statistics_without_a_gradient_stay_so(backend: str, device: str) -> None:
     case = CASES["relu-without-affine"]
     inputs = draw(case, device)
-    y, mean, var, z = ops.conv2d(*conv2d_arguments(case, inputs, backend, True))
+    y, mean, var, z, _ = ops.conv2d(*conv2d_arguments(case, inputs, backend, True))
     assert y.requires_grad
     assert not any(t.requires_grad for t in (mean, var, z))
 

@@ -1,0 +1,120 @@
+"""The compile gate: the kernels pass it, and each planted fault turns it red.
+
+It runs in processes of its own, because here Triton may already be in interpreter mode.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gate_limits import LIMITS, TOLERATED_SPILLS
+
+ROOT = Path(__file__).parent.parent
+
+pytest.importorskip("triton", reason="compiling needs Triton, which is part of pip install 'fastunet[test]' on Linux")
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=900,
+    )
+
+
+def test_kernels_pass():
+    done = run("-m", "benchmarks.gate", "--json")
+    assert done.returncode == 0, done.stderr
+    entries = json.loads(done.stdout)
+    chips = {entry["chip"] for entry in entries}
+    assert len(chips) == 8
+    for kernel in {entry["kernel"] for entry in entries}:
+        assert {entry["chip"] for entry in entries if entry["kernel"] == kernel} == chips
+    for chip in chips:
+        [convolution] = [
+            entry["numbers"]
+            for entry in entries
+            if entry["kernel"] == "_conv_fwd_kernel" and entry["chip"] == chip and "tensor" in entry["numbers"]
+        ]
+        assert convolution["loop tensor"]
+        assert ("issue slots" in convolution) == chip.startswith("sm")
+
+
+@pytest.mark.parametrize("pattern", [limit.pattern for limit in LIMITS] + list(TOLERATED_SPILLS))
+def test_limits_are_about_something(pattern):
+    entries = json.loads((ROOT / "benchmarks" / "gate.json").read_text())["entries"]
+    found = [numbers for name, numbers in entries.items() if re.search(pattern, name)]
+    assert found
+    if pattern in TOLERATED_SPILLS:
+        assert max(numbers.get("spilled", 0) for numbers in found) == TOLERATED_SPILLS[pattern]
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    done = run(str(ROOT / "tests" / "planted_kernels.py"), str(tmp_path_factory.mktemp("gate")))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("scenario", ["sound", "update", "recorded"])
+def test_green(scenario, planted):
+    status, said, complaints = planted[scenario]
+    assert status == 0, complaints
+    assert "_kernel sm_90" in said
+    assert "FAILED" not in complaints
+
+
+RED = {
+    "_spilling_kernel": "spills",
+    "_float64_kernel": "computes in float64",
+    "_scattered_kernel": "loads 2B:8 where",
+    "_greedy_kernel": "wants",
+    "_broken_kernel": "does not compile",
+    "forgotten": "_forgotten_kernel is launched by no case or network",
+    "fewer blocks": "has blocks",
+    "more slots": "has issue slots",
+    "unknown entry": "is not in doctored",
+    "limits": "to shared memory in its main loop",
+}
+
+
+@pytest.mark.parametrize("scenario", RED)
+def test_red(scenario, planted):
+    status, _, complaints = planted[scenario]
+    assert status == 1
+    kernel = scenario if scenario.startswith("_") else "_"
+    failures = [line for line in complaints.splitlines() if line.startswith(f"FAILED {kernel}")]
+    assert any(RED[scenario] in line for line in failures), complaints
+
+
+def test_limit_on_issue_slots(planted):
+    assert "slots a tensor clock in its main loop, over 0.1" in planted["limits"][2]
+
+
+def test_entry_that_is_launched_no_more_is_named(planted):
+    assert "_gone_kernel bf16 warps=4 stages=3 #000000 sm_90 is launched no more" in planted["unknown entry"][2]
+
+
+def test_other_registers_are_named_and_break_nothing(planted):
+    status, _, complaints = planted["more registers"]
+    assert status == 0
+    assert ": registers " in complaints
+
+
+def test_numbers_of_another_triton_are_not_compared(planted):
+    status, _, complaints = planted["other Triton"]
+    assert status == 0
+    assert "only the rules count" in complaints
