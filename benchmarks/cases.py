@@ -42,6 +42,7 @@ class Case:
     loss: str = "softmax"  # softmax_stats: its mode
     labels: torch.dtype = torch.int64
     weighted: bool = False  # softmax_stats: weights per pixel
+    output: str = "argmax"  # head_predict
     wanted: tuple[bool, bool, bool] = (False, True, False)  # softmax_stats: squares, cross-entropy, label smoothing
 
     @property
@@ -131,6 +132,7 @@ _SUFFIXES = {
     "loss": "{}",
     "labels": "{}",
     "weighted": "weighted",
+    "output": "{}",
     "wanted": "wanted{}",
     "layout": "{}",
 }
@@ -249,6 +251,10 @@ def _head_stats_backward(case: Case, operands: Operands, results: Operands) -> O
     return torch.randn_like(results[0]), *operands, [True, True, True]
 
 
+def _head_predict(case: Case, device: Any) -> Operands:
+    return *_head_stats(case, device)[:5], case.output, 0.5, case.dtype
+
+
 _OPERANDS: dict[str, Callable[[Case, Any], Operands]] = {
     "affine_act": _affine_act,
     "bn_affine": _bn_affine,
@@ -259,6 +265,7 @@ _OPERANDS: dict[str, Callable[[Case, Any], Operands]] = {
     "softmax_stats": _softmax_stats,
     "confusion_matrix": _confusion_matrix,
     "head_stats": _head_stats,
+    "head_predict": _head_predict,
 }
 _BACKWARD: dict[str, Callable[[Case, Operands, Operands], Operands]] = {
     "affine_act": _affine_act_backward,
@@ -327,6 +334,11 @@ CASES = [
     Case("head_stats", (8, 64, 512, 512), filters=22, kernel=1, wanted=(True, True, True), weighted=True),
     Case("head_stats", (8, 128, 256, 256), filters=64, kernel=1),
     Case("head_stats", (8, 40, 128, 128), filters=256, kernel=1, wanted=(True, True, True)),
+    Case("head_predict", (8, 64, 512, 512), filters=22, kernel=1, mode="inference"),
+    Case("head_predict", (8, 64, 512, 512), filters=1, kernel=1, mode="inference", output="threshold"),
+    Case("head_predict", (8, 64, 512, 512), filters=22, kernel=1, mode="inference", output="softmax"),
+    Case("head_predict", (8, 64, 512, 512), filters=4, kernel=1, mode="inference", output="sigmoid", dtype=FP32),
+    Case("head_predict", (2, 5, 37, 53), filters=200, kernel=1, mode="inference", dtype=FP16),
     Case("head_stats", (2, 5, 37, 53), filters=3, kernel=1, loss="sigmoid", dtype=FP16, weighted=True),
 ]
 
@@ -366,4 +378,5 @@ SMALL_CASES = [
     Case("softmax_stats", (2, 22, 128, 128), dtype=FP32),
     Case("confusion_matrix", (2, 22, 128, 128), dtype=FP32, mode="inference"),
     Case("head_stats", (2, 16, 128, 128), filters=22, kernel=1, dtype=FP32),
+    Case("head_predict", (2, 16, 128, 128), filters=22, kernel=1, dtype=FP32, mode="inference"),
 ]

@@ -191,9 +191,18 @@ def head_stats(
     """The statistics (N, K, 7) of a 1×1 convolution's output, which is not stored; see :mod:`fastunet.losses`."""
     act, weight, bias = _operands(act, conv.weight, conv.bias, config)
     stats: Tensor = ops.call(
-        ops.head_stats, *act, weight, bias, labels, pixel_weight, mode, ignore_index, wanted, config.backend
+        ops.head_stats, *act.source, weight, bias, labels, pixel_weight, mode, ignore_index, wanted, config.backend
     )
     return stats
+
+
+def head_predict(
+    act: Activation, conv: nn.Conv2d, output: str, threshold: float, dtype: torch.dtype, config: Config
+) -> Tensor:
+    """Classes, masks or probabilities from a 1×1 convolution's output, which is not stored; see :mod:`fastunet.aten`."""
+    act, weight, bias = _operands(act, conv.weight, conv.bias, config)
+    y: Tensor = ops.call(ops.head_predict, *act.source, weight, bias, output, threshold, dtype, config.backend)
+    return y
 
 
 def uses_batch_stats(bn: nn.BatchNorm2d) -> bool:

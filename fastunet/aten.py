@@ -742,6 +742,41 @@ def head_stats_backward(
     )
 
 
+def predict(logits: Tensor, output: str, threshold: float, dtype: torch.dtype) -> Tensor:
+    """What :func:`head_predict` gives, of logits (N, K, H, W)."""
+    if output == "argmax":
+        return logits.argmax(1).to(torch.uint8)
+    wide = logits.to(stats_dtype(logits.dtype))
+    p = wide.softmax(1) if output == "softmax" else wide.sigmoid()
+    return channels_last((p > threshold).to(torch.uint8) if output == "threshold" else p.to(dtype))
+
+
+def head_predict(
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: str,
+    threshold: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What the logits that weight (K, C, 1, 1) and bias make of a source say; the logits are never stored.
+
+    ``output`` "argmax": the class of the largest, uint8 (N, H, W); the first of equals, and NaN wins. "threshold":
+    σ(logit) > threshold, uint8 0 or 1 (N, K, H, W). "softmax", "sigmoid": probabilities (N, K, H, W) in ``dtype``,
+    computed in stats_dtype. Four dimensions are channels_last.
+    """
+    batch, height, width, classes = x.shape[0], *x.shape[2:], weight.shape[0]
+    kind = torch.uint8 if output in ("argmax", "threshold") else dtype
+    out = x.new_empty((batch, height * width, 1 if output == "argmax" else classes), dtype=kind)
+    for n, pixels, _, _, logits, _, _ in _head_runs(x, affine, relu, weight, bias):
+        out[n, pixels] = predict(logits, output, threshold, dtype).view(1, out.shape[2], -1)[0].t()
+    if output == "argmax":
+        return out.view(batch, height, width)
+    return channels_last(out.view(batch, height, width, classes).permute(0, 3, 1, 2))
+
+
 # ---- confusion matrix --------------------------------------------------------------------------------------------
 
 

@@ -78,9 +78,7 @@ def _check(
     given = tuple(labels.shape)
     if not (mode == "sigmoid" and given == shape) and (given != plane or (mode == "sigmoid" and classes > 1)):
         expected = shape if mode == "sigmoid" else plane
-        raise ValueError(
-            f"expected labels of shape {expected} for logits of shape {shape} in {mode} mode, got {given}"
-        )
+        raise ValueError(f"expected labels of shape {expected} for logits of shape {shape} in {mode} mode, got {given}")
     if pixel_weight is not None:
         if pixel_weight.shape != plane or not pixel_weight.is_floating_point():
             raise ValueError(
@@ -214,7 +212,9 @@ class StatsLoss(nn.Module):
         settings = self._settings(conv.out_channels)
         mode, ignore_index = settings.pop("mode"), settings.pop("ignore_index")
         if pixel_weight is not None and not settings["entropy"]:
-            raise ValueError(f"expected no pixel_weight with {type(self).__name__}, which has no cross-entropy to weigh")
+            raise ValueError(
+                f"expected no pixel_weight with {type(self).__name__}, which has no cross-entropy to weigh"
+            )
         shape = (act.x.shape[0], conv.out_channels, act.x.shape[2], act.x.shape[3])
         _check(shape, act.x.device, labels, mode, ignore_index, pixel_weight)
         ignored = NEVER if ignore_index is None else ignore_index

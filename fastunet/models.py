@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastunet.activation import Activation, Config, Placed
+from fastunet.activation import Activation, Config, Placed, head_predict
+from fastunet.aten import predict
 from fastunet.blocks import (
     ConvSequence,
     DoubleConv,
@@ -134,6 +135,46 @@ class _LogitNetwork(_Network):
             return criterion.from_stats(criterion.head_stats(act, conv, labels, pixel_weight, config))
         weights = () if pixel_weight is None else (pixel_weight,)
         return criterion(self._logits(act, config), labels, *weights)
+
+    def predict(self, x: Tensor, *, sigmoid: bool | None = None, threshold: float = 0.5) -> Tensor:
+        """Masks of x, in eval mode and without gradients; the model is left in the mode it was in.
+
+        Args:
+            x: (N, C, H, W), as in a call.
+            sigmoid: whether every channel is a question of its own; None: if there is one channel.
+            threshold: of a channel's probability, with ``sigmoid``.
+
+        Returns:
+            uint8: (N, H, W), the class of the largest logit, the first of equals; with ``sigmoid`` (N, K, H, W), 1
+            where the probability exceeds ``threshold``, else 0.
+
+        Raises:
+            ValueError, TypeError: as a call; more than 256 classes.
+        """
+        return self._predict(x, "argmax", "threshold", sigmoid, threshold, torch.float32)
+
+    def predict_proba(self, x: Tensor, *, sigmoid: bool | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Probabilities (N, K, H, W) of x in ``dtype``, channels_last; otherwise as :meth:`predict`."""
+        return self._predict(x, "softmax", "sigmoid", sigmoid, 0.5, dtype)
+
+    @torch.no_grad()
+    def _predict(
+        self, x: Tensor, exclusive: str, independent: str, sigmoid: bool | None, threshold: float, dtype: torch.dtype
+    ) -> Tensor:
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            act, config = self._decode(x)
+            conv = head_conv(self._head)
+            logits = None if conv is not None else self._logits(act, config)
+        finally:
+            for module in training:
+                module.training = True
+        classes = conv.out_channels if logits is None else logits.shape[1]  # type: ignore[union-attr]
+        output = independent if (classes == 1 if sigmoid is None else sigmoid) else exclusive
+        if logits is None:
+            return head_predict(act, conv, output, threshold, dtype, config)  # type: ignore[arg-type]
+        return predict(logits, output, threshold, dtype)
 
 
 class UNet(_LogitNetwork):
@@ -267,6 +308,12 @@ class StridedUNet(_Network):
         for up in (self.u1, self.u2, self.u3, self.u4):
             placed = self._stage(config, strided_ascend, up, placed, skips.pop())
         return run(self.o, placed, config).tensor(config)
+
+    def loss(self, *operands: Any) -> Tensor:
+        """Not here: this network ends in a 3×3 convolution and a sigmoid, not in a 1×1 convolution to logits."""
+        raise TypeError(
+            "expected a network that ends in a 1×1 convolution, got StridedUNet; use nn.BCELoss of its output"
+        )
 
 
 class _HubNetwork(_LogitNetwork):

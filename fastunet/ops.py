@@ -954,6 +954,51 @@ head_stats_backward = _register(
 )
 
 
+# ---- head_predict ------------------------------------------------------------------------------------------------
+
+
+def _head_predict_fake(
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: str,
+    threshold: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    batch, _, height, width = x.shape
+    if output == "argmax":
+        return x.new_empty((batch, height, width), dtype=torch.uint8)
+    return _activation(x, (batch, weight.shape[0], height, width)).to(torch.uint8 if output == "threshold" else dtype)
+
+
+def _check_head_predict(
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: str,
+    threshold: float,
+    dtype: torch.dtype,
+) -> None:
+    _check_head(x, affine, weight, bias)
+    if output not in ("argmax", "threshold", "softmax", "sigmoid"):
+        raise ValueError(f"expected output 'argmax', 'threshold', 'softmax' or 'sigmoid', got {output!r}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"expected a floating-point dtype for probabilities, got {dtype}")
+
+
+head_predict = _register(
+    "head_predict(Tensor x, Tensor? affine, bool relu, Tensor weight, Tensor? bias, str output, float threshold,"
+    " ScalarType dtype, str backend) -> Tensor",
+    _head_predict_fake,
+    check=_check_head_predict,
+)
+
+
 # ---- confusion_matrix --------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from fastunet.kernels.affine import affine_act, affine_act_backward, bn_affine, 
 from fastunet.kernels.confusion import confusion_matrix
 from fastunet.kernels.conv import conv2d, conv_transpose2d
 from fastunet.kernels.conv_backward import conv2d_backward, conv_transpose2d_backward
-from fastunet.kernels.head import head_stats, head_stats_backward
+from fastunet.kernels.head import head_predict, head_stats, head_stats_backward
 from fastunet.kernels.pool import max_pool2x2, max_pool2x2_backward
 from fastunet.kernels.softmax_stats import softmax_stats, softmax_stats_backward
 from fastunet.kernels.upsample import upsample_concat, upsample_concat_backward
@@ -29,6 +29,7 @@ __all__ = [
     "conv2d_backward",
     "conv_transpose2d",
     "conv_transpose2d_backward",
+    "head_predict",
     "head_stats",
     "head_stats_backward",
     "max_pool2x2",

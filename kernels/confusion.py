@@ -24,6 +24,15 @@ _CELLS = 1 << 20  # of all programs' histograms together
 _LARGEST_HISTOGRAM = 4096  # 32 registers a thread
 
 
+@triton.jit
+def first_largest(x, c, C: tl.constexpr):
+    """The class of each pixel's largest logit: the first of equals, and NaN is larger than any number."""
+    number = tl.where((c < C)[None, :] & (x == x), x, float("-inf"))
+    largest = number == tl.max(number, axis=1)[:, None]
+    rank = tl.where((c < C)[None, :], tl.where(x != x, 2, tl.where(largest, 1, 0)), 0)
+    return tl.argmax(rank, axis=1)
+
+
 @triton.jit(do_not_specialize=["programs", "ignore_index"])
 def _confusion_matrix_kernel(
     logits_ptr, labels_ptr, counts_ptr, pixels, programs, ignore_index,
@@ -47,11 +56,7 @@ def _confusion_matrix_kernel(
         if C == 1:
             guess = (tl.max(x, axis=1) > THRESHOLD).to(tl.int32)
         else:
-            nan = x != x
-            number = tl.where((c < C)[None, :] & (x == x), x, float("-inf"))
-            largest = number == tl.max(number, axis=1)[:, None]
-            rank = tl.where((c < C)[None, :], tl.where(nan, 2, tl.where(largest, 1, 0)), 0)
-            guess = tl.argmax(rank, axis=1)
+            guess = first_largest(x, c, C)
         label = tl.load(labels_ptr + n * stride_yn + pixel * stride_yp, mask=row, other=0).to(tl.int64)
         counted = row & (label != ignore_index)
         label = tl.where((label >= 0) & (label < CLASSES), label, CLASSES).to(tl.int32)

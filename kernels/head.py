@@ -11,7 +11,7 @@ Inference: the class of the largest logit, a mask of σ(logit) > threshold, or p
 Layout: x in NHWC memory, W a matrix (K, C); a tile is pixels × all K classes, for which a program walks the channels.
 Logits stay in registers, in float32: unlike those that pass through memory they are not rounded to x's dtype.
 Bytes moved: forward reads x and labels; backward reads both again and writes dx; more than 64 channels (32 with
-more than 32 classes) are read once more for each further 64. Accumulation: float32 (float64 for float64). Sums in a fixed order: a program keeps one per
+more than 64 classes) are read once more for each further 64. Accumulation: float32 (float64 for float64). Sums in a fixed order: a program keeps one per
 element of its tile while it walks the tiles of one sample, adds those up over the tile's pixels into its slab, and
 sum_slabs adds up the programs.
 """
@@ -39,7 +39,8 @@ from fastunet.kernels.common import (
     precision,
     sum_slabs,
 )
-from fastunet.kernels.softmax_stats import by_pixel, gradient, load_labels, store_stats, terms
+from fastunet.kernels.confusion import first_largest
+from fastunet.kernels.softmax_stats import by_pixel, gradient, load_labels, sigmoid, softmax, store_stats, terms
 
 _PROGRAMS = 1024  # a constant, so that the order of summation is the same on every GPU
 _TILES = 4  # a program walks at least as many, if there are: what it adds to a slab of sums costs little beside them
@@ -183,6 +184,34 @@ def _head_stats_backward_kernel(
         store_affine_gradient(daffine_ptr, slab, c, C, scale, sum_gx, sum_g)
 
 
+@triton.jit(do_not_specialize=["pixels"])
+def _head_predict_kernel(
+    x_ptr, affine_ptr, w_ptr, bias_ptr, out_ptr, pixels,
+    C: tl.constexpr, K: tl.constexpr, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    OUTPUT: tl.constexpr, THRESHOLD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What OUTPUT names, of a tile of the batch's pixels."""
+    pixel = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = pixel < pixels
+    k = tl.arange(0, BLOCK_K)
+    x = _logits(
+        x_ptr, affine_ptr, w_ptr, bias_ptr, pixel, k, inside, C, K, HAS_AFFINE, RELU, HAS_BIAS,
+        ACC, PRECISION, BLOCK_P, BLOCK_C, BLOCK_K,
+    )  # fmt: skip
+    if OUTPUT == "argmax":
+        tl.store(out_ptr + pixel, first_largest(x, k, K).to(tl.uint8), mask=inside)
+    else:
+        if OUTPUT == "softmax":
+            p, _ = softmax(x, k, K)
+        else:
+            p, _, _ = sigmoid(x)
+        if OUTPUT == "threshold":
+            p = p > THRESHOLD
+        mask = inside[:, None] & (k < K)[None, :]
+        tl.store(out_ptr + pixel[:, None] * K + k[None, :], p.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 # ---- launchers ---------------------------------------------------------------------------------------------------
 
 
@@ -191,9 +220,9 @@ def _choices(
 ) -> dict[str, Any]:
     """What is compiled into every kernel here; of its tile, a thread has at most so many logits and values of x."""
     block_c, block_k = block(source.channels, most_channels), block(classes, 256)
-    warps = 4 if block_k <= 64 else 8
-    lanes = 64 if architecture(source.x.device).startswith("gfx") else 32
-    share = warps * lanes * min(2, 4 // source.x.element_size()) // 2
+    amd = architecture(source.x.device).startswith("gfx")
+    warps = 4 if block_k <= 64 or amd else 8
+    share = warps * (64 if amd else 32) * min(2, 4 // source.x.element_size()) // 2
     return {
         "C": source.channels,
         "K": classes,
@@ -206,6 +235,7 @@ def _choices(
         "BLOCK_C": block_c,
         "BLOCK_K": block_k,
         "num_warps": warps,
+        **({"num_stages": 1} if amd else {}),  # AMD prefetches into registers, of which there are none left
         **OPTIONS,
     }
 
@@ -273,7 +303,7 @@ def head_stats_backward(
     source = Source(x, affine, relu)
     batch, classes, pixels = x.shape[0], weight.shape[0], source.height * source.width
     dtype = stats_dtype(x.dtype)
-    choices = _choices(source, weight, bias, classes, 16, 16, 64 if classes <= 32 else 32)
+    choices = _choices(source, weight, bias, classes, 8, 16, 64 if classes <= 64 else 32)
     programs = min(triton.cdiv(pixels, choices["BLOCK_P"] * _TILES), max(1, _PROGRAMS // max(batch, 1)))
     need_source, need_filters = mask[0], mask[1] or mask[2]
     slabs = programs * batch if classes > 0 else 0
@@ -301,3 +331,32 @@ def head_stats_backward(
 def _like(weight: Tensor, dweight: Tensor) -> Tensor:
     """dW (K, C) in the weight's shape, dtype and layout."""
     return torch.empty_like(weight, memory_format=memory_format(weight)).copy_(dweight.view(weight.shape))
+
+
+def head_predict(
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: str,
+    threshold: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See :func:`fastunet.aten.head_predict`."""
+    source = Source(x, affine, relu)
+    batch, classes = x.shape[0], weight.shape[0]
+    pixels = batch * source.height * source.width
+    if output == "argmax":
+        out = torch.empty((batch, source.height, source.width), dtype=torch.uint8, device=x.device)
+    else:
+        out = torch.empty(
+            (batch, classes, source.height, source.width), dtype=torch.uint8 if output == "threshold" else dtype,
+            device=x.device, memory_format=torch.channels_last,
+        )  # fmt: skip
+    if out.numel() > 0:
+        choices = _choices(source, weight, bias, classes, 16, 32)
+        _head_predict_kernel[(triton.cdiv(pixels, choices["BLOCK_P"]),)](
+            *_operands(source, weight, bias), out, pixels, OUTPUT=output, THRESHOLD=threshold, **choices
+        )
+    return out

@@ -74,7 +74,7 @@ def _load_logits(
 
 
 @triton.jit
-def _softmax(x, c, C):
+def softmax(x, c, C):
     """Probabilities along the classes, and minus their logarithms."""
     x = tl.where((c < C)[None, :], x, float("-inf"))
     x = x - tl.max(x, axis=1)[:, None]
@@ -84,7 +84,7 @@ def _softmax(x, c, C):
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     """p and 1 − p, neither by cancellation, and exp(−|x|)."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, e) / (1.0 + e), tl.where(x >= 0, e, 1.0) / (1.0 + e), e
@@ -101,11 +101,11 @@ def _log1p(e):
 def terms(x, y, valid, known, w, c, C, SOFTMAX: tl.constexpr):
     """What a tile of logits adds to the sums P, CE, W and S: p, and the terms of the other three, pixels × classes."""
     if SOFTMAX:
-        p, ce = _softmax(x, c, C)
+        p, ce = softmax(x, c, C)
         spread = ce
         counted = y
     else:
-        p, _, e = _sigmoid(x)
+        p, _, e = sigmoid(x)
         tail = _log1p(e)
         ce = tl.maximum(tl.where(y, -x, x), 0.0, propagate_nan=PROPAGATE_ALL) + tail
         spread = tl.abs(x) + 2.0 * tail
@@ -128,9 +128,9 @@ def gradient(
     dce = tl.load(row + 4, mask=c < C, other=0.0)[None, :]
     dspread = tl.load(row + 6, mask=c < C, other=0.0)[None, :]
     if SOFTMAX:
-        p, _ = _softmax(x, c, C)
+        p, _ = softmax(x, c, C)
     else:
-        p, p_not, _ = _sigmoid(x)
+        p, p_not, _ = sigmoid(x)
     slope = dp
     if SQUARES:
         slope += 2.0 * p * dp2

@@ -109,9 +109,7 @@ def test_only_what_is_wanted(wanted: list[bool], mode: str, backend: str, device
 def test_layouts(layout: str, backend: str, device: str) -> None:
     operands = make(Case((2, 6, 5, 7), 3), device, torch.float32, layout)
     check(operands, backend, rtol=1e-4, atol=1e-5)  # float32 sums of some 70 terms of order 1
-    dx, *_ = ops.head_stats_backward(
-        torch.ones(2, 3, 7, device=device), *operands, ALL, [True, True, True], backend
-    )
+    dx, *_ = ops.head_stats_backward(torch.ones(2, 3, 7, device=device), *operands, ALL, [True, True, True], backend)
     assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -217,3 +215,59 @@ def test_refuses_what_does_not_fit(change: dict[int, Any], message: str) -> None
         operands[i] = value
     with pytest.raises(ValueError, match=message):
         ops.head_stats(*operands, ALL, "torch")
+
+
+# ---- head_predict ------------------------------------------------------------------------------------------------
+
+OUTPUTS = ("argmax", "threshold", "softmax", "sigmoid")
+
+
+def predicted(case: Case, output: str, backend: str, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    operands = make(case, device, dtype)[:5]
+    expected = reference.head_predict(*widened(operands), output, 0.3, torch.float64)
+    return ops.head_predict(*operands, output, 0.3, torch.float16, backend), expected
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@case
+def test_predict(case: Case, output: str, backend: str, device: str) -> None:
+    found, expected = predicted(case, output, backend, device, torch.float32)
+    assert found.shape == expected.shape
+    if output in ("argmax", "threshold"):
+        assert found.dtype == torch.uint8
+        assert torch.equal(found, expected)
+    else:
+        assert found.dtype == torch.float16
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(found.double(), expected, rtol=2**-10, atol=2**-23)  # the rounding to float16
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_predict_layouts(layout: str, backend: str, device: str) -> None:
+    operands = make(Case((2, 6, 5, 7), 3), device, torch.float32, layout)[:5]
+    found = ops.head_predict(*operands, "argmax", 0.5, torch.float32, backend)
+    assert torch.equal(found, reference.head_predict(*operands, "argmax", 0.5, torch.float32))
+
+
+def test_argmax_takes_the_first_of_equals_and_nan(backend: str, device: str) -> None:
+    x = torch.zeros(1, 1, 1, 4, device=device)
+    weight = torch.ones(5, 1, 1, 1, device=device)
+    bias = torch.tensor([-1.0, 2.0, float("nan"), 2.0, float("nan")], device=device)
+    found = ops.head_predict(x, None, False, weight, bias, "argmax", 0.5, torch.float32, backend)
+    assert found.unique().tolist() == [2]
+    found = ops.head_predict(x, None, False, weight[:2], bias[[1, 1]], "argmax", 0.5, torch.float32, backend)
+    assert found.unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_predict_opcheck(output: str, backend: str, device: str) -> None:
+    operands = make(Case((1, 4, 3, 5), 3), device, torch.float32)[:5]
+    torch.library.opcheck(torch.ops.fastunet.head_predict, (*operands, output, 0.5, torch.float16, backend))
+
+
+def test_predict_refuses_another_output() -> None:
+    operands = make(Case((1, 4, 3, 5), 3), "cpu", torch.float32)[:5]
+    with pytest.raises(ValueError, match="expected output 'argmax'"):
+        ops.head_predict(*operands, "mask", 0.5, torch.float32, "torch")
+    with pytest.raises(TypeError, match="floating-point dtype"):
+        ops.head_predict(*operands, "softmax", 0.5, torch.uint8, "torch")

@@ -199,6 +199,28 @@ def head_stats(
     return softmax_stats(logits, labels, pixel_weight, mode, ignore_index, wanted)
 
 
+def head_predict(
+    x: Tensor,
+    affine: Tensor | None,
+    relu: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: str,
+    threshold: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What logits say, which a 1×1 convolution, weight (K, C, 1, 1), makes of a source.
+
+    ``output`` "argmax": the class of the largest, uint8 (N, H, W); "threshold": σ(logit) > threshold, uint8
+    (N, K, H, W); "softmax", "sigmoid": probabilities (N, K, H, W) in ``dtype``.
+    """
+    logits = F.conv2d(affine_act(x, affine, relu), weight, bias)
+    if output == "argmax":
+        return logits.argmax(1).to(torch.uint8)
+    p = logits.softmax(1) if output == "softmax" else logits.sigmoid()
+    return (p > threshold).to(torch.uint8) if output == "threshold" else p.to(dtype)
+
+
 def _overlaps(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Per class, over the batch: true positives Σp·y, false positives Σp − Σp·y, false negatives Σy − Σp·y."""
     p = logits.softmax(1)
