@@ -426,9 +426,10 @@ class OpBytes:
 
 
 def op_bytes(case: Case, architecture: str = "sm_90") -> tuple[OpBytes, OpBytes]:
-    """(fastunet's, eager PyTorch's) bytes of a case of "softmax_stats" or "upsample_concat", with its neighbours.
+    """(fastunet's, eager PyTorch's) bytes of a case of one of ``_PAIRS``, with its neighbours.
 
     softmax_stats: the whole loss, Dice and cross-entropy, against seed 002's formula with its one-hot.
+    head_stats: that loss from the last raw convolution output, eager's with the logits.
     upsample_concat: from raw convolution outputs, so that eager normalises, rectifies, upsamples, pads, concatenates.
     """
     ours, plain = _PAIRS[case.op]
@@ -458,6 +459,16 @@ def _plain_loss(logits: Tensor, labels: Tensor, *settings: Any) -> Tensor:
     return plain_dice_ce(logits, labels)
 
 
+def _our_head(*operands: Any) -> Tensor:
+    return DiceCELoss().from_stats(ops.call(ops.head_stats, *operands, "triton"))
+
+
+def _plain_head(
+    x: Tensor, affine: Tensor, relu: bool, weight: Tensor, bias: Tensor, labels: Tensor, *settings: Any
+) -> Tensor:
+    return plain_dice_ce(F.conv2d(_normalised(x, affine), weight, bias), labels)
+
+
 def _our_upsample(*operands: Any) -> Tensor:
     return ops.call(ops.upsample_concat, *operands, "triton")  # type: ignore[no-any-return]
 
@@ -465,17 +476,19 @@ def _our_upsample(*operands: Any) -> Tensor:
 def _plain_upsample(
     x: Tensor, affine: Tensor, relu: bool, skip: Tensor, skip_affine: Tensor, skip_relu: bool, align: bool, first: bool
 ) -> Tensor:
-    def normalised(x: Tensor, affine: Tensor) -> Tensor:
-        scale, shift, centre = affine.unbind(0)
-        return F.batch_norm(x, centre.detach(), torch.ones_like(centre), scale, shift).relu_()
-
-    up = F.interpolate(normalised(x, affine), scale_factor=2, mode="bilinear", align_corners=align)
+    up = F.interpolate(_normalised(x, affine), scale_factor=2, mode="bilinear", align_corners=align)
     rows, columns = (skip.shape[i] - up.shape[i] for i in (2, 3))
     up = F.pad(up, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
-    return torch.cat([normalised(skip, skip_affine), up], 1)
+    return torch.cat([_normalised(skip, skip_affine), up], 1)
+
+
+def _normalised(x: Tensor, affine: Tensor) -> Tensor:
+    scale, shift, centre = affine.unbind(0)
+    return F.batch_norm(x, centre.detach(), torch.ones_like(centre), scale, shift).relu_()
 
 
 _PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "head_stats": (_our_head, _plain_head),
     "softmax_stats": (_our_loss, _plain_loss),
     "upsample_concat": (_our_upsample, _plain_upsample),
 }
@@ -644,6 +657,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _print_op(net: Net, op: str, architecture: str, as_json: bool) -> int:
     half = net.size // 2
     cases = {
+        "head_stats": Case(
+            "head_stats", (net.batch, net.base, net.size, net.size), net.dtype, filters=net.classes, kernel=1
+        ),
         "softmax_stats": Case("softmax_stats", (net.batch, net.classes, net.size, net.size), net.dtype),
         "upsample_concat": Case("upsample_concat", (net.batch, net.base, half, half), net.dtype, skip=net.base),
     }

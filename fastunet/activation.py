@@ -199,7 +199,7 @@ def head_stats(
 def head_predict(
     act: Activation, conv: nn.Conv2d, output: str, threshold: float, dtype: torch.dtype, config: Config
 ) -> Tensor:
-    """Classes, masks or probabilities from a 1×1 convolution's output, which is not stored; see :mod:`fastunet.aten`."""
+    """Classes, masks or probabilities of a 1×1 convolution's output, which is not stored: :mod:`fastunet.aten`."""
     act, weight, bias = _operands(act, conv.weight, conv.bias, config)
     y: Tensor = ops.call(ops.head_predict, *act.source, weight, bias, output, threshold, dtype, config.backend)
     return y

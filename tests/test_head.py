@@ -1,4 +1,4 @@
-"""The logit-free head: a 1×1 convolution and the statistics, argmax or probabilities of logits that are never stored."""
+"""The logit-free head: a 1×1 convolution and statistics, classes or probabilities of logits that are never stored."""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ def test_says_what_is_wrong(criterion: Any, labels: Tensor, weight: Tensor | Non
 
 def test_strided_unet_says_what_to_use() -> None:
     model = fastunet.StridedUNet(1, 2, 2)
-    with pytest.raises(TypeError, match="nn.BCELoss"):
+    with pytest.raises(TypeError, match=r"nn\.BCELoss"):
         model.loss(torch.randn(1, 1, 32, 32), torch.zeros(1, 32, 32).long(), losses.DiceLoss())
 
 
