@@ -1,9 +1,10 @@
 """The compile gate: every kernel, compiled for every chip with no GPU, and its machine code read.
 
 ``python -m benchmarks.gate`` finds what fastunet launches: the launches of benchmarks/cases.py, and those of training
-steps and inferences of every network, noted on the meta device once for each chip. A launch's entry is its kernel,
-constants, types, warps and stages, on one chip. Of each kernel on each chip it compiles the entry that
-benchmarks/gate.json says has the most registers, with and without tensor instructions; ``--all`` compiles every one.
+steps and inferences of every network, noted on the meta device once for each chip. An entry is a kernel,
+its tile, dtype, warps and stages, on one chip; of its variants (with statistics, with a bias, …) that which does most
+stands for it. Of each kernel on each chip the gate compiles the entry that benchmarks/gate.json says has the most
+registers, with and without tensor instructions; ``--all`` compiles every entry, ``--variants`` every variant too.
 It prints a table, the worst of each kernel on each chip, and exits with 1 on a broken rule:
 
 - every kernel of fastunet.kernels is launched by something, and compiles;
@@ -75,24 +76,32 @@ class Task:
 
     @functools.cached_property
     def name(self) -> str:
-        """Equal for two launches that share one binary, on one chip: constants that are false or absent go unsaid.
+        """Of the entry: kernel, dtype, tile, warps and stages, chip. Its variants differ in what they are asked for."""
+        tile = " ".join(f"{name}={value}" for name, value in self._constants.items() if _is_tile(value))
+        options = self.wanted.options
+        return f"{self._head} {tile} warps={options['num_warps']} stages={options['num_stages']} {self.chip}"
 
-        The number stands for what else Triton specialises on: types and alignments of arguments.
-        """
-        wanted = self.wanted
-        names = list(wanted.signature)
-        constants = {names[path[0]]: value for path, value in wanted.constants.items()}
-        said = " ".join(
-            name if value is True else f"{name}={value}"
-            for name, value in constants.items()
-            if value is not None and value is not False
-        )
-        aligned = sorted((i, about) for i, about in wanted.attributes.items() if about)
-        everything = constants, wanted.signature, aligned, sorted(wanted.asked.items())
+    @functools.cached_property
+    def variant(self) -> str:
+        """Equal for two launches that share one binary; the number stands for types and alignments of arguments."""
+        aligned = sorted((i, about) for i, about in self.wanted.attributes.items() if about)
+        everything = self._constants, self.wanted.signature, aligned, sorted(self.wanted.asked.items())
         mark = hashlib.sha256(str(everything).encode()).hexdigest()[:6]
-        options = wanted.options
-        tile = f"{said} warps={options['num_warps']} stages={options['num_stages']}".strip()
-        return f"{wanted.name} {self.dtype} {tile} #{mark} {self.chip}"
+        return f"{self.name} {' '.join(self.asked)} #{mark}"
+
+    @property
+    def asked(self) -> list[str]:
+        """What the variant does beyond the least: its true constants."""
+        return [name for name, value in self._constants.items() if value is True]
+
+    @property
+    def _constants(self) -> dict[str, Any]:
+        names = list(self.wanted.signature)
+        return {names[path[0]]: value for path, value in self.wanted.constants.items()}
+
+    @property
+    def _head(self) -> str:
+        return f"{self.wanted.name} {self.dtype}"
 
     @property
     def dtype(self) -> str:
@@ -104,6 +113,10 @@ class Task:
     def wide(self) -> bool:
         """Whether 16-byte accesses are possible: a 16-bit tensor comes first, and channel counts divide by 16."""
         return self.dtype in ("bf16", "fp16") and self.wanted.sizes_aligned
+
+
+def _is_tile(value: Any) -> bool:
+    return value is not None and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -175,15 +188,21 @@ def _launches(calls: Iterable[Call]) -> Iterator[Launch]:
         yield from _launches(call.inner)
 
 
-def find(chip: str, cases: Iterable[Case], networks: Networks, backend: ModuleType) -> dict[str, Task]:
-    """What ``chip`` has to compile, by name."""
+def find(
+    chip: str, cases: Iterable[Case], networks: Networks, backend: ModuleType, variants: bool = False
+) -> dict[str, Task]:
+    """What ``chip`` has to compile, by name: of each entry the variant that does most, or all ``variants``."""
     tasks: dict[str, Task] = {}
     seen = set()
     for origin, launch in _launched(chip, cases, networks, backend):
-        if (key := launch.key) not in seen:  # specialising takes longer than launching
-            seen.add(key)
-            task = Task(chip, origin, specialise(launch, CHIPS[chip].target))
-            tasks.setdefault(task.name, task)
+        if (key := launch.key) in seen:  # specialising takes longer than launching
+            continue
+        seen.add(key)
+        task = Task(chip, origin, specialise(launch, CHIPS[chip].target))
+        name = task.variant if variants else task.name
+        other = tasks.setdefault(name, task)
+        if (len(task.asked), task.variant) > (len(other.asked), other.variant):
+            tasks[name] = task
     return tasks
 
 
@@ -300,6 +319,7 @@ def main(
         help=f"chips to compile for, of {', '.join(CHIPS)}; default: all",
     )  # fmt: skip
     parser.add_argument("--all", action="store_true", help="compile every entry, not one or two of each kernel")
+    parser.add_argument("--variants", action="store_true", help="compile every variant of every entry; rules alone")
     parser.add_argument("--update", action="store_true", help="compile every entry and write benchmarks/gate.json")
     parser.add_argument("--only", metavar="TEXT", default="", help="only entries whose name contains TEXT")
     parser.add_argument("--verbose", action="store_true", help="print every entry, not the worst of each kernel")
@@ -314,16 +334,17 @@ def main(
 
     found: dict[str, Task] = {}
     for chip in tqdm(options.arch, "tracing", disable=None):
-        found |= find(chip, cases, networks, backend)
+        found |= find(chip, cases, networks, backend, options.variants)
     chosen = [task for task in found.values() if options.only in task.name]
     if not chosen:
         parser.error(f"no entry has '{options.only}' in its name; --verbose prints the names")
-    if not (options.all or options.update):
+    if not (options.all or options.update or options.variants):
         chosen = heaviest(chosen, recorded.entries)
-    before = recorded.entries if recorded.comparable and not options.update else {}
+    comparing = recorded.comparable and not options.update and not options.variants
+    before = recorded.entries if comparing else {}
     entries = run(chosen, before, options.jobs)
 
-    problems = [f"{entry.task.name} ({entry.task.origin}) {text}" for entry in entries for text in entry.problems]
+    problems = [f"{entry.task.variant} ({entry.task.origin}) {text}" for entry in entries for text in entry.problems]
     reached = {task.wanted.name for task in found.values()}
     missed = sorted(find_kernels(modules_of(backend)).keys() - reached)
     problems += [f"{name} is launched by no case or network: add a case to benchmarks/cases.py" for name in missed]
@@ -339,7 +360,7 @@ def main(
     else:
         groups: dict[str, list[Entry]] = {}
         for entry in sorted(entries, key=lambda entry: (entry.task.wanted.name, entry.task.chip)):
-            group = entry.task.name if options.verbose else f"{entry.task.wanted.name} {entry.task.chip}"
+            group = entry.task.variant if options.verbose else f"{entry.task.wanted.name} {entry.task.chip}"
             groups.setdefault(group, []).append(entry)
         print(table(groups))
     for problem in problems:
@@ -347,7 +368,7 @@ def main(
     if before:
         for line in _news(entries, before, stale):
             print(f"{line}; --update writes it to {file.name}", file=sys.stderr)
-    elif not options.update:
+    elif not recorded.comparable and not options.update:
         print(f"{file.name} is not of Triton {triton.__version__}: only the rules count", file=sys.stderr)
     print(f"{len(entries)} of {len(found)} binaries, {len(problems)} broken rules", file=sys.stderr)
     return 1 if problems else 0

@@ -36,6 +36,7 @@ from benchmarks.loss_cases import LossCase
 from benchmarks.measure import precision
 from benchmarks.nets import NetCase
 from fastunet import metrics, ops, reference
+from fastunet.aten import update_running_stats
 from fastunet.losses import DiceCELoss
 
 AnyCase = Case | NetCase | LossCase
@@ -437,13 +438,26 @@ def _reference(case: Case) -> Callable[..., list[Tensor]]:
         return lambda x, affine: [reference.functional.max_pool2x2(x, None, False)]  # scales are above 0
     function = getattr(reference.functional, case.op)
     if case.op == "conv2d":
-        return lambda save, **operands: _list(function(**operands))
+
+        def conv2d(save: bool, pool: bool, pool_scale: Tensor | None, **operands: Any) -> list[Tensor]:
+            found = _list(function(**operands))
+            return [*found, F.max_pool2d(found[0], 2)] if pool else found  # scales are above 0
+
+        return conv2d
+    if case.op == "bn_affine":
+
+        def bn_affine(running_mean: Tensor, running_var: Tensor, count: int, momentum: float, **operands: Any) -> Any:
+            mean, var = (operands[name].detach() for name in ("mean", "var"))
+            update_running_stats(running_mean, running_var, mean, var, count, momentum)
+            return _list(function(**operands))
+
+        return bn_affine
     return lambda **operands: _list(function(**operands))
 
 
 def _ours(case: Case, backend: str) -> Callable[..., list[Tensor]]:
     operator = getattr(ops, case.op)
-    return lambda **operands: _list(operator(*operands.values(), backend))[:3]
+    return lambda **operands: _list(operator(*operands.values(), backend))
 
 
 def _list(results: Any) -> list[Tensor]:
@@ -467,7 +481,8 @@ def _modules(case: Case, normalise: bool) -> Callable[..., list[Tensor]]:
         if operands["x1"] is not None:
             z = torch.cat([z, source("x1", operands)], 1)
         weight = operands["weight"]
-        return [F.conv2d(z, weight, operands["bias"], operands["stride"], weight.shape[-1] // 2)]
+        y = F.conv2d(z, weight, operands["bias"], operands["stride"], weight.shape[-1] // 2)
+        return [y, F.max_pool2d(y, 2)] if operands["pool"] else [y]
 
     def conv_transpose2d(**operands: Any) -> list[Tensor]:
         weight = operands["weight"]
@@ -524,7 +539,7 @@ def _step(case: Case, function: Callable[..., list[Tensor]], operands: dict[str,
 
 def _trained(case: Case, name: str, value: Any) -> bool:
     """Whether the case wants the gradient of an operand."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or name.endswith(("_mean", "_var")):
+    if not isinstance(value, Tensor) or not value.is_floating_point() or name.endswith(("_mean", "_var", "_scale")):
         return False
     if (case.op, name) in (("softmax_stats", "pixel_weight"), ("max_pool2x2", "affine")):
         return False  # the operators have none

@@ -23,8 +23,8 @@ _LOADS = {"tt.load", "tt.descriptor_load", "tt.descriptor_gather"}
 _STORES = {"tt.store", "tt.descriptor_store", "tt.descriptor_scatter"}
 _UPDATES = {"tt.atomic_rmw", "tt.atomic_cas", "tt.descriptor_reduce"}
 
-# By Specialisation.key: numbers of the pointers read, of those written, and whether there is a matrix product.
-_patterns: dict[str, tuple[set[int], set[int], bool]] = {}
+# By Launch.key: numbers of the pointers read, of those written, and whether there is a matrix product.
+_patterns: dict[tuple[Any, ...], tuple[set[int], set[int], bool]] = {}
 
 
 def of_launch(launch: Launch) -> Access:
@@ -32,10 +32,9 @@ def of_launch(launch: Launch) -> Access:
     named = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.kwargs
     values = [getattr(named[name], "base", named[name]) for name in launch.kernel.arg_names]  # .base of a descriptor
     pointers = [x for x in values if isinstance(x, Tensor)]
-    wanted = specialise(launch, _TARGET)
-    if wanted.key not in _patterns:
-        _patterns[wanted.key] = _pattern(wanted)
-    read, written, multiplies = _patterns[wanted.key]
+    if launch.key not in _patterns:
+        _patterns[launch.key] = _pattern(specialise(launch, _TARGET))
+    read, written, multiplies = _patterns[launch.key]
     return Access(distinct(pointers[i] for i in read), distinct(pointers[i] for i in written), multiplies)
 
 

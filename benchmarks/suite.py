@@ -287,7 +287,8 @@ def rebuilt(row: dict[str, Any]) -> AnyCase:
     build: Any = next(kind for kind in (Case, LossCase, NetCase) if kind.kind == row["kind"])
     spec = dict(row["spec"])
     if build is not NetCase:
-        spec["dtype"], spec["shape"] = getattr(torch, spec["dtype"]), tuple(spec["shape"])
+        spec = {key: tuple(value) if isinstance(value, list) else value for key, value in spec.items()}
+        spec["dtype"] = getattr(torch, spec["dtype"])
     if "labels" in spec:
         spec["labels"] = getattr(torch, spec["labels"])
     case: AnyCase = build(**spec)
@@ -337,15 +338,13 @@ def precompile(chosen: Sequence[AnyCase], architecture: str | None = None) -> in
         return 0
     from triton.backends.compiler import GPUTarget
 
-    from benchmarks.recorder import Specialisation, specialise
+    from benchmarks.recorder import specialise
 
     global _wanted
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    wanted: dict[str, Specialisation] = {}
-    for launch in _launches(chosen, architecture):
-        specialisation = specialise(launch, target)
-        wanted.setdefault(specialisation.key, specialisation)
-    _wanted = list(wanted.values())
+    launches = {launch.key: launch for launch in _launches(chosen, architecture)}
+    wanted = [specialise(launch, target) for launch in launches.values()]
+    _wanted = list({str((x.name, x.signature, x.constants, x.attributes, x.options)): x for x in wanted}.values())
     # A compiler that crashes breaks the pool: the rest is then compiled where it is used.
     forked = multiprocessing.get_context("fork")
     with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(os.cpu_count(), forked) as pool:
@@ -369,10 +368,11 @@ def _launches(chosen: Sequence[AnyCase], architecture: str) -> Iterator[Any]:
     from benchmarks.recorder import record
     from benchmarks.trace import traced
     from fastunet import kernels
+    from fastunet.architecture import as_if_on
 
     ops = [case for case in chosen if isinstance(case, Case)]
     for case in dict.fromkeys([*map(_small_picture, ops), *ops]):
-        with record() as launches:
+        with as_if_on(architecture), record() as launches:
             case.launch(kernels)
         yield from launches
     for net in [case for case in dict.fromkeys(chosen) if isinstance(case, NetCase)][: len(nets.HEADLINE)]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import ops
-from fastunet.aten import frame, memory_format, stats_dtype
+from fastunet.aten import frame, memory_format, stats_dtype, update_running_stats
 
 POLICIES = ("speed", "memory")
 
@@ -216,40 +216,32 @@ def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, config: Config) -> Acti
     Raises:
         ValueError: batch statistics of a single value per channel, as PyTorch.
     """
+    count = raw.y.shape[0] * raw.y.shape[2] * raw.y.shape[3]
+    running: tuple[Tensor | None, Tensor | None] = None, None
+    momentum = 0.0
     if uses_batch_stats(bn):
-        count = raw.y.shape[0] * raw.y.shape[2] * raw.y.shape[3]
         if count == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {tuple(raw.y.shape)}; "
                 "use a larger batch or picture, or model.eval()"
             )
         mean, var = raw.mean, raw.var
-        if (
-            count
-            and bn.training
-            and bn.track_running_stats
-            and bn.running_mean is not None
-            and bn.running_var is not None
-        ):
+        if count and bn.training and bn.track_running_stats and bn.running_mean is not None:
             assert bn.num_batches_tracked is not None
             bn.num_batches_tracked.add_(1)
-            momentum = 1.0 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
-            update_running_stats(bn.running_mean, bn.running_var, mean.detach(), var.detach(), count, momentum)
+            assert bn.running_var is not None
+            if bn.momentum is None:  # a momentum of its own in every step: nothing to compile into a kernel
+                momentum = 1.0 / float(bn.num_batches_tracked)
+                update_running_stats(bn.running_mean, bn.running_var, mean.detach(), var.detach(), count, momentum)
+            else:
+                momentum, running = bn.momentum, (bn.running_mean, bn.running_var)
     else:
         assert bn.running_mean is not None
         assert bn.running_var is not None
         dtype = stats_dtype(raw.y.dtype)
         mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
-    affine = ops.call(ops.bn_affine, mean, var, bn.weight, bn.bias, bn.eps, config.backend)
+    affine = ops.call(ops.bn_affine, mean, var, bn.weight, bn.bias, *running, count, momentum, bn.eps, config.backend)
     return Activation(raw.y, affine, relu, raw.pooled)
-
-
-def update_running_stats(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
-) -> None:
-    """running ← running + momentum·(batch − running) in place, with the unbiased variance of ``count`` values."""
-    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    running_var.lerp_((var * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
 
 
 def pool_fork(act: Activation, config: Config) -> tuple[Activation, Activation]:

@@ -86,8 +86,32 @@ def _normalise_backward(
     return dx, torch.stack([dscale, dshift, -scale * dshift])
 
 
-def bn_affine(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """The affine of a batch normalisation: rows weight·rsqrt(var + eps), bias, mean; (3, C) in mean's dtype."""
+def update_running_stats(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
+) -> None:
+    """running ← running + momentum·(batch − running) in place, with the unbiased variance of ``count`` values."""
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_((var * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
+
+
+def bn_affine(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    count: int,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """The affine of a batch normalisation: rows weight·rsqrt(var + eps), bias, mean; (3, C) in mean's dtype.
+
+    Running statistics, if given, move in place by ``momentum`` towards mean and the unbiased variance of ``count``
+    values.
+    """
+    if running_mean is not None and running_var is not None:
+        update_running_stats(running_mean, running_var, mean, var, count, momentum)
     scale = torch.rsqrt(var + eps)
     if weight is not None:
         scale = scale * weight

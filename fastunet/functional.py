@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastunet import ops
-from fastunet.activation import Activation, Placed, compute_dtype, update_running_stats
+from fastunet.activation import Activation, Placed, compute_dtype
 from fastunet.aten import memory_format, stats_dtype
 from fastunet.losses import dice_loss, softmax_stats
 from fastunet.metrics import soft_miou as miou
@@ -88,17 +88,15 @@ def conv_bn_relu(
         *placed.first.source, None, None, False, weight.to(dtype), None if bias is None else bias.to(dtype), stride,
         placed.size, placed.offset, training, True, False, None, backend,
     )  # fmt: skip
-    if training:
-        count = y.numel() // filters
-        if count == 1:
-            raise ValueError(f"expected more than one value per channel in training, got an output of {tuple(y.shape)}")
-        if count and running_mean is not None and running_var is not None:
-            update_running_stats(running_mean, running_var, mean.detach(), var.detach(), count, momentum)
-    else:
+    count = y.numel() // filters
+    if training and count == 1:
+        raise ValueError(f"expected more than one value per channel in training, got an output of {tuple(y.shape)}")
+    running: tuple[Tensor | None, Tensor | None] = (running_mean, running_var) if training and count else (None, None)
+    if not training:
         assert running_mean is not None
         assert running_var is not None
         mean, var = running_mean.to(stats_dtype(dtype)), running_var.to(stats_dtype(dtype))
-    affine = ops.bn_affine(mean, var, bn_weight, bn_bias, eps, backend)
+    affine = ops.bn_affine(mean, var, bn_weight, bn_bias, *running, count, momentum, eps, backend)
     z: Tensor = ops.affine_act(y, affine, relu, backend)
     return z.contiguous(memory_format=memory_format(x, weight))
 

@@ -299,12 +299,24 @@ affine_act_backward = _register(
 class _BnAffine(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
+        ctx: Any,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        count: int,
+        momentum: float,
+        eps: float,
+        backend: str,
     ) -> Tensor:
         ctx.save_for_backward(var, weight)
         ctx.config = (eps, backend)
         ctx.dtypes = (weight.dtype if weight is not None else None, bias.dtype if bias is not None else None)
-        return _below_autograd(bn_affine, mean, var, weight, bias, eps, backend)  # type: ignore[no-any-return]
+        return _below_autograd(  # type: ignore[no-any-return]
+            bn_affine, mean, var, weight, bias, running_mean, running_var, count, momentum, eps, backend
+        )
 
     @staticmethod
     @_first_order
@@ -317,20 +329,33 @@ class _BnAffine(torch.autograd.Function):
             _given(dvar, need[1]),
             dweight.to(ctx.dtypes[0]) if need[2] else None,
             dbias.to(ctx.dtypes[1]) if need[3] else None,
-            None,
-            None,
+            *(None,) * 6,
         )
 
 
-def _check_bn_affine(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-    for name, vector in (("var", var), ("weight", weight), ("bias", bias)):
+def _check_bn_affine(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    count: int,
+    momentum: float,
+    eps: float,
+) -> None:
+    vectors = {"var": var, "weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, vector in vectors.items():
         if vector is not None and vector.shape != mean.shape:
             raise ValueError(f"expected a {name} of the statistics' shape {_shape(mean)}, got {_shape(vector)}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("expected running_mean and running_var together, got one of them; pass both or neither")
 
 
 bn_affine = _register(
-    "bn_affine(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str backend) -> Tensor",
-    lambda mean, var, weight, bias, eps, backend: mean.new_empty((3, mean.shape[0])),
+    "bn_affine(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
+    " Tensor(b!)? running_var, SymInt count, float momentum, float eps, str backend) -> Tensor",
+    lambda mean, *rest: mean.new_empty((3, mean.shape[0])),
     _BnAffine,
     _check_bn_affine,
 )

@@ -200,14 +200,14 @@ def _bn_case(channels: int) -> Case:
     def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
         var = inputs["var"]
         assert var is not None
-        return function(inputs["mean"], var * var + 0.1, inputs["weight"], inputs["bias"], 1e-5, *rest)
+        return function(inputs["mean"], var * var + 0.1, inputs["weight"], inputs["bias"], *rest)
 
     return Case(
         "bn_affine",
         str(channels),
         {name: (channels,) for name in ("mean", "var", "weight", "bias")},
-        lambda t, backend: call(ops.bn_affine, t, backend),
-        lambda t: call(plain.bn_affine, t),
+        lambda t, backend: call(ops.bn_affine, t, None, None, 0, 0.0, 1e-5, backend),
+        lambda t: call(plain.bn_affine, t, 1e-5),
     )
 
 

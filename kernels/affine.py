@@ -106,13 +106,36 @@ def _affine_act_bwd_kernel(
         store_affine_gradient(partial_ptr, slab, c, C, scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _bn_affine_fwd_kernel(
-    mean_ptr, var_ptr, weight_ptr, bias_ptr, affine_ptr, C, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr
+    mean_ptr,
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    affine_ptr,
+    C,
+    count,
+    MOMENTUM: tl.constexpr,
+    EPS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
-    scale = tl.rsqrt(tl.load(var_ptr + c, mask=inside, other=1.0) + EPS)
+    mean = tl.load(mean_ptr + c, mask=inside, other=0.0)
+    var = tl.load(var_ptr + c, mask=inside, other=1.0)
+    if running_mean_ptr is not None:
+        values = tl.maximum(count, 2).to(ACC)
+        unbiased = tl.where(count > 1, var * (values / (values - 1.0)), var)
+        running = tl.load(running_mean_ptr + c, mask=inside, other=0.0)
+        moved = running.to(ACC) + MOMENTUM * (mean - running.to(ACC))
+        tl.store(running_mean_ptr + c, moved.to(running.dtype), mask=inside)
+        running = tl.load(running_var_ptr + c, mask=inside, other=0.0)
+        moved = running.to(ACC) + MOMENTUM * (unbiased - running.to(ACC))
+        tl.store(running_var_ptr + c, moved.to(running.dtype), mask=inside)
+    scale = tl.rsqrt(var + EPS)
     shift = tl.zeros([BLOCK_C], ACC)
     if weight_ptr is not None:
         scale *= tl.load(weight_ptr + c, mask=inside, other=0.0).to(ACC)
@@ -120,7 +143,7 @@ def _bn_affine_fwd_kernel(
         shift += tl.load(bias_ptr + c, mask=inside, other=0.0).to(ACC)
     tl.store(affine_ptr + c, scale, mask=inside)
     tl.store(affine_ptr + C + c, shift, mask=inside)
-    tl.store(affine_ptr + 2 * C + c, tl.load(mean_ptr + c, mask=inside, other=0.0), mask=inside)
+    tl.store(affine_ptr + 2 * C + c, mean, mask=inside)
 
 
 @triton.jit
@@ -205,15 +228,31 @@ def source_gradient(dz: Tensor, dz_stride: int, x: Tensor, affine: Tensor | None
     return dx, partial if affine is None else sum_slabs(partial)
 
 
-def bn_affine(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """The affine of a batch normalisation: rows weight·rsqrt(var + eps), bias, mean; (3, C) in mean's dtype."""
+def bn_affine(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    count: int,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """See :func:`fastunet.aten.bn_affine`; one launch."""
     channels = mean.shape[0]
     affine = mean.new_empty((3, channels))
     if channels:
+        means, variances = (None if r is None else r.contiguous() for r in (running_mean, running_var))
         _bn_affine_fwd_kernel[(triton.cdiv(channels, _BN_BLOCK),)](
-            mean.contiguous(), var.contiguous(), dense(weight), dense(bias), affine, channels,
-            EPS=eps, **OPTIONS, ACC=accumulator(mean.dtype), BLOCK_C=_BN_BLOCK,
+            mean.contiguous(), var.contiguous(), dense(weight), dense(bias), means, variances, affine, channels, count,
+            MOMENTUM=momentum, EPS=eps, **OPTIONS, ACC=accumulator(mean.dtype), BLOCK_C=_BN_BLOCK,
         )  # fmt: skip
+        for mine, theirs in ((means, running_mean), (variances, running_var)):
+            if mine is not theirs:  # a buffer that is not dense in memory
+                assert mine is not None
+                assert theirs is not None
+                theirs.copy_(mine)
     return affine
 
 

@@ -212,7 +212,7 @@ def _forward(
     )  # fmt: skip
     if not stats:
         return y, partials[0], partials[1]
-    return y, *merge_stats(*partials, counts)
+    return y, *merge_stats(partials[0], partials[1], counts)
 
 
 def conv2d(

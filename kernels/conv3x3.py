@@ -334,8 +334,8 @@ def _source_gradient(
         high = ()
         for i in tl.static_range(ROWS):
             first, second = accs[i].reshape(IMAGES * COLUMNS, 2, BLOCK_C // 2).permute(0, 2, 1).split()
-            low = low + (first,)  # noqa: RUF005
-            high = high + (second,)  # noqa: RUF005
+            low = low + (first,)  # type: ignore[assignment]  # noqa: RUF005
+            high = high + (second,)  # type: ignore[assignment]  # noqa: RUF005
         _narrow_gradient(
             low, x, affine_ptr, dx, partial_ptr, tile, n, p, q, N, H, W, top, left, P, Q, c_first, C,
             AFFINE, RELU, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C // 2, ACC, DTYPE,
@@ -467,7 +467,7 @@ def conv3x3(
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    mean, var = merge_stats(*partials, counts) if stats else partials
+    mean, var = merge_stats(partials[0], partials[1], counts) if stats else partials
     return y, mean, var, pooled
 
 

@@ -56,7 +56,7 @@ def _accumulate(
                 dy, none, none, none, n, h + top + (i - 1), w + left + 1 - s, k, N, P, Q, K, 0, P, 0, Q,
                 False, False, True, TMA, IMAGES, COLUMNS, BLOCK_K, ACC,
             )  # fmt: skip
-            rows = rows + (row,)  # noqa: RUF005 - Triton knows no unpacking
+            rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
         for i in tl.static_range(ROWS):
             z = load_row(
                 x, scale, shift, centre, n, h + i, w, c, N, H, W, C, h_low, h_high, w_low, w_high,

@@ -11,6 +11,8 @@ Accumulation: float32 (float64 for float64).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -85,7 +87,7 @@ def _conv_image_wgrad_kernel(
 # ---- launchers ---------------------------------------------------------------------------------------------------
 
 
-def serves(source: Source, frame: list[int] | tuple[int, ...], weight: Tensor) -> bool:
+def serves(source: Source, frame: Sequence[int], weight: Tensor) -> bool:
     """Whether a convolution of this one source is one of pictures."""
     plain = source.affine is None and not source.relu and [source.height, source.width] == list(frame)
     pixels = source.x.shape[0] * source.height * source.width
@@ -117,7 +119,7 @@ def conv_image(source: Source, weight: Tensor, bias: Tensor | None, stats: bool)
         BIAS=bias is not None, STATS=stats, BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
         ACC=accumulator(x.dtype), PRECISION=precision(x.dtype), **OPTIONS, num_warps=warps,
     )  # fmt: skip
-    return y, *(merge_stats(*partials, counts) if stats else partials)
+    return y, *(merge_stats(partials[0], partials[1], counts) if stats else partials)
 
 
 def conv_image_wgrad(dy: Tensor, source: Source) -> Tensor:

@@ -105,7 +105,7 @@ def test_limit_on_issue_slots(planted):
 
 
 def test_entry_that_is_launched_no_more_is_named(planted):
-    assert "_gone_kernel bf16 warps=4 stages=3 #000000 sm_90 is launched no more" in planted["unknown entry"][2]
+    assert "_gone_kernel bf16 warps=4 stages=3 sm_90 is launched no more" in planted["unknown entry"][2]
 
 
 def test_other_registers_are_named_and_break_nothing(planted):
