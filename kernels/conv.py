@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import stats_dtype
+from fastunet.kernels.algorithms import computing
 from fastunet.kernels.common import (
     OPTIONS,
     Source,
@@ -37,7 +38,6 @@ from fastunet.kernels.common import (
     normalise,
     precision,
 )
-from fastunet.kernels.conv3x3 import conv3x3
 from fastunet.kernels.conv_image import conv_image, serves
 from fastunet.kernels.statistics import merge_stats, store_stats
 
@@ -228,15 +228,20 @@ def conv2d(
     offset: Sequence[int],
     stats: bool,
     save: bool,
+    mixed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fastunet.aten.conv2d`; nothing normalised is stored, so there is nothing to ``save``."""
+    """See :func:`fastunet.aten.conv2d`; nothing normalised is stored, so there is nothing to ``save``.
+
+    ``mixed`` allows other algorithms than Triton's where the table says that they are faster.
+    """
     sources = [Source(x0, affine0, relu0, offset[0], offset[1])]
     if x1 is not None:
         sources.append(Source(x1, affine1, relu1, offset[2], offset[3]))
     if len(sources) == 1 and stride == 1 and serves(sources[0], size, weight):
         y, mean, var = conv_image(sources[0], weight, bias, stats)
     elif weight.shape[-1] == 3 and stride == 1:
-        y, mean, var = conv3x3(sources, size, weight, bias, stats)
+        compute = computing("conv3x3_fwd", sources, weight.shape[0], size[1], mixed)
+        y, mean, var = compute(sources, size, weight, bias, stats)
     else:
         y, mean, var = _forward(sources, size, weight, bias, stats, stride, weight.shape[-1] // 2, False)
     return y, mean, var, x0.new_empty(0)
