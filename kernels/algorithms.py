@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastunet.kernels import conv_aten
+from fastunet.kernels import conv_aten, winograd
 from fastunet.kernels.common import Source
 from fastunet.kernels.conv3x3 import conv3x3, conv3x3_dgrad
 from fastunet.kernels.conv3x3_wgrad import conv3x3_wgrad
@@ -15,8 +15,10 @@ from fastunet.kernels.table import algorithm, algorithm_forced
 FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("conv3x3_fwd", "triton"): conv3x3,
     ("conv3x3_fwd", "cudnn"): conv_aten.conv3x3,
+    ("conv3x3_fwd", "winograd"): winograd.conv3x3,
     ("conv3x3_dgrad", "triton"): conv3x3_dgrad,
     ("conv3x3_dgrad", "cudnn"): conv_aten.conv3x3_dgrad,
+    ("conv3x3_dgrad", "winograd"): winograd.conv3x3_dgrad,
     ("conv3x3_wgrad", "triton"): conv3x3_wgrad,
     ("conv3x3_wgrad", "cudnn"): conv_aten.conv3x3_wgrad,
 }

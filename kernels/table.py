@@ -5,7 +5,7 @@ holds for one kernel ("conv3x3_fwd", "conv3x3_dgrad", "conv3x3_wgrad"), for 16-b
 pictures of that width, up to the next power of two. What it says:
 
 - ``algorithm``: what backend "auto" takes. "triton", if it is left out; "cudnn", ATen's matrix products between edges
-  in Triton.
+  in Triton; "winograd", only where a measured row says so.
 - ``tile``: what Triton takes wherever it serves, instead of the rule in ``tiles.py``.
 - ``source``: "modelled" (``python -m benchmarks.tune --model``), or the row of measurements that proved it.
 
