@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import stats_dtype
+from fastunet.kernels.algorithms import computing
 from fastunet.kernels.common import (
     OPTIONS,
     Source,
@@ -231,8 +232,12 @@ def conv2d(
     save: bool,
     pool: bool,
     pool_scale: Tensor | None,
+    mixed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fastunet.aten.conv2d`; nothing normalised is stored, so there is nothing to ``save``."""
+    """See :func:`fastunet.aten.conv2d`; nothing normalised is stored, so there is nothing to ``save``.
+
+    ``mixed`` allows other algorithms than Triton's where the table says that they are faster.
+    """
     sources = [Source(x0, affine0, relu0, offset[0], offset[1])]
     if x1 is not None:
         sources.append(Source(x1, affine1, relu1, offset[2], offset[3]))
@@ -240,7 +245,11 @@ def conv2d(
     if len(sources) == 1 and stride == 1 and serves(sources[0], size, weight):
         y, mean, var = conv_image(sources[0], weight, bias, stats)
     elif weight.shape[-1] == 3 and stride == 1:
-        y, mean, var, pooled = conv3x3(sources, size, weight, bias, stats, pool, pool_scale)
+        compute = computing("conv3x3_fwd", sources, weight.shape[0], size[1], mixed)
+        if compute is conv3x3:
+            y, mean, var, pooled = conv3x3(sources, size, weight, bias, stats, pool, pool_scale)
+        else:
+            y, mean, var = compute(sources, size, weight, bias, stats)
     else:
         y, mean, var = _forward(sources, size, weight, bias, stats, stride, weight.shape[-1] // 2, False)
     if pooled is None:

@@ -442,7 +442,7 @@ def conv3x3(
     weight = nhwc(weight)
     sticks_out = any(cropped(source, frame) for source in sources)
     tile = choose(
-        "conv3x3_fwd", x.shape[0], max(source.channels for source in sources), filters, height, width,
+        "conv3x3_fwd", batch, [source.channels for source in sources], filters, height, width,
         [*(source.x for source in sources), weight, y], pointers=sticks_out,
     )  # fmt: skip
     tiles, tiles_h, tiles_w = _grid(tile, batch, height, width)
@@ -482,7 +482,7 @@ def conv3x3_dgrad(
     first, second = sources[wanted[0]], sources[wanted[-1]]
     gradients: list[tuple[Tensor, Tensor]] = []
     tile = choose(
-        "conv3x3_dgrad", batch, filters, max(sources[i].channels for i in wanted), height, width,
+        "conv3x3_dgrad", batch, [sources[i].channels for i in wanted], filters, height, width,
         [dy, weight, *(sources[i].x for i in wanted)],
     )  # fmt: skip
     tiles, tiles_h, tiles_w = _grid(tile, batch, height, width)

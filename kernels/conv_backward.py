@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import memory_format, stats_dtype
+from fastunet.kernels.algorithms import computing
 from fastunet.kernels.common import (
     OPTIONS,
     Source,
@@ -36,8 +37,6 @@ from fastunet.kernels.common import (
     sum_slabs,
 )
 from fastunet.kernels.conv import SIZES, accumulate, tile_pixels, tile_shape
-from fastunet.kernels.conv3x3 import conv3x3_dgrad
-from fastunet.kernels.conv3x3_wgrad import conv3x3_wgrad
 from fastunet.kernels.conv_image import conv_image_wgrad, serves
 from fastunet.kernels.pool import pool_backward
 
@@ -298,8 +297,9 @@ def conv2d_backward(
     size: Sequence[int],
     offset: Sequence[int],
     mask: Sequence[bool],
+    mixed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fastunet.aten.conv2d_backward`."""
+    """See :func:`fastunet.aten.conv2d_backward`, and for ``mixed`` :func:`fastunet.kernels.conv.conv2d`."""
     pad = weight.shape[-1] // 2
     sources = [Source(x0, affine0, relu0, offset[0], offset[1])]
     if x1 is not None:
@@ -313,7 +313,9 @@ def conv2d_backward(
     grads: list[Tensor] = []
     rows = weight.shape[-1] == 3 and stride == 1
     if rows and (mask[0] or mask[1]):
-        for pair in conv3x3_dgrad(dy, weight, sources, mask):
+        asked = [source for source, wanted in zip(sources, mask, strict=False) if wanted]
+        compute = computing("conv3x3_dgrad", asked, weight.shape[0], size[1], mixed)
+        for pair in compute(dy, weight, sources, mask):
             grads += pair
     else:
         first = 0
@@ -325,7 +327,8 @@ def conv2d_backward(
     dweight = weight.new_empty(0)
     if mask[2] and rows and dy.numel() and weight.numel():
         picture = len(sources) == 1 and serves(sources[0], size, weight)
-        dweight = conv_image_wgrad(dy, sources[0]) if picture else conv3x3_wgrad(dy, weight, sources)
+        compute = computing("conv3x3_wgrad", sources, weight.shape[0], size[1], mixed)
+        dweight = conv_image_wgrad(dy, sources[0]) if picture else compute(dy, weight, sources)
         dweight = dweight.to(weight.dtype).contiguous(memory_format=memory_format(weight))
     elif mask[2]:
         fixed = Source(dy, None, False)

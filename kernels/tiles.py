@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastunet.architecture import architecture
 from fastunet.kernels.common import block, precision
-from fastunet.kernels.table import measured
+from fastunet.kernels.table import overruled
 
 
 class Tile(NamedTuple):
@@ -25,12 +25,15 @@ class Tile(NamedTuple):
     tma: bool = False
 
 
-@measured
+@overruled
 def choose(
-    kind: str, batch: int, channels: int, outputs: int, height: int, width: int, operands: Sequence[Tensor],
+    kind: str, batch: int, sources: Sequence[int], filters: int, height: int, width: int, operands: Sequence[Tensor],
     pointers: bool = False,
 ) -> Tile:  # fmt: skip
-    """The tile of a 3×3 convolution that reads ``channels`` and writes ``outputs`` channels."""
+    """The tile of a 3×3 convolution of sources of so many channels each, for so many filters."""
+    channels, outputs = max(sources), filters
+    if kind == "conv3x3_dgrad":
+        channels, outputs = outputs, channels
     like = operands[0]
     tma = not pointers and _tma(operands)
     narrow = like.element_size() == 2
