@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import triton
 from torch import Tensor
 
 from fastunet.architecture import architecture
@@ -24,6 +25,11 @@ class Tile(NamedTuple):
     stages: int
     tma: bool = False
 
+    def grid(self, batch: int, height: int, width: int) -> tuple[int, int, int]:
+        """Tiles in all, along the height, along the width."""
+        tiles_h, tiles_w = triton.cdiv(height, self.rows), triton.cdiv(width, self.columns)
+        return triton.cdiv(batch, self.images) * tiles_h * tiles_w, tiles_h, tiles_w
+
 
 @measured
 def choose(
@@ -32,7 +38,7 @@ def choose(
 ) -> Tile:  # fmt: skip
     """The tile of a 3×3 convolution that reads ``channels`` and writes ``outputs`` channels."""
     like = operands[0]
-    tma = not pointers and _tma(operands)
+    tma = not pointers and all(movable(x) for x in operands)
     narrow = like.element_size() == 2
     exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
     columns = block(width, 64)
@@ -58,10 +64,41 @@ def choose(
     return Tile(images, 4, columns, block(outputs, 64), block(channels, 64), 4, 2, True)
 
 
-def _tma(operands: Sequence[Tensor]) -> bool:
-    """Whether the tensor memory accelerator can move all of them: Hopper or later, and 16-byte rows."""
-    if not architecture(operands[0].device).startswith("sm_") or int(architecture(operands[0].device)[3:]) < 90:
-        return False
-    return all(
-        x.element_size() != 4 and x.shape[1] * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 for x in operands
+@measured
+def choose_strided(
+    kind: str, batch: int, channels: int, outputs: int, height: int, width: int, operands: Sequence[Tensor]
+) -> Tile:
+    """The tile of another convolution that reads ``channels`` and writes ``outputs`` channels."""
+    like = operands[0]
+    tma = all(movable(x) for x in operands)
+    narrow = like.element_size() == 2
+    exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
+    up, wgrad = kind.endswith("up"), kind.endswith("wgrad")
+    pixels = 128 if narrow and not wgrad else 64 if narrow else 32
+    columns = block(width, pixels)
+    images = min(pixels // columns, block(batch, pixels, 1))
+    columns = pixels // images
+    if not narrow:
+        return Tile(images, 1, columns, block(outputs, 32), block(channels, 16 if exact else 32), 4, 2, tma)
+    if wgrad:
+        return Tile(images, 1, columns, block(outputs, 64), block(channels, 64), 4, 2, tma)
+    if up:
+        return Tile(images, 1, columns, block(outputs, 64), block(channels, 32), 8, 2, tma)
+    if not tma:
+        return Tile(images, 1, columns, block(outputs, 128), block(channels, 32), 8, 2)
+    return Tile(images, 1, columns, block(outputs, 128), block(channels, 64), 8, 2, True)
+
+
+def movable(x: Tensor, stride: int = 1) -> bool:
+    """Whether the tensor memory accelerator can move every ``stride``-th row and column of an NHWC tensor: Hopper or
+    later, 16-byte rows, and as many even columns as odd ones."""
+    name = architecture(x.device)
+    return (
+        name.startswith("sm_")
+        and int(name[3:]) >= 90
+        and x.element_size() != 4
+        and x.shape[1] * x.element_size() % 16 == 0
+        and x.data_ptr() % 16 == 0
+        and x.shape[3] % stride == 0
+        and x.shape[2] >= stride
     )

@@ -1,0 +1,118 @@
+"""Weight gradients of the convolutions of conv_down.py and conv_up.py.
+
+    down  dW[k,r,s,c] = Σ_{n,p,q} z[n, p·stride + r − pad, q·stride + s − pad, c] · dY[n,p,q,k]
+    up    dW[c,r,s,k] = Σ_{n,p,q} z[n,p,q,c] · dY[n, 2p + r − pad, 2q + s − pad, k]
+    z = act(scale·(x − centre) + shift)
+
+Summed over the pixels of the source: then the operand that is normalised needs no padding, and what lies outside dY is
+zero by itself. A program sums one column s of the filter, its KSIZE rows in an accumulator each, for BLOCK_C channels
+and BLOCK_K outputs over a slab of tiles of IMAGES·COLUMNS pixels of one row; what several rows of the filter read is
+loaded and normalised once. The slabs are summed in a fixed order.
+
+Layout: activations NHWC, dW (K,taps,C) or (C,taps,K) as the weights. Bytes: reads dY and the source, writes and reads
+the slabs of dW. Accumulation: float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastunet.aten import stats_dtype
+from fastunet.kernels.common import OPTIONS, Source, accumulator, load_affine, precision, sum_slabs
+from fastunet.kernels.conv3x3 import replace, tile_place
+from fastunet.kernels.strided import as_rows, load_pixels, parts
+from fastunet.kernels.tiles import choose_strided, movable
+
+SIZES = ["N", "H", "W", "P", "Q", "tiles", "tiles_h", "tiles_w", "slabs"]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _conv_strided_wgrad_kernel(
+    x_even, x_odd, affine_ptr, dy_even, dy_odd, partial_ptr,
+    N, H, W, P, Q, C, K, tiles, tiles_h, tiles_w, slabs,
+    KSIZE: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr,
+    AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA_X: tl.constexpr, TMA_Y: tl.constexpr,
+    IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """partial[slab, …] from x (N,H,W,C) and dY (N,P,Q,K); tiles cover the coarser of the two."""
+    PAD: tl.constexpr = 1 if KSIZE == 3 else 0
+    ROWS: tl.constexpr = 1 if UP else STRIDE  # of x, that belong to one row of a tile
+    X_STRIDE: tl.constexpr = 1 if UP else STRIDE
+    Y_STRIDE: tl.constexpr = STRIDE if UP else 1
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    blocks_k = tl.cdiv(K, BLOCK_K)
+    program = tl.program_id(0)
+    s = program % KSIZE
+    c = program // KSIZE % blocks_c * BLOCK_C
+    k = program // KSIZE // blocks_c % blocks_k * BLOCK_K
+    slab = program // KSIZE // blocks_c // blocks_k
+    scale, shift, centre = load_affine(affine_ptr, c + tl.arange(0, BLOCK_C), C, AFFINE, ACC)
+    none = tl.zeros([BLOCK_K], ACC)
+    accs = (tl.zeros([BLOCK_C, BLOCK_K], ACC),) * KSIZE
+    per_slab = tl.cdiv(tiles, slabs)
+    for tile in tl.range(slab * per_slab, tl.minimum(slab * per_slab + per_slab, tiles)):
+        n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, 1, COLUMNS)
+        for a in tl.static_range(ROWS):
+            # The column of x that meets column s of the filter, of each STRIDE.
+            z = load_pixels(
+                x_even, x_odd, scale, shift, centre, n, p, q, a, 0 if UP else (s + STRIDE - PAD) % STRIDE, c, N, H, W, C,
+                0, X_STRIDE, AFFINE, RELU, MASKED, TMA_X, IMAGES, COLUMNS, BLOCK_C, ACC,
+            ).T  # fmt: skip
+            for r in tl.static_range(KSIZE):
+                if UP:
+                    dy = load_pixels(
+                        dy_even, dy_odd, none, none, none, n, p, q, r, s, k, N, P, Q, K,
+                        PAD, Y_STRIDE, False, False, True, TMA_Y, IMAGES, COLUMNS, BLOCK_K, ACC,
+                    )  # fmt: skip
+                    accs = replace(accs, r, tl.dot(z, dy, accs[r], input_precision=PRECISION, out_dtype=ACC))
+                elif (r - PAD) % STRIDE == a:
+                    dy = load_pixels(
+                        dy_even, dy_odd, none, none, none, n, p - (r - PAD) // STRIDE, q + 1 - (s + STRIDE - PAD) // STRIDE,
+                        0, 0, k, N, P, Q, K,
+                        0, Y_STRIDE, False, False, True, TMA_Y, IMAGES, COLUMNS, BLOCK_K, ACC,
+                    )  # fmt: skip
+                    accs = replace(accs, r, tl.dot(z, dy, accs[r], input_precision=PRECISION, out_dtype=ACC))
+    channel = (c + tl.arange(0, BLOCK_C))[:, None]
+    filters = (k + tl.arange(0, BLOCK_K))[None, :]
+    mask = (channel < C) & (filters < K)
+    for r in tl.static_range(KSIZE):
+        tap = r * KSIZE + s
+        if UP:
+            place = ((slab.to(tl.int64) * C + channel) * (KSIZE * KSIZE) + tap) * K + filters
+        else:
+            place = ((slab.to(tl.int64) * K + filters) * (KSIZE * KSIZE) + tap) * C + channel
+        tl.store(partial_ptr + place, accs[r], mask=mask)
+
+
+def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> Tensor:
+    """dW, shaped like ``weight``, in channels_last memory and stats_dtype.
+
+    Of a convolution, 3×3 of stride 2 or 1×1, whose weight is (K, C, ·, ·); or if ``up`` of a transposed one, (C, K, ·, ·).
+    """
+    filters, channels, ksize = dy.shape[1], source.channels, weight.shape[-1]
+    stride = 1 if ksize == 1 else 2
+    x, dy = as_rows(source.x, ksize, 1 if up else stride), as_rows(dy, ksize, stride if up else 1)
+    batch, _, height, width = (x if up else dy).shape
+    tile = choose_strided(f"conv{ksize}x{ksize}_wgrad", batch, channels, filters, height, width, [x, dy])
+    tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
+    x_stride, y_stride = (1, stride) if up else (stride, 1)
+    tma_x, tma_y = movable(x, x_stride), movable(dy, y_stride)
+    masked = batch % tile.images or width % tile.columns or x.shape[2] % x_stride or x.shape[3] % x_stride
+    blocks = triton.cdiv(channels, tile.reduction) * triton.cdiv(filters, tile.outputs) * ksize
+    # Enough programs to fill a large GPU a few times, of a few tiles each; the same on every GPU, for the same bits.
+    slabs = max(1, min(triton.cdiv(tiles, 4), triton.cdiv(264, blocks)))
+    partial = dy.new_empty((slabs, weight.shape[0], ksize, ksize, weight.shape[1]), dtype=stats_dtype(dy.dtype))
+    _conv_strided_wgrad_kernel[(slabs * blocks,)](
+        *parts(x, tile, tile.reduction, x_stride, tma_x), source.affine_or_x,
+        *parts(dy, tile, tile.outputs, y_stride, tma_y), partial,
+        batch, x.shape[2], x.shape[3], dy.shape[2], dy.shape[3], channels, filters, tiles, tiles_h, tiles_w, slabs,
+        KSIZE=ksize, STRIDE=stride, UP=up, AFFINE=source.affine is not None, RELU=source.relu,
+        MASKED=bool(masked), TMA_X=tma_x, TMA_Y=tma_y,
+        IMAGES=tile.images, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
+        ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype),
+        **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return sum_slabs(partial).permute(0, 3, 1, 2)
