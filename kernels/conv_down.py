@@ -29,14 +29,13 @@ from fastunet.kernels.common import (
     element,
     empty_nhwc,
     load_affine,
-    nhwc,
     precision,
     sum_slabs,
 )
 from fastunet.kernels.conv3x3 import tile_place
 from fastunet.kernels.statistics import merge_stats, store_stats
-from fastunet.kernels.strided import as_rows, load_pixels, load_tap, parts, source_gradient, store_pixels
-from fastunet.kernels.tiles import choose_strided, movable
+from fastunet.kernels.strided import as_rows, load_pixels, load_tap, parts, source_gradient, store_pixels, taps
+from fastunet.kernels.tiles import choose_strided, movable, movable_rows
 
 SIZES = ["N", "H", "W", "P", "Q", "tiles_h", "tiles_w"]
 
@@ -44,22 +43,24 @@ SIZES = ["N", "H", "W", "P", "Q", "tiles_h", "tiles_w"]
 @triton.jit
 def _accumulate(
     acc, start, stop, even, odd, affine_ptr, w, n, p, q, N, H, W, C, k, K,
-    KSIZE: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, K_FIRST: tl.constexpr,
+    KSIZE: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr, K_FIRST: tl.constexpr,
     HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, TMA_W: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add steps start … stop, each a block of channels at one column of the filter."""
+    PAD: tl.constexpr = WIDE - 1
+    TAPS: tl.constexpr = 2 * WIDE - 1  # a row
     for step in tl.range(start, stop):
-        s = step % KSIZE
-        c = step // KSIZE * BLOCK_C
+        s = step % TAPS
+        c = step // TAPS * BLOCK_C
         scale, shift, centre = load_affine(affine_ptr, c + tl.arange(0, BLOCK_C), C, HAS_AFFINE, ACC)
         for r in tl.static_range(KSIZE):
             z = load_pixels(
                 even, odd, scale, shift, centre, n, p, q, r, s, c, N, H, W, C,
-                PAD, STRIDE, HAS_AFFINE, RELU, MASKED, TMA, IMAGES, COLUMNS, BLOCK_C, ACC,
+                PAD, STRIDE, WIDE, HAS_AFFINE, RELU, MASKED, TMA, IMAGES, COLUMNS, BLOCK_C, ACC,
             )  # fmt: skip
-            weights = load_tap(w, k, c, r * KSIZE + s, K, C, KSIZE * KSIZE, K_FIRST, TMA_W, BLOCK_C, BLOCK_K)
+            weights = load_tap(w, k, c, r * TAPS + s, K, C, KSIZE * TAPS, K_FIRST, TMA_W, BLOCK_C, BLOCK_K)
             acc = tl.dot(z, weights, acc, input_precision=PRECISION, out_dtype=ACC)
     return acc
 
@@ -67,28 +68,28 @@ def _accumulate(
 @triton.jit
 def _sum(
     even, odd, affine_ptr, w, n, p, q, N, H, W, C, k, K,
-    KSIZE: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, K_FIRST: tl.constexpr,
+    KSIZE: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr, K_FIRST: tl.constexpr,
     HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, TMA: tl.constexpr, TMA_W: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sum [IMAGES·COLUMNS, BLOCK_K] at the tile whose first pixel is (p, q)."""
     acc = tl.zeros([IMAGES * COLUMNS, BLOCK_K], ACC)
-    steps = tl.cdiv(C, BLOCK_C) * KSIZE
+    steps = tl.cdiv(C, BLOCK_C) * (2 * WIDE - 1)
     # As in conv3x3.py: two loops, of which one is empty.
     MAY_MASK: tl.constexpr = HAS_AFFINE or RELU or not TMA
     free = steps
     if MAY_MASK:
-        above = (STRIDE * p >= PAD) & (STRIDE * q >= PAD) & (n + IMAGES <= N)
-        below = (STRIDE * p + KSIZE - PAD <= H) & (STRIDE * (q + COLUMNS - 1) + KSIZE - PAD <= W)
+        above = (p >= WIDE - 1) & (q >= WIDE - 1) & (n + IMAGES <= N)
+        below = (STRIDE * (p + 1) <= H) & (WIDE * (q + COLUMNS) <= W)
         free = tl.where(above & below, steps, 0)
     acc = _accumulate(
-        acc, 0, free, even, odd, affine_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, PAD, K_FIRST,
+        acc, 0, free, even, odd, affine_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, WIDE, K_FIRST,
         HAS_AFFINE, RELU, False, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
     )  # fmt: skip
     if MAY_MASK:
         acc = _accumulate(
-            acc, free, steps, even, odd, affine_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, PAD, K_FIRST,
+            acc, free, steps, even, odd, affine_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, WIDE, K_FIRST,
             HAS_AFFINE, RELU, True, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
         )  # fmt: skip
     return acc
@@ -107,14 +108,14 @@ def _conv_down_fwd_kernel(
     k = tl.program_id(0) % blocks * BLOCK_K
     n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, 1, COLUMNS)
     acc = _sum(
-        even, odd, affine_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, KSIZE // 2, True,
+        even, odd, affine_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, STRIDE, True,
         AFFINE, RELU, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
     )  # fmt: skip
     filters = k + tl.arange(0, BLOCK_K)
     if BIAS:
         acc += tl.load(bias_ptr + filters, mask=filters < K, other=0.0).to(ACC)[None, :]
     rounded = acc.to(DTYPE)
-    store_pixels(y, y, rounded, n, p, q, 0, 0, k, N, P, Q, K, 1, TMA_Y, IMAGES, COLUMNS, BLOCK_K)
+    store_pixels(y, y, rounded, n, p, q, 0, 0, k, N, P, Q, K, 1, 1, TMA_Y, IMAGES, COLUMNS, BLOCK_K)
     if STATS:
         pixel = tl.arange(0, IMAGES * COLUMNS)
         rows = ((n + pixel // COLUMNS < N) & (q + pixel % COLUMNS < Q)).to(tl.int32)
@@ -135,7 +136,7 @@ def _conv_down_dgrad_kernel(
     c = tl.program_id(0) % blocks * BLOCK_C
     n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, 1, COLUMNS)
     g = _sum(
-        dy_even, dy_odd, x, w, n, p, q, N, H, W, K, c, C, KSIZE, STRIDE, KSIZE // 2 if KSIZE == 3 else 0, KSIZE > 1,
+        dy_even, dy_odd, x, w, n, p, q, N, H, W, K, c, C, KSIZE, STRIDE, 2 if KSIZE == 3 else 1, KSIZE > 1,
         False, False, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_K, BLOCK_C, ACC, PRECISION,
     )  # fmt: skip
     source_gradient(
@@ -162,19 +163,18 @@ def conv_down(
     if result.numel() == 0:
         mean = result.new_zeros(filters if stats else 0, dtype=dtype)
         return result, mean, mean.clone()
-    weight = nhwc(weight)
+    weight = taps(weight)
     x, y = as_rows(source.x, ksize, stride), as_rows(result, ksize, 1)
     batch, _, height, width = y.shape
-    tile = choose_strided(f"conv{ksize}x{ksize}_down", batch, channels, filters, height, width, [x])
+    tma, tma_w, tma_y = movable(x, stride), movable_rows(weight), movable(y)
+    tile = choose_strided(f"conv{ksize}x{ksize}_down", batch, channels, filters, height, width, [x], tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
-    tma = movable(x, stride)
-    tma_w, tma_y = movable(weight), movable(y)
     partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
     _conv_down_fwd_kernel[(tiles * triton.cdiv(filters, tile.outputs),)](
-        *parts(x, tile, tile.reduction, stride, tma), source.affine_or_x,
-        describe(weight.permute(0, 2, 3, 1).flatten(1, 2), [tile.outputs, 1, tile.reduction], tma_w),
-        x if bias is None else bias.contiguous(), parts(y, tile, tile.outputs, 1, tma_y)[0], *partials, counts,
+        *parts(x, tile, tile.reduction, stride, stride, tma), source.affine_or_x,
+        describe(weight, [tile.outputs, 1, tile.reduction], tma_w),
+        x if bias is None else bias.contiguous(), parts(y, tile, tile.outputs, 1, 1, tma_y)[0], *partials, counts,
         batch, x.shape[2], x.shape[3], height, width, channels, filters, tiles_h, tiles_w,
         KSIZE=ksize, STRIDE=stride, AFFINE=source.affine is not None, RELU=source.relu,
         BIAS=bias is not None, STATS=stats, TMA=tma, TMA_W=tma_w, TMA_Y=tma_y,
@@ -190,25 +190,26 @@ def conv_down_dgrad(dy: Tensor, weight: Tensor, source: Source, stride: int) -> 
 
     Of a transposed convolution of stride 2, whose ``weight`` is (C, K, ·, ·); or of stride 1 and 1×1, (K, C, 1, 1).
     """
-    ksize, channels, filters = weight.shape[-1], source.channels, dy.shape[1]
+    ksize, channels = weight.shape[-1], source.channels
+    wide = 2 if ksize == 3 else 1
     gradient = empty_nhwc(source.x, *source.x.shape)
     dtype = stats_dtype(gradient.dtype)
     if gradient.numel() == 0:
         return gradient, gradient.new_zeros((3, channels) if source.affine is not None else 0, dtype=dtype)
-    weight = nhwc(weight)
+    weight = taps(weight)
     x, dx, dy = as_rows(source.x, ksize, 1), as_rows(gradient, ksize, 1), as_rows(dy, ksize, stride)
+    filters = dy.shape[1]
     batch, _, height, width = x.shape
-    tile = choose_strided(f"conv{ksize}x{ksize}_down", batch, filters, channels, height, width, [dy])
+    tma, tma_w, tma_x = movable(dy, wide), movable_rows(weight), movable(x) and movable(dx)
+    tile = choose_strided(f"conv{ksize}x{ksize}_down", batch, filters, channels, height, width, [dy], tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
-    tma = movable(dy, stride)
-    tma_w, tma_x = movable(weight), movable(x) and movable(dx)
     partial = x.new_empty((tiles, 3, channels) if source.affine is not None else 0, dtype=dtype)
     part = tile.outputs // 2 if tile.outputs >= 64 else tile.outputs
     first, second = (tile.outputs, tile.reduction) if ksize > 1 else (tile.reduction, tile.outputs)
     _conv_down_dgrad_kernel[(tiles * triton.cdiv(channels, tile.outputs),)](
-        *parts(dy, tile, tile.reduction, stride, tma),
-        describe(weight.permute(0, 2, 3, 1).flatten(1, 2), [first, 1, second], tma_w),
-        parts(x, tile, part, 1, tma_x)[0], source.affine_or_x, parts(dx, tile, part, 1, tma_x)[0], partial,
+        *parts(dy, tile, tile.reduction, stride, wide, tma),
+        describe(weight, [first, 1, second], tma_w),
+        parts(x, tile, part, 1, 1, tma_x)[0], source.affine_or_x, parts(dx, tile, part, 1, 1, tma_x)[0], partial,
         batch, dy.shape[2], dy.shape[3], height, width, channels, filters, tiles_h, tiles_w,
         KSIZE=ksize, STRIDE=stride, AFFINE=source.affine is not None, RELU=source.relu,
         TMA=tma, TMA_W=tma_w, TMA_X=tma_x,

@@ -38,52 +38,62 @@ def _conv_strided_wgrad_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """partial[slab, …] from x (N,H,W,C) and dY (N,P,Q,K); tiles cover the coarser of the two."""
-    PAD: tl.constexpr = 1 if KSIZE == 3 else 0
-    ROWS: tl.constexpr = 1 if UP else STRIDE  # of x, that belong to one row of a tile
-    X_STRIDE: tl.constexpr = 1 if UP else STRIDE
-    Y_STRIDE: tl.constexpr = STRIDE if UP else 1
+    WIDE: tl.constexpr = 2 if KSIZE == 3 else 1
+    PAD: tl.constexpr = WIDE - 1
+    TAPS: tl.constexpr = 2 * WIDE - 1  # a row
     blocks_c = tl.cdiv(C, BLOCK_C)
     blocks_k = tl.cdiv(K, BLOCK_K)
     program = tl.program_id(0)
-    s = program % KSIZE
-    c = program // KSIZE % blocks_c * BLOCK_C
-    k = program // KSIZE // blocks_c % blocks_k * BLOCK_K
-    slab = program // KSIZE // blocks_c // blocks_k
+    s = program % TAPS
+    c = program // TAPS % blocks_c * BLOCK_C
+    k = program // TAPS // blocks_c % blocks_k * BLOCK_K
+    slab = program // TAPS // blocks_c // blocks_k
     scale, shift, centre = load_affine(affine_ptr, c + tl.arange(0, BLOCK_C), C, AFFINE, ACC)
     none = tl.zeros([BLOCK_K], ACC)
     accs = (tl.zeros([BLOCK_C, BLOCK_K], ACC),) * KSIZE
     per_slab = tl.cdiv(tiles, slabs)
     for tile in tl.range(slab * per_slab, tl.minimum(slab * per_slab + per_slab, tiles)):
         n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, 1, COLUMNS)
-        for a in tl.static_range(ROWS):
-            # The column of x that meets column s of the filter, of each STRIDE.
+        if UP:
             z = load_pixels(
-                x_even, x_odd, scale, shift, centre, n, p, q, a, 0 if UP else (s + STRIDE - PAD) % STRIDE, c, N, H, W, C,
-                0, X_STRIDE, AFFINE, RELU, MASKED, TMA_X, IMAGES, COLUMNS, BLOCK_C, ACC,
+                x_even, x_odd, scale, shift, centre, n, p, q, 0, 0, c, N, H, W, C,
+                0, 1, 1, AFFINE, RELU, MASKED, TMA_X, IMAGES, COLUMNS, BLOCK_C, ACC,
             ).T  # fmt: skip
             for r in tl.static_range(KSIZE):
-                if UP:
-                    dy = load_pixels(
-                        dy_even, dy_odd, none, none, none, n, p, q, r, s, k, N, P, Q, K,
-                        PAD, Y_STRIDE, False, False, True, TMA_Y, IMAGES, COLUMNS, BLOCK_K, ACC,
-                    )  # fmt: skip
-                    accs = replace(accs, r, tl.dot(z, dy, accs[r], input_precision=PRECISION, out_dtype=ACC))
-                elif (r - PAD) % STRIDE == a:
-                    dy = load_pixels(
-                        dy_even, dy_odd, none, none, none, n, p - (r - PAD) // STRIDE, q + 1 - (s + STRIDE - PAD) // STRIDE,
-                        0, 0, k, N, P, Q, K,
-                        0, Y_STRIDE, False, False, True, TMA_Y, IMAGES, COLUMNS, BLOCK_K, ACC,
-                    )  # fmt: skip
-                    accs = replace(accs, r, tl.dot(z, dy, accs[r], input_precision=PRECISION, out_dtype=ACC))
+                dy = load_pixels(
+                    dy_even, dy_odd, none, none, none, n, p, q, r, s, k, N, P, Q, K,
+                    PAD, STRIDE, WIDE, False, False, True, TMA_Y, IMAGES, COLUMNS, BLOCK_K, ACC,
+                )  # fmt: skip
+                acc = tl.dot(z, dy, accs[r], input_precision=PRECISION, out_dtype=ACC)
+                accs = replace(accs, r, acc)
+        else:
+            column = s + (WIDE - PAD)
+            dys = ()
+            for i in tl.static_range(PAD + 1):
+                dy = load_pixels(
+                    dy_even, dy_odd, none, none, none, n, p + i, q + 1 - column // WIDE, 0, 0, k, N, P, Q, K,
+                    0, 1, 1, False, False, True, TMA_Y, IMAGES, COLUMNS, BLOCK_K, ACC,
+                )  # fmt: skip
+                dys = dys + (dy,)  # noqa: RUF005 - Triton knows no unpacking
+            for a in tl.static_range(STRIDE):
+                z = load_pixels(
+                    x_even, x_odd, scale, shift, centre, n, p, q, a, column % WIDE, c, N, H, W, C,
+                    0, STRIDE, WIDE, AFFINE, RELU, MASKED, TMA_X, IMAGES, COLUMNS, BLOCK_C, ACC,
+                ).T  # fmt: skip
+                for r in tl.static_range(KSIZE):
+                    if (r + PAD) % STRIDE == a:  # the row of the filter that lies on row STRIDE·p + a of x, over
+                        # dY's row p, or p + 1
+                        acc = tl.dot(z, dys[1 if r < PAD else 0], accs[r], input_precision=PRECISION, out_dtype=ACC)
+                        accs = replace(accs, r, acc)
     channel = (c + tl.arange(0, BLOCK_C))[:, None]
     filters = (k + tl.arange(0, BLOCK_K))[None, :]
     mask = (channel < C) & (filters < K)
     for r in tl.static_range(KSIZE):
-        tap = r * KSIZE + s
+        tap = r * TAPS + s
         if UP:
-            place = ((slab.to(tl.int64) * C + channel) * (KSIZE * KSIZE) + tap) * K + filters
+            place = ((slab.to(tl.int64) * C + channel) * (KSIZE * TAPS) + tap) * K + filters
         else:
-            place = ((slab.to(tl.int64) * K + filters) * (KSIZE * KSIZE) + tap) * C + channel
+            place = ((slab.to(tl.int64) * K + filters) * (KSIZE * TAPS) + tap) * C + channel
         tl.store(partial_ptr + place, accs[r], mask=mask)
 
 
@@ -92,22 +102,23 @@ def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> 
 
     Of a convolution, 3×3 of stride 2 or 1×1, whose weight is (K, C, ·, ·); or if ``up`` of a transposed one, (C, K, ·, ·).
     """
-    filters, channels, ksize = dy.shape[1], source.channels, weight.shape[-1]
+    ksize = weight.shape[-1]
     stride = 1 if ksize == 1 else 2
+    wide = 2 if ksize == 3 else 1
     x, dy = as_rows(source.x, ksize, 1 if up else stride), as_rows(dy, ksize, stride if up else 1)
-    batch, _, height, width = (x if up else dy).shape
-    tile = choose_strided(f"conv{ksize}x{ksize}_wgrad", batch, channels, filters, height, width, [x, dy])
+    channels, filters, (batch, _, height, width) = x.shape[1], dy.shape[1], (x if up else dy).shape
+    tma_x, tma_y = movable(x, 1 if up else wide), movable(dy, wide if up else 1)
+    tile = choose_strided(f"conv{ksize}x{ksize}_wgrad", batch, channels, filters, height, width, [x], tma_x and tma_y)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
-    x_stride, y_stride = (1, stride) if up else (stride, 1)
-    tma_x, tma_y = movable(x, x_stride), movable(dy, y_stride)
-    masked = batch % tile.images or width % tile.columns or x.shape[2] % x_stride or x.shape[3] % x_stride
-    blocks = triton.cdiv(channels, tile.reduction) * triton.cdiv(filters, tile.outputs) * ksize
+    masked = batch % tile.images or width % tile.columns or x.shape[2] != height * (1 if up else stride)
+    masked = masked or x.shape[3] != width * (1 if up else wide)
+    blocks = triton.cdiv(channels, tile.reduction) * triton.cdiv(filters, tile.outputs) * (2 * wide - 1)
     # Enough programs to fill a large GPU a few times, of a few tiles each; the same on every GPU, for the same bits.
     slabs = max(1, min(triton.cdiv(tiles, 4), triton.cdiv(264, blocks)))
     partial = dy.new_empty((slabs, weight.shape[0], ksize, ksize, weight.shape[1]), dtype=stats_dtype(dy.dtype))
     _conv_strided_wgrad_kernel[(slabs * blocks,)](
-        *parts(x, tile, tile.reduction, x_stride, tma_x), source.affine_or_x,
-        *parts(dy, tile, tile.outputs, y_stride, tma_y), partial,
+        *parts(x, tile, tile.reduction, 1 if up else stride, 1 if up else wide, tma_x), source.affine_or_x,
+        *parts(dy, tile, tile.outputs, stride if up else 1, wide if up else 1, tma_y), partial,
         batch, x.shape[2], x.shape[3], dy.shape[2], dy.shape[3], channels, filters, tiles, tiles_h, tiles_w, slabs,
         KSIZE=ksize, STRIDE=stride, UP=up, AFFINE=source.affine is not None, RELU=source.relu,
         MASKED=bool(masked), TMA_X=tma_x, TMA_Y=tma_y,

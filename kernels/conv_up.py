@@ -6,9 +6,10 @@
 The gradient with respect to z of a 3×3 convolution of stride 2 is the same sum over dY; the epilogue of the dgrad
 kernel turns it into dx and daffine. One main loop serves both.
 
-A program computes the four parts of y, of even and odd rows and columns, over IMAGES·COLUMNS pixels of one row of x, in
-an accumulator each: what it loads and normalises once meets all taps that use it. Pixel (p, q) serves four taps of the
-2×2 filter; 3×3 is nine taps over (p, q), (p, q+1), (p+1, q), (p+1, q+1), and zeros beyond the last row and column.
+A program computes the parts of y (see strided.py; even and odd rows, and of 3×3 even and odd columns) over
+IMAGES·COLUMNS pixels of one row of x, in an accumulator each: what it loads and normalises once meets all taps that use
+it. 2×2 has its taps over pixel (p, q); 3×3 over (p, q), (p, q+1), (p+1, q), (p+1, q+1), and zeros beyond the last row
+and column.
 
 Layout: activations NHWC, weights (channels, taps, outputs). Bytes: forward reads the source and W and writes y; dgrad
 reads dY, W and the source and writes dx. Accumulation: float32 (float64 for float64).
@@ -29,14 +30,13 @@ from fastunet.kernels.common import (
     element,
     empty_nhwc,
     load_affine,
-    nhwc,
     precision,
     sum_slabs,
 )
 from fastunet.kernels.conv3x3 import load_row, operand, replace, tile_place
 from fastunet.kernels.statistics import merge_stats, store_stats
-from fastunet.kernels.strided import as_rows, load_tap, parts, source_gradient, store_pixels
-from fastunet.kernels.tiles import choose_strided, movable
+from fastunet.kernels.strided import as_rows, load_tap, parts, source_gradient, store_pixels, taps
+from fastunet.kernels.tiles import choose_strided, movable, movable_rows
 
 SIZES = ["N", "H", "W", "P", "Q", "tiles_h", "tiles_w"]
 
@@ -48,25 +48,25 @@ def _accumulate(
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add blocks start … stop of channels to the four parts."""
+    """Add blocks start … stop of channels to the parts."""
     PAD: tl.constexpr = KSIZE - 2
+    WIDE: tl.constexpr = KSIZE - 1
+    TAPS: tl.constexpr = 2 * WIDE - 1  # a row
     for step in tl.range(start, stop):
         c = step * BLOCK_C
         scale, shift, centre = load_affine(affine_ptr, c + tl.arange(0, BLOCK_C), C, HAS_AFFINE, ACC)
-        for i in tl.static_range((PAD + 1) * (PAD + 1)):
-            down: tl.constexpr = i // (PAD + 1)
-            right: tl.constexpr = i % (PAD + 1)
-            z = load_row(
-                x, scale, shift, centre, n, p + down, q + right, c, N, H, W, C, 0, H, 0, W,
-                HAS_AFFINE, RELU, MASKED, TMA, IMAGES, COLUMNS, BLOCK_C, ACC,
-            )  # fmt: skip
-            for part in tl.static_range(4):
-                r: tl.constexpr = part // 2 + PAD - 2 * down
-                s: tl.constexpr = part % 2 + PAD - 2 * right
-                if r >= 0 and s >= 0:
-                    weights = load_tap(w, k, c, r * KSIZE + s, K, C, KSIZE * KSIZE, False, TMA, BLOCK_C, BLOCK_K)
-                    acc = tl.dot(z, weights, accs[part], input_precision=PRECISION, out_dtype=ACC)
-                    accs = replace(accs, part, acc)
+        for down in tl.static_range(PAD + 1):
+            for right in tl.static_range(PAD + 1):
+                z = load_row(
+                    x, scale, shift, centre, n, p + down, q + right, c, N, H, W, C, 0, H, 0, W,
+                    HAS_AFFINE, RELU, MASKED, TMA, IMAGES, COLUMNS, BLOCK_C, ACC,
+                )  # fmt: skip
+                for part in tl.static_range(2 * WIDE):
+                    if part // WIDE + PAD >= 2 * down and part % WIDE + PAD >= 2 * right:
+                        tap = (part // WIDE + PAD - 2 * down) * TAPS + part % WIDE + PAD - 2 * right
+                        weights = load_tap(w, k, c, tap, K, C, KSIZE * TAPS, False, TMA, BLOCK_C, BLOCK_K)
+                        acc = tl.dot(z, weights, accs[part], input_precision=PRECISION, out_dtype=ACC)
+                        accs = replace(accs, part, acc)
     return accs
 
 
@@ -77,8 +77,8 @@ def _sum(
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The four parts [IMAGES·COLUMNS, BLOCK_K] over the tile whose first pixel is (p, q)."""
-    accs = (tl.zeros([IMAGES * COLUMNS, BLOCK_K], ACC),) * 4
+    """The parts [IMAGES·COLUMNS, BLOCK_K] over the tile whose first pixel is (p, q)."""
+    accs = (tl.zeros([IMAGES * COLUMNS, BLOCK_K], ACC),) * (2 * KSIZE - 2)
     steps = tl.cdiv(C, BLOCK_C)
     # As in conv3x3.py: two loops, of which one is empty.
     MAY_MASK: tl.constexpr = HAS_AFFINE or RELU or not TMA
@@ -115,21 +115,25 @@ def _conv_up_fwd_kernel(
     )  # fmt: skip
     filters = k + tl.arange(0, BLOCK_K)
     if BIAS:
-        bias = tl.load(bias_ptr + filters, mask=filters < K, other=0.0).to(ACC)
-    for part in tl.static_range(4):
+        place = filters
+        if KSIZE == 2:
+            place = filters % (K // 2)
+        bias = tl.load(bias_ptr + place, mask=filters < K, other=0.0).to(ACC)
+    WIDE: tl.constexpr = KSIZE - 1
+    for part in tl.static_range(2 * WIDE):
         acc = accs[part]
         if BIAS:
             acc += bias[None, :]
         rounded = acc.to(DTYPE)
         accs = replace(accs, part, rounded)
         store_pixels(
-            y_even, y_odd, rounded, n, p, q, part // 2, part % 2, k, N, 2 * H, 2 * W, K, 2, TMA,
+            y_even, y_odd, rounded, n, p, q, part // WIDE, part % WIDE, k, N, 2 * H, WIDE * W, K, 2, WIDE, TMA,
             IMAGES, COLUMNS, BLOCK_K,
         )  # fmt: skip
     if STATS:
         pixel = tl.arange(0, IMAGES * COLUMNS)
-        rows = tl.where((n + pixel // COLUMNS < N) & (q + pixel % COLUMNS < W), 4, 0)
-        store_stats(accs, rows, tile, filters, K, mean_ptr, m2_ptr, count_ptr, 4, BLOCK_K, ACC)
+        rows = tl.where((n + pixel // COLUMNS < N) & (q + pixel % COLUMNS < W), 2 * WIDE, 0)
+        store_stats(accs, rows, tile, filters, K, mean_ptr, m2_ptr, count_ptr, 2 * WIDE, BLOCK_K, ACC)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -158,31 +162,37 @@ def _conv_up_dgrad_kernel(
 
 
 def conv_up(source: Source, weight: Tensor, bias: Tensor | None, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, K, 2·H, 2·W), and its mean and biased variance (K,) if ``stats``, else empty; ``weight`` is (C, K, ·, ·)."""
+    """y (N, K, 2·H, 2·W), and its mean and biased variance (K,) if ``stats``, else empty, with W (C, K, ·, ·)."""
     channels, filters, ksize = weight.shape[:3]
     result = empty_nhwc(source.x, source.x.shape[0], filters, 2 * source.height, 2 * source.width)
     dtype = stats_dtype(result.dtype)
     if result.numel() == 0:
         mean = result.new_zeros(filters if stats else 0, dtype=dtype)
         return result, mean, mean.clone()
-    weight = nhwc(weight)
+    weight = taps(weight)
     x, y = as_rows(source.x, ksize, 1), as_rows(result, ksize, 2)
     batch, _, height, width = x.shape
-    tile = choose_strided(f"conv{ksize}x{ksize}_up", batch, channels, filters, height, width, [x, weight, y])
+    outputs = y.shape[1]
+    tma = movable(x) and movable_rows(weight) and movable(y, ksize - 1)
+    tile = choose_strided(f"conv{ksize}x{ksize}_up", batch, channels, outputs, height, width, [x], tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
-    partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
+    partials = [x.new_empty((tiles, outputs) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
-    _conv_up_fwd_kernel[(tiles * triton.cdiv(filters, tile.outputs),)](
+    _conv_up_fwd_kernel[(tiles * triton.cdiv(outputs, tile.outputs),)](
         operand(x, tile, tile.reduction), source.affine_or_x,
-        describe(weight.permute(0, 2, 3, 1).flatten(1, 2), [tile.reduction, 1, tile.outputs], tile.tma),
-        x if bias is None else bias.contiguous(), *parts(y, tile, tile.outputs, 2, tile.tma), *partials, counts,
-        batch, height, width, channels, filters, tiles_h, tiles_w,
+        describe(weight, [tile.reduction, 1, tile.outputs], tma),
+        x if bias is None else bias.contiguous(), *parts(y, tile, tile.outputs, 2, ksize - 1, tma),
+        *partials, counts,
+        batch, height, width, channels, outputs, tiles_h, tiles_w,
         KSIZE=ksize, AFFINE=source.affine is not None, RELU=source.relu, BIAS=bias is not None, STATS=stats,
-        TMA=tile.tma, IMAGES=tile.images, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
+        TMA=tma, IMAGES=tile.images, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return result, *(merge_stats(*partials, counts) if stats else partials)
+    if not stats:
+        return result, *partials
+    halves = outputs // filters  # of a pixel pair, each a tile of its own
+    return result, *merge_stats(*(x.view(-1, filters) for x in partials), counts.repeat_interleave(halves))
 
 
 def conv_up_dgrad(dy: Tensor, weight: Tensor, source: Source) -> tuple[Tensor, Tensor]:
@@ -192,19 +202,19 @@ def conv_up_dgrad(dy: Tensor, weight: Tensor, source: Source) -> tuple[Tensor, T
     dtype = stats_dtype(x.dtype)
     if dx.numel() == 0:
         return dx, x.new_zeros((3, channels) if source.affine is not None else 0, dtype=dtype)
-    weight = nhwc(weight)
+    weight = taps(weight)
     batch, filters, height, width = dy.shape
-    tile = choose_strided("conv3x3_up", batch, filters, channels, height, width, [dy, weight])
+    tma, tma_x = movable(dy) and movable_rows(weight), movable(x, 2) and movable(dx, 2)
+    tile = choose_strided("conv3x3_up", batch, filters, channels, height, width, [dy], tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     partial = x.new_empty((tiles, 3, channels) if source.affine is not None else 0, dtype=dtype)
     part = tile.outputs // 2 if tile.outputs >= 64 else tile.outputs
-    tma_x = movable(x, 2) and movable(dx, 2)
     _conv_up_dgrad_kernel[(tiles * triton.cdiv(channels, tile.outputs),)](
         operand(dy, tile, tile.reduction),
-        describe(weight.permute(0, 2, 3, 1).flatten(1, 2), [tile.reduction, 1, tile.outputs], tile.tma),
-        *parts(x, tile, part, 2, tma_x), source.affine_or_x, *parts(dx, tile, part, 2, tma_x), partial,
+        describe(weight, [tile.reduction, 1, tile.outputs], tma),
+        *parts(x, tile, part, 2, 2, tma_x), source.affine_or_x, *parts(dx, tile, part, 2, 2, tma_x), partial,
         batch, height, width, source.height, source.width, channels, filters, tiles_h, tiles_w,
-        KSIZE=3, AFFINE=source.affine is not None, RELU=source.relu, TMA=tile.tma, TMA_X=tma_x,
+        KSIZE=3, AFFINE=source.affine is not None, RELU=source.relu, TMA=tma, TMA_X=tma_x,
         IMAGES=tile.images, COLUMNS=tile.columns, BLOCK_C=tile.outputs, BLOCK_K=tile.reduction,
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,

@@ -1,8 +1,11 @@
 """What convolutions of stride 2 share: pictures read and written every second row and column.
 
-Pixel (STRIDE·p + a, STRIDE·q + b) of a picture is pixel (p, q) of its part (a, b). TMA sees a picture as one tensor
-(N, rows, W / STRIDE, STRIDE, C) for each a: ``even`` has the rows with a = 0, ``odd`` those with a = 1. Kernels without
-TMA get the whole picture twice.
+Pixel (STRIDE·p + a, WIDE·q + b) of a picture is pixel (p, q) of its part (a, b). TMA sees a picture as one tensor
+(N, rows, WIDE, W / WIDE, C) for each a: ``even`` has the rows with a = 0, ``odd`` those with a = 1. Kernels without TMA
+get the whole picture twice.
+
+A 2×2 filter of stride 2 is one of 2×1: two pixels that lie side by side in memory are one with twice the channels, and
+(C,2,2,K) weights are (C,2,1,2·K) weights. So WIDE is 2 for 3×3 filters only.
 """
 
 from __future__ import annotations
@@ -15,27 +18,28 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastunet.kernels.affine import source_backward, store_affine_gradient
-from fastunet.kernels.common import load_affine, normalise
+from fastunet.kernels.common import load_affine, nhwc, normalise
 from fastunet.kernels.tiles import Tile
 
 
 @triton.jit
 def load_pixels(
     even, odd, scale, shift, centre, n, p, q, r: tl.constexpr, s, c, N, H, W, C,
-    PAD: tl.constexpr, STRIDE: tl.constexpr, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr,
-    TMA: tl.constexpr, IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    PAD: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr,
+    HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+    IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Pixels (STRIDE·p + r − PAD, STRIDE·(q + i) + s − PAD), i < COLUMNS, of IMAGES pictures, BLOCK_C channels from c
-    on; normalised, 0 out of bounds."""
+    """Pixels (STRIDE·p + r − PAD, WIDE·(q + i) + s − PAD), i < COLUMNS, of IMAGES pictures, BLOCK_C channels from c on;
+    normalised, 0 out of bounds."""
     pixel = tl.arange(0, IMAGES * COLUMNS)
     image = n + pixel // COLUMNS
     h = STRIDE * p + (r - PAD)
-    w = STRIDE * (q + pixel % COLUMNS) + s - PAD
+    w = WIDE * (q + pixel % COLUMNS) + s - PAD
     w_stop = tl.where((h >= 0) & (h < H), W, 0)
     real = (image < N) & (w >= 0) & (w < w_stop)
     if TMA:
-        column = s + (STRIDE - PAD)  # not negative
-        place = [n, p + (r - PAD) // STRIDE, q + column // STRIDE - 1, column % STRIDE, c]
+        column = s + (WIDE - PAD)  # not negative
+        place = [n, p + (r - PAD) // STRIDE, column % WIDE, q + column // WIDE - 1, c]
         if (r - PAD) % STRIDE == 0:
             z = even.load(place).reshape(IMAGES * COLUMNS, BLOCK_C)
         else:
@@ -57,20 +61,21 @@ def load_pixels(
 @triton.jit
 def store_pixels(
     even, odd, y, n, p, q, a: tl.constexpr, b: tl.constexpr, k, N, H, W, K,
-    STRIDE: tl.constexpr, TMA: tl.constexpr, IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+    STRIDE: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
+    IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Store y [IMAGES·COLUMNS, BLOCK_K] at pixels (STRIDE·p + a, STRIDE·(q + i) + b), as far as they exist."""
+    """Store y [IMAGES·COLUMNS, BLOCK_K] at pixels (STRIDE·p + a, WIDE·(q + i) + b), as far as they exist."""
     if TMA:
-        block = y.reshape(IMAGES, 1, COLUMNS, 1, BLOCK_K)
+        block = y.reshape(IMAGES, 1, 1, COLUMNS, BLOCK_K)
         if a == 0:
-            even.store([n, p, q, b, k], block)
+            even.store([n, p, b, q, k], block)
         else:
-            odd.store([n, p, q, b, k], block)
+            odd.store([n, p, b, q, k], block)
     else:
         pixel = tl.arange(0, IMAGES * COLUMNS)
         image = n + pixel // COLUMNS
         h = STRIDE * p + a
-        w = STRIDE * (q + pixel % COLUMNS) + b
+        w = WIDE * (q + pixel % COLUMNS) + b
         channel = k + tl.arange(0, BLOCK_K)
         mask = ((image < N) & (w < tl.where(h < H, W, 0)))[:, None] & (channel < K)[None, :]
         tl.store(even + ((image.to(tl.int64) * H + h) * W + w)[:, None] * K + channel[None, :], y, mask=mask)
@@ -144,7 +149,7 @@ def _narrow_gradient(
             if AFFINE or RELU:
                 x = load_pixels(
                     x_even, x_odd, scale, shift, centre, n, p, q, a, b, c, N, H, W, C,
-                    0, STRIDE, False, False, True, TMA, IMAGES, COLUMNS, BLOCK_C, ACC,
+                    0, STRIDE, STRIDE, False, False, True, TMA, IMAGES, COLUMNS, BLOCK_C, ACC,
                 )  # fmt: skip
                 w = STRIDE * (q + pixel % COLUMNS) + b
                 real = (n + pixel // COLUMNS < N) & (w < tl.where(STRIDE * p + a < H, W, 0))
@@ -155,7 +160,25 @@ def _narrow_gradient(
                     sum_gx += tl.sum(gx, 0)
                     sum_g += tl.sum(masked, 0)
             store_pixels(
-                dx_even, dx_odd, g.to(DTYPE), n, p, q, a, b, c, N, H, W, C, STRIDE, TMA, IMAGES, COLUMNS, BLOCK_C
+                dx_even,
+                dx_odd,
+                g.to(DTYPE),
+                n,
+                p,
+                q,
+                a,
+                b,
+                c,
+                N,
+                H,
+                W,
+                C,
+                STRIDE,
+                STRIDE,
+                TMA,
+                IMAGES,
+                COLUMNS,
+                BLOCK_C,
             )
     if AFFINE:
         store_affine_gradient(partial_ptr, tile, channel, C, scale, sum_gx, sum_g)
@@ -165,28 +188,35 @@ def _narrow_gradient(
 
 
 def as_rows(x: Tensor, ksize: int, stride: int) -> Tensor:
-    """An NHWC tensor as a batch of pictures as high as ``stride``, or as one row of pixels where the filter is 1×1.
+    """An NHWC tensor as the filter sees it that has ``stride`` on it: itself if that is 3×3.
 
-    Filters without a halo do not see the difference, and the tiles of small pictures come out full.
+    Of 2×2, each row or pair of rows is a picture, and pairs of pixels are one. Of 1×1, all pixels are one row. So the
+    tiles of small pictures come out full.
     """
     if ksize == 3:
         return x
     pixels = x.permute(0, 2, 3, 1)
-    shape = (1, 1, -1) if ksize == 1 else (-1, stride, pixels.shape[2])
-    return pixels.reshape(*shape, x.shape[1]).permute(0, 3, 1, 2)
+    shape = (1, 1, -1) if ksize == 1 else (-1, stride, pixels.shape[2] // stride)
+    return pixels.reshape(*shape, x.shape[1] * stride).permute(0, 3, 1, 2)
 
 
-def parts(x: Tensor, tile: Tile, channels: int, stride: int, tma: bool) -> tuple[Any, Any]:
+def parts(x: Tensor, tile: Tile, channels: int, stride: int, wide: int, tma: bool) -> tuple[Any, Any]:
     """(even, odd) of an NHWC activation as the kernels read and write it, ``channels`` at a time."""
     if not tma:
         return x, x
     batch, depth, height, width = x.shape
-    strides = [height * width * depth, stride * width * depth, stride * depth, depth, 1]
-    block = [tile.images, 1, tile.columns, 1, channels]
+    strides = [height * width * depth, stride * width * depth, depth, wide * depth, 1]
+    block = [tile.images, 1, 1, tile.columns, channels]
     even, *odd = (
         TensorDescriptor(
-            x[:, :, a:], [batch, triton.cdiv(height - a, stride), width // stride, stride, depth], strides, block
+            x[:, :, a:], [batch, triton.cdiv(height - a, stride), wide, width // wide, depth], strides, block
         )
         for a in range(stride)
     )
     return even, odd[0] if odd else even
+
+
+def taps(weight: Tensor) -> Tensor:
+    """Weights as (first, taps, second) where filters of 2×2 are 2×1."""
+    ksize = weight.shape[-1]
+    return nhwc(weight).permute(0, 2, 3, 1).reshape(weight.shape[0], ksize * (3 if ksize == 3 else 1), -1)

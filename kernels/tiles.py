@@ -66,39 +66,41 @@ def choose(
 
 @measured
 def choose_strided(
-    kind: str, batch: int, channels: int, outputs: int, height: int, width: int, operands: Sequence[Tensor]
+    kind: str, batch: int, channels: int, outputs: int, height: int, width: int, operands: Sequence[Tensor], tma: bool
 ) -> Tile:
-    """The tile of another convolution that reads ``channels`` and writes ``outputs`` channels."""
+    """The tile of another convolution that reads ``channels`` and writes ``outputs`` channels, with TMA or without."""
     like = operands[0]
-    tma = all(movable(x) for x in operands)
     narrow = like.element_size() == 2
-    exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
-    up, wgrad = kind.endswith("up"), kind.endswith("wgrad")
-    pixels = 128 if narrow and not wgrad else 64 if narrow else 32
+    three = kind.startswith("conv3x3")
+    pixels = 128 if narrow else 32
     columns = block(width, pixels)
     images = min(pixels // columns, block(batch, pixels, 1))
     columns = pixels // images
     if not narrow:
+        exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
         return Tile(images, 1, columns, block(outputs, 32), block(channels, 16 if exact else 32), 4, 2, tma)
-    if wgrad:
-        return Tile(images, 1, columns, block(outputs, 64), block(channels, 64), 4, 2, tma)
-    if up:
-        return Tile(images, 1, columns, block(outputs, 64), block(channels, 32), 8, 2, tma)
+    if kind.endswith("wgrad"):
+        reduction = block(channels, 128 if tma else 64, 64)
+        return Tile(images, 1, columns, block(outputs, 64 if three else 128), reduction, reduction // 16, 2, tma)
+    if kind.endswith("up"):
+        return Tile(
+            images, 1, columns, block(outputs, 64 if three else 128), block(channels, 32 if three else 64), 8, 2, tma
+        )
     if not tma:
         return Tile(images, 1, columns, block(outputs, 128), block(channels, 32), 8, 2)
-    return Tile(images, 1, columns, block(outputs, 128), block(channels, 64), 8, 2, True)
+    reduction = 32 if three and outputs > 128 else 64
+    return Tile(images, 1, columns, block(outputs, 256), block(channels, reduction), 8, 2, True)
 
 
 def movable(x: Tensor, stride: int = 1) -> bool:
     """Whether the tensor memory accelerator can move every ``stride``-th row and column of an NHWC tensor: Hopper or
     later, 16-byte rows, and as many even columns as odd ones."""
+    return movable_rows(x.permute(0, 2, 3, 1)) and x.shape[3] % stride == 0 and x.shape[2] >= stride
+
+
+def movable_rows(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can move a tensor that is dense in the order of its dimensions."""
     name = architecture(x.device)
-    return (
-        name.startswith("sm_")
-        and int(name[3:]) >= 90
-        and x.element_size() != 4
-        and x.shape[1] * x.element_size() % 16 == 0
-        and x.data_ptr() % 16 == 0
-        and x.shape[3] % stride == 0
-        and x.shape[2] >= stride
-    )
+    hopper = name.startswith("sm_") and int(name[3:]) >= 90
+    size = x.element_size()
+    return hopper and size != 4 and x.shape[-1] * size % 16 == 0 and x.data_ptr() % 16 == 0
