@@ -42,7 +42,7 @@ SIZES = ["N", "H", "W", "P", "Q", "tiles_h", "tiles_w"]
 
 @triton.jit
 def _accumulate(
-    acc, start, stop, even, odd, affine_ptr, w, n, p, q, N, H, W, C, k, K,
+    acc, start, stop, x, affine_ptr, w, n, p, q, N, H, W, C, k, K,
     KSIZE: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr, K_FIRST: tl.constexpr,
     HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, TMA_W: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -57,8 +57,8 @@ def _accumulate(
         scale, shift, centre = load_affine(affine_ptr, c + tl.arange(0, BLOCK_C), C, HAS_AFFINE, ACC)
         for r in tl.static_range(KSIZE):
             z = load_pixels(
-                even, odd, scale, shift, centre, n, p, q, r, s, c, N, H, W, C,
-                PAD, STRIDE, WIDE, HAS_AFFINE, RELU, MASKED, TMA, IMAGES, COLUMNS, BLOCK_C, ACC,
+                x, scale, shift, centre, n, STRIDE * p + r - PAD, q, s - PAD, c, N, H, W, C, WIDE,
+                HAS_AFFINE, RELU, MASKED, TMA, IMAGES, COLUMNS, BLOCK_C, ACC,
             )  # fmt: skip
             weights = load_tap(w, k, c, r * TAPS + s, K, C, KSIZE * TAPS, K_FIRST, TMA_W, BLOCK_C, BLOCK_K)
             acc = tl.dot(z, weights, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -67,7 +67,7 @@ def _accumulate(
 
 @triton.jit
 def _sum(
-    even, odd, affine_ptr, w, n, p, q, N, H, W, C, k, K,
+    x, affine_ptr, w, n, p, q, N, H, W, C, k, K,
     KSIZE: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr, K_FIRST: tl.constexpr,
     HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, TMA: tl.constexpr, TMA_W: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -84,12 +84,12 @@ def _sum(
         below = (STRIDE * (p + 1) <= H) & (WIDE * (q + COLUMNS) <= W)
         free = tl.where(above & below, steps, 0)
     acc = _accumulate(
-        acc, 0, free, even, odd, affine_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, WIDE, K_FIRST,
+        acc, 0, free, x, affine_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, WIDE, K_FIRST,
         HAS_AFFINE, RELU, False, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
     )  # fmt: skip
     if MAY_MASK:
         acc = _accumulate(
-            acc, free, steps, even, odd, affine_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, WIDE, K_FIRST,
+            acc, free, steps, x, affine_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, WIDE, K_FIRST,
             HAS_AFFINE, RELU, True, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
         )  # fmt: skip
     return acc
@@ -97,7 +97,7 @@ def _sum(
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv_down_fwd_kernel(
-    even, odd, affine_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, N, H, W, P, Q, C, K, tiles_h, tiles_w,
+    x, affine_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, N, H, W, P, Q, C, K, tiles_h, tiles_w,
     KSIZE: tl.constexpr, STRIDE: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr,
     BIAS: tl.constexpr, STATS: tl.constexpr, TMA: tl.constexpr, TMA_W: tl.constexpr, TMA_Y: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -108,14 +108,14 @@ def _conv_down_fwd_kernel(
     k = tl.program_id(0) % blocks * BLOCK_K
     n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, 1, COLUMNS)
     acc = _sum(
-        even, odd, affine_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, STRIDE, True,
+        x, affine_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, STRIDE, True,
         AFFINE, RELU, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
     )  # fmt: skip
     filters = k + tl.arange(0, BLOCK_K)
     if BIAS:
         acc += tl.load(bias_ptr + filters, mask=filters < K, other=0.0).to(ACC)[None, :]
     rounded = acc.to(DTYPE)
-    store_pixels(y, y, rounded, n, p, q, 0, 0, k, N, P, Q, K, 1, 1, TMA_Y, IMAGES, COLUMNS, BLOCK_K)
+    store_pixels(y, rounded, n, p, q, 0, k, N, P, Q, K, 1, TMA_Y, IMAGES, COLUMNS, BLOCK_K)
     if STATS:
         pixel = tl.arange(0, IMAGES * COLUMNS)
         rows = ((n + pixel // COLUMNS < N) & (q + pixel % COLUMNS < Q)).to(tl.int32)
@@ -124,7 +124,7 @@ def _conv_down_fwd_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv_down_dgrad_kernel(
-    dy_even, dy_odd, w, x, affine_ptr, dx, partial_ptr, N, H, W, P, Q, C, K, tiles_h, tiles_w,
+    dy, w, x, affine_ptr, dx, partial_ptr, N, H, W, P, Q, C, K, tiles_h, tiles_w,
     KSIZE: tl.constexpr, STRIDE: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr,
     TMA: tl.constexpr, TMA_W: tl.constexpr, TMA_X: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -136,11 +136,11 @@ def _conv_down_dgrad_kernel(
     c = tl.program_id(0) % blocks * BLOCK_C
     n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, 1, COLUMNS)
     g = _sum(
-        dy_even, dy_odd, x, w, n, p, q, N, H, W, K, c, C, KSIZE, STRIDE, 2 if KSIZE == 3 else 1, KSIZE > 1,
+        dy, dy, w, n, p, q, N, H, W, K, c, C, KSIZE, STRIDE, 2 if KSIZE == 3 else 1, KSIZE > 1,
         False, False, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_K, BLOCK_C, ACC, PRECISION,
     )  # fmt: skip
     source_gradient(
-        (g,), x, x, affine_ptr, dx, dx, partial_ptr, tile, n, p, q, c, N, P, Q, C,
+        (g,), x, affine_ptr, dx, partial_ptr, tile, n, p, q, c, N, P, Q, C,
         AFFINE, RELU, 1, TMA_X, IMAGES, COLUMNS, BLOCK_C, ACC, DTYPE,
     )  # fmt: skip
 
@@ -172,9 +172,9 @@ def conv_down(
     partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
     _conv_down_fwd_kernel[(tiles * triton.cdiv(filters, tile.outputs),)](
-        *parts(x, tile, tile.reduction, stride, stride, tma), source.affine_or_x,
+        parts(x, tile, tile.reduction, stride, tma), source.affine_or_x,
         describe(weight, [tile.outputs, 1, tile.reduction], tma_w),
-        x if bias is None else bias.contiguous(), parts(y, tile, tile.outputs, 1, 1, tma_y)[0], *partials, counts,
+        x if bias is None else bias.contiguous(), parts(y, tile, tile.outputs, 1, tma_y), *partials, counts,
         batch, x.shape[2], x.shape[3], height, width, channels, filters, tiles_h, tiles_w,
         KSIZE=ksize, STRIDE=stride, AFFINE=source.affine is not None, RELU=source.relu,
         BIAS=bias is not None, STATS=stats, TMA=tma, TMA_W=tma_w, TMA_Y=tma_y,
@@ -201,15 +201,15 @@ def conv_down_dgrad(dy: Tensor, weight: Tensor, source: Source, stride: int) -> 
     filters = dy.shape[1]
     batch, _, height, width = x.shape
     tma, tma_w, tma_x = movable(dy, wide), movable_rows(weight), movable(x) and movable(dx)
-    tile = choose_strided(f"conv{ksize}x{ksize}_down", batch, filters, channels, height, width, [dy], tma)
+    tile = choose_strided(f"conv{ksize}x{ksize}_down_dgrad", batch, filters, channels, height, width, [dy], tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     partial = x.new_empty((tiles, 3, channels) if source.affine is not None else 0, dtype=dtype)
     part = tile.outputs // 2 if tile.outputs >= 64 else tile.outputs
     first, second = (tile.outputs, tile.reduction) if ksize > 1 else (tile.reduction, tile.outputs)
     _conv_down_dgrad_kernel[(tiles * triton.cdiv(channels, tile.outputs),)](
-        *parts(dy, tile, tile.reduction, stride, wide, tma),
+        parts(dy, tile, tile.reduction, wide, tma),
         describe(weight, [first, 1, second], tma_w),
-        parts(x, tile, part, 1, 1, tma_x)[0], source.affine_or_x, parts(dx, tile, part, 1, 1, tma_x)[0], partial,
+        parts(x, tile, part, 1, tma_x), source.affine_or_x, parts(dx, tile, part, 1, tma_x), partial,
         batch, dy.shape[2], dy.shape[3], height, width, channels, filters, tiles_h, tiles_w,
         KSIZE=ksize, STRIDE=stride, AFFINE=source.affine is not None, RELU=source.relu,
         TMA=tma, TMA_W=tma_w, TMA_X=tma_x,

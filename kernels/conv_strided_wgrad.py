@@ -30,7 +30,7 @@ SIZES = ["N", "H", "W", "P", "Q", "tiles", "tiles_h", "tiles_w", "slabs"]
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv_strided_wgrad_kernel(
-    x_even, x_odd, affine_ptr, dy_even, dy_odd, partial_ptr,
+    x, affine_ptr, dy, partial_ptr,
     N, H, W, P, Q, C, K, tiles, tiles_h, tiles_w, slabs,
     KSIZE: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr,
     AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA_X: tl.constexpr, TMA_Y: tl.constexpr,
@@ -56,34 +56,34 @@ def _conv_strided_wgrad_kernel(
         n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, 1, COLUMNS)
         if UP:
             z = load_pixels(
-                x_even, x_odd, scale, shift, centre, n, p, q, 0, 0, c, N, H, W, C,
-                0, 1, 1, AFFINE, RELU, MASKED, TMA_X, IMAGES, COLUMNS, BLOCK_C, ACC,
+                x, scale, shift, centre, n, p, q, 0, c, N, H, W, C,
+                1, AFFINE, RELU, MASKED, TMA_X, IMAGES, COLUMNS, BLOCK_C, ACC,
             ).T  # fmt: skip
             for r in tl.static_range(KSIZE):
-                dy = load_pixels(
-                    dy_even, dy_odd, none, none, none, n, p, q, r, s, k, N, P, Q, K,
-                    PAD, STRIDE, WIDE, False, False, True, TMA_Y, IMAGES, COLUMNS, BLOCK_K, ACC,
+                row = load_pixels(
+                    dy, none, none, none, n, STRIDE * p + r - PAD, q, s - PAD, k, N, P, Q, K,
+                    WIDE, False, False, True, TMA_Y, IMAGES, COLUMNS, BLOCK_K, ACC,
                 )  # fmt: skip
-                acc = tl.dot(z, dy, accs[r], input_precision=PRECISION, out_dtype=ACC)
+                acc = tl.dot(z, row, accs[r], input_precision=PRECISION, out_dtype=ACC)
                 accs = replace(accs, r, acc)
         else:
             column = s + (WIDE - PAD)
-            dys = ()
+            rows = ()
             for i in tl.static_range(PAD + 1):
-                dy = load_pixels(
-                    dy_even, dy_odd, none, none, none, n, p + i, q + 1 - column // WIDE, 0, 0, k, N, P, Q, K,
-                    0, 1, 1, False, False, True, TMA_Y, IMAGES, COLUMNS, BLOCK_K, ACC,
+                row = load_pixels(
+                    dy, none, none, none, n, p + i, q + 1 - column // WIDE, 0, k, N, P, Q, K,
+                    1, False, False, True, TMA_Y, IMAGES, COLUMNS, BLOCK_K, ACC,
                 )  # fmt: skip
-                dys = dys + (dy,)  # noqa: RUF005 - Triton knows no unpacking
+                rows = rows + (row,)  # noqa: RUF005 - Triton knows no unpacking
             for a in tl.static_range(STRIDE):
                 z = load_pixels(
-                    x_even, x_odd, scale, shift, centre, n, p, q, a, column % WIDE, c, N, H, W, C,
-                    0, STRIDE, WIDE, AFFINE, RELU, MASKED, TMA_X, IMAGES, COLUMNS, BLOCK_C, ACC,
+                    x, scale, shift, centre, n, STRIDE * p + a, q, column % WIDE, c, N, H, W, C,
+                    WIDE, AFFINE, RELU, MASKED, TMA_X, IMAGES, COLUMNS, BLOCK_C, ACC,
                 ).T  # fmt: skip
                 for r in tl.static_range(KSIZE):
                     if (r + PAD) % STRIDE == a:  # the row of the filter that lies on row STRIDE·p + a of x, over
                         # dY's row p, or p + 1
-                        acc = tl.dot(z, dys[1 if r < PAD else 0], accs[r], input_precision=PRECISION, out_dtype=ACC)
+                        acc = tl.dot(z, rows[1 if r < PAD else 0], accs[r], input_precision=PRECISION, out_dtype=ACC)
                         accs = replace(accs, r, acc)
     channel = (c + tl.arange(0, BLOCK_C))[:, None]
     filters = (k + tl.arange(0, BLOCK_K))[None, :]
@@ -100,7 +100,7 @@ def _conv_strided_wgrad_kernel(
 def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> Tensor:
     """dW, shaped like ``weight``, in channels_last memory and stats_dtype.
 
-    Of a convolution, 3×3 of stride 2 or 1×1, whose weight is (K, C, ·, ·); or if ``up`` of a transposed one, (C, K, ·, ·).
+    Of a convolution, 3×3 of stride 2 or 1×1, with a weight (K, C, ·, ·); or if ``up`` of a transposed one, (C, K, ·, ·).
     """
     ksize = weight.shape[-1]
     stride = 1 if ksize == 1 else 2
@@ -117,8 +117,8 @@ def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> 
     slabs = max(1, min(triton.cdiv(tiles, 4), triton.cdiv(264, blocks)))
     partial = dy.new_empty((slabs, weight.shape[0], ksize, ksize, weight.shape[1]), dtype=stats_dtype(dy.dtype))
     _conv_strided_wgrad_kernel[(slabs * blocks,)](
-        *parts(x, tile, tile.reduction, 1 if up else stride, 1 if up else wide, tma_x), source.affine_or_x,
-        *parts(dy, tile, tile.outputs, stride if up else 1, wide if up else 1, tma_y), partial,
+        parts(x, tile, tile.reduction, 1 if up else wide, tma_x), source.affine_or_x,
+        parts(dy, tile, tile.outputs, wide if up else 1, tma_y), partial,
         batch, x.shape[2], x.shape[3], dy.shape[2], dy.shape[3], channels, filters, tiles, tiles_h, tiles_w, slabs,
         KSIZE=ksize, STRIDE=stride, UP=up, AFFINE=source.affine is not None, RELU=source.relu,
         MASKED=bool(masked), TMA_X=tma_x, TMA_Y=tma_y,

@@ -1,8 +1,7 @@
-"""What convolutions of stride 2 share: pictures read and written every second row and column.
+"""What convolutions of stride 2 share: pictures read and written every second column.
 
-Pixel (STRIDE·p + a, WIDE·q + b) of a picture is pixel (p, q) of its part (a, b). TMA sees a picture as one tensor
-(N, rows, WIDE, W / WIDE, C) for each a: ``even`` has the rows with a = 0, ``odd`` those with a = 1. Kernels without TMA
-get the whole picture twice.
+Kernels see a picture of width W as WIDE pictures of width W / WIDE: pixel (h, WIDE·q + b) is pixel (h, q) of part b.
+TMA sees one tensor (N, H, WIDE, W / WIDE, C).
 
 A 2×2 filter of stride 2 is one of 2×1: two pixels that lie side by side in memory are one with twice the channels, and
 (C,2,2,K) weights are (C,2,1,2·K) weights. So WIDE is 2 for 3×3 filters only.
@@ -24,33 +23,27 @@ from fastunet.kernels.tiles import Tile
 
 @triton.jit
 def load_pixels(
-    even, odd, scale, shift, centre, n, p, q, r: tl.constexpr, s, c, N, H, W, C,
-    PAD: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr,
+    x, scale, shift, centre, n, h, q, s, c, N, H, W, C, WIDE: tl.constexpr,
     HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Pixels (STRIDE·p + r − PAD, WIDE·(q + i) + s − PAD), i < COLUMNS, of IMAGES pictures, BLOCK_C channels from c on;
-    normalised, 0 out of bounds."""
+    """Pixels (h, WIDE·(q + i) + s), i < COLUMNS, of IMAGES pictures, BLOCK_C channels from c on; normalised, 0 out of
+    bounds. −WIDE ≤ s."""
     pixel = tl.arange(0, IMAGES * COLUMNS)
     image = n + pixel // COLUMNS
-    h = STRIDE * p + (r - PAD)
-    w = WIDE * (q + pixel % COLUMNS) + s - PAD
+    w = WIDE * (q + pixel % COLUMNS) + s
     w_stop = tl.where((h >= 0) & (h < H), W, 0)
     real = (image < N) & (w >= 0) & (w < w_stop)
     if TMA:
-        column = s + (WIDE - PAD)  # not negative
-        place = [n, p + (r - PAD) // STRIDE, column % WIDE, q + column // WIDE - 1, c]
-        if (r - PAD) % STRIDE == 0:
-            z = even.load(place).reshape(IMAGES * COLUMNS, BLOCK_C)
-        else:
-            z = odd.load(place).reshape(IMAGES * COLUMNS, BLOCK_C)
+        column = s + WIDE  # not negative
+        z = x.load([n, h, column % WIDE, q + column // WIDE - 1, c]).reshape(IMAGES * COLUMNS, BLOCK_C)
     else:
         channel = c + tl.arange(0, BLOCK_C)
         mask = (channel < C)[None, :]
         if MASKED:
             mask = mask & real[:, None]
         address = ((image.to(tl.int64) * H + h) * W + w)[:, None] * C + channel[None, :]
-        z = tl.load(even + address, mask=mask, other=0.0)
+        z = tl.load(x + address, mask=mask, other=0.0)
     if HAS_AFFINE or RELU:
         z = normalise(z, scale, shift, centre, HAS_AFFINE, RELU, ACC).to(z.dtype)
         if MASKED:
@@ -60,25 +53,19 @@ def load_pixels(
 
 @triton.jit
 def store_pixels(
-    even, odd, y, n, p, q, a: tl.constexpr, b: tl.constexpr, k, N, H, W, K,
-    STRIDE: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
+    y, value, n, h, q, b, k, N, H, W, K, WIDE: tl.constexpr, TMA: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Store y [IMAGES·COLUMNS, BLOCK_K] at pixels (STRIDE·p + a, WIDE·(q + i) + b), as far as they exist."""
+    """Store value [IMAGES·COLUMNS, BLOCK_K] at pixels (h, WIDE·(q + i) + b), as far as they exist."""
     if TMA:
-        block = y.reshape(IMAGES, 1, 1, COLUMNS, BLOCK_K)
-        if a == 0:
-            even.store([n, p, b, q, k], block)
-        else:
-            odd.store([n, p, b, q, k], block)
+        y.store([n, h, b, q, k], value.reshape(IMAGES, 1, 1, COLUMNS, BLOCK_K))
     else:
         pixel = tl.arange(0, IMAGES * COLUMNS)
         image = n + pixel // COLUMNS
-        h = STRIDE * p + a
         w = WIDE * (q + pixel % COLUMNS) + b
         channel = k + tl.arange(0, BLOCK_K)
         mask = ((image < N) & (w < tl.where(h < H, W, 0)))[:, None] & (channel < K)[None, :]
-        tl.store(even + ((image.to(tl.int64) * H + h) * W + w)[:, None] * K + channel[None, :], y, mask=mask)
+        tl.store(y + ((image.to(tl.int64) * H + h) * W + w)[:, None] * K + channel[None, :], value, mask=mask)
 
 
 @triton.jit
@@ -103,38 +90,38 @@ def load_tap(w, k, c, tap, K, C, TAPS: tl.constexpr, K_FIRST: tl.constexpr, TMA:
 
 @triton.jit
 def source_gradient(
-    gs, x_even, x_odd, affine_ptr, dx_even, dx_odd, partial_ptr, tile, n, p, q, c, N, H, W, C,
-    AFFINE: tl.constexpr, RELU: tl.constexpr, STRIDE: tl.constexpr, TMA: tl.constexpr,
+    gs, x, affine_ptr, dx, partial_ptr, tile, n, h, q, c, N, H, W, C,
+    AFFINE: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Store dx, and this tile's share of daffine, from the gradients gs of z's STRIDE² parts: by halves where the
-    registers do not suffice otherwise."""
+    """Store dx, and this tile's share of daffine, from the gradients gs of the WIDE parts of z's row h: by halves where
+    the registers do not suffice otherwise."""
     if BLOCK_C >= 64:
         low = ()
         high = ()
-        for i in tl.static_range(STRIDE * STRIDE):
-            first, second = gs[i].reshape(IMAGES * COLUMNS, 2, BLOCK_C // 2).permute(0, 2, 1).split()
+        for b in tl.static_range(WIDE):
+            first, second = gs[b].reshape(IMAGES * COLUMNS, 2, BLOCK_C // 2).permute(0, 2, 1).split()
             low = low + (first,)  # noqa: RUF005 - Triton knows no unpacking
             high = high + (second,)  # noqa: RUF005
         _narrow_gradient(
-            low, x_even, x_odd, affine_ptr, dx_even, dx_odd, partial_ptr, tile, n, p, q, c, N, H, W, C,
-            AFFINE, RELU, STRIDE, TMA, IMAGES, COLUMNS, BLOCK_C // 2, ACC, DTYPE,
+            low, x, affine_ptr, dx, partial_ptr, tile, n, h, q, c, N, H, W, C,
+            AFFINE, RELU, WIDE, TMA, IMAGES, COLUMNS, BLOCK_C // 2, ACC, DTYPE,
         )  # fmt: skip
         _narrow_gradient(
-            high, x_even, x_odd, affine_ptr, dx_even, dx_odd, partial_ptr, tile, n, p, q, c + BLOCK_C // 2, N, H, W, C,
-            AFFINE, RELU, STRIDE, TMA, IMAGES, COLUMNS, BLOCK_C // 2, ACC, DTYPE,
+            high, x, affine_ptr, dx, partial_ptr, tile, n, h, q, c + BLOCK_C // 2, N, H, W, C,
+            AFFINE, RELU, WIDE, TMA, IMAGES, COLUMNS, BLOCK_C // 2, ACC, DTYPE,
         )  # fmt: skip
     else:
         _narrow_gradient(
-            gs, x_even, x_odd, affine_ptr, dx_even, dx_odd, partial_ptr, tile, n, p, q, c, N, H, W, C,
-            AFFINE, RELU, STRIDE, TMA, IMAGES, COLUMNS, BLOCK_C, ACC, DTYPE,
+            gs, x, affine_ptr, dx, partial_ptr, tile, n, h, q, c, N, H, W, C,
+            AFFINE, RELU, WIDE, TMA, IMAGES, COLUMNS, BLOCK_C, ACC, DTYPE,
         )  # fmt: skip
 
 
 @triton.jit
 def _narrow_gradient(
-    gs, x_even, x_odd, affine_ptr, dx_even, dx_odd, partial_ptr, tile, n, p, q, c, N, H, W, C,
-    AFFINE: tl.constexpr, RELU: tl.constexpr, STRIDE: tl.constexpr, TMA: tl.constexpr,
+    gs, x, affine_ptr, dx, partial_ptr, tile, n, h, q, c, N, H, W, C,
+    AFFINE: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The same for at most 64 channels."""
@@ -143,43 +130,21 @@ def _narrow_gradient(
     sum_gx = tl.zeros([BLOCK_C], ACC)
     sum_g = tl.zeros([BLOCK_C], ACC)
     pixel = tl.arange(0, IMAGES * COLUMNS)
-    for a in tl.static_range(STRIDE):
-        for b in tl.static_range(STRIDE):
-            g = gs[a * STRIDE + b]
-            if AFFINE or RELU:
-                x = load_pixels(
-                    x_even, x_odd, scale, shift, centre, n, p, q, a, b, c, N, H, W, C,
-                    0, STRIDE, STRIDE, False, False, True, TMA, IMAGES, COLUMNS, BLOCK_C, ACC,
-                )  # fmt: skip
-                w = STRIDE * (q + pixel % COLUMNS) + b
-                real = (n + pixel // COLUMNS < N) & (w < tl.where(STRIDE * p + a < H, W, 0))
-                g, gx, masked = source_backward(
-                    tl.where(real[:, None], g, 0.0), x, scale, shift, centre, AFFINE, RELU, ACC
-                )
-                if AFFINE:
-                    sum_gx += tl.sum(gx, 0)
-                    sum_g += tl.sum(masked, 0)
-            store_pixels(
-                dx_even,
-                dx_odd,
-                g.to(DTYPE),
-                n,
-                p,
-                q,
-                a,
-                b,
-                c,
-                N,
-                H,
-                W,
-                C,
-                STRIDE,
-                STRIDE,
-                TMA,
-                IMAGES,
-                COLUMNS,
-                BLOCK_C,
-            )
+    w_stop = tl.where(h < H, W, 0)
+    for b in tl.static_range(WIDE):
+        g = gs[b]
+        if AFFINE or RELU:
+            value = load_pixels(
+                x, scale, shift, centre, n, h, q, b, c, N, H, W, C, WIDE, False, False, True, TMA,
+                IMAGES, COLUMNS, BLOCK_C, ACC,
+            )  # fmt: skip
+            real = (n + pixel // COLUMNS < N) & (WIDE * (q + pixel % COLUMNS) + b < w_stop)
+            g = tl.where(real[:, None], g, 0.0)
+            g, gx, masked = source_backward(g, value, scale, shift, centre, AFFINE, RELU, ACC)
+            if AFFINE:
+                sum_gx += tl.sum(gx, 0)
+                sum_g += tl.sum(masked, 0)
+        store_pixels(dx, g.to(DTYPE), n, h, q, b, c, N, H, W, C, WIDE, TMA, IMAGES, COLUMNS, BLOCK_C)
     if AFFINE:
         store_affine_gradient(partial_ptr, tile, channel, C, scale, sum_gx, sum_g)
 
@@ -200,23 +165,17 @@ def as_rows(x: Tensor, ksize: int, stride: int) -> Tensor:
     return pixels.reshape(*shape, x.shape[1] * stride).permute(0, 3, 1, 2)
 
 
-def parts(x: Tensor, tile: Tile, channels: int, stride: int, wide: int, tma: bool) -> tuple[Any, Any]:
-    """(even, odd) of an NHWC activation as the kernels read and write it, ``channels`` at a time."""
-    if not tma:
-        return x, x
-    batch, depth, height, width = x.shape
-    strides = [height * width * depth, stride * width * depth, depth, wide * depth, 1]
-    block = [tile.images, 1, 1, tile.columns, channels]
-    even, *odd = (
-        TensorDescriptor(
-            x[:, :, a:], [batch, triton.cdiv(height - a, stride), wide, width // wide, depth], strides, block
-        )
-        for a in range(stride)
-    )
-    return even, odd[0] if odd else even
-
-
 def taps(weight: Tensor) -> Tensor:
-    """Weights as (first, taps, second) where filters of 2×2 are 2×1."""
+    """Weights as (first, taps, second), where filters of 2×2 are 2×1."""
     ksize = weight.shape[-1]
-    return nhwc(weight).permute(0, 2, 3, 1).reshape(weight.shape[0], ksize * (3 if ksize == 3 else 1), -1)
+    return nhwc(weight).permute(0, 2, 3, 1).reshape(weight.shape[0], 9 if ksize == 3 else ksize, -1)
+
+
+def parts(x: Tensor, tile: Tile, channels: int, wide: int, tma: bool) -> Any:
+    """An NHWC activation as the kernels read and write it, ``channels`` at a time."""
+    if not tma:
+        return x
+    batch, depth, height, width = x.shape
+    strides = [height * width * depth, width * depth, depth, wide * depth, 1]
+    block = [tile.images, 1, 1, tile.columns, channels]
+    return TensorDescriptor(x, [batch, height, wide, width // wide, depth], strides, block)

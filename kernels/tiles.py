@@ -73,6 +73,8 @@ def choose_strided(
     narrow = like.element_size() == 2
     three = kind.startswith("conv3x3")
     pixels = 128 if narrow else 32
+    if narrow and tma and three and outputs <= 64 and not kind.endswith("wgrad"):
+        pixels = 256  # few outputs: more pixels for each filter that is loaded
     columns = block(width, pixels)
     images = min(pixels // columns, block(batch, pixels, 1))
     columns = pixels // images
@@ -82,14 +84,13 @@ def choose_strided(
     if kind.endswith("wgrad"):
         reduction = block(channels, 128 if tma else 64, 64)
         return Tile(images, 1, columns, block(outputs, 64 if three else 128), reduction, reduction // 16, 2, tma)
-    if kind.endswith("up"):
-        return Tile(
-            images, 1, columns, block(outputs, 64 if three else 128), block(channels, 32 if three else 64), 8, 2, tma
-        )
     if not tma:
-        return Tile(images, 1, columns, block(outputs, 128), block(channels, 32), 8, 2)
-    reduction = 32 if three and outputs > 128 else 64
-    return Tile(images, 1, columns, block(outputs, 256), block(channels, reduction), 8, 2, True)
+        return Tile(images, 1, columns, block(outputs, 128 if "down" in kind else 64), block(channels, 32), 8, 2)
+    if "up" in kind:
+        return Tile(images, 1, columns, block(outputs, 128), block(channels, 64), 8, 2, True)
+    # The prologue is paid once for all outputs; with 256 the epilogue of dgrad has no registers left.
+    outputs = block(outputs, 128 if kind.endswith("dgrad") else 256)
+    return Tile(images, 1, columns, outputs, block(channels, 32 if three and outputs != 128 else 64), 8, 2, True)
 
 
 def movable(x: Tensor, stride: int = 1) -> bool:
