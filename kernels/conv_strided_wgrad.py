@@ -100,7 +100,7 @@ def _conv_strided_wgrad_kernel(
 def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> Tensor:
     """dW, shaped like ``weight``, in channels_last memory and stats_dtype.
 
-    Of a convolution, 3×3 of stride 2 or 1×1, with a weight (K, C, ·, ·); or if ``up`` of a transposed one, (C, K, ·, ·).
+    Of a convolution, 3×3 of stride 2 or 1×1, with W (K, C, ·, ·); if ``up`` of a transposed one, with W (C, K, ·, ·).
     """
     ksize = weight.shape[-1]
     stride = 1 if ksize == 1 else 2

@@ -71,21 +71,27 @@ def choose_strided(
     """The tile of another convolution that reads ``channels`` and writes ``outputs`` channels, with TMA or without."""
     like = operands[0]
     narrow = like.element_size() == 2
-    three = kind.startswith("conv3x3")
+    exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
+    three, wgrad = kind.startswith("conv3x3"), kind.endswith("wgrad")
     pixels = 128 if narrow else 32
-    if narrow and tma and three and outputs <= 64 and not kind.endswith("wgrad"):
+    if narrow and tma and three and outputs <= 64 and not wgrad:
         pixels = 256  # few outputs: more pixels for each filter that is loaded
+    if narrow and wgrad and not tma:
+        pixels = 64
     columns = block(width, pixels)
     images = min(pixels // columns, block(batch, pixels, 1))
     columns = pixels // images
+    if exact:
+        return Tile(images, 1, columns, block(outputs, 32), block(channels, 16), 8, 2)
     if not narrow:
-        exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
-        return Tile(images, 1, columns, block(outputs, 32), block(channels, 16 if exact else 32), 4, 2, tma)
-    if kind.endswith("wgrad"):
-        reduction = block(channels, 128 if tma else 64, 64)
-        return Tile(images, 1, columns, block(outputs, 64 if three else 128), reduction, reduction // 16, 2, tma)
+        return Tile(images, 1, columns, block(outputs, 32), block(channels, 32), 4, 2, tma)
     if not tma:
-        return Tile(images, 1, columns, block(outputs, 128 if "down" in kind else 64), block(channels, 32), 8, 2)
+        if wgrad:
+            return Tile(images, 1, columns, block(outputs, 64), block(channels, 32), 4, 3)
+        return Tile(images, 1, columns, block(outputs, 128 if "1x1" in kind else 64), block(channels, 32), 8, 2)
+    if wgrad:
+        reduction = block(channels, 128, 64)
+        return Tile(images, 1, columns, block(outputs, 64 if three else 128), reduction, reduction // 16, 2, True)
     if "up" in kind:
         return Tile(images, 1, columns, block(outputs, 128), block(channels, 64), 8, 2, True)
     # The prologue is paid once for all outputs; with 256 the epilogue of dgrad has no registers left.
