@@ -48,23 +48,27 @@ def choose(
     images = min(64 // columns, block(batch, 64, 1))
     columns = 64 // images  # wgmma multiplies 64 rows; what lies outside the picture is left out
     wgrad = kind == "conv3x3_wgrad"
+    name = architecture(like.device)
     if exact:
-        return Tile(1, 1, block(width, 32), block(outputs, 32), block(channels, 32 if wgrad else 16), 8, 2)
+        columns = block(width, 16 if name == "sm_100" else 32)
+        return Tile(1, 1, columns, block(outputs, 32), block(channels, 32 if wgrad else 16), 8, 2)
     if not narrow:
         if wgrad:
             return Tile(1, 1, block(width, 32), block(outputs, 32), block(channels, 32), 4, 2, tma)
-        return Tile(images, 1, columns, block(outputs, 32), block(channels, 32), 8, 2, tma)
+        return Tile(images, 1, columns, block(outputs, 32), block(channels, 16 if name == "sm_100" else 32), 8, 2, tma)
     if not tma:
         if wgrad:
             return Tile(1, 4, block(width, 32), block(outputs, 64), block(channels, 32), 4, 2)
-        return Tile(images, 2, columns, block(outputs, 64), block(channels, 32), 8, 3)
+        rows = 1 if name.startswith("gfx") else 2
+        return Tile(images, rows, columns, block(outputs, 64), block(channels, 32), 8, 3)
+    rows = 2 if name == "sm_90" else 1  # 128 accumulators a thread leave registers for the epilogue on Hopper only
     if wgrad:
         reduction = block(channels, 128, 64)
         return Tile(images, 4, columns, block(outputs, 64), reduction, reduction // 16, 2, True)
     if outputs > 64:
         images = min(128 // block(width, 128), block(batch, 128, 1))
-        return Tile(images, 2, 128 // images, 128, block(channels, 64), 8, 2, True)
-    return Tile(images, 4, columns, block(outputs, 64), block(channels, 64), 4, 2, True)
+        return Tile(images, rows, 128 // images, 128, block(channels, 64), 8, 2, True)
+    return Tile(images, 2 * rows, columns, block(outputs, 64), block(channels, 64), 4, 2, True)
 
 
 def choose_strided(
