@@ -79,10 +79,12 @@ def choose_strided(
     narrow = like.element_size() == 2
     exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
     three, wgrad = kind.startswith("conv3x3"), kind.endswith("wgrad")
+    # 128 accumulators a thread leave registers for the epilogue on Hopper only.
+    large = tma and architecture(like.device) == "sm_90"
     pixels = 128 if narrow else 32
-    if narrow and tma and three and outputs <= 64 and not wgrad:
+    if narrow and large and three and outputs <= 64 and not wgrad:
         pixels = 256  # few outputs: more pixels for each filter that is loaded
-    if narrow and wgrad and not tma:
+    if narrow and not tma and (wgrad or kind == "conv3x3_up"):
         pixels = 64
     columns = block(width, pixels)
     images = min(pixels // columns, block(batch, pixels, 1))
@@ -100,21 +102,22 @@ def choose_strided(
         return Tile(images, 1, columns, block(outputs, 64 if three else 128), reduction, reduction // 16, 2, True)
     if "up" in kind:
         return Tile(images, 1, columns, block(outputs, 128), block(channels, 64), 8, 2, True)
-    # The prologue is paid once for all outputs; with 256 the epilogue of dgrad has no registers left.
-    outputs = block(outputs, 128 if kind.endswith("dgrad") else 256)
+    outputs = block(outputs, 256 if large and not kind.endswith("dgrad") else 128)  # all share the prologue
     return Tile(images, 1, columns, outputs, block(channels, 32 if three and outputs != 128 else 64), 8, 2, True)
 
 
-def movable(x: Tensor, stride: int = 1) -> bool:
-    """Whether the tensor memory accelerator can move every ``stride``-th row and column of an NHWC tensor: Hopper or
-    later, 16-byte rows, and as many even columns as odd ones."""
-    return movable_rows(x.permute(0, 2, 3, 1)) and x.shape[3] % stride == 0 and x.shape[2] >= stride
+def movable(x: Tensor, wide: int = 1) -> bool:
+    """Whether the tensor memory accelerator can move every ``wide``-th column of an NHWC tensor."""
+    return movable_rows(x.permute(0, 2, 3, 1)) and x.shape[3] % wide == 0
 
 
 def movable_rows(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can move a tensor that is dense in the order of its dimensions."""
+    """Whether the tensor memory accelerator can move a tensor that is dense in the order of its dimensions.
+
+    Its rows must have a multiple of 16 bytes. sm_120 has one, but the shared memory and the matrix instructions of the
+    chips without: the tiles for those suit it.
+    """
     name = architecture(x.device)
-    # Consumer Blackwell has it too, but neither wgmma nor the shared memory that the tiles for it want.
-    hopper = name.startswith("sm_") and 90 <= int(name[3:]) < 120
+    datacentre = name.startswith("sm_") and 90 <= int(name[3:]) < 120
     size = x.element_size()
-    return hopper and size != 4 and x.shape[-1] * size % 16 == 0 and x.data_ptr() % 16 == 0
+    return datacentre and size != 4 and x.shape[-1] * size % 16 == 0 and x.data_ptr() % 16 == 0

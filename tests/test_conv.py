@@ -15,6 +15,7 @@ from sources import DTYPES, LAYOUTS, check_compiled, laid_out, random_affine, sk
 from torch import Tensor
 
 from fastunet import ops
+from fastunet.architecture import as_if_on
 from fastunet.reference import functional as plain
 
 
@@ -184,6 +185,41 @@ def test_forward_and_backward(case: Conv, dtype: torch.dtype, save: bool, backen
     for leaf, gradient in zip(inputs.leaves, gradients(run(case, inputs, backend, save), inputs.leaves), strict=True):
         assert gradient.dtype == leaf.dtype
         assert gradient.shape == leaf.shape
+
+
+# Channels whose rows TMA can move, so that each case has a path for Hopper and one for older chips.
+EVEN = {
+    "3x3": Conv((3, 4, 3, 5), 6, bias=True),
+    "3x3-two-sources": Conv((1, 4, 5, 4), 6, x1=(1, 2, 4, 4), offset=(0, 0, 1, -1)),
+    "1x1": Conv((3, 4, 2, 5), 6, kernel=1, bias=True),
+    "1x1-two-sources": Conv((2, 4, 3, 2), 2, x1=(2, 2, 2, 3), offset=(0, 0, 0, -1), kernel=1),
+    "stride-2": Conv((3, 4, 5, 6), 6, stride=2, bias=True),
+    "stride-2-odd-width": Conv((2, 4, 4, 7), 2, stride=2),
+    "stride-2-cropped": Conv((2, 4, 4, 6), 2, stride=2, size=(3, 4), offset=(-1, 1, 0, 0)),
+    "stride-2-wider-than-a-tile": Conv((1, 2, 2, 70), 2, stride=2),
+    "transposed-2x2": Conv((3, 4, 2, 3), 6, kernel=2, bias=True, transposed=True),
+    "transposed-2x2-wider-than-a-tile": Conv((1, 2, 2, 35), 2, kernel=2, transposed=True),
+    "transposed-3x3": Conv((3, 4, 2, 3), 6, bias=True, transposed=True),
+    "transposed-3x3-wider-than-a-tile": Conv((1, 2, 2, 35), 2, transposed=True),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has one architecture, which the other tests are for")
+@pytest.mark.parametrize("chip", ["sm_90", "sm_80"])
+@pytest.mark.parametrize("case", EVEN.values(), ids=EVEN)
+def test_every_chip(case: Conv, chip: str) -> None:
+    """Float64: the kernels take the same paths as in 16 bits, and the interpreter computes them exactly."""
+    tiles = pytest.importorskip("fastunet.kernels.tiles")
+    inputs = draw(case, "cpu").to(torch.float64)
+    exact = inputs.to(torch.float64)
+    truth = run(case, exact, None)
+    with as_if_on(chip):
+        assert tiles.movable(inputs.x0) == (chip == "sm_90")
+        result = run(case, inputs, "triton")
+        found = gradients(result, inputs.leaves)
+    assert_near(result, truth, truth, torch.float64)
+    expected = gradients(truth, exact.leaves)
+    assert_near(found, expected, expected, torch.float64)
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["y", "mean", "var"])
