@@ -42,6 +42,7 @@ class Case:
     loss: str = "softmax"  # softmax_stats: its mode
     labels: torch.dtype = torch.int64
     weighted: bool = False  # softmax_stats: weights per pixel
+    nearest: bool = False  # upsample_concat
     output: str = "argmax"  # head_predict
     wanted: tuple[bool, bool, bool] = (False, True, False)  # softmax_stats: squares, cross-entropy, label smoothing
 
@@ -132,6 +133,7 @@ _SUFFIXES = {
     "loss": "{}",
     "labels": "{}",
     "weighted": "weighted",
+    "nearest": "nearest",
     "output": "{}",
     "wanted": "wanted{}",
     "layout": "{}",
@@ -215,7 +217,7 @@ def _upsample_concat(case: Case, device: Any) -> Operands:
     batch, _, height, width = case.shape
     above = replace(case, shape=(batch, case.skip, 2 * height, 2 * width))
     skip = above.source(case.skip, device) if case.skip else (None, None, False)
-    return *case.source(case.shape[1], device), *skip, True, True
+    return *case.source(case.shape[1], device), *skip, None if case.nearest else True, True
 
 
 def _upsample_concat_backward(case: Case, operands: Operands, results: Operands) -> Operands:
@@ -309,6 +311,7 @@ CASES = [
     Case("max_pool2x2", (2, 5, 37, 53), dtype=FP16, affine=False),
     Case("upsample_concat", (8, 64, 256, 256), skip=64),
     Case("upsample_concat", (8, 64, 256, 256)),
+    Case("upsample_concat", (8, 64, 256, 256), skip=64, nearest=True),
     Case("upsample_concat", (8, 64, 256, 256), skip=64, dtype=FP32),
     Case("upsample_concat", (2, 5, 37, 53), skip=3, dtype=FP16),
     Case("affine_act", (8, 64, 512, 512)),
