@@ -106,9 +106,9 @@ def upsample_pad_concat(
 ) -> Tensor:
     """×2 of ``x``, centred in ``skip``'s size by zero padding or cropping, concatenated with ``skip``.
 
-    In a U-Net nothing needs the concatenation: a convolution here reads two sources, the skip connection where its
-    producer wrote it. The padding is F.pad(up, [dx // 2, dx − dx // 2, dy // 2, dy − dy // 2]) with dy, dx the differences in size;
-    negative ones crop. The kernels' backward is a gather: the same bits on every run.
+    The networks here need no concatenation: their convolutions read two sources, the skip connection where its producer
+    wrote it. The padding is F.pad(up, [dx // 2, dx − dx // 2, dy // 2, dy − dy // 2]) with dy, dx the differences in
+    size; negative ones crop. The kernels' backward is a gather: the same bits on every run.
 
     Args:
         x: (N, C, h, w), floating point.

@@ -263,8 +263,11 @@ def upsample_concat(
     align_corners: bool | None,
     skip_first: bool,
 ) -> Tensor:
-    """×2 of a source (N, C, H, W), bilinear, or nearest if ``align_corners`` is None, centred in the size of a skip source (N, CS, YH, YW) by zero padding or
-    cropping, and concatenated with it: (N, C + CS, YH, YW), or (N, C, 2H, 2W) without one; channels_last, x's dtype."""
+    """×2 of a source (N, C, H, W), bilinear, or nearest if ``align_corners`` is None.
+
+    Centred in the size of a skip source (N, CS, YH, YW) by zero padding or cropping, and concatenated with it:
+    (N, C + CS, YH, YW), or (N, C, 2H, 2W) without one; channels_last, x's dtype.
+    """
     batch, channels, height, width = x.shape
     skip_channels = 0 if skip is None else skip.shape[1]
     y_height, y_width, top, left = _frame(x, skip)
