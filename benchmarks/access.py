@@ -21,11 +21,13 @@ from benchmarks.trace import Call, tensors_of
 
 @dataclass(frozen=True)
 class Access:
-    """One pass: the tensors it reads and writes, and whether it has a matrix product."""
+    """One pass: the tensors it reads and writes, whether it has a matrix product, and the fraction of the GPU's matrix
+    rate that this attains."""
 
     read: tuple[Tensor, ...]
     written: tuple[Tensor, ...]
     multiplies: bool = False
+    rate: float = 1.0
 
     @property
     def bytes(self) -> int:

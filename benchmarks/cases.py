@@ -6,7 +6,8 @@ A case makes its own operands, on any device (the meta device for the gate), in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, ClassVar, Literal
@@ -44,6 +45,7 @@ class Case:
     weighted: bool = False  # softmax_stats: weights per pixel
     nearest: bool = False  # upsample_concat
     output: str = "argmax"  # head_predict
+    algorithm: str = ""  # 3×3 convolutions: another one than the Triton backend's (see fastunet.kernels.table)
     wanted: tuple[bool, bool, bool] = (False, True, False)  # softmax_stats: squares, cross-entropy, label smoothing
 
     @property
@@ -94,9 +96,21 @@ class Case:
     def launch(self, backend: ModuleType, device: str | torch.device = "meta") -> None:
         """Call the functions of ``backend`` (:mod:`fastunet.kernels` or :mod:`fastunet.aten`) as this case needs."""
         operands = self.operands(device)
-        results = _results(getattr(backend, self.op)(*operands))
-        if self.mode != "inference":
-            getattr(backend, f"{self.op}_backward")(*self.backward_operands(operands, results))
+        with self.choosing():
+            results = _results(getattr(backend, self.op)(*operands))
+            if self.mode != "inference":
+                getattr(backend, f"{self.op}_backward")(*self.backward_operands(operands, results))
+
+    @contextmanager
+    def choosing(self) -> Iterator[None]:
+        """Inside, the Triton backend uses this case's algorithm."""
+        if not self.algorithm:
+            yield
+            return
+        from fastunet.kernels import algorithms, table
+
+        with table.forced({kind: self.algorithm for kind, name in algorithms.FUNCTIONS if name == self.algorithm}):
+            yield
 
     def source(self, channels: int, device: str | torch.device) -> tuple[Tensor, Tensor | None, bool]:
         """(x, affine, relu) with ``channels`` channels at this case's size."""
@@ -137,6 +151,7 @@ _SUFFIXES = {
     "output": "{}",
     "wanted": "wanted{}",
     "layout": "{}",
+    "algorithm": "{}",
 }
 
 
@@ -295,6 +310,10 @@ CASES = [
     Case("conv2d", (8, 128, 256, 256), filters=128, pool=True),
     Case("conv2d", (8, 512, 32, 32), filters=1024),
     Case("conv2d", (8, 64, 512, 512), filters=64, skip=64),
+    Case("conv2d", (8, 512, 64, 64), filters=512, skip=512, algorithm="cudnn"),
+    Case("conv2d", (8, 512, 64, 64), filters=512, skip=512, algorithm="winograd"),
+    Case("conv2d", (2, 5, 37, 53), filters=7, bias=True, dtype=FP16, algorithm="winograd"),
+    Case("conv2d", (8, 512, 32, 32), filters=512, dtype=FP32, algorithm="winograd"),
     Case("conv2d", (8, 64, 512, 512), filters=22, kernel=1, stats=False, bias=True),
     Case("conv2d", (8, 64, 512, 512), filters=64, mode="inference", stats=False, bias=True),
     Case("conv2d", (8, 64, 512, 512), filters=128, stride=2),

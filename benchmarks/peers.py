@@ -422,7 +422,13 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 def _op_step(provider: Provider, case: Case, data: _OpData) -> Step:
     if provider.backend is not None:
-        return _step(case, _ours(case, provider.backend), data.operands)
+        step = _step(case, _ours(case, provider.backend), data.operands)
+
+        def chosen() -> list[Tensor]:
+            with case.choosing():
+                return step()
+
+        return chosen if case.algorithm and provider.backend == "triton" else step
     if not data.norms:
         return _step(case, _compiled(provider, _reference(case)), data.operands)
     operands = {name: value for name, value in data.operands.items() if "affine" not in name}

@@ -35,6 +35,7 @@ class Call:
     backend: str = ""  # which backend served an operator of fastunet
     launches: list[Launch] = field(default_factory=list)  # made by the operator itself
     inner: list[Call] = field(default_factory=list)  # ATen operations inside an operator of fastunet
+    architecture: str = "sm_90"  # of the GPU it was traced for
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -86,8 +87,9 @@ _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 class _Tracer(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, architecture: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.architecture = architecture
         self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -108,6 +110,7 @@ class _Tracer(TorchDispatchMode):
                     results = function(*args[:-1])
             finally:
                 self.calls = outer
+        call.architecture = self.architecture
         call.results = tensors_of(results)
         self.calls.append(call)
         return results
@@ -120,7 +123,7 @@ def trace(architecture: str = "sm_90") -> Iterator[list[Call]]:
     The notes keep every tensor alive. Take gradients by ``torch.autograd.grad``: ``backward`` would copy them into
     ``.grad``, seeing that somebody else holds them.
     """
-    tracer = _Tracer()
+    tracer = _Tracer(architecture)
     with ops.as_if_on(architecture), tracer:
         yield tracer.calls
 

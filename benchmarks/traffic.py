@@ -21,7 +21,8 @@ launch, or an ATen operation that moves data; it is charged the tensors that it 
 A step is forward, loss and backward, with convolution weights in the step's dtype and batch norms in float32, as under
 autocast; autocast's copies of the weights and the optimizer's pass over them are the same for everybody and left out.
 The loss is Dice and cross-entropy of logits, Dice of
-probabilities. "Modelled" time is, summed over the passes, the longer of bytes / bandwidth and FLOPs / matrix rate.
+probabilities. "Modelled" time is, summed over the passes, the longer of bytes / bandwidth and FLOPs / matrix rate, of
+which a product attains the fraction that :mod:`benchmarks.model` gives it, and all of it at the floor.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from torch.utils.flop_counter import flop_registry
 import fastunet
 from benchmarks.access import Access, distinct, of_aten, storage
 from benchmarks.cases import Case
+from benchmarks.model import cudnn_rate, triton_rate
 from benchmarks.trace import Call, tensors_of, trace
 from fastunet import ops, reference
 from fastunet.losses import DiceCELoss
@@ -244,10 +246,11 @@ class Pass:
     name: str  # of the kernel, or of the ATen operation
     bytes: int
     flops: int
+    rate: float = 1.0  # the fraction of the matrix rate that it attains, as benchmarks/model.py has it
 
     def seconds(self, roofs: Roofs) -> float:
         """Modelled time: the longer of moving the bytes and multiplying."""
-        return max(self.bytes / (roofs.bandwidth * 1e9), self.flops / (roofs.tflops * 1e12))
+        return max(self.bytes / (roofs.bandwidth * 1e9), self.flops / (roofs.tflops * 1e12 * self.rate))
 
 
 @dataclass(frozen=True)
@@ -284,7 +287,7 @@ def account(step: Step, rule: Rule) -> Account:
         products = sum(access.multiplies for _, access, _ in found)
         each = flops_of(call) // products if products else 0
         passes += [
-            Pass(layer, phase, call.name, name, moved, each if access.multiplies else 0)
+            Pass(layer, phase, call.name, name, moved, each if access.multiplies else 0, access.rate)
             for name, access, moved in found
         ]
     return Account(passes, step.saved)
@@ -296,9 +299,12 @@ def made(call: Call) -> list[tuple[str, Access, int]]:
     if call.launches:
         from benchmarks.pointers import of_launch  # needs Triton, which counting plain PyTorch does not
 
-        found = [(launch.kernel.__name__, of_launch(launch)) for launch in call.launches]
+        for launch in call.launches:
+            rate = triton_rate(launch, call.architecture)
+            found.append((launch.kernel.__name__, replace(of_launch(launch), rate=rate)))
     for inner in [call] if call.name.startswith("aten.") else call.inner:
-        found += [(inner.name, access) for access in of_aten(inner)]
+        rate = cudnn_rate(min(inner.named["weight"].shape[:2])) if "convolution" in inner.name else 1.0
+        found += [(inner.name, replace(access, rate=rate)) for access in of_aten(inner)]
     return [(name, access, access.bytes) for name, access in found]
 
 

@@ -6,7 +6,11 @@ backend in turn, and goes on from the fastest. A tile that beats the rule's by m
 ``kernels/tiles.json``, which is data, reviewed in a diff; entries for other GPUs are kept. What was measured for every
 layer, the torch backend included, goes to ``benchmarks/results/tune-<gpu>.json``.
 
-``--dry-run`` needs no GPU: it prints the layers and candidates, and checks some in the interpreter.
+The other algorithms (see ``kernels/algorithms.py``) are timed beside the tiles, and an entry names one that beats them.
+
+Two things need no GPU. ``--model`` writes the entries of layers that the model (``benchmarks/model.py``) gives to
+another algorithm than Triton's, marked "modelled"; measured entries stay. ``--dry-run`` prints the layers and
+candidates, and checks some in the interpreter.
 """
 
 from __future__ import annotations
@@ -26,22 +30,28 @@ if "--dry-run" in sys.argv:
 import torch
 from tqdm import tqdm
 
-from benchmarks import cases, peers, report
+from benchmarks import cases, peers, report, traffic
 from benchmarks.cases import Case
 from benchmarks.measure import ROOT, Times, interleaved, machine
+from benchmarks.model import LAUNCH
 from benchmarks.peers import PROVIDERS, Step
+from benchmarks.trace import trace
 
 KINDS = {"inference": "conv3x3_fwd", "dgrad": "conv3x3_dgrad", "wgrad": "conv3x3_wgrad"}
 GAIN = 1.02  # a tile must be this much faster than the rule's, and outside its spread
 ROUNDS = 2  # changes of one parameter, one after the other
+MODEL_GAIN = 1.03  # a model must see that much between two algorithms
+MODELLED = "modelled"  # the source of an entry that was not measured
+MODELLED_GPUS = ("a100", "h200")
 REGISTERS = 128  # 32-bit accumulators a thread at most: more spill
 
 TRITON, TORCH = PROVIDERS["fastunet-triton"], PROVIDERS["fastunet-torch"]
 
 
-def layers(dtype: torch.dtype) -> list[Case]:
+def layers(dtype: torch.dtype, base: int = 64, size: int = 512) -> list[Case]:
     """The 3×3 convolutions of the U-Net in every direction, the largest pictures first."""
-    return [case for case in cases.unet_layers(dtype=dtype) if case.op == "conv2d" and case.kernel == 3]
+    found = cases.unet_layers(base, size, dtype=dtype)
+    return [case for case in found if case.op == "conv2d" and case.kernel == 3]
 
 
 def neighbours(tile: Any, case: Case, kind: str) -> list[Any]:
@@ -66,35 +76,50 @@ def _accumulators(tile: Any, kind: str) -> float:
 
 
 def tune(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
-    """Measure one layer: the key of its entry, the rule's tile and the best one, and milliseconds of both and torch."""
+    """Measure one layer: the key of its entry, the rule's tile, the best one, the best algorithm, and milliseconds."""
     from fastunet.kernels import table
 
     kind = KINDS[case.mode]
     problem = peers.pose(case, device)
     key, rule = ruled(case, problem)
     steps: dict[Any, Step] = {"torch": _checked(TORCH, case, problem)}
-    best, times = rule, {}
+    best = rule
+    times: dict[Any, Times] = {}
     for _ in range(ROUNDS):
-        for tile in [best, *neighbours(best, case, kind)]:
-            if tile in steps:
+        for choice in [best, *algorithms(kind), *neighbours(best, case, kind)]:
+            if choice in steps:
                 continue
             try:
-                with table.forced(kind, tile):
-                    steps[tile] = _forcing(kind, tile, _checked(TRITON, case, problem))
+                with table.forced({kind: choice}):
+                    steps[choice] = _forcing(kind, choice, _checked(TRITON, case, problem))
             except Exception as error:  # out of shared memory or registers, or numbers that are wrong: not a candidate
-                if tile == rule:
+                if choice == rule:
                     raise
-                tqdm.write(f"  {case.name}: {tuple(tile)}: {type(error).__name__}: {str(error)[:120]}")
+                said = choice if isinstance(choice, str) else tuple(choice)
+                tqdm.write(f"  {case.name}: {said}: {type(error).__name__}: {str(error)[:120]}")
         times = interleaved(steps, device, seconds, head_start=True)
-        fastest = min((tile for tile in steps if tile != "torch"), key=lambda tile: times[tile].p50)
+        fastest = min((tile for tile in steps if not isinstance(tile, str)), key=lambda tile: times[tile].p50)
         if fastest == best:
             break
         best = fastest
     if not _faster(times[best], times[rule]):
         best = rule
-    tiles = {"rule": list(rule), "tile": list(best)}
-    milliseconds = {"rule_ms": times[rule].p50, "ms": times[best].p50, "torch_ms": times["torch"].p50}
-    return {"case": case.name, "key": list(key), **tiles, **milliseconds, "candidates": len(steps) - 1}
+    other = min(
+        (name for name in algorithms(kind) if name in times), key=lambda name: times[name].p50, default="triton"
+    )
+    algorithm = other if other != "triton" and _faster(times[other], times[best]) else "triton"
+    milliseconds = {f"{name}_ms": times[name].p50 for name in ("torch", *algorithms(kind)) if name in times}
+    return {
+        "case": case.name, "key": list(key), "rule": list(rule), "tile": list(best), "algorithm": algorithm,
+        "rule_ms": times[rule].p50, "ms": times[best].p50, **milliseconds, "candidates": len(steps) - 1,
+    }  # fmt: skip
+
+
+def algorithms(kind: str) -> list[str]:
+    """The algorithms beside Triton's implicit GEMM for kernels of this kind."""
+    from fastunet.kernels.algorithms import FUNCTIONS
+
+    return [name for each, name in FUNCTIONS if each == kind and name != "triton"]
 
 
 def ruled(case: Case, problem: peers.Problem) -> tuple[Any, Any]:
@@ -112,11 +137,11 @@ def _checked(provider: peers.Provider, case: Case, problem: peers.Problem) -> St
     return step
 
 
-def _forcing(kind: str, tile: Any, step: Step) -> Step:
+def _forcing(kind: str, choice: Any, step: Step) -> Step:
     from fastunet.kernels import table
 
     def run() -> Any:
-        with table.forced(kind, tile):
+        with table.forced({kind: choice}):
             return step()
 
     return run
@@ -127,13 +152,24 @@ def _faster(new: Times, old: Times) -> bool:
 
 
 def write(path: Path, found: Iterable[dict[str, Any]]) -> None:
-    """Put the entries of ``found`` into the table at ``path``, one a line; layers whose rule is best lose theirs."""
-    table = {tuple(entry["key"]): entry["tile"] for entry in json.loads(path.read_text())}
+    """Put ``found`` into the table at ``path``, an entry a line; layers of which there is nothing to say have none.
+
+    What was measured gives way only to what was measured.
+    """
+    table = {tuple(entry["key"]): entry for entry in json.loads(path.read_text())}
     for one in found:
-        table.pop(tuple(one["key"]), None)
+        key = tuple(one["key"])
+        if one["source"] == MODELLED and key in table and table[key]["source"] != MODELLED:
+            continue
+        table.pop(key, None)
+        entry = {"key": list(key)}
+        if one["algorithm"] != "triton":
+            entry["algorithm"] = one["algorithm"]
         if one["tile"] != one["rule"]:
-            table[tuple(one["key"])] = one["tile"]
-    lines = [json.dumps({"key": list(key), "tile": table[key]}) for key in sorted(table)]
+            entry["tile"] = one["tile"]
+        if len(entry) > 1:
+            table[key] = entry | {"source": one["source"]}
+    lines = [json.dumps(table[key]) for key in sorted(table)]
     _write(path, "[" + ",".join(f"\n{line}" for line in lines) + ("\n]" if lines else "]") + "\n")
 
 
@@ -142,6 +178,60 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+# ---- without a GPU -----------------------------------------------------------------------------------------------
+
+
+def modelled(case: Case, gpu: str) -> dict[str, Any]:
+    """What :func:`tune` gives, by the model: the key of the layer's entry, and the algorithm of the shortest time."""
+    from fastunet.kernels import table
+
+    kind = KINDS[case.mode]
+    with table.observed() as asked:
+        microseconds = {"triton": _modelled_seconds(case, gpu, "triton") * 1e6}
+    key, rule = asked[kind]
+    microseconds["cudnn"] = _modelled_seconds(case, gpu, "cudnn") * 1e6
+    algorithm = "cudnn" if microseconds["cudnn"] * MODEL_GAIN < microseconds["triton"] else "triton"
+    about = {"case": case.name, "key": list(key), "rule": list(rule), "tile": list(rule), "algorithm": algorithm}
+    return about | microseconds | {"source": MODELLED}
+
+
+def _modelled_seconds(case: Case, gpu: str, algorithm: str) -> float:
+    """The modelled time of a layer in one direction; every pass takes at least a launch's time."""
+    from fastunet.kernels import table
+
+    architecture, bandwidth, rate, _ = traffic.GPUS[gpu]
+    forced = {KINDS[case.mode]: algorithm}
+    with torch.device("meta"), torch.no_grad(), trace(architecture) as calls, table.forced(forced):
+        operands = case.operands("meta")
+        results = torch.ops.fastunet.conv2d(*operands, "triton")
+        if case.mode != "inference":
+            torch.ops.fastunet.conv2d_backward(*case.backward_operands(operands, results), "triton")
+    last = [call for call in calls if call.name.startswith("fastunet.")][-1]
+    passes = traffic.account(traffic.Step([last], [""], [""], 0), traffic.made).passes
+    roofs = traffic.Roofs(bandwidth, rate)
+    return sum(max(LAUNCH, one.seconds(roofs)) for one in passes)
+
+
+def model_entries(only: str) -> int:
+    """Write the modelled entries of the U-Net's layers at base 32 and 64, 256 to 1024 pixels, batch 8; print times."""
+    from fastunet.kernels import table
+
+    sizes = [(base, size) for base in (64, 32) for size in (1024, 512, 256)]
+    cases_ = [case for base, size in sizes for case in layers(torch.bfloat16, base, size) if only in case.name]
+    todo = [(gpu, case) for gpu in MODELLED_GPUS for case in cases_ if not case.image]
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for gpu, case in tqdm(todo, desc="layers", disable=None):
+        one = modelled(case, gpu)
+        found.setdefault(tuple(one["key"]), one)
+    lines = [("layer", "gpu", "triton µs", "cudnn µs", "")]
+    for one in found.values():
+        times = (f"{one[name]:.0f}" for name in ("triton", "cudnn"))
+        lines.append((one["case"], one["key"][1], *times, "cudnn" if one["algorithm"] == "cudnn" else ""))
+    print(traffic.aligned(lines))
+    write(table.PATH, found.values())
+    return 0
 
 
 def dry_run(chosen: Sequence[Case]) -> int:
@@ -155,14 +245,14 @@ def dry_run(chosen: Sequence[Case]) -> int:
         case = Case("conv2d", (1, 16, 4, 16), torch.float16, mode, filters=16)  # type: ignore[arg-type]
         problem = peers.pose(case, torch.device("cpu"))
         _, rule = ruled(case, problem)
-        for tile in [rule, *neighbours(rule, case, kind)][:4]:
+        for choice in [*algorithms(kind), rule, *neighbours(rule, case, kind)[:3]]:
             checked += 1
             try:
-                with table.forced(kind, tile):
+                with table.forced({kind: choice}):
                     _checked(TRITON, case, problem)
             except Exception as error:
                 wrong += 1
-                print(f"WRONG {kind} {tuple(tile)}: {type(error).__name__}: {error}")
+                print(f"WRONG {kind} {choice}: {type(error).__name__}: {error}")
     print(f"{len(chosen)} layers; {checked} small candidates checked, {wrong} wrong")
     return 1 if wrong else 0
 
@@ -174,19 +264,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="only layers whose name contains TEXT")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: print the layers, check some candidates")
+    parser.add_argument("--model", action="store_true", help="no GPU: write the entries that the model gives")
     options = parser.parse_args(arguments)
+    if options.model:
+        return model_entries(options.only)
     chosen = [case for case in layers(getattr(torch, options.dtype)) if options.only in case.name]
     if not chosen:
         parser.error(f"no layer's name contains '{options.only}'; --dry-run prints all names")
     if options.dry_run:
         return dry_run(chosen)
     if not torch.cuda.is_available():
-        parser.error("tuning needs a CUDA GPU; --dry-run checks the tuner without one")
+        parser.error("tuning needs a CUDA GPU; --model and --dry-run do not")
     from fastunet.kernels import table
 
     device = torch.device("cuda")
     about = machine(device)
     print(report.machine_text(about))
+    results = ROOT / f"benchmarks/results/tune-{report.slug(about['gpu'])}.json"
     torch.backends.cudnn.benchmark = True
     begun, found = time.time(), []
     for case in tqdm(chosen, desc="layers", disable=None):
@@ -194,21 +288,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tqdm.write(f"not measured: {case.name}")
             continue
         try:
-            found.append(tune(case, device, 0.5))
+            found.append(tune(case, device, 0.5) | {"source": f"{results.stem}: {case.name}"})
         except Exception as error:
             tqdm.write(f"failed: {case.name}: {type(error).__name__}: {str(error)[:200]}")
             continue
         one = found[-1]
-        tqdm.write(
-            f"{case.name}: {one['rule_ms']:.3f} → {one['ms']:.3f} ms with {one['tile']}, torch {one['torch_ms']:.3f}"
-        )
+        others = ", ".join(f"{name.removesuffix('_ms')} {one[name]:.3f}" for name in one if name.endswith("_ms"))
+        tqdm.write(f"{case.name}: {one['ms']:.3f} ms with {one['tile']}; {others}")
         write(table.PATH, found)
-        _write(
-            ROOT / f"benchmarks/results/tune-{report.slug(about['gpu'])}.json", json.dumps([about, *found], indent=1)
-        )
-    print(
-        f"{len(found)} layers measured, {sum(one['tile'] != one['rule'] for one in found)} tiles better than the rule's"
-    )
+        _write(results, json.dumps([about, *found], indent=1))
+    better = sum(one["tile"] != one["rule"] for one in found)
+    other = sum(one["algorithm"] != "triton" for one in found)
+    print(f"{len(found)} layers measured, {better} tiles better than the rule's, {other} layers for another algorithm")
     return 0
 
 

@@ -78,8 +78,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     Raises:
         ValueError: unknown backend, or "triton" asked for where it cannot run.
     """
-    if backend == "auto":
-        backend = os.environ.get("FASTUNET_BACKEND", "auto")
+    backend = _wished(backend)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; check FASTUNET_BACKEND too")
     if backend == "torch":
@@ -96,6 +95,10 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     if device.type == "cuda":
         _warn_once(f"fastunet runs on the torch backend: {reason}")
     return "torch"
+
+
+def _wished(backend: str) -> str:
+    return os.environ.get("FASTUNET_BACKEND", backend) if backend == "auto" else backend
 
 
 def _module(backend: str) -> ModuleType:
@@ -116,10 +119,16 @@ def _deciding(name: str) -> int:
 
 
 def serving(name: str, args: Sequence[Any]) -> tuple[str, Callable[..., Any]]:
-    """The backend that serves operator ``name`` called with ``args``, and its function, which takes no ``backend``."""
+    """The backend that serves operator ``name`` called with ``args``, and its function, which takes no ``backend``.
+
+    Under "auto" the Triton backend leaves the matrix products of those layers to cuDNN for which its table says so.
+    """
     like = args[_deciding(name)]
     backend = resolve_backend(args[-1], like.device, like.dtype)
-    return backend, getattr(_module(backend), name)
+    function = getattr(_module(backend), name)
+    if backend == "triton" and name in ("conv2d", "conv2d_backward") and _wished(args[-1]) == "auto":
+        function = functools.partial(function, mixed=True)
+    return backend, function
 
 
 def _activation(like: Tensor, shape: Sequence[int]) -> Tensor:

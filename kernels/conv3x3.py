@@ -394,12 +394,6 @@ def _narrow_gradient(
 # ---- launchers ---------------------------------------------------------------------------------------------------
 
 
-def _grid(tile: Tile, batch: int, height: int, width: int) -> tuple[int, int, int]:
-    """Tiles in all, along the height, along the width."""
-    tiles_h, tiles_w = triton.cdiv(height, tile.rows), triton.cdiv(width, tile.columns)
-    return triton.cdiv(batch, tile.images) * tiles_h * tiles_w, tiles_h, tiles_w
-
-
 def cropped(source: Source, frame: Sequence[int]) -> bool:
     """Whether part of the source lies outside the frame: TMA would read it, and it must count as zero."""
     return (
@@ -442,10 +436,10 @@ def conv3x3(
     weight = nhwc(weight)
     sticks_out = any(cropped(source, frame) for source in sources)
     tile = choose(
-        "conv3x3_fwd", x.shape[0], max(source.channels for source in sources), filters, height, width,
+        "conv3x3_fwd", batch, [source.channels for source in sources], filters, height, width,
         [*(source.x for source in sources), weight, y], pointers=sticks_out,
     )  # fmt: skip
-    tiles, tiles_h, tiles_w = _grid(tile, batch, height, width)
+    tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
     pool = pool and tile.rows % 2 == 0 and min(height, width) > 1
@@ -482,10 +476,10 @@ def conv3x3_dgrad(
     first, second = sources[wanted[0]], sources[wanted[-1]]
     gradients: list[tuple[Tensor, Tensor]] = []
     tile = choose(
-        "conv3x3_dgrad", batch, filters, max(sources[i].channels for i in wanted), height, width,
+        "conv3x3_dgrad", batch, [sources[i].channels for i in wanted], filters, height, width,
         [dy, weight, *(sources[i].x for i in wanted)],
     )  # fmt: skip
-    tiles, tiles_h, tiles_w = _grid(tile, batch, height, width)
+    tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     for i, source in enumerate(sources):
         x = source.x
         if i not in wanted:

@@ -125,7 +125,7 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
     batch, filters, height, width = dy.shape
     channels = weight.shape[1]
     tile = choose(
-        "conv3x3_wgrad", batch, max(source.channels for source in sources), filters, height, width,
+        "conv3x3_wgrad", batch, [source.channels for source in sources], filters, height, width,
         [dy, *(source.x for source in sources)], pointers=any(cropped(source, (height, width)) for source in sources),
     )  # fmt: skip
     grids = [

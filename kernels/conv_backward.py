@@ -7,7 +7,7 @@ With M = N·H·W of the output, z the normalised sources and g the gradient with
     g = the other convolution of dY with W;  m = not (z ≤ 0)
     dx = g·m·scale;  dscale = Σ g·m·(x − centre);  dshift = Σ g·m;  dcentre = −scale·dshift      in dgrad's epilogue
 
-The gradient of a convolution is a transposed one and the reverse, so dgrad runs the forward's main loop.
+The gradient of a convolution is a transposed one and the reverse, so dgrad runs a forward's main loop.
 
 Layout: activations NHWC, weights as in the forward. Bytes: reads dy and y, writes dY, reads it twice, reads each source
 twice, writes each dx; dW's slabs are written and read once. Accumulation: float32 (float64 for float64).
@@ -22,23 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.aten import memory_format, stats_dtype
-from fastunet.kernels.common import (
-    OPTIONS,
-    Source,
-    accumulator,
-    block,
-    empty_nhwc,
-    load_affine,
-    nhwc,
-    normalise,
-    precision,
-    sum_slabs,
-)
-from fastunet.kernels.conv import SIZES, accumulate, tile_pixels, tile_shape
-from fastunet.kernels.conv3x3 import conv3x3_dgrad
-from fastunet.kernels.conv3x3_wgrad import conv3x3_wgrad
+from fastunet.aten import frame, memory_format, stats_dtype
+from fastunet.kernels.affine import affine_act_backward
+from fastunet.kernels.algorithms import computing
+from fastunet.kernels.common import OPTIONS, Source, accumulator, block, empty_nhwc, nhwc, sum_slabs
+from fastunet.kernels.conv import alone
+from fastunet.kernels.conv_down import conv_down_dgrad
 from fastunet.kernels.conv_image import conv_image_wgrad, serves
+from fastunet.kernels.conv_strided_wgrad import conv_strided_wgrad
+from fastunet.kernels.conv_up import conv_up_dgrad
 from fastunet.kernels.pool import pool_backward
 
 # ---- kernels ----------------------------------------------------------------------------------------------------
@@ -81,94 +73,6 @@ def _form_dy_kernel(
         tl.store(sum_ptr + tl.program_id(0).to(tl.int64) * K + k, total, mask=k < K)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def _conv_dgrad_kernel(
-    dy_ptr, w_ptr, x_ptr, affine_ptr, dx_ptr, partial_ptr,
-    H, W, P, Q, PF, QF, top, left, K, C, C_FIRST, C_TOTAL, tiles_h, tiles_w,
-    KSIZE: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr, TRANSPOSED: tl.constexpr,
-    AFFINE: tl.constexpr, RELU: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradient of one source (P, Q, C) placed at (top, left) in the frame (PF, QF), from dY (H, W, K)."""
-    blocks_c = tl.cdiv(C, BLOCK_C)
-    tile = tl.program_id(0) // blocks_c
-    c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    n, p, q, r_first, s_first = tile_pixels(tile, tiles_h, tiles_w, top, left, TRANSPOSED, STRIDE, PAD, TILE_H, TILE_W)
-    exists = (p < P) & (q < Q)
-    # What was cropped away got no gradient.
-    framed = exists & (p + top >= 0) & (p + top < PF) & (q + left >= 0) & (q + left < QF)
-    g = accumulate(
-        tl.zeros([TILE_H * TILE_W, BLOCK_C], ACC), dy_ptr, dy_ptr, w_ptr, n, p + top, q + left, framed,
-        H, W, H, W, 0, 0, K, 0, K, c, C_FIRST, C, C_TOTAL, r_first, s_first,
-        KSIZE, STRIDE, PAD, TRANSPOSED, False, False, not TRANSPOSED, BLOCK_K, ACC, PRECISION,
-    )  # fmt: skip
-    mask = exists[:, None] & (c < C)[None, :]
-    place = ((n.to(tl.int64) * P + p) * Q + q)[:, None] * C + c[None, :]
-    if AFFINE or RELU:
-        x = tl.load(x_ptr + place, mask=mask, other=0.0)
-        scale, shift, centre = load_affine(affine_ptr, c, C, AFFINE, ACC)
-        if RELU:
-            g = tl.where(normalise(x, scale, shift, centre, AFFINE, RELU, ACC) <= 0.0, 0.0, g)
-        if AFFINE:
-            g = tl.where(mask, g, 0.0)
-            partial = tile.to(tl.int64) * 3 * C + c
-            dshift = tl.sum(g, 0)
-            tl.store(partial_ptr + partial, tl.sum(g * (x.to(ACC) - centre[None, :]), 0), mask=c < C)
-            tl.store(partial_ptr + partial + C, dshift, mask=c < C)
-            tl.store(partial_ptr + partial + 2 * C, -scale * dshift, mask=c < C)
-            g = g * scale[None, :]
-    tl.store(dx_ptr + place, g.to(dx_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=[*SIZES, "tiles", "tiles_per_slab"])
-def _conv_wgrad_kernel(
-    fixed_ptr, fixed_affine_ptr, moved_ptr, moved_affine_ptr, partial_ptr,
-    P, Q, H, W, PF, QF, top, left, A, B, B_FIRST, B_TOTAL, tiles, tiles_per_slab, tiles_h, tiles_w,
-    KSIZE: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr,
-    FIXED_AFFINE: tl.constexpr, FIXED_RELU: tl.constexpr, MOVED_AFFINE: tl.constexpr, MOVED_RELU: tl.constexpr,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """partial[slab, a, tap, b] = Σ over the slab's pixels (p, q) of fixed[p, q, a] · moved[p·stride + r − pad, …, b].
-
-    conv2d: fixed is dY, moved a source. conv_transpose2d: fixed is the source, moved dY.
-    """
-    blocks_a = tl.cdiv(A, BLOCK_A)
-    blocks_b = tl.cdiv(B, BLOCK_B)
-    program = tl.program_id(0)
-    b = program % blocks_b * BLOCK_B + tl.arange(0, BLOCK_B)
-    tap = program // blocks_b % (KSIZE * KSIZE)
-    a = program // blocks_b // (KSIZE * KSIZE) % blocks_a * BLOCK_A + tl.arange(0, BLOCK_A)
-    slab = program // blocks_b // (KSIZE * KSIZE) // blocks_a
-    r, s = tap // KSIZE, tap % KSIZE
-    h_low, h_high = tl.maximum(0, -top), tl.minimum(H, PF - top)
-    w_low, w_high = tl.maximum(0, -left), tl.minimum(W, QF - left)
-    a_scale, a_shift, a_centre = load_affine(fixed_affine_ptr, a, A, FIXED_AFFINE, ACC)
-    b_scale, b_shift, b_centre = load_affine(moved_affine_ptr, b, B, MOVED_AFFINE, ACC)
-    acc = tl.zeros([BLOCK_A, BLOCK_B], ACC)
-    first = slab * tiles_per_slab
-    for tile in range(first, tl.minimum(first + tiles_per_slab, tiles)):
-        n, p, q, _, _ = tile_pixels(tile, tiles_h, tiles_w, 0, 0, False, STRIDE, PAD, TILE_H, TILE_W)
-        inside = (p < P) & (q < Q)
-        a_mask = inside[:, None] & (a < A)[None, :]
-        image = n.to(tl.int64)
-        fixed = tl.load(fixed_ptr + ((image * P + p) * Q + q)[:, None] * A + a[None, :], mask=a_mask, other=0.0)
-        if FIXED_AFFINE or FIXED_RELU:
-            z = normalise(fixed, a_scale, a_shift, a_centre, FIXED_AFFINE, FIXED_RELU, ACC)
-            fixed = tl.where(a_mask, z, 0.0).to(fixed.dtype)
-        h, w = p * STRIDE + r - PAD - top, q * STRIDE + s - PAD - left
-        real = inside & (h >= h_low) & (h < h_high) & (w >= w_low) & (w < w_high)
-        b_mask = real[:, None] & (b < B)[None, :]
-        moved = tl.load(moved_ptr + ((image * H + h) * W + w)[:, None] * B + b[None, :], mask=b_mask, other=0.0)
-        if MOVED_AFFINE or MOVED_RELU:
-            z = normalise(moved, b_scale, b_shift, b_centre, MOVED_AFFINE, MOVED_RELU, ACC)
-            moved = tl.where(b_mask, z, 0.0).to(moved.dtype)
-        acc = tl.dot(tl.trans(fixed), moved, acc, input_precision=PRECISION, out_dtype=ACC)
-    place = ((slab.to(tl.int64) * A + a)[:, None] * (KSIZE * KSIZE) + tap) * B_TOTAL + (B_FIRST + b)[None, :]
-    tl.store(partial_ptr + place, acc, mask=(a < A)[:, None] & (b < B)[None, :])
-
-
 # ---- launchers ---------------------------------------------------------------------------------------------------
 
 
@@ -202,75 +106,32 @@ def _form_dy(
     return out, sum_slabs(sums) if need_sum else sums
 
 
-def _dgrad(
-    dy: Tensor, weight: Tensor, source: Source, frame: Sequence[int], first_channel: int, stride: int, pad: int,
-    transposed: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dx, daffine) of one source, from the gradient dY; ``transposed`` says how dY is gathered."""
-    x, channels = source.x, source.channels
-    batch, filters, height, width = dy.shape
-    dx = empty_nhwc(x, *x.shape)
-    if dx.numel() == 0:
-        return dx, x.new_zeros((3, channels) if source.affine is not None else 0, dtype=stats_dtype(x.dtype))
-    parities = stride * stride if transposed else 1
-    step = stride if transposed else 1
-    rows, columns = triton.cdiv(source.height, step), triton.cdiv(source.width, step)
-    narrow = x.dtype != torch.float32
-    tile_h, tile_w = tile_shape(rows, columns, 128 if narrow else 64)
-    tiles_h, tiles_w = triton.cdiv(rows, tile_h), triton.cdiv(columns, tile_w)
-    tiles = batch * parities * tiles_h * tiles_w
-    partials = x.new_empty((tiles, 3, channels) if source.affine is not None else 0, dtype=stats_dtype(x.dtype))
-    block_c = block(channels, 64 if narrow else 32)
-    _conv_dgrad_kernel[(tiles * triton.cdiv(channels, block_c),)](
-        dy, nhwc(weight), x, source.affine_or_x, dx, partials,
-        height, width, source.height, source.width, frame[0], frame[1], source.top, source.left,
-        filters, channels, first_channel, weight.shape[1] if transposed else weight.shape[0], tiles_h, tiles_w,
-        KSIZE=weight.shape[-1], STRIDE=stride, PAD=pad, TRANSPOSED=transposed,
-        AFFINE=source.affine is not None, RELU=source.relu,
-        TILE_H=tile_h, TILE_W=tile_w, BLOCK_K=block(filters, 32 if narrow else 16), BLOCK_C=block_c,
-        ACC=accumulator(x.dtype), PRECISION=precision(x.dtype),
-        **OPTIONS, num_warps=8 if narrow else 4, num_stages=3,
-    )  # fmt: skip
-    return dx, sum_slabs(partials) if source.affine is not None else partials
+def _down_backward(
+    dy: Tensor, weight: Tensor, sources: Sequence[Source], size: Sequence[int], stride: int, mask: Sequence[bool]
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of the sources, and dW in stats_dtype, of a convolution that is not 3×3 of stride 1."""
+    source = alone(sources, size)
+    dweight = conv_strided_wgrad(dy, weight, source, False) if mask[2] and dy.numel() else weight.new_empty(0)
+    if not (mask[0] or mask[1]):
+        return [empty for _ in sources for empty in _nothing(source.x)], dweight
+    dz, daffine = conv_up_dgrad(dy, weight, source) if stride == 2 else conv_down_dgrad(dy, weight, source, 1)
+    if source is sources[0]:
+        return [dz, daffine], dweight
+    grads: list[Tensor] = []
+    shares = dz.split([each.channels for each in sources], 1)
+    for each, share, wanted in zip(sources, shares, mask, strict=False):
+        part = frame(share, (each.height, each.width), -each.top, -each.left)
+        grads += affine_act_backward(part, each.x, each.affine, each.relu) if wanted else _nothing(each.x)
+    return grads, dweight
 
 
-def _wgrad(
-    pairs: Sequence[tuple[Source, Source]], frame: Sequence[int], weight: Tensor, stride: int, pad: int
-) -> Tensor:
-    """dW, with weight's dtype and strides, from (fixed, moved) operands that fill it along its second dimension."""
-    rows, columns, ksize = weight.shape[0], weight.shape[1], weight.shape[-1]
-    fixed = pairs[0][0]
-    batch = fixed.x.shape[0]
-    if fixed.x.numel() == 0 or weight.numel() == 0:
+def _like(dweight: Tensor, weight: Tensor, wanted: bool) -> Tensor:
+    """dW with weight's dtype and strides; zeros where nothing was summed; empty where it is not ``wanted``."""
+    if not wanted:
+        return weight.new_empty(0)
+    if dweight.numel() == 0:
         return torch.zeros_like(weight)
-    narrow = weight.dtype != torch.float32
-    tile_h, tile_w = tile_shape(fixed.height, fixed.width, 128 if narrow else 32)
-    tiles_h, tiles_w = triton.cdiv(fixed.height, tile_h), triton.cdiv(fixed.width, tile_w)
-    tiles = batch * tiles_h * tiles_w
-    widest = 64 if narrow else 32
-    block_a, block_b = block(rows, widest), block(max(moved.channels for _, moved in pairs), widest)
-    # Enough programs to fill a large GPU a few times over, of a few tiles each; the same on every device, for the same
-    # bits.
-    per_slab = triton.cdiv(rows, block_a) * triton.cdiv(columns, block_b) * ksize * ksize
-    tiles_per_slab = max(4, triton.cdiv(tiles, triton.cdiv(1024, per_slab)))
-    slabs = triton.cdiv(tiles, tiles_per_slab)
-    partials = weight.new_empty((slabs, rows, ksize, ksize, columns), dtype=stats_dtype(weight.dtype))
-    first = 0
-    for fixed, moved in pairs:
-        programs = slabs * triton.cdiv(rows, block_a) * triton.cdiv(moved.channels, block_b) * ksize * ksize
-        _conv_wgrad_kernel[(programs,)](
-            fixed.x, fixed.affine_or_x, moved.x, moved.affine_or_x, partials,
-            fixed.height, fixed.width, moved.height, moved.width, frame[0], frame[1], moved.top, moved.left,
-            rows, moved.channels, first, columns, tiles, tiles_per_slab, tiles_h, tiles_w,
-            KSIZE=ksize, STRIDE=stride, PAD=pad,
-            FIXED_AFFINE=fixed.affine is not None, FIXED_RELU=fixed.relu,
-            MOVED_AFFINE=moved.affine is not None, MOVED_RELU=moved.relu,
-            TILE_H=tile_h, TILE_W=tile_w, BLOCK_A=block_a, BLOCK_B=block_b,
-            ACC=accumulator(weight.dtype), PRECISION=precision(weight.dtype), **OPTIONS, num_warps=4, num_stages=2,
-        )  # fmt: skip
-        first += moved.channels
-    dweight = sum_slabs(partials).permute(0, 3, 1, 2).to(weight.dtype)
-    return dweight.contiguous(memory_format=memory_format(weight))
+    return dweight.to(weight.dtype).contiguous(memory_format=memory_format(weight))
 
 
 def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,9 +159,9 @@ def conv2d_backward(
     size: Sequence[int],
     offset: Sequence[int],
     mask: Sequence[bool],
+    mixed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`fastunet.aten.conv2d_backward`."""
-    pad = weight.shape[-1] // 2
+    """See :func:`fastunet.aten.conv2d_backward`, and for ``mixed`` :func:`fastunet.kernels.conv.conv2d`."""
     sources = [Source(x0, affine0, relu0, offset[0], offset[1])]
     if x1 is not None:
         sources.append(Source(x1, affine1, relu1, offset[2], offset[3]))
@@ -311,26 +172,24 @@ def conv2d_backward(
             dmean, dvar = None, None
     dy, dbias = _form_dy(dy, dmean, dvar, y, mean, mask[3])
     grads: list[Tensor] = []
-    rows = weight.shape[-1] == 3 and stride == 1
-    if rows and (mask[0] or mask[1]):
-        for pair in conv3x3_dgrad(dy, weight, sources, mask):
-            grads += pair
+    dweight = weight.new_empty(0)
+    if weight.shape[-1] == 3 and stride == 1:
+        if mask[0] or mask[1]:
+            asked = [source for source, wanted in zip(sources, mask, strict=False) if wanted]
+            compute = computing("conv3x3_dgrad", asked, weight.shape[0], size[1], mixed)
+            for pair in compute(dy, weight, sources, mask):
+                grads += pair
+        else:
+            grads += [empty for _ in sources for empty in _nothing(x0)]
+        if mask[2] and dy.numel():
+            picture = len(sources) == 1 and serves(sources[0], size, weight)
+            compute = computing("conv3x3_wgrad", sources, weight.shape[0], size[1], mixed)
+            dweight = conv_image_wgrad(dy, sources[0]) if picture else compute(dy, weight, sources)
     else:
-        first = 0
-        for source, wanted in zip(sources, mask, strict=False):
-            grads += _dgrad(dy, weight, source, size, first, stride, pad, True) if wanted else _nothing(x0)
-            first += source.channels
+        grads, dweight = _down_backward(dy, weight, sources, size, stride, mask)
     if x1 is None:
         grads += _nothing(x0)
-    dweight = weight.new_empty(0)
-    if mask[2] and rows and dy.numel() and weight.numel():
-        picture = len(sources) == 1 and serves(sources[0], size, weight)
-        dweight = conv_image_wgrad(dy, sources[0]) if picture else conv3x3_wgrad(dy, weight, sources)
-        dweight = dweight.to(weight.dtype).contiguous(memory_format=memory_format(weight))
-    elif mask[2]:
-        fixed = Source(dy, None, False)
-        dweight = _wgrad([(fixed, source) for source in sources], size, weight, stride, pad)
-    return grads[0], grads[1], grads[2], grads[3], dweight, dbias.to(weight.dtype)
+    return grads[0], grads[1], grads[2], grads[3], _like(dweight, weight, mask[2]), dbias.to(weight.dtype)
 
 
 def conv_transpose2d_backward(
@@ -346,10 +205,8 @@ def conv_transpose2d_backward(
     mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastunet.aten.conv_transpose2d_backward`."""
-    pad = 1 if weight.shape[-1] == 3 else 0
     source = Source(x, affine, relu)
     dy, dbias = _form_dy(dy, dmean, dvar, y, mean, mask[2])
-    dx, daffine = _dgrad(dy, weight, source, x.shape[-2:], 0, 2, pad, False) if mask[0] else _nothing(x)
-    moved = Source(dy, None, False)
-    dweight = _wgrad([(source, moved)], dy.shape[-2:], weight, 2, pad) if mask[1] else weight.new_empty(0)
-    return dx, daffine, dweight, dbias.to(weight.dtype)
+    dx, daffine = conv_down_dgrad(dy, weight, source, 2) if mask[0] else _nothing(x)
+    dweight = conv_strided_wgrad(dy, weight, source, True) if mask[1] and dy.numel() else weight.new_empty(0)
+    return dx, daffine, _like(dweight, weight, mask[1]), dbias.to(weight.dtype)

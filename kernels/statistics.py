@@ -3,7 +3,8 @@
     mean = Σ y / n,    M2 = Σ (y − mean)²    of y as rounded to its dtype, over the pixels of a tile that exist
     merged: mean = Σ n_i·mean_i / n,    M2 = Σ (M2_i + n_i·(mean_i − mean)²)      (Chan, Golub, LeVeque 1979)
 
-Bytes: 8 per channel and tile, written and read once, then a 64th of it. Accumulation: float32 (float64 for float64).
+Bytes: 8 per channel and tile, written and read once, then a 64th of it; `batch_stats` reads y, which other kernels have
+at hand. Accumulation: float32 (float64 for float64).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels.common import OPTIONS, block
+from fastunet.aten import stats_dtype
+from fastunet.kernels.common import OPTIONS, accumulator, block
 
 
 @triton.jit
@@ -35,6 +37,42 @@ def store_stats(
     tl.store(mean_ptr + place, mean, mask=k < K)
     tl.store(m2_ptr + place, m2, mask=k < K)
     tl.store(count_ptr + tile, count.to(ACC))
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def _batch_stats_kernel(
+    y_ptr, mean_ptr, m2_ptr, count_ptr, pixels, K,
+    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The statistics of a tile of ROWS·BLOCK_P pixels of y (pixels, K)."""
+    tile = tl.program_id(0)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    m = tile.to(tl.int64) * (ROWS * BLOCK_P) + tl.arange(0, BLOCK_P)
+    ys = ()
+    for i in tl.static_range(ROWS):
+        mask = (m + i * BLOCK_P < pixels)[:, None] & (k < K)[None, :]
+        y = tl.load(y_ptr + (m + i * BLOCK_P)[:, None] * K + k[None, :], mask=mask, other=0.0)
+        ys = ys + (y,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
+    rows = tl.maximum(tl.minimum(tl.cdiv(pixels - m, BLOCK_P), ROWS), 0).to(tl.int32)
+    store_stats(ys, rows, tile, k, K, mean_ptr, m2_ptr, count_ptr, ROWS, BLOCK_K, ACC)
+
+
+def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (K,) of y (N, K, H, W) in NHWC memory."""
+    filters, dtype = y.shape[1], stats_dtype(y.dtype)
+    if y.numel() == 0:
+        return y.new_zeros(filters, dtype=dtype), y.new_zeros(filters, dtype=dtype)
+    pixels = y.numel() // filters
+    rows, block_k = 4, block(filters, 64)
+    block_p = 64 // y.element_size()
+    tiles = triton.cdiv(pixels, rows * block_p)
+    mean, m2 = (y.new_empty((tiles, filters), dtype=dtype) for _ in range(2))
+    counts = y.new_empty(tiles, dtype=dtype)
+    _batch_stats_kernel[(tiles, triton.cdiv(filters, block_k))](
+        y, mean, m2, counts, pixels, filters,
+        ROWS=rows, BLOCK_P=block_p, BLOCK_K=block_k, ACC=accumulator(y.dtype), **OPTIONS, num_warps=4,
+    )  # fmt: skip
+    return merge_stats(mean, m2, counts)
 
 
 @triton.jit(do_not_specialize=["tiles"])

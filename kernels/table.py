@@ -1,16 +1,25 @@
-"""Measured tiles: what ``python -m benchmarks.tune`` wrote to ``tiles.json`` overrules the rule in ``tiles.py``.
+"""What tiles.json says: the algorithm and the tile of a 3×3 convolution, by kernel, architecture and shape.
 
-An entry holds for one kernel, architecture, dtype, number of channels, and picture width up to the next power of two.
+An entry is one line. Its ``key`` is (kind, architecture, dtype, precision, channels of the sources, filters, width): it
+holds for one kernel ("conv3x3_fwd", "conv3x3_dgrad", "conv3x3_wgrad"), for 16-bit tensors of either dtype, and for
+pictures of that width, up to the next power of two. What it says:
+
+- ``algorithm``: what backend "auto" takes. "triton", if it is left out; "cudnn", ATen's matrix products between edges
+  in Triton; "winograd", only where a measured row says so.
+- ``tile``: what Triton takes wherever it serves, instead of the rule in ``tiles.py``.
+- ``source``: "modelled" (``python -m benchmarks.tune --model``), or the row of measurements that proved it.
+
+No entry: Triton, with the rule's tile.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import triton
 from torch import Tensor
@@ -21,7 +30,16 @@ from fastunet.kernels.common import precision
 PATH = Path(__file__).parent / "tiles.json"
 P = ParamSpec("P")
 T = TypeVar("T")
-Key = tuple[str, str, str, str, int, int, int]
+Key = tuple[str, str, str, str, str, int, int]
+
+
+class Entry(NamedTuple):
+    """One line of the table, without its key."""
+
+    algorithm: str
+    tile: list[Any] | None
+    source: str
+
 
 _forced: dict[str, Any] = {}
 _asked: dict[str, tuple[Key, Any]] | None = None
@@ -39,10 +57,10 @@ def observed() -> Iterator[dict[str, tuple[Key, Any]]]:
 
 
 @contextmanager
-def forced(kind: str, tile: Any) -> Iterator[None]:
-    """Inside, every kernel of this kind takes ``tile``: for the tuner."""
+def forced(choices: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, convolutions of these kinds are Triton's with the tile chosen, or by the algorithm of the name chosen."""
     kept = dict(_forced)
-    _forced[kind] = tile
+    _forced.update(choices)
     try:
         yield
     finally:
@@ -50,36 +68,49 @@ def forced(kind: str, tile: Any) -> Iterator[None]:
         _forced.update(kept)
 
 
-def key(kind: str, channels: int, outputs: int, width: int, operand: Tensor) -> Key:
-    """What an entry is found by."""
-    dtype = str(operand.dtype).removeprefix("torch.")
+def key(kind: str, sources: Sequence[int], filters: int, width: int, operand: Tensor) -> Key:
+    """What an entry is found by; ``sources`` are the channels of each."""
+    dtype = "16-bit" if operand.element_size() == 2 else str(operand.dtype).removeprefix("torch.")
     place = (architecture(operand.device), dtype, precision(operand.dtype))
-    return kind, *place, channels, outputs, int(triton.next_power_of_2(width))
+    return kind, *place, "+".join(map(str, sources)), filters, int(triton.next_power_of_2(width))
 
 
 @functools.cache
-def entries() -> dict[Key, list[Any]]:
-    """The tiles of ``tiles.json`` by :func:`key`."""
-    return {tuple(entry["key"]): entry["tile"] for entry in json.loads(PATH.read_text())}
+def entries() -> dict[Key, Entry]:
+    """The entries of ``tiles.json`` by :func:`key`."""
+    return {
+        tuple(line["key"]): Entry(line.get("algorithm", "triton"), line.get("tile"), line["source"])
+        for line in json.loads(PATH.read_text())
+    }
 
 
-def measured(rule: Callable[P, T]) -> Callable[P, T]:
+def algorithm(kind: str, sources: Sequence[int], filters: int, width: int, operand: Tensor) -> str:
+    """The algorithm that backend "auto" takes: one of :data:`fastunet.kernels.algorithms.FUNCTIONS`."""
+    entry = entries().get(key(kind, sources, filters, width, operand)) if entries() else None
+    return "triton" if entry is None else entry.algorithm
+
+
+def algorithm_forced(kind: str) -> str | None:
+    """The algorithm that every backend takes inside :func:`forced`."""
+    choice = _forced.get(kind)
+    return choice if choice is None or isinstance(choice, str) else "triton"
+
+
+def overruled(rule: Callable[P, T]) -> Callable[P, T]:
     """``rule`` (see ``tiles.choose``), overruled wherever the table has a tile that fits the call."""
 
     @functools.wraps(rule)
     def choose(*args: P.args, **kwargs: P.kwargs) -> T:
         tile: Any = rule(*args, **kwargs)
-        kind, batch, channels, outputs, _, width, operands, *_ = cast(Any, args)
+        kind, batch, sources, filters, _, width, operands, *_ = cast(Any, args)
         if _asked is not None:
-            _asked[kind] = key(kind, channels, outputs, width, operands[0]), tile
-        if kind in _forced:
+            _asked[kind] = key(kind, sources, filters, width, operands[0]), tile
+        if isinstance(_forced.get(kind), tuple):
             return cast(T, _forced[kind])
-        if not entries():
+        entry = entries().get(key(kind, sources, filters, width, operands[0])) if entries() else None
+        if entry is None or entry.tile is None:
             return cast(T, tile)
-        values = entries().get(key(kind, channels, outputs, width, operands[0]))
-        if values is None:
-            return cast(T, tile)
-        found = type(tile)(*values)
+        found = type(tile)(*entry.tile)
         # Without TMA now, or with it only now; or more pictures a program than there are.
         return cast(T, found if found.tma == tile.tma and found.images <= batch else tile)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import triton
 from torch import Tensor
 
 from fastunet.architecture import architecture
 from fastunet.kernels.common import block, precision
-from fastunet.kernels.table import measured
+from fastunet.kernels.table import overruled
 
 
 class Tile(NamedTuple):
@@ -24,15 +25,23 @@ class Tile(NamedTuple):
     stages: int
     tma: bool = False
 
+    def grid(self, batch: int, height: int, width: int) -> tuple[int, int, int]:
+        """Tiles in all, along the height, along the width."""
+        tiles_h, tiles_w = triton.cdiv(height, self.rows), triton.cdiv(width, self.columns)
+        return triton.cdiv(batch, self.images) * tiles_h * tiles_w, tiles_h, tiles_w
 
-@measured
+
+@overruled
 def choose(
-    kind: str, batch: int, channels: int, outputs: int, height: int, width: int, operands: Sequence[Tensor],
+    kind: str, batch: int, sources: Sequence[int], filters: int, height: int, width: int, operands: Sequence[Tensor],
     pointers: bool = False,
 ) -> Tile:  # fmt: skip
-    """The tile of a 3×3 convolution that reads ``channels`` and writes ``outputs`` channels."""
+    """The tile of a 3×3 convolution of sources of so many channels each, for so many filters."""
+    channels, outputs = max(sources), filters
+    if kind == "conv3x3_dgrad":
+        channels, outputs = outputs, channels
     like = operands[0]
-    tma = not pointers and _tma(operands)
+    tma = not pointers and all(movable(x) for x in operands)
     narrow = like.element_size() == 2
     exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
     columns = block(width, 64)
@@ -58,10 +67,50 @@ def choose(
     return Tile(images, 4, columns, block(outputs, 64), block(channels, 64), 4, 2, True)
 
 
-def _tma(operands: Sequence[Tensor]) -> bool:
-    """Whether the tensor memory accelerator can move all of them: Hopper or later, and 16-byte rows."""
-    if not architecture(operands[0].device).startswith("sm_") or int(architecture(operands[0].device)[3:]) < 90:
-        return False
-    return all(
-        x.element_size() != 4 and x.shape[1] * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 for x in operands
-    )
+def choose_strided(
+    kind: str, batch: int, channels: int, outputs: int, height: int, width: int, operands: Sequence[Tensor], tma: bool
+) -> Tile:
+    """The tile of another convolution that reads ``channels`` and writes ``outputs`` channels, with TMA or without."""
+    like = operands[0]
+    narrow = like.element_size() == 2
+    exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
+    three, wgrad = kind.startswith("conv3x3"), kind.endswith("wgrad")
+    pixels = 128 if narrow else 32
+    if narrow and tma and three and outputs <= 64 and not wgrad:
+        pixels = 256  # few outputs: more pixels for each filter that is loaded
+    if narrow and wgrad and not tma:
+        pixels = 64
+    columns = block(width, pixels)
+    images = min(pixels // columns, block(batch, pixels, 1))
+    columns = pixels // images
+    if exact:
+        return Tile(images, 1, columns, block(outputs, 32), block(channels, 16), 8, 2)
+    if not narrow:
+        return Tile(images, 1, columns, block(outputs, 32), block(channels, 32), 4, 2, tma)
+    if not tma:
+        if wgrad:
+            return Tile(images, 1, columns, block(outputs, 64), block(channels, 32), 4, 3)
+        return Tile(images, 1, columns, block(outputs, 128 if "1x1" in kind else 64), block(channels, 32), 8, 2)
+    if wgrad:
+        reduction = block(channels, 128, 64)
+        return Tile(images, 1, columns, block(outputs, 64 if three else 128), reduction, reduction // 16, 2, True)
+    if "up" in kind:
+        return Tile(images, 1, columns, block(outputs, 128), block(channels, 64), 8, 2, True)
+    # The prologue is paid once for all outputs; with 256 the epilogue of dgrad has no registers left.
+    outputs = block(outputs, 128 if kind.endswith("dgrad") else 256)
+    return Tile(images, 1, columns, outputs, block(channels, 32 if three and outputs != 128 else 64), 8, 2, True)
+
+
+def movable(x: Tensor, stride: int = 1) -> bool:
+    """Whether the tensor memory accelerator can move every ``stride``-th row and column of an NHWC tensor: Hopper or
+    later, 16-byte rows, and as many even columns as odd ones."""
+    return movable_rows(x.permute(0, 2, 3, 1)) and x.shape[3] % stride == 0 and x.shape[2] >= stride
+
+
+def movable_rows(x: Tensor) -> bool:
+    """Whether the tensor memory accelerator can move a tensor that is dense in the order of its dimensions."""
+    name = architecture(x.device)
+    # Consumer Blackwell has it too, but neither wgmma nor the shared memory that the tiles for it want.
+    hopper = name.startswith("sm_") and 90 <= int(name[3:]) < 120
+    size = x.element_size()
+    return hopper and size != 4 and x.shape[-1] * size % 16 == 0 and x.data_ptr() % 16 == 0

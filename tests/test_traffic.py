@@ -464,6 +464,8 @@ def test_fastunet_keeps_to_its_promises(step):
     found = counts()[step]
     assert found["fastunet_saved_bytes"] <= 0.55 * found["eager_saved_bytes"]
     assert found["modelled_ms"]["auto"] < found["modelled_ms"]["compile"]
+    assert found["modelled_ms"]["auto"] <= found["modelled_ms"]["fastunet"]
+    assert found["auto_saved_bytes"] == found["fastunet_saved_bytes"], "what cuDNN reads is not kept"
 
 
 @NEEDS_TRITON

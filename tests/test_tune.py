@@ -17,6 +17,7 @@ from benchmarks import peers, tune
 from benchmarks.cases import Case
 from benchmarks.measure import Times
 from fastunet.kernels import table
+from fastunet.kernels.algorithms import FUNCTIONS
 from fastunet.kernels.tiles import Tile, choose
 
 ROOT = Path(__file__).parent.parent
@@ -36,14 +37,16 @@ def tiles(tmp_path, monkeypatch):
     table.entries.cache_clear()
 
 
-def entry(tile: Tile, rule: Tile = RULE, width: int = 16) -> dict:
-    key = ("conv3x3_fwd", "sm_90", "float16", "ieee", 16, 16, width)
-    return {"key": list(key), "tile": list(tile), "rule": list(rule)}
+def entry(
+    tile: Tile = RULE, rule: Tile = RULE, width: int = 16, algorithm: str = "triton", source: str = "a row"
+) -> dict:
+    key = ("conv3x3_fwd", "sm_90", "16-bit", "ieee", "16", 16, width)
+    return {"key": list(key), "tile": list(tile), "rule": list(rule), "algorithm": algorithm, "source": source}
 
 
 def chosen(width: int = 16, batch: int = 1, pointers: bool = False) -> Tile:
     x = torch.empty((batch, 16, 16, width), dtype=torch.float16, device="meta")
-    return choose("conv3x3_fwd", batch, 16, 16, 16, width, [x], pointers)
+    return choose("conv3x3_fwd", batch, [16], 16, 16, width, [x], pointers)
 
 
 def test_shipped_table_is_read():
@@ -72,9 +75,27 @@ def test_table_keeps_other_entries_and_forgets_tiles_that_no_longer_win(tiles):
     tune.write(tiles, [entry(RULE._replace(stages=3)), entry(RULE._replace(warps=8), width=64)])
     tune.write(tiles, [entry(RULE)])
     assert json.loads(tiles.read_text()) == [
-        {"key": entry(RULE, width=64)["key"], "tile": list(RULE._replace(warps=8))}
+        {"key": entry(width=64)["key"], "tile": list(RULE._replace(warps=8)), "source": "a row"}
     ]
     assert tiles.read_text().count("\n") == 3, "one entry a line"
+
+
+def test_a_model_does_not_overrule_a_measurement(tiles):
+    tune.write(tiles, [entry(algorithm="cudnn", source=tune.MODELLED), entry(width=64)])
+    assert [line["source"] for line in json.loads(tiles.read_text())] == [tune.MODELLED]
+    tune.write(tiles, [entry(RULE._replace(stages=3))])
+    tune.write(tiles, [entry(algorithm="cudnn", source=tune.MODELLED)])
+    (line,) = json.loads(tiles.read_text())
+    assert "algorithm" not in line
+    assert line["source"] == "a row"
+
+
+def test_shipped_entries_say_where_they_come_from_and_name_what_there_is():
+    for (kind, *_), one in table.entries().items():
+        assert (kind, one.algorithm) in FUNCTIONS
+        assert one.source
+        assert one.tile is None or len(one.tile) == len(Tile._fields)
+        assert one.algorithm != "winograd" or one.source != tune.MODELLED, "never unless a measured row says so"
 
 
 @pytest.mark.parametrize("case", tune.layers(torch.bfloat16)[::7], ids=lambda case: case.name)
@@ -96,14 +117,17 @@ def times(**milliseconds: float) -> Times:
 def measured_as(monkeypatch):
     """Candidates change the stages alone, and take as long as a function of their stages says."""
 
-    def plan(milliseconds) -> None:
+    def plan(milliseconds, **others: float) -> None:
         def changed(tile, case, kind):
             return [tile._replace(stages=tile.stages + 1)]
 
         def fake(steps, device, seconds, head_start):
             for step in steps.values():
                 step()
-            return {tile: times(ms=1.0 if tile == "torch" else milliseconds(tile.stages)) for tile in steps}
+            return {
+                choice: times(ms=others.get(choice, 9.0) if isinstance(choice, str) else milliseconds(choice.stages))
+                for choice in steps
+            }
 
         monkeypatch.setattr(tune, "neighbours", changed)
         monkeypatch.setattr(tune, "interleaved", fake)
@@ -112,11 +136,20 @@ def measured_as(monkeypatch):
 
 
 def test_the_fastest_tile_is_found_step_by_step(measured_as, tiles):
-    measured_as(lambda stages: 3.0 / stages)
+    measured_as(lambda stages: 3.0 / stages, torch=1.0)
     found = tune.tune(TINY, CPU, 0.0)
     assert found["tile"][6] == found["rule"][6] + tune.ROUNDS
     assert found["torch_ms"] == 1.0
+    assert found["algorithm"] == "triton"
     assert found["ms"] < found["rule_ms"]
+
+
+@pytest.mark.parametrize(("cudnn", "algorithm"), [(2.9, "triton"), (2.0, "cudnn")])
+def test_another_algorithm_is_taken_if_it_beats_the_tiles_by_more_than_the_noise(cudnn, algorithm, measured_as, tiles):
+    measured_as(lambda stages: 2.95, cudnn=cudnn)
+    found = tune.tune(TINY, CPU, 0.0)
+    assert found["algorithm"] == algorithm
+    assert found["cudnn_ms"] == cudnn
 
 
 def test_a_gain_within_the_noise_changes_nothing(measured_as, tiles):
@@ -131,8 +164,7 @@ def test_a_candidate_with_wrong_numbers_is_none(measured_as, tiles, monkeypatch)
     rule = chosen()
 
     def suspicious(problem, found, compared):
-        forced = table._forced.get("conv3x3_fwd", rule)
-        if forced.stages != rule.stages:
+        if table._forced.get("conv3x3_fwd", rule) != rule:
             raise peers.WrongNumbersError("planted")
         return check(problem, found, compared)
 
@@ -153,4 +185,38 @@ def test_dry_run_checks_candidates_in_the_interpreter():
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "12 small candidates checked, 0 wrong" in done.stdout
+    assert "small candidates checked, 0 wrong" in done.stdout
+
+
+MODEL = """
+import json
+from pathlib import Path
+from benchmarks import tune
+from fastunet.kernels import table
+from fastunet.kernels.algorithms import FUNCTIONS
+
+table.PATH = Path({path!r})
+tune.main(["--model", "--only", "8x512x64x64"])
+tune.main(["--model", "--only", "8x64x512x512"])
+"""
+
+
+def test_the_model_gives_deep_layers_to_cudnn_and_wide_ones_to_triton(tmp_path):
+    path = tmp_path / "tiles.json"
+    path.write_text("[]")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", MODEL.format(path=str(path))],
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads(path.read_text())
+    assert {line["source"] for line in written} == {tune.MODELLED}
+    assert {line["algorithm"] for line in written} == {"cudnn"}
+    assert {(line["key"][4], line["key"][6]) for line in written} == {("512", 64), ("512+512", 64)}
+    assert "8x64x512x512-bfloat16-inference-k64 " in done.stdout

@@ -1,0 +1,128 @@
+"""3×3 convolutions whose matrix products are ATen's (cuDNN on a GPU), between edges in Triton.
+
+    z = act(scale·(x − centre) + shift) of each source in its place, 0 beyond it     a pass a source
+    y = conv(z, W) + bias;  mean and variance of y                                    a product, a pass over y
+    g = the convolution's gradient of dY;  dx, daffine                                a product, a pass a source
+    dW = the convolution's gradient of dY and z                                       a product
+
+For layers with so many channels that a product outweighs these passes and cuDNN's is the faster one: which ones, says
+the table (:mod:`fastunet.kernels.table`). z lives as long as the call: the backward normalises again.
+
+Layout: activations NHWC, weights (K,3,3,C). Bytes, beside the product's own: reads each source and writes z, which the
+product reads instead; reads y for its statistics; writes and reads g. Accumulation: float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastunet.aten import aten, frame, stats_dtype
+from fastunet.kernels.affine import source_gradient, tile
+from fastunet.kernels.common import OPTIONS, Source, accumulator, empty_nhwc, load_affine, nhwc, normalise
+from fastunet.kernels.statistics import batch_stats
+
+
+@triton.jit(do_not_specialize=["pixels", "H", "W", "top", "left", "P", "Q"])
+def _place_kernel(
+    x_ptr, affine_ptr, z_ptr, pixels, H, W, top, left, P, Q, C, C_FIRST, C_TOTAL,
+    AFFINE: tl.constexpr, RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Channels C_FIRST … of z in the frame (P, Q), from a source (H, W) placed at (top, left)."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    h = m // Q % P - top
+    w = m % Q - left
+    real = (m < pixels) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    mask = real[:, None] & (c < C)[None, :]
+    scale, shift, centre = load_affine(affine_ptr, c, C, AFFINE, ACC)
+    x = tl.load(x_ptr + ((m // Q // P * H + h) * W + w)[:, None] * C + c[None, :], mask=mask, other=0.0)
+    z = tl.where(mask, normalise(x, scale, shift, centre, AFFINE, RELU, ACC), 0.0)
+    place = m[:, None] * C_TOTAL + (C_FIRST + c)[None, :]
+    tl.store(z_ptr + place, z.to(x.dtype), mask=(m < pixels)[:, None] & (c < C)[None, :])
+
+
+def _fills(source: Source, size: Sequence[int]) -> bool:
+    """Whether a source is as large as the frame."""
+    return [source.top, source.left, source.height, source.width] == [0, 0, *size]
+
+
+def _placed(sources: Sequence[Source], size: Sequence[int]) -> Tensor:
+    """z (N, C, *size), the sources' values side by side; a plain source that fills the frame is its own."""
+    first = sources[0]
+    if len(sources) == 1 and first.affine is None and not first.relu and _fills(first, size):
+        return first.x
+    batch, total = first.x.shape[0], sum(source.channels for source in sources)
+    z = empty_nhwc(first.x, batch, total, *size)
+    pixels = batch * size[0] * size[1]
+    start = 0
+    for source in sources:
+        if pixels and source.channels:
+            block_p, block_c = tile(source.channels, z.element_size(), 2)
+            _place_kernel[(triton.cdiv(pixels, block_p), triton.cdiv(source.channels, block_c))](
+                source.x, source.affine_or_x, z, pixels, source.height, source.width, source.top, source.left, *size,
+                source.channels, start, total,
+                AFFINE=source.affine is not None, RELU=source.relu, BLOCK_P=block_p, BLOCK_C=block_c,
+                ACC=accumulator(z.dtype), **OPTIONS, num_warps=4,
+            )  # fmt: skip
+        start += source.channels
+    return z
+
+
+def conv3x3(
+    sources: Sequence[Source], size: Sequence[int], weight: Tensor, bias: Tensor | None, stats: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`fastunet.kernels.conv3x3.conv3x3`."""
+    y = nhwc(aten.convolution(_placed(sources, size), nhwc(weight), bias, [1, 1], [1, 1], [1, 1], False, [0, 0], 1))
+    if stats:
+        return y, *batch_stats(y)
+    none = y.new_empty(0, dtype=stats_dtype(y.dtype))
+    return y, none, none.clone()
+
+
+def _backward(dy: Tensor, z: Tensor, weight: Tensor, mask: list[bool]) -> list[Tensor]:
+    """The gradients of a convolution that ``mask`` asks for, by algorithms that give the same bits every time."""
+    kept = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        return aten.convolution_backward(  # type: ignore[no-any-return]
+            dy, z, nhwc(weight), [0], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
+        )
+    finally:
+        torch.backends.cudnn.deterministic = kept
+
+
+def conv3x3_dgrad(
+    dy: Tensor, weight: Tensor, sources: Sequence[Source], mask: Sequence[bool]
+) -> list[tuple[Tensor, Tensor]]:
+    """See :func:`fastunet.kernels.conv3x3.conv3x3_dgrad`."""
+    batch, _, *size = dy.shape
+    channels = [source.channels if wanted else 0 for source, wanted in zip(sources, mask, strict=False)]
+    first = 0 if mask[0] else sources[0].channels
+    total = sum(channels)
+    z = empty_nhwc(dy, batch, total, *size)  # for its shape
+    g = nhwc(_backward(dy, z, weight[:, first : first + total], [True, False, False])[0])
+    gradients = []
+    start = 0
+    for source, wanted in zip(sources, channels, strict=True):
+        part = g[:, start : start + wanted]
+        start += wanted
+        if not wanted:
+            gradients.append((dy.new_empty(0), dy.new_empty(0, dtype=stats_dtype(dy.dtype))))
+        elif wanted == total and source.affine is None and not source.relu and _fills(source, size):
+            gradients.append((g, dy.new_empty(0, dtype=stats_dtype(dy.dtype))))
+        elif _fills(source, size):
+            gradients.append(source_gradient(part, total, source.x, source.affine, source.relu))
+        else:
+            part = nhwc(frame(part, (source.height, source.width), -source.top, -source.left))
+            gradients.append(source_gradient(part, wanted, source.x, source.affine, source.relu))
+    return gradients
+
+
+def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tensor:
+    """See :func:`fastunet.kernels.conv3x3_wgrad.conv3x3_wgrad`; dW in the weight's dtype."""
+    return _backward(dy, _placed(sources, dy.shape[2:]), weight, [False, True, False])[1]

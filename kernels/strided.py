@@ -1,0 +1,181 @@
+"""What convolutions of stride 2 share: pictures read and written every second column.
+
+Kernels see a picture of width W as WIDE pictures of width W / WIDE: pixel (h, WIDE·q + b) is pixel (h, q) of part b.
+TMA sees one tensor (N, H, WIDE, W / WIDE, C).
+
+A 2×2 filter of stride 2 is one of 2×1: two pixels that lie side by side in memory are one with twice the channels, and
+(C,2,2,K) weights are (C,2,1,2·K) weights. So WIDE is 2 for 3×3 filters only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastunet.kernels.affine import source_backward, store_affine_gradient
+from fastunet.kernels.common import load_affine, nhwc, normalise
+from fastunet.kernels.tiles import Tile
+
+
+@triton.jit
+def load_pixels(
+    x, scale, shift, centre, n, h, q, s, c, N, H, W, C, WIDE: tl.constexpr,
+    HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
+    IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Pixels (h, WIDE·(q + i) + s), i < COLUMNS, of IMAGES pictures, BLOCK_C channels from c on; normalised, 0 out of
+    bounds. −WIDE ≤ s."""
+    pixel = tl.arange(0, IMAGES * COLUMNS)
+    image = n + pixel // COLUMNS
+    w = WIDE * (q + pixel % COLUMNS) + s
+    w_stop = tl.where((h >= 0) & (h < H), W, 0)
+    real = (image < N) & (w >= 0) & (w < w_stop)
+    if TMA:
+        column = s + WIDE  # not negative
+        z = x.load([n, h, column % WIDE, q + column // WIDE - 1, c]).reshape(IMAGES * COLUMNS, BLOCK_C)
+    else:
+        channel = c + tl.arange(0, BLOCK_C)
+        mask = (channel < C)[None, :]
+        if MASKED:
+            mask = mask & real[:, None]
+        address = ((image.to(tl.int64) * H + h) * W + w)[:, None] * C + channel[None, :]
+        z = tl.load(x + address, mask=mask, other=0.0)
+    if HAS_AFFINE or RELU:
+        z = normalise(z, scale, shift, centre, HAS_AFFINE, RELU, ACC).to(z.dtype)
+        if MASKED:
+            z = tl.where(real[:, None], z, 0.0)
+    return z
+
+
+@triton.jit
+def store_pixels(
+    y, value, n, h, q, b, k, N, H, W, K, WIDE: tl.constexpr, TMA: tl.constexpr,
+    IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Store value [IMAGES·COLUMNS, BLOCK_K] at pixels (h, WIDE·(q + i) + b), as far as they exist."""
+    if TMA:
+        y.store([n, h, b, q, k], value.reshape(IMAGES, 1, 1, COLUMNS, BLOCK_K))
+    else:
+        pixel = tl.arange(0, IMAGES * COLUMNS)
+        image = n + pixel // COLUMNS
+        w = WIDE * (q + pixel % COLUMNS) + b
+        channel = k + tl.arange(0, BLOCK_K)
+        mask = ((image < N) & (w < tl.where(h < H, W, 0)))[:, None] & (channel < K)[None, :]
+        tl.store(y + ((image.to(tl.int64) * H + h) * W + w)[:, None] * K + channel[None, :], value, mask=mask)
+
+
+@triton.jit
+def load_tap(w, k, c, tap, K, C, TAPS: tl.constexpr, K_FIRST: tl.constexpr, TMA: tl.constexpr,
+             BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """The weights [BLOCK_C, BLOCK_K] at ``tap``, from memory (K,TAPS,C) if K_FIRST, else (C,TAPS,K)."""
+    if TMA:
+        if K_FIRST:
+            weights = w.load([k, tap, c]).reshape(BLOCK_K, BLOCK_C).T
+        else:
+            weights = w.load([c, tap, k]).reshape(BLOCK_C, BLOCK_K)
+    else:
+        channel = (c + tl.arange(0, BLOCK_C)).to(tl.int64)[:, None]
+        filters = (k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
+        if K_FIRST:
+            address = (filters * TAPS + tap) * C + channel
+        else:
+            address = (channel * TAPS + tap) * K + filters
+        weights = tl.load(w + address, mask=(channel < C) & (filters < K), other=0.0)
+    return weights
+
+
+@triton.jit
+def source_gradient(
+    gs, x, affine_ptr, dx, partial_ptr, tile, n, h, q, c, N, H, W, C,
+    AFFINE: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
+    IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Store dx, and this tile's share of daffine, from the gradients gs of the WIDE parts of z's row h: by halves where
+    the registers do not suffice otherwise."""
+    if BLOCK_C >= 64:
+        low = ()
+        high = ()
+        for b in tl.static_range(WIDE):
+            first, second = gs[b].reshape(IMAGES * COLUMNS, 2, BLOCK_C // 2).permute(0, 2, 1).split()
+            low = low + (first,)  # noqa: RUF005 - Triton knows no unpacking
+            high = high + (second,)  # noqa: RUF005
+        _narrow_gradient(
+            low, x, affine_ptr, dx, partial_ptr, tile, n, h, q, c, N, H, W, C,
+            AFFINE, RELU, WIDE, TMA, IMAGES, COLUMNS, BLOCK_C // 2, ACC, DTYPE,
+        )  # fmt: skip
+        _narrow_gradient(
+            high, x, affine_ptr, dx, partial_ptr, tile, n, h, q, c + BLOCK_C // 2, N, H, W, C,
+            AFFINE, RELU, WIDE, TMA, IMAGES, COLUMNS, BLOCK_C // 2, ACC, DTYPE,
+        )  # fmt: skip
+    else:
+        _narrow_gradient(
+            gs, x, affine_ptr, dx, partial_ptr, tile, n, h, q, c, N, H, W, C,
+            AFFINE, RELU, WIDE, TMA, IMAGES, COLUMNS, BLOCK_C, ACC, DTYPE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _narrow_gradient(
+    gs, x, affine_ptr, dx, partial_ptr, tile, n, h, q, c, N, H, W, C,
+    AFFINE: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
+    IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The same for at most 64 channels."""
+    channel = c + tl.arange(0, BLOCK_C)
+    scale, shift, centre = load_affine(affine_ptr, channel, C, AFFINE, ACC)
+    sum_gx = tl.zeros([BLOCK_C], ACC)
+    sum_g = tl.zeros([BLOCK_C], ACC)
+    pixel = tl.arange(0, IMAGES * COLUMNS)
+    w_stop = tl.where(h < H, W, 0)
+    for b in tl.static_range(WIDE):
+        g = gs[b]
+        if AFFINE or RELU:
+            value = load_pixels(
+                x, scale, shift, centre, n, h, q, b, c, N, H, W, C, WIDE, False, False, True, TMA,
+                IMAGES, COLUMNS, BLOCK_C, ACC,
+            )  # fmt: skip
+            real = (n + pixel // COLUMNS < N) & (WIDE * (q + pixel % COLUMNS) + b < w_stop)
+            g = tl.where(real[:, None], g, 0.0)
+            g, gx, masked = source_backward(g, value, scale, shift, centre, AFFINE, RELU, ACC)
+            if AFFINE:
+                sum_gx += tl.sum(gx, 0)
+                sum_g += tl.sum(masked, 0)
+        store_pixels(dx, g.to(DTYPE), n, h, q, b, c, N, H, W, C, WIDE, TMA, IMAGES, COLUMNS, BLOCK_C)
+    if AFFINE:
+        store_affine_gradient(partial_ptr, tile, channel, C, scale, sum_gx, sum_g)
+
+
+# ---- for the launchers -------------------------------------------------------------------------------------------
+
+
+def as_rows(x: Tensor, ksize: int, stride: int) -> Tensor:
+    """An NHWC tensor as the filter sees it that has ``stride`` on it: itself if that is 3×3.
+
+    Of 2×2, each row or pair of rows is a picture, and pairs of pixels are one. Of 1×1, all pixels are one row. So the
+    tiles of small pictures come out full.
+    """
+    if ksize == 3:
+        return x
+    pixels = x.permute(0, 2, 3, 1)
+    shape = (1, 1, -1) if ksize == 1 else (-1, stride, pixels.shape[2] // stride)
+    return pixels.reshape(*shape, x.shape[1] * stride).permute(0, 3, 1, 2)
+
+
+def taps(weight: Tensor) -> Tensor:
+    """Weights as (first, taps, second), where filters of 2×2 are 2×1."""
+    ksize = weight.shape[-1]
+    return nhwc(weight).permute(0, 2, 3, 1).reshape(weight.shape[0], 9 if ksize == 3 else ksize, -1)
+
+
+def parts(x: Tensor, tile: Tile, channels: int, wide: int, tma: bool) -> Any:
+    """An NHWC activation as the kernels read and write it, ``channels`` at a time."""
+    if not tma:
+        return x
+    batch, depth, height, width = x.shape
+    strides = [height * width * depth, width * depth, depth, wide * depth, 1]
+    block = [tile.images, 1, 1, tile.columns, channels]
+    return TensorDescriptor(x, [batch, height, wide, width // wide, depth], strides, block)

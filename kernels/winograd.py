@@ -1,0 +1,361 @@
+"""3×3 convolutions by Winograd's minimal filtering F(2×2, 3×3): 2.25 times fewer multiplications (Lavin & Gray 2015).
+
+For every 2×2 outputs Y of a filter g (3×3) over a patch d (4×4) of z = act(scale·(x − centre) + shift), 0 beyond its
+source:
+
+    V = Bᵀ d B,  U = G g Gᵀ,  M = Σ_c V ⊙ U,  Y = Aᵀ M A
+
+         1  0 −1  0          1   0   0
+    Bᵀ = 0  1  1  0     G =  ½   ½   ½     Aᵀ = 1  1  1  0
+         0 −1  1  0          ½  −½   ½          0  1 −1 −1
+         0  1  0 −1          0   0   1
+
+M is 16 matrix products [patches, C] × [C, K], which ATen computes in one batch. The gradient with respect to z is the
+same over dY, with g mirrored and transposed. An odd last row or column of a picture is left out of its patch.
+
+Numerics: V and M are sums of products that partly cancel in Y, rounded to the tensors' dtype in between: about twice
+the error of the direct convolution in bfloat16. In float16, V is stored as a quarter, so that nothing overflows that
+did not before. An infinity in z reaches all of its patch, as NaN.
+
+Layout: activations NHWC, weights (K,3,3,C), V (16, patches, C), U (16, K, C), M (16, patches, K). Bytes: reads each
+source or dY about once and writes and reads V and M, each four times as large; the epilogue reads what the direct
+convolution's reads. Transforms in float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastunet.aten import stats_dtype
+from fastunet.kernels.affine import source_backward, store_affine_gradient
+from fastunet.kernels.common import (
+    OPTIONS,
+    Source,
+    accumulator,
+    block,
+    empty_nhwc,
+    load_affine,
+    nhwc,
+    normalise,
+    sum_slabs,
+)
+from fastunet.kernels.conv3x3 import cropped
+from fastunet.kernels.statistics import merge_stats, store_stats
+
+_SIZES = ["patches", "H", "W", "top", "left", "P", "Q", "patches_h", "patches_w"]
+_BLOCK_T, _BLOCK_C = 16, 64  # 16 bytes a thread and access for 4 warps
+
+
+# ---- transforms --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _bt(a, b, c, d, u: tl.constexpr):
+    """Entry u of Bᵀ·(a, b, c, d)."""
+    if u == 0:
+        entry = a - c
+    elif u == 1:
+        entry = b + c
+    elif u == 2:
+        entry = c - b
+    else:
+        entry = b - d
+    return entry
+
+
+@triton.jit
+def _g(a, b, c, u: tl.constexpr):
+    """Entry u of G·(a, b, c)."""
+    if u == 0:
+        entry = a
+    elif u == 1:
+        entry = (a + b + c) * 0.5
+    elif u == 2:
+        entry = (a - b + c) * 0.5
+    else:
+        entry = c
+    return entry
+
+
+@triton.jit
+def _load_patch(
+    x_ptr, first, row, h, w, i: tl.constexpr, j: tl.constexpr, rows, columns, channels, C, scale, shift, centre,
+    AFFINE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Normalised pixel (i, j) of each patch [BLOCK_T, BLOCK_C]; ``rows`` and ``columns`` are (low, high) bounds."""
+    real = (h + i >= rows[0]) & (h + i < rows[1]) & (w + j >= columns[0]) & (w + j < columns[1])
+    mask = real[:, None] & channels[None, :]
+    x = tl.load(
+        x_ptr + (first + i * row + j)[:, None] * C + tl.arange(0, channels.shape[0])[None, :], mask=mask, other=0.0
+    )
+    return tl.where(mask, normalise(x, scale, shift, centre, AFFINE, RELU, ACC), 0.0)
+
+
+@triton.jit
+def _at(m_ptr, plane, place, mask, number: tl.constexpr, ACC: tl.constexpr):
+    """Plane ``number`` of M at ``place``."""
+    return tl.load(m_ptr + number * plane + place, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def _outputs(m_ptr, plane, place, mask, FACTOR: tl.constexpr, ACC: tl.constexpr):
+    """FACTOR·Aᵀ M A: Y[0, 0], Y[0, 1], Y[1, 0], Y[1, 1]."""
+    y00 = tl.zeros(place.shape, ACC)
+    y01, y10, y11 = y00, y00, y00
+    for u in tl.static_range(4):
+        m1 = _at(m_ptr, plane, place, mask, 4 * u + 1, ACC)
+        m2 = _at(m_ptr, plane, place, mask, 4 * u + 2, ACC)
+        left = (_at(m_ptr, plane, place, mask, 4 * u, ACC) + m1 + m2) * FACTOR
+        right = (m1 - m2 - _at(m_ptr, plane, place, mask, 4 * u + 3, ACC)) * FACTOR
+        if u < 3:
+            y00 += left
+            y01 += right
+        if u == 1:
+            y10 += left
+            y11 += right
+        elif u > 1:
+            y10 -= left
+            y11 -= right
+    return y00, y01, y10, y11
+
+
+# ---- kernels -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _winograd_input_kernel(
+    x_ptr, affine_ptr, v_ptr, patches, H, W, top, left, P, Q, patches_h, patches_w, C, C_FIRST, C_TOTAL,
+    AFFINE: tl.constexpr, RELU: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """FACTOR·V of a source (H, W) placed at (top, left) in the frame (P, Q), at channels C_FIRST … of C_TOTAL."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    h = t // patches_w % patches_h * 2 - 1 - top
+    w = t % patches_w * 2 - 1 - left
+    # Beyond the last patch nothing is real.
+    rows = tl.maximum(0, -top), tl.where(t < patches, tl.minimum(H, P - top), 0)
+    columns = tl.maximum(0, -left), tl.minimum(W, Q - left)
+    scale, shift, centre = load_affine(affine_ptr, c, C, AFFINE, ACC)
+    first = (t // patches_w // patches_h * H + h) * W + w
+    mask = (t < patches)[:, None] & (c < C)[None, :]
+    place = t[:, None] * C_TOTAL + (C_FIRST + c)[None, :]
+    plane = patches.to(tl.int64) * C_TOTAL
+    x_ptr += tl.program_id(1) * BLOCK_C
+    for u in tl.static_range(4):
+        line = ()
+        for j in tl.static_range(4):
+            d = ()
+            for i in tl.static_range(4):
+                pixel = _load_patch(
+                    x_ptr, first, W, h, w, i, j, rows, columns, c < C, C, scale, shift, centre, AFFINE, RELU, ACC
+                )
+                d = d + (pixel,)  # noqa: RUF005 - Triton knows no unpacking
+            line = line + (_bt(d[0], d[1], d[2], d[3], u),)  # noqa: RUF005
+        for v in tl.static_range(4):
+            value = _bt(line[0], line[1], line[2], line[3], v) * FACTOR
+            tl.store(v_ptr + (4 * u + v) * plane + place, value.to(v_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _winograd_weight_kernel(
+    w_ptr, u_ptr, C, K, MIRRORED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr
+):
+    """U from weights (K, 9, C)."""
+    k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (k < K)[:, None] & (c < C)[None, :]
+    for u in tl.static_range(4):
+        line = ()
+        for s in tl.static_range(3):
+            g = ()
+            for r in tl.static_range(3):
+                tap = 8 - (3 * r + s) if MIRRORED else 3 * r + s
+                g = g + (tl.load(w_ptr + (k[:, None] * 9 + tap) * C + c[None, :], mask=mask, other=0.0).to(ACC),)  # noqa: RUF005
+            line = line + (_g(g[0], g[1], g[2], u),)  # noqa: RUF005
+        for v in tl.static_range(4):
+            value = _g(line[0], line[1], line[2], v)
+            place = ((4 * u + v) * K + k)[:, None] * C + c[None, :]
+            tl.store(u_ptr + place, value.to(u_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _winograd_output_kernel(
+    m_ptr, bias_ptr, y_ptr, mean_ptr, m2_ptr, count_ptr, patches, P, Q, patches_h, patches_w, K,
+    BIAS: tl.constexpr, STATS: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y = FACTOR·Aᵀ M A + bias, and its statistics."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    p = t // patches_w % patches_h * 2
+    q = t % patches_w * 2
+    first = (t // patches_w // patches_h * P + p) * Q + q
+    filters = k < K
+    there = t < patches
+    plane = patches.to(tl.int64) * K
+    ys = _outputs(m_ptr, plane, t[:, None] * K + k[None, :], there[:, None] & filters[None, :], FACTOR, ACC)
+    if BIAS:
+        bias = tl.load(bias_ptr + k, mask=filters, other=0.0).to(ACC)
+    rounded = ()
+    for i in tl.static_range(4):
+        y = ys[i]
+        if BIAS:
+            y += bias[None, :]
+        y = y.to(y_ptr.dtype.element_ty)
+        rounded = rounded + (y,)  # noqa: RUF005
+        real = there & (p + i // 2 < P) & (q + i % 2 < Q)
+        place = (first + i // 2 * Q + i % 2)[:, None] * K + k[None, :]
+        tl.store(y_ptr + place, y, mask=real[:, None] & filters[None, :])
+    if STATS:
+        # Those that exist come first: without a second column that is the one below, not the one to the right.
+        narrow = q + 1 == Q
+        second = tl.where(narrow[:, None], rounded[2], rounded[1])
+        third = tl.where(narrow[:, None], rounded[1], rounded[2])
+        count = tl.where(there, tl.minimum(P - p, 2) * tl.minimum(Q - q, 2), 0).to(tl.int32)
+        ordered = (rounded[0], second, third, rounded[3])
+        store_stats(ordered, count, tl.program_id(0), k, K, mean_ptr, m2_ptr, count_ptr, 4, BLOCK_K, ACC)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _winograd_gradient_kernel(
+    m_ptr, x_ptr, affine_ptr, dx_ptr, partial_ptr, patches, H, W, top, left, P, Q, patches_h, patches_w,
+    C, C_FIRST, C_TOTAL,
+    AFFINE: tl.constexpr, RELU: tl.constexpr, FACTOR: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dx and a share of daffine of a source, from g = FACTOR·Aᵀ M A at channels C_FIRST … of C_TOTAL."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = t // patches_w % patches_h * 2
+    q = t % patches_w * 2
+    first = (t // patches_w // patches_h * H + p - top) * W + q - left
+    there = t < patches
+    plane = patches.to(tl.int64) * C_TOTAL
+    read = there[:, None] & (c < C)[None, :]
+    gs = _outputs(m_ptr, plane, t[:, None] * C_TOTAL + (C_FIRST + c)[None, :], read, FACTOR, ACC)
+    scale, shift, centre = load_affine(affine_ptr, c, C, AFFINE, ACC)
+    sum_gx = tl.zeros([BLOCK_C], ACC)
+    sum_g = tl.zeros([BLOCK_C], ACC)
+    for i in tl.static_range(4):
+        h = p + i // 2 - top
+        w = q + i % 2 - left
+        real = there & (h + top < P) & (w + left < Q) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        mask = real[:, None] & (c < C)[None, :]
+        place = (first + i // 2 * W + i % 2)[:, None] * C + c[None, :]
+        g = tl.where(mask, gs[i], 0.0)
+        if AFFINE or RELU:
+            x = tl.load(x_ptr + place, mask=mask, other=0.0)
+            g, gx, masked = source_backward(g, x, scale, shift, centre, AFFINE, RELU, ACC)
+            if AFFINE:
+                sum_gx += tl.sum(gx, 0)
+                sum_g += tl.sum(masked, 0)
+        tl.store(dx_ptr + place, g.to(dx_ptr.dtype.element_ty), mask=mask)
+    if AFFINE:
+        store_affine_gradient(partial_ptr, tl.program_id(0), c, C, scale, sum_gx, sum_g)
+
+
+# ---- launchers ---------------------------------------------------------------------------------------------------
+
+
+def _factor(dtype: torch.dtype) -> float:
+    """What V is multiplied by: four values of float16 must fit into one."""
+    return 0.25 if dtype == torch.float16 else 1.0
+
+
+def _patches(batch: int, size: Sequence[int]) -> tuple[int, int, int]:
+    """Patches of 2×2 outputs in all, along the height, along the width."""
+    rows, columns = triton.cdiv(size[0], 2), triton.cdiv(size[1], 2)
+    return batch * rows * columns, rows, columns
+
+
+def _grid(patches: int, channels: int) -> tuple[int, int, int]:
+    """Programs along the patches and along the channels, and channels a program."""
+    block_c = block(channels, _BLOCK_C)
+    return triton.cdiv(patches, _BLOCK_T), triton.cdiv(channels, block_c), block_c
+
+
+def _products(sources: Sequence[Source], size: Sequence[int], weight: Tensor, mirrored: bool, columns: slice) -> Tensor:
+    """M (16, patches, K), over the sources in their frame; or, mirrored, over dY, for ``columns`` of the channels."""
+    x, filters, channels = sources[0].x, weight.shape[0], weight.shape[1]
+    patches, patches_h, patches_w = _patches(x.shape[0], size)
+    total = sum(source.channels for source in sources)
+    v = x.new_empty((16, patches, total))
+    first = 0
+    for source in sources:
+        along, across, block_c = _grid(patches, source.channels)
+        _winograd_input_kernel[(along, across)](
+            source.x, source.affine_or_x, v, patches, source.height, source.width, source.top, source.left, *size,
+            patches_h, patches_w, source.channels, first, total,
+            AFFINE=source.affine is not None, RELU=source.relu, FACTOR=_factor(x.dtype),
+            BLOCK_T=_BLOCK_T, BLOCK_C=block_c, ACC=accumulator(x.dtype), **OPTIONS, num_warps=4,
+        )  # fmt: skip
+        first += source.channels
+    u = weight.new_empty((16, filters, channels))
+    along, across, block_c = _grid(filters, channels)
+    _winograd_weight_kernel[(along, across)](
+        nhwc(weight), u, channels, filters, MIRRORED=mirrored,
+        BLOCK_K=_BLOCK_T, BLOCK_C=block_c, ACC=accumulator(x.dtype), **OPTIONS, num_warps=4,
+    )  # fmt: skip
+    return torch.bmm(v, u[:, :, columns] if mirrored else u.transpose(1, 2))
+
+
+def conv3x3(
+    sources: Sequence[Source], size: Sequence[int], weight: Tensor, bias: Tensor | None, stats: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`fastunet.kernels.conv3x3.conv3x3`."""
+    x, filters, dtype = sources[0].x, weight.shape[0], stats_dtype(weight.dtype)
+    y = empty_nhwc(x, x.shape[0], filters, *size)
+    if y.numel() == 0:
+        return y, *(x.new_zeros(filters if stats else 0, dtype=dtype) for _ in range(2))
+    m = _products(sources, size, weight, False, slice(None))
+    patches, patches_h, patches_w = _patches(x.shape[0], size)
+    along, across, block_k = _grid(patches, filters)
+    mean, m2 = (x.new_empty((along, filters) if stats else 0, dtype=dtype) for _ in range(2))
+    counts = x.new_empty(along if stats else 0, dtype=dtype)
+    _winograd_output_kernel[(along, across)](
+        m, x if bias is None else bias.contiguous(), y, mean, m2, counts, patches, *size, patches_h, patches_w, filters,
+        BIAS=bias is not None, STATS=stats, FACTOR=1 / _factor(x.dtype),
+        BLOCK_T=_BLOCK_T, BLOCK_K=block_k, ACC=accumulator(x.dtype), **OPTIONS, num_warps=4,
+    )  # fmt: skip
+    return y, *(merge_stats(mean, m2, counts) if stats else (mean, m2))
+
+
+def conv3x3_dgrad(
+    dy: Tensor, weight: Tensor, sources: Sequence[Source], mask: Sequence[bool]
+) -> list[tuple[Tensor, Tensor]]:
+    """See :func:`fastunet.kernels.conv3x3.conv3x3_dgrad`."""
+    batch, _, *size = dy.shape
+    dtype = stats_dtype(dy.dtype)
+    channels = [source.channels if wanted else 0 for source, wanted in zip(sources, mask, strict=False)]
+    start = 0 if mask[0] else sources[0].channels
+    total = sum(channels)
+    patches, patches_h, patches_w = _patches(batch, size)
+    if dy.numel():
+        m = _products([Source(dy, None, False)], size, weight, True, slice(start, start + total))
+    gradients = []
+    first = 0
+    for source, wanted in zip(sources, channels, strict=True):
+        if not wanted:
+            gradients.append((dy.new_empty(0), dy.new_empty(0, dtype=dtype)))
+            continue
+        dx = empty_nhwc(source.x, *source.x.shape)
+        if cropped(source, size):
+            dx.zero_()  # what lies outside the frame
+        along, across, block_c = _grid(patches, wanted)
+        partial = dy.new_empty(0 if source.affine is None else (along, 3, wanted), dtype=dtype)
+        if dy.numel():
+            _winograd_gradient_kernel[(along, across)](
+                m, source.x, source.affine_or_x, dx, partial, patches, source.height, source.width, source.top,
+                source.left, *size, patches_h, patches_w, wanted, first, total,
+                AFFINE=source.affine is not None, RELU=source.relu, FACTOR=1 / _factor(dy.dtype),
+                BLOCK_T=_BLOCK_T, BLOCK_C=block_c, ACC=accumulator(dy.dtype), **OPTIONS, num_warps=4,
+            )  # fmt: skip
+        gradients.append((dx, partial if source.affine is None else sum_slabs(partial)))
+        first += wanted
+    return gradients

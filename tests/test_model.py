@@ -1,0 +1,51 @@
+"""The model of what convolutions attain: its shape, not its numbers, which are assumptions until they are measured."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.model import CHIPS, CUDNN, SUSTAINED, UNKNOWN, cudnn_rate, triton_rate
+
+
+def launch(name: str = "_conv3x3_fwd_kernel", programs: int = 132 * 8, architecture: str = "sm_90", **changes) -> float:
+    constants = {
+        "IMAGES": 1, "ROWS": 2, "COLUMNS": 128, "BLOCK_C": 64, "BLOCK_K": 128, "AFFINE": True, "RELU": True,
+        "num_warps": 8, "num_stages": 2,
+    }  # fmt: skip
+    kernel = SimpleNamespace(__name__=name)
+    return triton_rate(SimpleNamespace(kernel=kernel, grid=(programs,), kwargs=constants | changes), architecture)
+
+
+def test_cudnn_attains_more_with_more_channels_and_at_most_what_is_sustained():
+    rates = [cudnn_rate(channels) for channels in (1, 3, 16, 48, 64, 96, 128, 256, 1024)]
+    assert rates == sorted(rates)
+    assert rates[-1] == SUSTAINED
+    assert [cudnn_rate(channels) for channels in CUDNN] == list(CUDNN.values())
+    assert rates[0] > 0
+
+
+def test_a_last_wave_of_one_program_takes_as_long_as_a_full_one():
+    assert launch(programs=133) == pytest.approx(launch(programs=132) * 133 / 264)
+    assert launch(programs=66) == pytest.approx(launch(programs=132) / 2)
+
+
+def test_more_bytes_from_the_l2_cache_or_a_prologue_never_attain_more():
+    assert launch(BLOCK_K=64) < launch(BLOCK_K=128)
+    assert launch(ROWS=1) < launch(ROWS=2)
+    narrow = {"ROWS": 4, "COLUMNS": 4096, "BLOCK_K": 32}  # where the weights' bytes count for nothing
+    plain = launch(**narrow, AFFINE=False, RELU=False)
+    assert launch(**narrow) < plain
+    assert launch("_conv3x3_dgrad_kernel", **(narrow | {"BLOCK_C": 32, "BLOCK_K": 64})) == plain
+
+
+@pytest.mark.parametrize("architecture", CHIPS)
+@pytest.mark.parametrize("kernel", ["fwd", "dgrad", "wgrad"])
+def test_nothing_attains_more_than_is_sustained(kernel, architecture):
+    assert 0 < launch(f"_conv3x3_{kernel}_kernel", architecture=architecture) <= SUSTAINED
+
+
+def test_what_is_not_modelled_is_said_to_be_unknown():
+    assert launch("_conv_fwd_kernel") == UNKNOWN
+    assert launch(architecture="sm_120") == UNKNOWN
