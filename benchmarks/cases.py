@@ -358,7 +358,7 @@ CASES = [
     Case("head_stats", (8, 128, 256, 256), filters=64, kernel=1),
     Case("head_stats", (8, 40, 128, 128), filters=256, kernel=1, wanted=(True, True, True)),
     Case("head_predict", (8, 64, 512, 512), filters=22, kernel=1, mode="inference"),
-    Case("head_predict", (8, 64, 512, 512), filters=1, kernel=1, mode="inference", output="threshold"),
+    Case("head_predict", (8, 64, 512, 512), filters=4, kernel=1, mode="inference", output="threshold"),
     Case("head_predict", (8, 64, 512, 512), filters=22, kernel=1, mode="inference", output="softmax"),
     Case("head_predict", (8, 64, 512, 512), filters=4, kernel=1, mode="inference", output="sigmoid", dtype=FP32),
     Case("head_predict", (2, 5, 37, 53), filters=200, kernel=1, mode="inference", dtype=FP16),
