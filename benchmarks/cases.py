@@ -43,6 +43,7 @@ class Case:
     loss: str = "softmax"  # softmax_stats: its mode
     labels: torch.dtype = torch.int64
     weighted: bool = False  # softmax_stats: weights per pixel
+    nearest: bool = False  # upsample_concat
     output: str = "argmax"  # head_predict
     algorithm: str = ""  # 3×3 convolutions: another one than the Triton backend's (see fastunet.kernels.table)
     wanted: tuple[bool, bool, bool] = (False, True, False)  # softmax_stats: squares, cross-entropy, label smoothing
@@ -146,6 +147,7 @@ _SUFFIXES = {
     "loss": "{}",
     "labels": "{}",
     "weighted": "weighted",
+    "nearest": "nearest",
     "output": "{}",
     "wanted": "wanted{}",
     "layout": "{}",
@@ -230,7 +232,7 @@ def _upsample_concat(case: Case, device: Any) -> Operands:
     batch, _, height, width = case.shape
     above = replace(case, shape=(batch, case.skip, 2 * height, 2 * width))
     skip = above.source(case.skip, device) if case.skip else (None, None, False)
-    return *case.source(case.shape[1], device), *skip, True, True
+    return *case.source(case.shape[1], device), *skip, None if case.nearest else True, True
 
 
 def _upsample_concat_backward(case: Case, operands: Operands, results: Operands) -> Operands:
@@ -328,6 +330,7 @@ CASES = [
     Case("max_pool2x2", (2, 5, 37, 53), dtype=FP16, affine=False),
     Case("upsample_concat", (8, 64, 256, 256), skip=64),
     Case("upsample_concat", (8, 64, 256, 256)),
+    Case("upsample_concat", (8, 64, 256, 256), skip=64, nearest=True),
     Case("upsample_concat", (8, 64, 256, 256), skip=64, dtype=FP32),
     Case("upsample_concat", (2, 5, 37, 53), skip=3, dtype=FP16),
     Case("affine_act", (8, 64, 512, 512)),
@@ -355,7 +358,7 @@ CASES = [
     Case("head_stats", (8, 128, 256, 256), filters=64, kernel=1),
     Case("head_stats", (8, 40, 128, 128), filters=256, kernel=1, wanted=(True, True, True)),
     Case("head_predict", (8, 64, 512, 512), filters=22, kernel=1, mode="inference"),
-    Case("head_predict", (8, 64, 512, 512), filters=1, kernel=1, mode="inference", output="threshold"),
+    Case("head_predict", (8, 64, 512, 512), filters=4, kernel=1, mode="inference", output="threshold"),
     Case("head_predict", (8, 64, 512, 512), filters=22, kernel=1, mode="inference", output="softmax"),
     Case("head_predict", (8, 64, 512, 512), filters=4, kernel=1, mode="inference", output="sigmoid", dtype=FP32),
     Case("head_predict", (2, 5, 37, 53), filters=200, kernel=1, mode="inference", dtype=FP16),

@@ -93,7 +93,10 @@ class Specialisation:
 
     @property
     def sizes_aligned(self) -> bool:
-        """Whether every integer argument that Triton specialises on is a multiple of 16."""
+        """Whether every integer argument that Triton specialises on, and a constant C, is a multiple of 16."""
+        names = [parameter.name for parameter in self.kernel.params]
+        if "C" in names and self.constants.get((names.index("C"),), 0) % 16:
+            return False
         aligned = {path[0] for path, about in self.attributes.items() if about}
         return not any(
             self.constants.get((i,)) == 1 or (kind in ("i32", "i64") and i not in aligned)

@@ -254,7 +254,7 @@ def pool_fork(act: Activation, config: Config) -> tuple[Activation, Activation]:
     return act._replace(x=pooled), act._replace(x=x)
 
 
-def upsample(act: Activation, align_corners: bool, config: Config) -> Activation:
-    """Bilinear ×2 of the activation's value; the result is plain."""
+def upsample(act: Activation, align_corners: bool | None, config: Config) -> Activation:
+    """×2 of the activation's value, bilinear, or nearest if ``align_corners`` is None; the result is plain."""
     x = ops.call(ops.upsample_concat, *act.source, None, None, False, align_corners, True, config.backend)
     return Activation(x)

@@ -424,13 +424,14 @@ def upsample_concat(
     skip: Tensor | None,
     skip_affine: Tensor | None,
     skip_relu: bool,
-    align_corners: bool,
+    align_corners: bool | None,
     skip_first: bool,
 ) -> Tensor:
-    """Bilinear ×2 of a source; with a skip source: centred in its size (zero pad or crop) and concatenated with it."""
-    up = F.interpolate(
-        _normalise(channels_last(x), affine, relu), scale_factor=2.0, mode="bilinear", align_corners=align_corners
-    )
+    """×2 of a source, bilinear, or nearest if ``align_corners`` is None; with a skip source: centred in its size (zero
+    pad or crop) and concatenated with it."""
+    mode = "nearest" if align_corners is None else "bilinear"
+    z = _normalise(channels_last(x), affine, relu)
+    up = F.interpolate(z, scale_factor=2.0, mode=mode, align_corners=align_corners)
     if skip is None:
         return channels_last(up)
     size, top, left = _centred(skip, *up.shape[-2:])
@@ -446,7 +447,7 @@ def upsample_concat_backward(
     skip: Tensor | None,
     skip_affine: Tensor | None,
     skip_relu: bool,
-    align_corners: bool,
+    align_corners: bool | None,
     skip_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, daffine, dskip, dskip_affine); the last two are empty without a skip."""
@@ -459,7 +460,10 @@ def upsample_concat_backward(
         dskip, dskip_affine = affine_act_backward(dz_skip, skip, skip_affine, skip_relu)
         _, top, left = _centred(skip, *doubled)
         dy = _unframe(dy, doubled, top, left)
-    dz = aten.upsample_bilinear2d_backward(channels_last(dy), doubled, list(x.shape), align_corners, None, None)
+    if align_corners is None:
+        dz = aten.upsample_nearest2d_backward(channels_last(dy), doubled, list(x.shape), None, None)
+    else:
+        dz = aten.upsample_bilinear2d_backward(channels_last(dy), doubled, list(x.shape), align_corners, None, None)
     dx, daffine = affine_act_backward(dz, x, affine, relu)
     return dx, daffine, dskip, dskip_affine
 

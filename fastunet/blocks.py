@@ -80,7 +80,9 @@ def _is_upsample(module: nn.Module) -> bool:
     if not untouched(module, nn.Upsample):
         return False
     assert isinstance(module, nn.Upsample)
-    return module.mode == "bilinear" and module.size is None and module.scale_factor in (2, 2.0, (2.0, 2.0))
+    return (
+        module.mode in ("bilinear", "nearest") and module.size is None and module.scale_factor in (2, 2.0, (2.0, 2.0))
+    )
 
 
 class Layer(NamedTuple):
@@ -333,7 +335,7 @@ def enlarge(module: nn.Module, act: Activation, config: Config) -> Activation:
     """An upsampling ``module`` (nn.Upsample, nn.ConvTranspose2d, ConvSequence, …) applied to the activation."""
     if _is_upsample(module):
         assert isinstance(module, nn.Upsample)
-        return upsample(act, bool(module.align_corners), config)
+        return upsample(act, None if module.mode == "nearest" else bool(module.align_corners), config)
     if isinstance(module, LazyBlock):
         return run(module, Placed.alone(act), config)
     return lazily([module], Placed.alone(act), config)

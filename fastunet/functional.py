@@ -102,17 +102,18 @@ def conv_bn_relu(
 
 
 def upsample_pad_concat(
-    x: Tensor, skip: Tensor, *, align_corners: bool = True, skip_first: bool = True, backend: str = "auto"
+    x: Tensor, skip: Tensor, *, align_corners: bool | None = True, skip_first: bool = True, backend: str = "auto"
 ) -> Tensor:
-    """Bilinear ×2 of ``x``, centred in ``skip``'s size by zero padding or cropping, concatenated with ``skip``.
+    """×2 of ``x``, centred in ``skip``'s size by zero padding or cropping, concatenated with ``skip``.
 
-    The padding is F.pad(up, [dx // 2, dx − dx // 2, dy // 2, dy − dy // 2]) with dy, dx the differences in size;
-    negative ones crop. The kernels' backward is a gather: the same bits on every run.
+    The networks here need no concatenation: their convolutions read two sources, the skip connection where its producer
+    wrote it. The padding is F.pad(up, [dx // 2, dx − dx // 2, dy // 2, dy − dy // 2]) with dy, dx the differences in
+    size; negative ones crop. The kernels' backward is a gather: the same bits on every run.
 
     Args:
         x: (N, C, h, w), floating point.
         skip: (N, S, H, W) of x's dtype and device.
-        align_corners: as in torch.nn.Upsample.
+        align_corners: of the bilinear interpolation, as in torch.nn.Upsample; None: the nearest pixel instead.
         skip_first: concatenate (skip, up) rather than (up, skip).
         backend: see :func:`fastunet.ops.resolve_backend`.
 

@@ -709,7 +709,7 @@ class _UpsampleConcat(torch.autograd.Function):
         skip: Tensor | None,
         skip_affine: Tensor | None,
         skip_relu: bool,
-        align_corners: bool,
+        align_corners: bool | None,
         skip_first: bool,
         backend: str,
     ) -> Tensor:
@@ -741,7 +741,7 @@ def _upsample_concat_fake(
     skip: Tensor | None,
     skip_affine: Tensor | None,
     skip_relu: bool,
-    align_corners: bool,
+    align_corners: bool | None,
     skip_first: bool,
     backend: str,
 ) -> Tensor:
@@ -760,7 +760,7 @@ def _upsample_concat_backward_fake(
     skip: Tensor | None,
     skip_affine: Tensor | None,
     skip_relu: bool,
-    align_corners: bool,
+    align_corners: bool | None,
     skip_first: bool,
     backend: str,
 ) -> Any:
@@ -780,14 +780,14 @@ def _check_upsample_concat(
 
 upsample_concat = _register(
     "upsample_concat(Tensor x, Tensor? affine, bool relu, Tensor? skip, Tensor? skip_affine, bool skip_relu,"
-    " bool align_corners, bool skip_first, str backend) -> Tensor",
+    " bool? align_corners, bool skip_first, str backend) -> Tensor",
     _upsample_concat_fake,
     _UpsampleConcat,
     _check_upsample_concat,
 )
 upsample_concat_backward = _register(
     "upsample_concat_backward(Tensor dy, Tensor x, Tensor? affine, bool relu, Tensor? skip, Tensor? skip_affine,"
-    " bool skip_relu, bool align_corners, bool skip_first, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    " bool skip_relu, bool? align_corners, bool skip_first, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _upsample_concat_backward_fake,
 )
 

@@ -182,13 +182,13 @@ def _pool_case(x: tuple[int, ...]) -> Case:
     return Case("max_pool2x2", _by(x), {"x": x, "affine": (3, x[1])}, ours, truth)
 
 
-def _upsample_case(x: tuple[int, ...], skip: tuple[int, ...], align_corners: bool, quick: bool = True) -> Case:
+def _upsample_case(x: tuple[int, ...], skip: tuple[int, ...], align_corners: bool | None, quick: bool = True) -> Case:
     def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
         return function(*_source(inputs), True, inputs["skip"], inputs["affine1"], True, align_corners, True, *rest)
 
     return Case(
         "upsample_concat",
-        f"{_by(x)}, {_by(skip)}{', aligned' if align_corners else ''}",
+        f"{_by(x)}, {_by(skip)}{', nearest' if align_corners is None else ', aligned' if align_corners else ''}",
         {"x": x, "affine": (3, x[1]), "skip": skip, "affine1": (3, skip[1])},
         lambda t, backend: call(ops.upsample_concat, t, backend),
         lambda t: call(plain.upsample_concat, t),
@@ -230,6 +230,24 @@ def _stats_case(logits: tuple[int, ...], mode: str) -> Case:
     )
 
 
+def _head_case(x: tuple[int, ...], classes: int, mode: str) -> Case:
+    batch, channels, height, width = x
+    sigmoid = mode == "sigmoid"
+
+    def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
+        filters = inputs["weight"], inputs["bias"]
+        return function(*_source(inputs), True, *filters, inputs["labels"], None, mode, 1, [True] * 3, *rest)
+
+    return Case(
+        "head_stats",
+        f"{_by(x)}, {classes} classes, {mode}",
+        {"x": x, "affine": (3, channels), "weight": (classes, channels, 1, 1), "bias": (classes,)},
+        lambda t, backend: call(ops.head_stats, t, backend),
+        lambda t: call(plain.head_stats, t),
+        labels=(2, (batch, classes, height, width)) if sigmoid else (classes, (batch, height, width)),
+    )
+
+
 def _by(shape: tuple[int, ...]) -> str:
     return "×".join(str(n) for n in shape)
 
@@ -246,9 +264,12 @@ CASES = [
     _pool_case((2, 5, 7, 9)),
     _upsample_case((2, 3, 4, 5), (2, 6, 9, 11), align_corners=True),
     _upsample_case((1, 20, 5, 3), (1, 4, 9, 6), align_corners=False, quick=False),
+    _upsample_case((2, 8, 5, 3), (2, 4, 11, 6), align_corners=None),
     _bn_case(37),
     _stats_case((2, 22, 9, 7), "softmax"),
     _stats_case((2, 3, 8, 5), "sigmoid"),
+    _head_case((2, 16, 9, 7), 22, "softmax"),
+    _head_case((2, 8, 8, 5), 3, "sigmoid"),
 ]
 
 

@@ -10,9 +10,9 @@ Inference: the class of the largest logit, a mask of σ(logit) > threshold, or p
 
 Layout: x in NHWC memory, W a matrix (K, C); a tile is pixels × all K classes, for which a program walks the channels.
 Logits stay in registers, in float32: unlike those that pass through memory they are not rounded to x's dtype.
-Bytes moved: forward reads x and labels; backward reads both again and writes dx, and reads x once more for each further
-64 channels (32 with more than 64 classes). Accumulation: float32 (float64 for float64). Sums in a fixed order: each
-program keeps one per element of its tile while it walks the tiles of one sample, adds those up over the tile's pixels
+Bytes moved: forward reads x and labels; backward reads both again and writes dx, and reads x once more for each
+further 64 channels (32 with more than 64 classes). Accumulation: float32 (float64 for float64). Sums in a fixed order:
+a program keeps one per element of its tile while it walks the tiles of one sample, adds those up over the tile's pixels
 into its slab, and sum_slabs adds up the programs.
 """
 

@@ -1,4 +1,4 @@
-"""Bilinear ×2 of a source, padded or cropped to a skip source and concatenated with it, in one pass.
+"""Bilinear or nearest ×2 of a source, padded or cropped to a skip source and concatenated with it, in one pass.
 
 Forward:   y = cat(skip's value, u centred in skip's size) along the channels, in either order, where u is interpolated
            from z = act(scale·(x − centre) + shift) and rounded once
@@ -7,6 +7,7 @@ Backward:  dz[h, w] = Σ weight_h·weight_w·dy over the 4×4 outputs 2h−1 .. 
 
 Coordinates. Output o reads sources i = max(o − 1, 0) // 2 and i + 1 (at most H − 1), with weights 1 − λ and λ:
     align_corners=False   at o/2 − 1/4            λ = 1/4 for odd o, 3/4 for even o
+    nearest (None)        at ⌊o/2⌋                λ = 0 for odd o, 1 for even o
     align_corners=True    at o·(H − 1)/(2H − 1)   λ = (H − 1 − i)/(2H − 1) for odd o, (2H − 2 − i)/(2H − 1) for even o
 and λ = 0 for o = 0: exact in integers up to the last division, where PyTorch rounds o·(H − 1)/(2H − 1) in float32.
 So outputs 2i + 1 and 2i + 2 lie between sources i and i + 1, from i = −1 on: a forward program takes one row of such
@@ -35,7 +36,9 @@ _ROUNDS = 4  # tiles of one row per program of the backward, which share a slab 
 def _fraction(o, size, ALIGN_CORNERS: tl.constexpr, ACC: tl.constexpr):
     """λ of output ``o`` ≥ 0: the weight of the second of its two sources, of ``size``."""
     even = o % 2 == 0
-    if ALIGN_CORNERS:
+    if ALIGN_CORNERS is None:
+        fraction = tl.where(even, 1.0, 0.0).to(ACC)
+    elif ALIGN_CORNERS:
         i = tl.maximum(o - 1, 0) // 2
         numerator = size - 1 - i + tl.where(even, size - 1, 0)
         fraction = numerator.to(ACC) / (2 * size - 1).to(ACC)
@@ -54,8 +57,11 @@ def _weight(o, tap: tl.constexpr, size, ALIGN_CORNERS: tl.constexpr, ACC: tl.con
 
 
 @triton.jit
-def _lerp(a, b, fraction):
-    return (1.0 - fraction) * a + fraction * b
+def _lerp(a, b, fraction, ALIGN_CORNERS: tl.constexpr):
+    if ALIGN_CORNERS is None:  # 0·NaN is NaN
+        return tl.where(fraction > 0.5, b, a)
+    else:
+        return (1.0 - fraction) * a + fraction * b
 
 
 @triton.jit(do_not_specialize=["H", "W", "YH", "YW", "top", "left", "first_h", "first_w", "cells_h", "blocks"])
@@ -127,17 +133,17 @@ def _upsample_concat_fwd_kernel(
         lambda_h1 = _fraction(tl.maximum(2 * i + 2, 0), H, ALIGN_CORNERS, ACC)
         lambda_w0 = _fraction(tl.maximum(2 * j + 1, 0), W, ALIGN_CORNERS, ACC)[:, None]
         lambda_w1 = _fraction(tl.maximum(2 * j + 2, 0), W, ALIGN_CORNERS, ACC)[:, None]
-        above0 = _lerp(z00, z01, lambda_w0)
-        above1 = _lerp(z00, z01, lambda_w1)
-        below0 = _lerp(z10, z11, lambda_w0)
-        below1 = _lerp(z10, z11, lambda_w1)
+        above0 = _lerp(z00, z01, lambda_w0, ALIGN_CORNERS)
+        above1 = _lerp(z00, z01, lambda_w1, ALIGN_CORNERS)
+        below0 = _lerp(z10, z11, lambda_w0, ALIGN_CORNERS)
+        below1 = _lerp(z10, z11, lambda_w1, ALIGN_CORNERS)
         # The padding is zero after the activation: 0, not act(shift).
         end0 = tl.where((i >= 0) & (i < H), W, 0)
         end1 = tl.where((i + 1 >= 0) & (i + 1 < H), W, 0)
-        y00 = tl.where(((j >= 0) & (j < end0))[:, None], _lerp(above0, below0, lambda_h0), 0.0)
-        y01 = tl.where(((j + 1 >= 0) & (j + 1 < end0))[:, None], _lerp(above1, below1, lambda_h0), 0.0)
-        y10 = tl.where(((j >= 0) & (j < end1))[:, None], _lerp(above0, below0, lambda_h1), 0.0)
-        y11 = tl.where(((j + 1 >= 0) & (j + 1 < end1))[:, None], _lerp(above1, below1, lambda_h1), 0.0)
+        y00 = tl.where(((j >= 0) & (j < end0))[:, None], _lerp(above0, below0, lambda_h0, ALIGN_CORNERS), 0.0)
+        y01 = tl.where(((j + 1 >= 0) & (j + 1 < end0))[:, None], _lerp(above1, below1, lambda_h0, ALIGN_CORNERS), 0.0)
+        y10 = tl.where(((j >= 0) & (j < end1))[:, None], _lerp(above0, below0, lambda_h1, ALIGN_CORNERS), 0.0)
+        y11 = tl.where(((j + 1 >= 0) & (j + 1 < end1))[:, None], _lerp(above1, below1, lambda_h1, ALIGN_CORNERS), 0.0)
         at = pixel * stride + (CS if SKIP_FIRST else 0) + c[None, :]
         tl.store(y_ptr + at, y00, mask=in00 & channel)
         tl.store(y_ptr + at + stride, y01, mask=in01 & channel)
@@ -213,11 +219,12 @@ def _upsample_bwd_kernel(
             end = tl.where((yh >= first_h) & (yh < end_h), end_w, 0)  # a row outside has no columns
             row = tl.zeros([BLOCK_W, BLOCK_C], ACC)
             for s in tl.static_range(4):
-                ow = 2 * w - 1 + s
-                yw = ow + left
-                at = ((n * YH + yh) * YW + yw)[:, None] * dy_stride + c[None, :]
-                dy = tl.load(dy_ptr + at, mask=((yw >= first_w) & (yw < end))[:, None] & inside, other=0.0)
-                row += _weight(ow, s, W, ALIGN_CORNERS, ACC)[:, None] * dy.to(ACC)
+                if ALIGN_CORNERS is not None or (0 < r < 3 and 0 < s < 3):  # nearest: 2×2 outputs of weight 1
+                    ow = 2 * w - 1 + s
+                    yw = ow + left
+                    at = ((n * YH + yh) * YW + yw)[:, None] * dy_stride + c[None, :]
+                    dy = tl.load(dy_ptr + at, mask=((yw >= first_w) & (yw < end))[:, None] & inside, other=0.0)
+                    row += _weight(ow, s, W, ALIGN_CORNERS, ACC)[:, None] * dy.to(ACC)
             dz += _weight(oh, r, H, ALIGN_CORNERS, ACC) * row
         x_at = ((n * H + h) * W + w)[:, None] * C + c[None, :]
         x = tl.load(x_ptr + x_at, mask=inside, other=0.0)
@@ -253,11 +260,14 @@ def upsample_concat(
     skip: Tensor | None,
     skip_affine: Tensor | None,
     skip_relu: bool,
-    align_corners: bool,
+    align_corners: bool | None,
     skip_first: bool,
 ) -> Tensor:
-    """Bilinear ×2 of a source (N, C, H, W), centred in the size of a skip source (N, CS, YH, YW) by zero padding or
-    cropping, and concatenated with it: (N, C + CS, YH, YW), or (N, C, 2H, 2W) without one; channels_last, x's dtype."""
+    """×2 of a source (N, C, H, W), bilinear, or nearest if ``align_corners`` is None.
+
+    Centred in the size of a skip source (N, CS, YH, YW) by zero padding or cropping, and concatenated with it:
+    (N, C + CS, YH, YW), or (N, C, 2H, 2W) without one; channels_last, x's dtype.
+    """
     batch, channels, height, width = x.shape
     skip_channels = 0 if skip is None else skip.shape[1]
     y_height, y_width, top, left = _frame(x, skip)
@@ -289,7 +299,7 @@ def upsample_concat_backward(
     skip: Tensor | None,
     skip_affine: Tensor | None,
     skip_relu: bool,
-    align_corners: bool,
+    align_corners: bool | None,
     skip_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, daffine, dskip, dskip_affine) of :func:`upsample_concat`; those of what is None are empty."""

@@ -376,7 +376,8 @@ COUNTS = """
             }}
     loss = Case("softmax_stats", (8, 22, 512, 512), dtype=torch.float32)
     up = Case("upsample_concat", (8, 64, 256, 256), skip=64)
-    for case in (loss, up):
+    head = Case("head_stats", (8, 64, 512, 512), filters=22, kernel=1)
+    for case in (loss, up, head):
         found[case.op] = [[cost.forward, cost.backward] for cost in op_bytes(case)]
 
     found["wrong"] = wrong = []
@@ -483,6 +484,45 @@ def test_upsample_pad_concat_moves_half_forward_and_two_fifths_backward():
     assert ours[1] <= 0.4 * plain[1]
     assert ours[0] == pytest.approx((0.25 + 1 + 2) * skip, rel=0.01)
     assert ours[1] == pytest.approx((2 + 0.25 + 0.25 + 1 + 1) * skip, rel=0.04)  # and slabs of daffine
+
+
+@NEEDS_TRITON
+def test_the_logit_free_head_reads_the_last_activation_twice_and_writes_its_gradient():
+    ours, plain = counts()["head_stats"]
+    x, labels = 8 * 64 * 512 * 512 * 2, 8 * 512 * 512 * 8
+    assert sum(ours) <= sum(plain) / 8
+    assert ours[0] == pytest.approx(x + labels, rel=0.01)
+    assert ours[1] == pytest.approx(2 * x + labels, rel=0.03)  # and slabs of dW
+
+
+NO_LOGITS = """
+    import json, torch, fastunet
+    from benchmarks.trace import trace
+    from fastunet.losses import DiceCELoss
+
+    with torch.device("meta"):
+        model = fastunet.UNet(3, 37, base_c=16).to(memory_format=torch.channels_last)
+        x, labels = torch.empty(2, 3, 96, 80), torch.empty(2, 96, 80, dtype=torch.int64)
+        found = []
+        for step in (lambda: model.loss(x, labels, DiceCELoss()), lambda: DiceCELoss()(model(x), labels)):
+            with trace() as calls:
+                torch.autograd.grad(step(), list(model.parameters()))
+            tensors = []
+            for call in calls:
+                tensors += call.results + [t for inner in call.inner for t in inner.results]
+                tensors += [a for launch in call.launches for a in launch.args if isinstance(a, torch.Tensor)]
+            made = [call.name for call in calls if call.name.startswith("fastunet.head")]
+            found.append([made, sum(t.numel() == 2 * 37 * 96 * 80 for t in tensors)])
+    print(json.dumps(found))
+"""
+
+
+@NEEDS_TRITON
+def test_no_launch_and_no_result_has_the_size_of_the_logits():
+    (ours, none), (_, some) = answer(NO_LOGITS)
+    assert ours == ["fastunet.head_stats", "fastunet.head_stats_backward"]
+    assert none == 0
+    assert some > 0  # with the logits stored they are found
 
 
 def test_what_eager_keeps_is_what_it_keeps_with_data():

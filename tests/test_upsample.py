@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources import DTYPES, LAYOUTS, check_compiled, laid_out, large_gpu, random_affine, skip_if_unsupported, truth
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.trace import trace
 from fastunet import ops
+from fastunet.activation import Activation, Config
+from fastunet.blocks import enlarge
 
 # (shape of x, channels of skip, its rows and columns beyond 2H and 2W)
 CASES: dict[str, tuple[tuple[int, ...], int, int, int]] = {
@@ -46,10 +49,11 @@ def upsampled_truth(
     skip: Tensor | None,
     skip_affine: Tensor | None,
     skip_relu: bool,
-    align_corners: bool,
+    align_corners: bool | None,
     skip_first: bool,
 ) -> Tensor:
-    up = F.interpolate(truth(x, affine, relu), scale_factor=2, mode="bilinear", align_corners=align_corners)
+    mode = "nearest" if align_corners is None else "bilinear"
+    up = F.interpolate(truth(x, affine, relu), scale_factor=2, mode=mode, align_corners=align_corners)
     if skip is None:
         return up
     rows, columns = (skip.shape[i] - up.shape[i] for i in (2, 3))
@@ -84,9 +88,9 @@ def check(args: tuple[Any, ...], dtype: torch.dtype, backend: str) -> None:
         )
 
 
-@pytest.mark.parametrize("align_corners", [False, True], ids=["half_pixel", "align_corners"])
+@pytest.mark.parametrize("align_corners", [False, True, None], ids=["half_pixel", "align_corners", "nearest"])
 @pytest.mark.parametrize("case", CASES)
-def test_forward_and_backward(case: str, align_corners: bool, backend: str, device: str) -> None:
+def test_forward_and_backward(case: str, align_corners: bool | None, backend: str, device: str) -> None:
     x, skip = sources(case, torch.float32, device)
     affine = random_affine(x.shape[1], device)
     skip_affine = None if skip is None else random_affine(skip.shape[1], device)
@@ -163,6 +167,30 @@ def test_nan_stays_where_it_is(align_corners: bool, backend: str, device: str) -
         assert int((y[0, 1:] != 0).sum()) == 2 * 16
 
 
+def test_nan_stays_in_its_own_outputs_of_nearest(backend: str, device: str) -> None:
+    x = torch.zeros(1, 1, 3, 3, device=device)
+    x[0, 0, 1, 1] = torch.nan
+    x.requires_grad_()
+    y = ops.upsample_concat(x, None, False, None, None, False, None, True, backend)
+    assert y[0, 0, 2:4, 2:4].isnan().all()
+    assert int(y.isnan().sum()) == 4
+    dy = torch.zeros_like(y)
+    dy[0, 0, 0, 0] = torch.nan
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert dx.isnan().flatten().tolist() == [True] + 8 * [False]
+
+
+@pytest.mark.parametrize("align_corners", [False, True, None], ids=["half_pixel", "align_corners", "nearest"])
+def test_an_upsample_module_runs_lazily(align_corners: bool | None, device: str) -> None:
+    module = nn.Upsample(scale_factor=2, mode="nearest" if align_corners is None else "bilinear")
+    module.align_corners = align_corners
+    x, affine = torch.randn(1, 3, 4, 5, device=device), random_affine(3, device)
+    with trace() as calls:
+        up = enlarge(module, Activation(x, affine, True), Config("torch"))
+    assert [call.name for call in calls] == ["fastunet.upsample_concat"]
+    torch.testing.assert_close(up.x, module(truth(x, affine, True)), rtol=1e-5, atol=1e-5)
+
+
 def test_empty_batch(backend: str, device: str) -> None:
     x, skip = torch.empty(0, 3, 2, 3, device=device), torch.empty(0, 2, 5, 6, device=device)
     affine = random_affine(3, device)
@@ -186,8 +214,8 @@ def test_same_bits_every_time(backend: str, device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
-@pytest.mark.parametrize("align_corners", [False, True], ids=["half_pixel", "align_corners"])
-def test_gradcheck(align_corners: bool, backend: str, device: str) -> None:
+@pytest.mark.parametrize("align_corners", [False, True, None], ids=["half_pixel", "align_corners", "nearest"])
+def test_gradcheck(align_corners: bool | None, backend: str, device: str) -> None:
     if backend == "triton" and device == "cuda":
         pytest.skip("the kernels take float64 in the interpreter only")
     x, skip = (
@@ -230,7 +258,9 @@ def test_compiled(backend: str, device: str) -> None:
     st.booleans(),
     st.booleans(),
 )
-def test_backends_agree(shape: tuple[int, ...], rows: int, columns: int, align_corners: bool, skip_first: bool) -> None:
+def test_backends_agree(
+    shape: tuple[int, ...], rows: int, columns: int, align_corners: bool | None, skip_first: bool
+) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.randn(shape, device=device)
     skip = torch.randn(shape[0], 2, max(1, 2 * shape[2] + rows), max(1, 2 * shape[3] + columns), device=device)

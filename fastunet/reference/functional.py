@@ -123,18 +123,22 @@ def upsample_concat(
     skip: Tensor | None,
     skip_affine: Tensor | None,
     skip_relu: bool,
-    align_corners: bool,
+    align_corners: bool | None,
     skip_first: bool,
 ) -> Tensor:
-    """Bilinear ×2 of a source; with a skip source: centred in its size (zero pad or crop) and concatenated with it."""
-    up = F.interpolate(affine_act(x, affine, relu), scale_factor=2, mode="bilinear", align_corners=align_corners)
+    """×2 of a source, bilinear, or nearest if ``align_corners`` is None; with a skip source: centred in its size (zero
+    pad or crop) and concatenated with it."""
+    mode = "nearest" if align_corners is None else "bilinear"
+    up = F.interpolate(affine_act(x, affine, relu), scale_factor=2, mode=mode, align_corners=align_corners)
     if skip is None:
         return up
     parts = [affine_act(skip, skip_affine, skip_relu), _centre(up, skip.shape[2:])]
     return torch.cat(parts if skip_first else parts[::-1], 1)
 
 
-def upsample_pad_concat(x: Tensor, skip: Tensor, *, align_corners: bool = True, skip_first: bool = True) -> Tensor:
+def upsample_pad_concat(
+    x: Tensor, skip: Tensor, *, align_corners: bool | None = True, skip_first: bool = True
+) -> Tensor:
     """:func:`upsample_concat` of two plain tensors."""
     return upsample_concat(x, None, False, skip, None, False, align_corners, skip_first)
 
