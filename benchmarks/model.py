@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from benchmarks.recorder import Launch
+    from benchmarks.trace import Call
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,16 @@ CHIPS = {
 }
 SUSTAINED = 0.70
 UNKNOWN = 0.35  # of matrix products in Triton that are not modelled here
+WINOGRAD = 2.25 * SUSTAINED  # of a product that stands for a convolution of so many times its multiplications
 CUDNN = {16: 0.06, 32: 0.12, 64: 0.24, 128: 0.45, 256: 0.70}  # by the fewer of input and output channels
 LAUNCH = 2e-6  # seconds that a pass takes at least where algorithms are compared
+
+
+def aten_rate(call: Call) -> float:
+    """The fraction of the matrix rate that an ATen operation attains."""
+    if "convolution" in call.name:
+        return cudnn_rate(min(call.named["weight"].shape[:2]))
+    return WINOGRAD if call.name.startswith("aten.bmm.") else 1.0
 
 
 def cudnn_rate(channels: int) -> float:
@@ -54,7 +63,7 @@ def cudnn_rate(channels: int) -> float:
     if below >= above:  # beyond an end, or at a point
         return CUDNN[below]
     share = math.log(channels / below) / math.log(above / below)
-    return CUDNN[below] ** (1 - share) * CUDNN[above] ** share
+    return float(CUDNN[below] ** (1 - share) * CUDNN[above] ** share)
 
 
 def triton_rate(launch: Launch, architecture: str) -> float:

@@ -46,7 +46,7 @@ from torch.utils.flop_counter import flop_registry
 import fastunet
 from benchmarks.access import Access, distinct, of_aten, storage
 from benchmarks.cases import Case
-from benchmarks.model import cudnn_rate, triton_rate
+from benchmarks.model import aten_rate, triton_rate
 from benchmarks.trace import Call, tensors_of, trace
 from fastunet import ops, reference
 from fastunet.losses import DiceCELoss
@@ -303,8 +303,7 @@ def made(call: Call) -> list[tuple[str, Access, int]]:
             rate = triton_rate(launch, call.architecture)
             found.append((launch.kernel.__name__, replace(of_launch(launch), rate=rate)))
     for inner in [call] if call.name.startswith("aten.") else call.inner:
-        rate = cudnn_rate(min(inner.named["weight"].shape[:2])) if "convolution" in inner.name else 1.0
-        found += [(inner.name, replace(access, rate=rate)) for access in of_aten(inner)]
+        found += [(inner.name, replace(access, rate=aten_rate(inner))) for access in of_aten(inner)]
     return [(name, access, access.bytes) for name, access in found]
 
 

@@ -184,14 +184,13 @@ def _write(path: Path, text: str) -> None:
 
 
 def modelled(case: Case, gpu: str) -> dict[str, Any]:
-    """What :func:`tune` gives, by the model: the key of the layer's entry, and the algorithm of the shortest time."""
+    """What :func:`tune` gives, by the model. Winograd's time is given, but it is taken only where it was measured."""
     from fastunet.kernels import table
 
     kind = KINDS[case.mode]
     with table.observed() as asked:
-        microseconds = {"triton": _modelled_seconds(case, gpu, "triton") * 1e6}
+        microseconds = {name: _modelled_seconds(case, gpu, name) * 1e6 for name in ("triton", *algorithms(kind))}
     key, rule = asked[kind]
-    microseconds["cudnn"] = _modelled_seconds(case, gpu, "cudnn") * 1e6
     algorithm = "cudnn" if microseconds["cudnn"] * MODEL_GAIN < microseconds["triton"] else "triton"
     about = {"case": case.name, "key": list(key), "rule": list(rule), "tile": list(rule), "algorithm": algorithm}
     return about | microseconds | {"source": MODELLED}
@@ -225,9 +224,9 @@ def model_entries(only: str) -> int:
     for gpu, case in tqdm(todo, desc="layers", disable=None):
         one = modelled(case, gpu)
         found.setdefault(tuple(one["key"]), one)
-    lines = [("layer", "gpu", "triton µs", "cudnn µs", "")]
+    lines = [("layer", "gpu", "triton µs", "cudnn µs", "winograd µs", "")]
     for one in found.values():
-        times = (f"{one[name]:.0f}" for name in ("triton", "cudnn"))
+        times = (f"{one[name]:.0f}" if name in one else "-" for name in ("triton", "cudnn", "winograd"))
         lines.append((one["case"], one["key"][1], *times, "cudnn" if one["algorithm"] == "cudnn" else ""))
     print(traffic.aligned(lines))
     write(table.PATH, found.values())
