@@ -105,7 +105,7 @@ def _conv3x3_wgrad_kernel(
         start = slab * per_slab
         stop = tl.where(block < blocks0, start, tl.minimum(start + per_slab, tiles1))
         accs = _accumulate(
-            accs, start, stop, x1, affine1_ptr, dy, s, c - blocks0 * BLOCK_C, C1, k, K,
+            accs, start, stop, x1, affine1_ptr, dy, s, tl.maximum(c - blocks0 * BLOCK_C, 0), C1, k, K,
             N, H1, W1, top1, left1, P, Q, tiles1_h, tiles1_w,
             AFFINE1, RELU1, MASKED, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
         )  # fmt: skip

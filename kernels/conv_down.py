@@ -182,7 +182,7 @@ def conv_down(
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return result, *(merge_stats(*partials, counts) if stats else partials)
+    return result, *(merge_stats(partials[0], partials[1], counts) if stats else partials)
 
 
 def conv_down_dgrad(dy: Tensor, weight: Tensor, source: Source, stride: int) -> tuple[Tensor, Tensor]:

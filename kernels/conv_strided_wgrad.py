@@ -74,7 +74,7 @@ def _conv_strided_wgrad_kernel(
                     dy, none, none, none, n, p + i, q + 1 - column // WIDE, 0, k, N, P, Q, K,
                     1, False, False, True, TMA_Y, IMAGES, COLUMNS, BLOCK_K, ACC,
                 )  # fmt: skip
-                rows = rows + (row,)  # noqa: RUF005 - Triton knows no unpacking
+                rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
             for a in tl.static_range(STRIDE):
                 z = load_pixels(
                     x, scale, shift, centre, n, STRIDE * p + a, q, column % WIDE, c, N, H, W, C,

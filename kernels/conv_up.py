@@ -213,9 +213,10 @@ def conv_up(source: Source, weight: Tensor, bias: Tensor | None, stats: bool) ->
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if not stats:
-        return result, *partials
+        return result, partials[0], partials[1]
+    mean, m2 = (partial.view(-1, filters) for partial in partials)
     halves = outputs // filters  # of a pixel pair, each a tile of its own
-    return result, *merge_stats(*(x.view(-1, filters) for x in partials), counts.repeat_interleave(halves))
+    return result, *merge_stats(mean, m2, counts.repeat_interleave(halves))
 
 
 def conv_up_dgrad(dy: Tensor, weight: Tensor, source: Source) -> tuple[Tensor, Tensor]:

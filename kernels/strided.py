@@ -101,8 +101,8 @@ def source_gradient(
         high = ()
         for b in tl.static_range(WIDE):
             first, second = gs[b].reshape(IMAGES * COLUMNS, 2, BLOCK_C // 2).permute(0, 2, 1).split()
-            low = low + (first,)  # noqa: RUF005 - Triton knows no unpacking
-            high = high + (second,)  # noqa: RUF005
+            low = low + (first,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
+            high = high + (second,)  # type: ignore[assignment]  # noqa: RUF005
         _narrow_gradient(
             low, x, affine_ptr, dx, partial_ptr, tile, n, h, q, c, N, H, W, C,
             AFFINE, RELU, WIDE, TMA, IMAGES, COLUMNS, BLOCK_C // 2, ACC, DTYPE,
