@@ -752,7 +752,7 @@ def head_stats_backward(
         assert label is not None
         g = softmax_stats_backward(dstats[n : n + 1], logits, label, w, mode, ignore_index, wanted)[0, :, 0].t()
         if mask[1]:
-            dfilters.addmm_(g.t(), z)
+            dfilters += g.t() @ z
         if mask[2]:
             dbias += g.sum(0)
         if mask[0]:
