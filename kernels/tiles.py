@@ -50,8 +50,7 @@ def choose(
     wgrad = kind == "conv3x3_wgrad"
     name = architecture(like.device)
     if exact:
-        columns = block(width, 16 if name == "sm_100" else 32)
-        return Tile(1, 1, columns, block(outputs, 32), block(channels, 32 if wgrad else 16), 8, 2)
+        return Tile(1, 1, block(width, 16), block(outputs, 32), block(channels, 32 if wgrad else 16), 8, 2)
     if not narrow:
         if wgrad:
             return Tile(1, 1, block(width, 32), block(outputs, 32), block(channels, 32), 4, 2, tma)
