@@ -175,9 +175,8 @@ def _affine_act_backward(case: Case, operands: Operands, results: Operands) -> O
 
 
 def _bn_affine(case: Case, device: Any) -> Operands:
-    vectors = torch.rand((6, case.shape[1]), dtype=stats_dtype(case.dtype), device=device).unbind(0)
-    batch, _, height, width = case.shape
-    return *vectors, batch * height * width, 0.1, 1e-5
+    mean, var, weight, bias = torch.rand((4, case.shape[1]), dtype=stats_dtype(case.dtype), device=device).unbind(0)
+    return mean, var, weight, bias, 1e-5
 
 
 def _bn_affine_backward(case: Case, operands: Operands, results: Operands) -> Operands:

@@ -36,7 +36,6 @@ from benchmarks.loss_cases import LossCase
 from benchmarks.measure import precision
 from benchmarks.nets import NetCase
 from fastunet import metrics, ops, reference
-from fastunet.aten import update_running_stats
 from fastunet.losses import DiceCELoss
 
 AnyCase = Case | NetCase | LossCase
@@ -450,14 +449,6 @@ def _reference(case: Case) -> Callable[..., list[Tensor]]:
             return [*found, F.max_pool2d(found[0], 2)] if pool else found  # scales are above 0
 
         return conv2d
-    if case.op == "bn_affine":
-
-        def bn_affine(running_mean: Tensor, running_var: Tensor, count: int, momentum: float, **operands: Any) -> Any:
-            mean, var = (operands[name].detach() for name in ("mean", "var"))
-            update_running_stats(running_mean, running_var, mean, var, count, momentum)
-            return _list(function(**operands))
-
-        return bn_affine
     return lambda **operands: _list(function(**operands))
 
 

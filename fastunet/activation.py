@@ -8,7 +8,7 @@ and a ReLU an Activation is an ordinary tensor.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -217,8 +217,7 @@ def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, config: Config) -> Acti
         ValueError: batch statistics of a single value per channel, as PyTorch.
     """
     count = raw.y.shape[0] * raw.y.shape[2] * raw.y.shape[3]
-    running: tuple[Tensor | None, Tensor | None] = None, None
-    momentum = 0.0
+    running: tuple[Any, ...] = ()
     if uses_batch_stats(bn):
         if count == 1:
             raise ValueError(
@@ -234,13 +233,14 @@ def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, config: Config) -> Acti
                 momentum = 1.0 / float(bn.num_batches_tracked)
                 update_running_stats(bn.running_mean, bn.running_var, mean.detach(), var.detach(), count, momentum)
             else:
-                momentum, running = bn.momentum, (bn.running_mean, bn.running_var)
+                running = bn.running_mean, bn.running_var, count, bn.momentum
     else:
         assert bn.running_mean is not None
         assert bn.running_var is not None
         dtype = stats_dtype(raw.y.dtype)
         mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
-    affine = ops.call(ops.bn_affine, mean, var, bn.weight, bn.bias, *running, count, momentum, bn.eps, config.backend)
+    operator = ops.bn_affine_running if running else ops.bn_affine
+    affine = ops.call(operator, mean, var, bn.weight, bn.bias, *running, bn.eps, config.backend)
     return Activation(raw.y, affine, relu, raw.pooled)
 
 

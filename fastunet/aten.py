@@ -94,29 +94,29 @@ def update_running_stats(
     running_var.lerp_((var * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
 
 
-def bn_affine(
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    count: int,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """The affine of a batch normalisation: rows weight·rsqrt(var + eps), bias, mean; (3, C) in mean's dtype.
-
-    Running statistics, if given, move in place by ``momentum`` towards mean and the unbiased variance of ``count``
-    values.
-    """
-    if running_mean is not None and running_var is not None:
-        update_running_stats(running_mean, running_var, mean, var, count, momentum)
+def bn_affine(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The affine of a batch normalisation: rows weight·rsqrt(var + eps), bias, mean; (3, C) in mean's dtype."""
     scale = torch.rsqrt(var + eps)
     if weight is not None:
         scale = scale * weight
     shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
     return torch.stack([scale, shift, mean])
+
+
+def bn_affine_running(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    count: int,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """:func:`bn_affine` and :func:`update_running_stats`."""
+    update_running_stats(running_mean, running_var, mean, var, count, momentum)
+    return bn_affine(mean, var, weight, bias, eps)
 
 
 def bn_affine_backward(

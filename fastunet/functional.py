@@ -91,12 +91,15 @@ def conv_bn_relu(
     count = y.numel() // filters
     if training and count == 1:
         raise ValueError(f"expected more than one value per channel in training, got an output of {tuple(y.shape)}")
-    running: tuple[Tensor | None, Tensor | None] = (running_mean, running_var) if training and count else (None, None)
+    running: tuple[Any, ...] = ()
+    if training and count and running_mean is not None and running_var is not None:
+        running = running_mean, running_var, count, momentum
     if not training:
         assert running_mean is not None
         assert running_var is not None
         mean, var = running_mean.to(stats_dtype(dtype)), running_var.to(stats_dtype(dtype))
-    affine = ops.bn_affine(mean, var, bn_weight, bn_bias, *running, count, momentum, eps, backend)
+    operator = ops.bn_affine_running if running else ops.bn_affine
+    affine = operator(mean, var, bn_weight, bn_bias, *running, eps, backend)
     z: Tensor = ops.affine_act(y, affine, relu, backend)
     return z.contiguous(memory_format=memory_format(x, weight))
 

@@ -305,7 +305,35 @@ affine_act_backward = _register(
 # ---- bn_affine ---------------------------------------------------------------------------------------------------
 
 
+def _bn_gradients(ctx: Any, daffine: Tensor) -> list[Tensor | None]:
+    var, weight = ctx.saved_tensors
+    dmean, dvar, dweight, dbias = bn_affine_backward(daffine, var, weight, *ctx.config)
+    need = ctx.needs_input_grad
+    return [
+        _given(dmean, need[0]),
+        _given(dvar, need[1]),
+        dweight.to(ctx.dtypes[0]) if need[2] else None,
+        dbias.to(ctx.dtypes[1]) if need[3] else None,
+    ]
+
+
 class _BnAffine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
+    ) -> Tensor:
+        ctx.save_for_backward(var, weight)
+        ctx.config = (eps, backend)
+        ctx.dtypes = (weight.dtype if weight is not None else None, bias.dtype if bias is not None else None)
+        return _below_autograd(bn_affine, mean, var, weight, bias, eps, backend)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @_first_order
+    def backward(ctx: Any, daffine: Tensor) -> Any:
+        return *_bn_gradients(ctx, daffine), None, None
+
+
+class _BnAffineRunning(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -313,8 +341,8 @@ class _BnAffine(torch.autograd.Function):
         var: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
         count: int,
         momentum: float,
         eps: float,
@@ -324,48 +352,39 @@ class _BnAffine(torch.autograd.Function):
         ctx.config = (eps, backend)
         ctx.dtypes = (weight.dtype if weight is not None else None, bias.dtype if bias is not None else None)
         return _below_autograd(  # type: ignore[no-any-return]
-            bn_affine, mean, var, weight, bias, running_mean, running_var, count, momentum, eps, backend
+            bn_affine_running, mean, var, weight, bias, running_mean, running_var, count, momentum, eps, backend
         )
 
     @staticmethod
     @_first_order
     def backward(ctx: Any, daffine: Tensor) -> Any:
-        var, weight = ctx.saved_tensors
-        dmean, dvar, dweight, dbias = bn_affine_backward(daffine, var, weight, *ctx.config)
-        need = ctx.needs_input_grad
-        return (
-            _given(dmean, need[0]),
-            _given(dvar, need[1]),
-            dweight.to(ctx.dtypes[0]) if need[2] else None,
-            dbias.to(ctx.dtypes[1]) if need[3] else None,
-            *(None,) * 6,
-        )
+        return *_bn_gradients(ctx, daffine), *(None,) * 6
 
 
 def _check_bn_affine(
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    count: int,
-    momentum: float,
-    eps: float,
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *running: Tensor | float
 ) -> None:
-    vectors = {"var": var, "weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    vectors = {"var": var, "weight": weight, "bias": bias}
+    if len(running) > 1:
+        vectors |= dict(zip(("running_mean", "running_var"), running, strict=False))  # type: ignore[arg-type]
     for name, vector in vectors.items():
         if vector is not None and vector.shape != mean.shape:
             raise ValueError(f"expected a {name} of the statistics' shape {_shape(mean)}, got {_shape(vector)}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("expected running_mean and running_var together, got one of them; pass both or neither")
 
 
 bn_affine = _register(
-    "bn_affine(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean,"
-    " Tensor(b!)? running_var, SymInt count, float momentum, float eps, str backend) -> Tensor",
+    "bn_affine(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, float eps, str backend) -> Tensor",
     lambda mean, *rest: mean.new_empty((3, mean.shape[0])),
     _BnAffine,
+    _check_bn_affine,
+)
+# The same, and the running statistics move in that launch. An operator of its own: compilers take one that may write
+# to nothing for one that does.
+bn_affine_running = _register(
+    "bn_affine_running(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor(a!) running_mean,"
+    " Tensor(b!) running_var, SymInt count, float momentum, float eps, str backend) -> Tensor",
+    lambda mean, *rest: mean.new_empty((3, mean.shape[0])),
+    _BnAffineRunning,
     _check_bn_affine,
 )
 bn_affine_backward = _register(

@@ -206,7 +206,7 @@ def _bn_case(channels: int) -> Case:
         "bn_affine",
         str(channels),
         {name: (channels,) for name in ("mean", "var", "weight", "bias")},
-        lambda t, backend: call(ops.bn_affine, t, None, None, 0, 0.0, 1e-5, backend),
+        lambda t, backend: call(ops.bn_affine, t, 1e-5, backend),
         lambda t: call(plain.bn_affine, t, 1e-5),
     )
 

@@ -10,7 +10,7 @@ if __name__ != "fastunet.kernels":
         "'pip install -e .' and import it by that name"
     )
 
-from fastunet.kernels.affine import affine_act, affine_act_backward, bn_affine, bn_affine_backward
+from fastunet.kernels.affine import affine_act, affine_act_backward, bn_affine, bn_affine_backward, bn_affine_running
 from fastunet.kernels.confusion import confusion_matrix
 from fastunet.kernels.conv import conv2d, conv_transpose2d
 from fastunet.kernels.conv_backward import conv2d_backward, conv_transpose2d_backward
@@ -24,6 +24,7 @@ __all__ = [
     "affine_act_backward",
     "bn_affine",
     "bn_affine_backward",
+    "bn_affine_running",
     "confusion_matrix",
     "conv2d",
     "conv2d_backward",

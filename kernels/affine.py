@@ -228,31 +228,42 @@ def source_gradient(dz: Tensor, dz_stride: int, x: Tensor, affine: Tensor | None
     return dx, partial if affine is None else sum_slabs(partial)
 
 
-def bn_affine(
+def _bn_affine(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
+    running: tuple[Tensor, Tensor] | tuple[None, None], count: int, momentum: float,
+) -> Tensor:  # fmt: skip
+    channels = mean.shape[0]
+    affine = mean.new_empty((3, channels))
+    if channels:
+        _bn_affine_fwd_kernel[(triton.cdiv(channels, _BN_BLOCK),)](
+            mean.contiguous(), var.contiguous(), dense(weight), dense(bias), *running, affine, channels, count,
+            MOMENTUM=momentum, EPS=eps, **OPTIONS, ACC=accumulator(mean.dtype), BLOCK_C=_BN_BLOCK,
+        )  # fmt: skip
+    return affine
+
+
+def bn_affine(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The affine of a batch normalisation: rows weight·rsqrt(var + eps), bias, mean; (3, C) in mean's dtype."""
+    return _bn_affine(mean, var, weight, bias, eps, (None, None), 0, 0.0)
+
+
+def bn_affine_running(
     mean: Tensor,
     var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
     count: int,
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """See :func:`fastunet.aten.bn_affine`; one launch."""
-    channels = mean.shape[0]
-    affine = mean.new_empty((3, channels))
-    if channels:
-        means, variances = (None if r is None else r.contiguous() for r in (running_mean, running_var))
-        _bn_affine_fwd_kernel[(triton.cdiv(channels, _BN_BLOCK),)](
-            mean.contiguous(), var.contiguous(), dense(weight), dense(bias), means, variances, affine, channels, count,
-            MOMENTUM=momentum, EPS=eps, **OPTIONS, ACC=accumulator(mean.dtype), BLOCK_C=_BN_BLOCK,
-        )  # fmt: skip
-        for mine, theirs in ((means, running_mean), (variances, running_var)):
-            if mine is not theirs:  # a buffer that is not dense in memory
-                assert mine is not None
-                assert theirs is not None
-                theirs.copy_(mine)
+    """See :func:`fastunet.aten.bn_affine_running`; one launch."""
+    running = running_mean.contiguous(), running_var.contiguous()
+    affine = _bn_affine(mean, var, weight, bias, eps, running, count, momentum)
+    for mine, theirs in zip(running, (running_mean, running_var), strict=True):
+        if mine is not theirs:  # a buffer that is not dense in memory
+            theirs.copy_(mine)
     return affine
 
 

@@ -56,9 +56,9 @@ def choose(
             return Tile(1, 1, block(width, 32), block(outputs, 32), block(channels, 32), 4, 2, tma)
         return Tile(images, 1, columns, block(outputs, 32), block(channels, 16 if name == "sm_100" else 32), 8, 2, tma)
     if not tma:
+        rows = 1 if name.startswith("gfx") else 2  # CDNA has no registers to spare here
         if wgrad:
-            return Tile(1, 4, block(width, 32), block(outputs, 64), block(channels, 32), 4, 2)
-        rows = 1 if name.startswith("gfx") else 2
+            return Tile(1, 2 * rows, block(width, 32), block(outputs, 32 * rows), block(channels, 32), 4, 2)
         return Tile(images, rows, columns, block(outputs, 64), block(channels, 32), 8, 3)
     rows = 2 if name == "sm_90" else 1  # 128 accumulators a thread leave registers for the epilogue on Hopper only
     if wgrad:

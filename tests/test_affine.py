@@ -184,9 +184,6 @@ def test_beyond_32_bit_offsets(device: str) -> None:
 # ---- bn_affine ---------------------------------------------------------------------------------------------------
 
 
-NOT_RUNNING = (None, None, 0, 0.0)  # running statistics, the count of values, momentum
-
-
 def bn_truth(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     scale = 1 / (var + eps).sqrt()
     scale = scale if weight is None else scale * weight
@@ -206,7 +203,7 @@ def test_bn_affine(channels: int, parameters: torch.dtype | None, backend: str, 
     missing = [None] * (4 - len(inputs))
     daffine = torch.randn(3, channels, device=device)
 
-    affine = ops.bn_affine(*inputs, *missing, *NOT_RUNNING, 1e-5, backend)
+    affine = ops.bn_affine(*inputs, *missing, 1e-5, backend)
     affine.backward(daffine)
     exact = bn_truth(*exact_inputs, *missing, 1e-5)
     exact.backward(daffine.double())
@@ -225,15 +222,16 @@ def test_bn_affine_gradcheck(backend: str, device: str) -> None:
     mean, weight, bias = (torch.randn(4, dtype=torch.float64, device=device, requires_grad=True) for _ in range(3))
     var = (torch.rand(4, dtype=torch.float64, device=device) + 0.5).requires_grad_()
     inputs = (mean, var, weight, bias)
-    assert torch.autograd.gradcheck(lambda *a: ops.bn_affine(*a, *NOT_RUNNING, 1e-3, backend), inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *a: ops.bn_affine(*a, 1e-3, backend), inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize(("with_weight", "with_bias"), [(False, False), (True, False), (True, True)])
 def test_bn_affine_opcheck(with_weight: bool, with_bias: bool, backend: str, device: str) -> None:
     mean, var, weight, bias = (torch.rand(3, device=device, requires_grad=True) for _ in range(4))
     parameters = (weight if with_weight else None, bias if with_bias else None)
-    running = (torch.zeros(3, device=device), torch.ones(3, device=device)) if with_bias else (None, None)
-    torch.library.opcheck(ops.bn_affine, (mean, var, *parameters, *running, 6, 0.1, 1e-5, backend))
+    running = (torch.zeros(3, device=device), torch.ones(3, device=device))
+    torch.library.opcheck(ops.bn_affine, (mean, var, *parameters, 1e-5, backend))
+    torch.library.opcheck(ops.bn_affine_running, (mean, var, *parameters, *running, 6, 0.1, 1e-5, backend))
     constant = weight.detach() if with_weight else None
     torch.library.opcheck(
         ops.bn_affine_backward, (torch.randn(3, 3, device=device), var.detach(), constant, 1e-5, backend)
@@ -247,7 +245,7 @@ def test_running_statistics_move(count: int, dtype: torch.dtype, backend: str, d
     running = [torch.randn(5, 2, device=device).to(dtype)[:, 0], torch.rand(5, device=device).to(dtype)]
     unbiased = var * count / max(count - 1, 1)
     moved = [r.double() + 0.3 * (b.double() - r.double()) for r, b in zip(running, (mean, unbiased), strict=True)]
-    ops.bn_affine(mean, var, None, None, *running, count, 0.3, 1e-5, backend)
+    ops.bn_affine_running(mean, var, None, None, *running, count, 0.3, 1e-5, backend)
     for found, expected in zip(running, moved, strict=True):
         # One rounding of the buffer's dtype; float32 rounds the product and the sum.
         tolerance = 2e-3 if dtype == torch.float16 else 1e-6
@@ -256,7 +254,7 @@ def test_running_statistics_move(count: int, dtype: torch.dtype, backend: str, d
 
 def test_bn_affine_compiled(backend: str, device: str) -> None:
     def function(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return (ops.bn_affine(mean, var, weight, bias, *NOT_RUNNING, 1e-5, backend) ** 2).sum()
+        return (ops.bn_affine(mean, var, weight, bias, 1e-5, backend) ** 2).sum()
 
     check_compiled(function, *(torch.rand(3, device=device) for _ in range(4)))
 
@@ -266,7 +264,7 @@ def test_bn_affine_of_strided_vectors(backend: str, device: str) -> None:
     mean, var = torch.randn(8, device=device)[::2], torch.rand(8, device=device)[::2]
     weight = torch.tensor(2.0, device=device).expand(4)
     daffine = torch.randn(4, 3, device=device).t()
-    affine = ops.bn_affine(mean, var, weight, weight, *NOT_RUNNING, 1e-5, backend)
+    affine = ops.bn_affine(mean, var, weight, weight, 1e-5, backend)
     torch.testing.assert_close(affine, bn_truth(mean, var, weight, weight, 1e-5))
     dense = (daffine.contiguous(), var.contiguous(), weight.contiguous(), 1e-5, backend)
     results = ops.bn_affine_backward(daffine, var, weight, 1e-5, backend), ops.bn_affine_backward(*dense)

@@ -76,6 +76,9 @@ def test_every_operator_is_compared() -> None:
     called = {
         name.split("::")[1].split("(")[0] for name in map(str, torch._C._jit_get_all_schemas()) if "fastunet::" in name
     }
-    forwards = {name for name in called if not name.endswith("_backward")} - {"pool_fork", "affine_act"}
-    # pool_fork is max_pool2x2's case; affine_act is what that case ends in.
+    forwards = {name for name in called if not name.endswith("_backward")} - {
+        "pool_fork", "affine_act",  # max_pool2x2's case is pool_fork and ends in affine_act
+        "bn_affine_running",  # bn_affine's launch
+        "confusion_matrix", "head_predict",  # whole numbers, which have no error: the tests compare them
+    }  # fmt: skip
     assert forwards <= {case.name.split()[0] for case in verify.CASES}
