@@ -220,7 +220,10 @@ def _choices(
 ) -> dict[str, Any]:
     """What is compiled into every kernel here; of its tile, a thread has at most so many logits and values of x."""
     block_c, block_k = block(source.channels, most_channels), block(classes, 256)
-    amd = architecture(source.x.device).startswith("gfx")
+    name = architecture(source.x.device)
+    amd = name.startswith("gfx")
+    # AMD prefetches into registers, of which there are none left; others into shared memory, of which some have less.
+    stages = 1 if amd else 2 if name in ("sm_86", "sm_89", "sm_120") and block_k > 64 else 3
     warps = 4 if block_k <= 64 or amd else 8
     share = warps * (64 if amd else 32) * min(2, 4 // source.x.element_size()) // 2
     return {
@@ -235,7 +238,7 @@ def _choices(
         "BLOCK_C": block_c,
         "BLOCK_K": block_k,
         "num_warps": warps,
-        **({"num_stages": 1} if amd else {}),  # AMD prefetches into registers, of which there are none left
+        "num_stages": stages,
         **OPTIONS,
     }
 
