@@ -47,7 +47,7 @@ def test_kernels_pass():
         [convolution] = [
             entry["numbers"]
             for entry in entries
-            if entry["kernel"] == "_conv_fwd_kernel" and entry["chip"] == chip and "tensor" in entry["numbers"]
+            if entry["kernel"] == "_conv3x3_dgrad_kernel" and entry["chip"] == chip and "tensor" in entry["numbers"]
         ]
         assert convolution["loop tensor"]
         assert ("issue slots" in convolution) == chip.startswith("sm")
