@@ -50,7 +50,8 @@ from benchmarks.gate_file import FILE, Numbers, load, numbers, regressions, save
 from benchmarks.machine_code import CHIPS, Resources, read
 from benchmarks.recorder import Launch, Specialisation, find_kernels, record, specialise
 from benchmarks.trace import Call, traced
-from fastunet import kernels, ops
+from fastunet import kernels
+from fastunet.architecture import as_if_on
 from fastunet.models import BrainUNet, PlainUNet, StridedUNet, UNet
 
 Networks = Mapping[str, Callable[[], nn.Module]]
@@ -150,7 +151,7 @@ def _as_on(chip: str, tf32: bool) -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = tf32
     torch.version.hip = "0" if CHIPS[chip].target.backend == "hip" else None
     try:
-        with ops.as_if_on(chip):
+        with as_if_on(chip):
             yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.version.hip = kept

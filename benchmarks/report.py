@@ -26,7 +26,7 @@ Row = dict[str, Any]
 HOW = """To measure, on a machine with the GPU, from a checkout:
 
 ```console
-python -m benchmarks.suite             # under 8 minutes: rows to benchmarks/results/<gpu>.jsonl, and a table
+python -m benchmarks.suite             # 8 minutes (--budget): rows to benchmarks/results/<gpu>.jsonl, and a table
 python -m benchmarks.suite --row ID    # one row again, the old beside the new
 python -m benchmarks.report            # rewrite this section from the rows
 ```

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastunet import ops
+from fastunet.architecture import as_if_on
 from fastunet.aten import aten, memory_format, stats_dtype
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def trace(architecture: str = "sm_90") -> Iterator[list[Call]]:
     ``.grad``, seeing that somebody else holds them.
     """
     tracer = _Tracer(architecture)
-    with ops.as_if_on(architecture), tracer:
+    with as_if_on(architecture), tracer:
         yield tracer.calls
 
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastunet import aten
-from fastunet.architecture import as_if_on as as_if_on
 from fastunet.architecture import pretending
 from fastunet.aten import memory_format, stats_dtype
 

@@ -116,6 +116,38 @@ def normalise(x, scale, shift, centre, HAS_AFFINE: tl.constexpr, RELU: tl.conste
     return z
 
 
+@triton.jit
+def load_tap(w, k, c, tap, K, C, TAPS: tl.constexpr, K_FIRST: tl.constexpr, TMA: tl.constexpr,
+             BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """The weights [BLOCK_C, BLOCK_K] at ``tap``, from memory (K,TAPS,C) if K_FIRST, else (C,TAPS,K)."""
+    if TMA:
+        if K_FIRST:
+            weights = w.load([k, tap, c]).reshape(BLOCK_K, BLOCK_C).T
+        else:
+            weights = w.load([c, tap, k]).reshape(BLOCK_C, BLOCK_K)
+    else:
+        channel = (c + tl.arange(0, BLOCK_C)).to(tl.int64)[:, None]
+        filters = (k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
+        if K_FIRST:
+            address = (filters * TAPS + tap) * C + channel
+        else:
+            address = (channel * TAPS + tap) * K + filters
+        weights = tl.load(w + address, mask=(channel < C) & (filters < K), other=0.0)
+    return weights
+
+
+@triton.jit
+def halves(items, COUNT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """The left and the right halves of COUNT tiles [M, N], as two tuples."""
+    low = ()
+    high = ()
+    for i in tl.static_range(COUNT):
+        first, second = items[i].reshape(M, 2, N // 2).permute(0, 2, 1).split()
+        low = low + (first,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
+        high = high + (second,)  # type: ignore[assignment]  # noqa: RUF005
+    return low, high
+
+
 @triton.jit(do_not_specialize=["slabs"])
 def _sum_slabs_kernel(x_ptr, y_ptr, slabs, length, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     """y[g, l] = Σ_{i<GROUP} x[g·GROUP + i, l], in a fixed tree order."""

@@ -34,7 +34,9 @@ from fastunet.kernels.common import (
     describe,
     element,
     empty_nhwc,
+    halves,
     load_affine,
+    load_tap,
     nhwc,
     normalise,
     precision,
@@ -84,26 +86,6 @@ def load_row(
 
 
 @triton.jit
-def _load_tap(w, k, c, tap, K, C, MIRRORED: tl.constexpr, TMA: tl.constexpr,
-              BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """The filter at ``tap``, [BLOCK_C, BLOCK_K]: from weights (K,9,C), or mirrored and transposed from (C,9,K)."""
-    if TMA:
-        if MIRRORED:
-            weights = w.load([c, 8 - tap, k]).reshape(BLOCK_C, BLOCK_K)
-        else:
-            weights = w.load([k, tap, c]).reshape(BLOCK_K, BLOCK_C).T
-    else:
-        channel = (c + tl.arange(0, BLOCK_C)).to(tl.int64)[:, None]
-        filters = (k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
-        if MIRRORED:
-            place = (channel * 9 + (8 - tap)) * K + filters
-        else:
-            place = (filters * 9 + tap) * C + channel
-        weights = tl.load(w + place, mask=(channel < C) & (filters < K), other=0.0)
-    return weights
-
-
-@triton.jit
 def _accumulate(
     accs, start, stop, x, affine_ptr, w, n, h, q, N, H, W, h_low, h_high, w_low, w_high, C, c_first, C_LAST, k, K,
     HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, MIRRORED: tl.constexpr, TMA: tl.constexpr,
@@ -115,15 +97,18 @@ def _accumulate(
     The source's channel c is the weights' channel c_first + c, of C_LAST. Beyond [h_low, h_high) × [w_low, w_high) the
     source is zero.
     """
+    # The mirrored filter has its taps in reverse, and its inputs and outputs swapped.
+    first: tl.constexpr = 8 if MIRRORED else 0
+    turn: tl.constexpr = -1 if MIRRORED else 1
     for step in tl.range(start, stop):
         s = step % 3
         c = step // 3 * BLOCK_C
         scale, shift, centre = load_affine(affine_ptr, c + tl.arange(0, BLOCK_C), C, HAS_AFFINE, ACC)
         # Channels beyond C read another source's weights, or zeros: the source is zero there.
         taps = (
-            _load_tap(w, k, c_first + c, s, K, C_LAST, MIRRORED, TMA, BLOCK_C, BLOCK_K),
-            _load_tap(w, k, c_first + c, 3 + s, K, C_LAST, MIRRORED, TMA, BLOCK_C, BLOCK_K),
-            _load_tap(w, k, c_first + c, 6 + s, K, C_LAST, MIRRORED, TMA, BLOCK_C, BLOCK_K),
+            load_tap(w, k, c_first + c, first + turn * (s), K, C_LAST, 9, not MIRRORED, TMA, BLOCK_C, BLOCK_K),
+            load_tap(w, k, c_first + c, first + turn * (3 + s), K, C_LAST, 9, not MIRRORED, TMA, BLOCK_C, BLOCK_K),
+            load_tap(w, k, c_first + c, first + turn * (6 + s), K, C_LAST, 9, not MIRRORED, TMA, BLOCK_C, BLOCK_K),
         )
         for i in tl.static_range(ROWS + 2):
             z = load_row(
@@ -330,12 +315,7 @@ def _source_gradient(
 ):  # fmt: skip
     """Store dx of a source placed at (top, left) in the frame (P, Q), and this tile's share of daffine."""
     if BLOCK_C >= 64:  # by halves, or the registers do not suffice
-        low = ()
-        high = ()
-        for i in tl.static_range(ROWS):
-            first, second = accs[i].reshape(IMAGES * COLUMNS, 2, BLOCK_C // 2).permute(0, 2, 1).split()
-            low = low + (first,)  # type: ignore[assignment]  # noqa: RUF005
-            high = high + (second,)  # type: ignore[assignment]  # noqa: RUF005
+        low, high = halves(accs, ROWS, IMAGES * COLUMNS, BLOCK_C)
         _narrow_gradient(
             low, x, affine_ptr, dx, partial_ptr, tile, n, p, q, N, H, W, top, left, P, Q, c_first, C,
             AFFINE, RELU, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C // 2, ACC, DTYPE,
@@ -358,7 +338,7 @@ def _narrow_gradient(
     IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The same for at most 64 channels."""
+    """The same for few channels."""
     pixel = tl.arange(0, IMAGES * COLUMNS)
     image = n + pixel // COLUMNS
     w = q + pixel % COLUMNS - left

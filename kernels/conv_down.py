@@ -29,12 +29,13 @@ from fastunet.kernels.common import (
     element,
     empty_nhwc,
     load_affine,
+    load_tap,
     precision,
     sum_slabs,
 )
 from fastunet.kernels.conv3x3 import tile_place
 from fastunet.kernels.statistics import merge_stats, store_stats
-from fastunet.kernels.strided import as_rows, load_pixels, load_tap, parts, source_gradient, store_pixels, taps
+from fastunet.kernels.strided import as_rows, load_pixels, parts, source_gradient, store_pixels, taps
 from fastunet.kernels.tiles import choose_strided, movable, movable_rows
 
 SIZES = ["N", "H", "W", "P", "Q", "tiles_h", "tiles_w"]

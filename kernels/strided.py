@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastunet.kernels.affine import source_backward, store_affine_gradient
-from fastunet.kernels.common import load_affine, nhwc, normalise
+from fastunet.kernels.common import halves, load_affine, nhwc, normalise
 from fastunet.kernels.tiles import Tile
 
 
@@ -69,26 +69,6 @@ def store_pixels(
 
 
 @triton.jit
-def load_tap(w, k, c, tap, K, C, TAPS: tl.constexpr, K_FIRST: tl.constexpr, TMA: tl.constexpr,
-             BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """The weights [BLOCK_C, BLOCK_K] at ``tap``, from memory (K,TAPS,C) if K_FIRST, else (C,TAPS,K)."""
-    if TMA:
-        if K_FIRST:
-            weights = w.load([k, tap, c]).reshape(BLOCK_K, BLOCK_C).T
-        else:
-            weights = w.load([c, tap, k]).reshape(BLOCK_C, BLOCK_K)
-    else:
-        channel = (c + tl.arange(0, BLOCK_C)).to(tl.int64)[:, None]
-        filters = (k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
-        if K_FIRST:
-            address = (filters * TAPS + tap) * C + channel
-        else:
-            address = (channel * TAPS + tap) * K + filters
-        weights = tl.load(w + address, mask=(channel < C) & (filters < K), other=0.0)
-    return weights
-
-
-@triton.jit
 def source_gradient(
     gs, x, affine_ptr, dx, partial_ptr, tile, n, h, q, c, N, H, W, C,
     AFFINE: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
@@ -97,12 +77,7 @@ def source_gradient(
     """Store dx, and this tile's share of daffine, from the gradients gs of the WIDE parts of z's row h: by halves where
     the registers do not suffice otherwise."""
     if BLOCK_C >= 64:
-        low = ()
-        high = ()
-        for b in tl.static_range(WIDE):
-            first, second = gs[b].reshape(IMAGES * COLUMNS, 2, BLOCK_C // 2).permute(0, 2, 1).split()
-            low = low + (first,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
-            high = high + (second,)  # type: ignore[assignment]  # noqa: RUF005
+        low, high = halves(gs, WIDE, IMAGES * COLUMNS, BLOCK_C)
         _narrow_gradient(
             low, x, affine_ptr, dx, partial_ptr, tile, n, h, q, c, N, H, W, C,
             AFFINE, RELU, WIDE, TMA, IMAGES, COLUMNS, BLOCK_C // 2, ACC, DTYPE,
@@ -124,7 +99,7 @@ def _narrow_gradient(
     AFFINE: tl.constexpr, RELU: tl.constexpr, WIDE: tl.constexpr, TMA: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The same for at most 64 channels."""
+    """The same for few channels."""
     channel = c + tl.arange(0, BLOCK_C)
     scale, shift, centre = load_affine(affine_ptr, channel, C, AFFINE, ACC)
     sum_gx = tl.zeros([BLOCK_C], ACC)
