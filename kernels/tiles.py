@@ -14,7 +14,8 @@ from fastunet.kernels.table import overruled
 
 
 class Tile(NamedTuple):
-    """IMAGES × ROWS × COLUMNS pixels and ``outputs`` channels a program, ``reduction`` channels a step."""
+    """IMAGES × ROWS × COLUMNS pixels and ``outputs`` channels a program, ``reduction`` channels a step; of ``shares``
+    programs a tile each sums a part of the channels."""
 
     images: int
     rows: int
@@ -24,11 +25,17 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     tma: bool = False
+    shares: int = 1
 
     def grid(self, batch: int, height: int, width: int) -> tuple[int, int, int]:
         """Tiles in all, along the height, along the width."""
         tiles_h, tiles_w = triton.cdiv(height, self.rows), triton.cdiv(width, self.columns)
         return triton.cdiv(batch, self.images) * tiles_h * tiles_w, tiles_h, tiles_w
+
+
+# Multiprocessors of the largest common GPU of an architecture.
+PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 188}
+PROCESSORS |= {"gfx942": 304, "gfx950": 256}
 
 
 @overruled
@@ -37,6 +44,21 @@ def choose(
     pointers: bool = False,
 ) -> Tile:  # fmt: skip
     """The tile of a 3×3 convolution of sources of so many channels each, for so many filters."""
+    tile = _choose(kind, batch, sources, filters, height, width, operands, pointers)
+    if kind == "conv3x3_wgrad":
+        return tile
+    reduced, kept = (sources, [filters]) if kind == "conv3x3_fwd" else ([filters], sources)
+    programs = tile.grid(batch, height, width)[0] * sum(triton.cdiv(each, tile.outputs) for each in kept)
+    steps = sum(triton.cdiv(each, tile.reduction) for each in reduced)
+    # A share that is too small has more sums to store than products to form.
+    most = min(PROCESSORS.get(architecture(operands[0].device), 0) // max(programs, 1), steps // 2, 8)
+    return tile._replace(shares=1 << most.bit_length() - 1 if most > 1 else 1)
+
+
+def _choose(
+    kind: str, batch: int, sources: Sequence[int], filters: int, height: int, width: int, operands: Sequence[Tensor],
+    pointers: bool,
+) -> Tile:  # fmt: skip
     channels, outputs = max(sources), filters
     if kind == "conv3x3_dgrad":
         channels, outputs = outputs, channels
