@@ -50,8 +50,9 @@ def choose(
     reduced, kept = (sources, [filters]) if kind == "conv3x3_fwd" else ([filters], sources)
     programs = tile.grid(batch, height, width)[0] * sum(triton.cdiv(each, tile.outputs) for each in kept)
     steps = sum(triton.cdiv(each, tile.reduction) for each in reduced)
+    places = PROCESSORS.get(architecture(operands[0].device), 0) * 8 // tile.warps
     # A share that is too small has more sums to store than products to form.
-    most = min(PROCESSORS.get(architecture(operands[0].device), 0) // max(programs, 1), steps // 2, 8)
+    most = min(places // max(programs, 1), steps // 2, 8)
     return tile._replace(shares=1 << most.bit_length() - 1 if most > 1 else 1)
 
 
@@ -86,7 +87,7 @@ def _choose(
     if wgrad:
         reduction = block(channels, 128, 64)
         return Tile(images, 4, columns, block(outputs, 64), reduction, reduction // 16, 2, True)
-    if outputs > 64:
+    if outputs > 64 and batch * block(width, 128) >= 128:  # else most of a wider tile would lie outside the picture
         images = min(128 // block(width, 128), block(batch, 128, 1))
         return Tile(images, rows, 128 // images, 128, block(channels, 64), 8, 2, True)
     return Tile(images, 2 * rows, columns, block(outputs, 64), block(channels, 64), 4, 2, True)
