@@ -61,7 +61,7 @@ class Case:
     def flops(self) -> int:
         """Floating-point operations of the matrix products; an operation without them is bound by memory and has 0."""
         batch, channels, height, width = self.shape
-        if self.op == "conv2d":
+        if self.op in ("conv2d", "conv2d_act"):
             pixels = batch * -(-height // self.stride) * -(-width // self.stride)
             once = 2 * pixels * (channels + self.skip) * self.filters * self.kernel**2
         elif self.op == "conv_transpose2d":
@@ -194,6 +194,11 @@ def _conv2d(case: Case, device: Any) -> Operands:
     return *case.source(case.shape[1], device), *second, weight, bias, case.stride, size, [0] * 4, *settings
 
 
+def _conv2d_act(case: Case, device: Any) -> Operands:
+    *sources, weight, bias, _, size, offset, _, _, pool, _ = _conv2d(case, device)
+    return *sources, weight, bias, size, offset, case.random_affine(case.filters, device), True, pool
+
+
 def _conv2d_backward(case: Case, operands: Operands, results: Operands) -> Operands:
     *sources, weight, bias, stride, size, offset, _, _, _, scale = operands
     y, mean, var, z, pooled = results
@@ -276,6 +281,7 @@ _OPERANDS: dict[str, Callable[[Case, Any], Operands]] = {
     "affine_act": _affine_act,
     "bn_affine": _bn_affine,
     "conv2d": _conv2d,
+    "conv2d_act": _conv2d_act,
     "conv_transpose2d": _conv_transpose2d,
     "max_pool2x2": _max_pool2x2,
     "upsample_concat": _upsample_concat,
@@ -315,6 +321,10 @@ CASES = [
     Case("conv2d", (8, 512, 32, 32), filters=512, mode="dgrad", dtype=FP32, algorithm="winograd"),
     Case("conv2d", (8, 64, 512, 512), filters=22, kernel=1, stats=False, bias=True),
     Case("conv2d", (8, 64, 512, 512), filters=64, mode="inference", stats=False, bias=True),
+    Case("conv2d_act", (8, 3, 512, 512), filters=64, affine=False, stats=False, mode="inference"),
+    Case("conv2d_act", (8, 64, 512, 512), filters=64, affine=False, stats=False, mode="inference", pool=True),
+    Case("conv2d_act", (8, 512, 64, 64), filters=512, affine=False, stats=False, mode="inference", skip=512),
+    Case("conv2d_act", (8, 64, 512, 512), filters=64, affine=False, stats=False, mode="inference", dtype=FP32),
     Case("conv2d", (8, 64, 512, 512), filters=128, stride=2),
     Case("conv2d", (8, 64, 512, 512), filters=64, dtype=FP32),
     Case("conv2d", (8, 64, 512, 512), filters=64, skip=64, dtype=FP32),

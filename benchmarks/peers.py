@@ -441,6 +441,8 @@ def _reference(case: Case) -> Callable[..., list[Tensor]]:
     """The operation by fastunet.reference; what is pooled stays as it was before normalisation, as in the operator."""
     if case.op == "max_pool2x2":
         return lambda x, affine: [reference.functional.max_pool2x2(x, None, False)]  # scales are above 0
+    if case.op == "conv2d_act":
+        return _conv_norm_relu
     function = getattr(reference.functional, case.op)
     if case.op == "conv2d":
 
@@ -450,6 +452,16 @@ def _reference(case: Case) -> Callable[..., list[Tensor]]:
 
         return conv2d
     return lambda **operands: _list(function(**operands))
+
+
+def _conv_norm_relu(
+    x0: Tensor, x1: Tensor | None, weight: Tensor, bias: Tensor | None, affine: Tensor, pool: bool, **rest: Any
+) -> list[Tensor]:
+    """A convolution of plain sources, batch norm by running statistics, ReLU, and pooling."""
+    y = F.conv2d(x0 if x1 is None else torch.cat([x0, x1], 1), weight, bias, 1, 1)
+    scale, shift, centre = affine
+    z = F.relu(F.batch_norm(y, centre, torch.ones_like(centre), scale, shift, eps=0.0))
+    return [z, F.max_pool2d(z, 2)] if pool else [z]
 
 
 def _ours(case: Case, backend: str) -> Callable[..., list[Tensor]]:

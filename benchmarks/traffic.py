@@ -333,7 +333,7 @@ def floor(step: Step) -> Rule:
             return []
         if kind == "max_pool2x2":
             found = [("pool", Access((), tuple(call.results)))]
-        elif kind in ("conv2d", "conv_transpose2d"):
+        elif kind in ("conv2d", "conv2d_act", "conv_transpose2d"):
             read = [t for x in call.tensors for t in small.get(storage(x), [x])]
             found = [("fprop", Access(distinct(read), distinct(call.results), True))]
         elif kind in ("conv2d_backward", "conv_transpose2d_backward"):
@@ -382,7 +382,7 @@ def flops_of(call: Call) -> int:
         return int(formula(*call.args, **call.kwargs, out_val=results))
     given = call.named
     kind = call.name.removeprefix("fastunet.")
-    if kind == "conv2d":
+    if kind in ("conv2d", "conv2d_act"):
         return 2 * call.results[0].numel() * int(given["weight"][0].numel())
     if kind.startswith("conv_transpose2d"):
         once = 2 * int(given["x"].numel()) * int(given["weight"][0].numel())

@@ -171,6 +171,24 @@ def conv2d(placed: Placed, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, pool: b
     return Raw(y, mean, var, pooled if pool else None)
 
 
+def conv2d_act(
+    placed: Placed, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, relu: bool, pool: bool, config: Config
+) -> Activation:
+    """A 3×3 convolution of stride 1, and behind it a normalisation by running statistics and a ReLU: without gradients,
+    the value itself, so that whoever reads it multiplies what is stored."""
+    first, weight, bias = _operands(placed.first, conv.weight, conv.bias, config)
+    second = placed.second
+    x1, affine1, relu1 = (None, None, False) if second is None else second.source
+    affine = None
+    if norm is not None:
+        affine = _affine(norm, stats_dtype(first.x.dtype), config)
+    z, pooled = ops.call(
+        ops.conv2d_act, *first.source, None if x1 is None else x1.to(first.x.dtype), affine1, relu1, weight, bias,
+        placed.size, placed.offset, affine, relu, pool, config.backend,
+    )  # fmt: skip
+    return Activation(z, pooled=pooled if pool else None)
+
+
 def conv_transpose2d(act: Activation, conv: nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, config: Config) -> Raw:
     """A stride-2 transposed convolution to twice the size, with its bias and the statistics that ``norm`` needs."""
     act, weight, bias = _operands(act, conv.weight, conv.bias, config)
@@ -234,14 +252,20 @@ def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, config: Config) -> Acti
                 update_running_stats(bn.running_mean, bn.running_var, mean.detach(), var.detach(), count, momentum)
             else:
                 running = bn.running_mean, bn.running_var, count, bn.momentum
+        operator = ops.bn_affine_running if running else ops.bn_affine
+        affine = ops.call(operator, mean, var, bn.weight, bn.bias, *running, bn.eps, config.backend)
     else:
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        dtype = stats_dtype(raw.y.dtype)
-        mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
-    operator = ops.bn_affine_running if running else ops.bn_affine
-    affine = ops.call(operator, mean, var, bn.weight, bn.bias, *running, bn.eps, config.backend)
+        affine = _affine(bn, stats_dtype(raw.y.dtype), config)
     return Activation(raw.y, affine, relu, raw.pooled)
+
+
+def _affine(bn: nn.BatchNorm2d, dtype: torch.dtype, config: Config) -> Tensor:
+    """The affine of a normalisation by running statistics."""
+    assert bn.running_mean is not None
+    assert bn.running_var is not None
+    mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
+    affine: Tensor = ops.call(ops.bn_affine, mean, var, bn.weight, bn.bias, bn.eps, config.backend)
+    return affine
 
 
 def pool_fork(act: Activation, config: Config) -> tuple[Activation, Activation]:

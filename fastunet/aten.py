@@ -217,6 +217,31 @@ def conv2d(
     return y, mean, var, kept, pooled
 
 
+def conv2d_act(
+    x0: Tensor,
+    affine0: Tensor | None,
+    relu0: bool,
+    x1: Tensor | None,
+    affine1: Tensor | None,
+    relu1: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    offset: Sequence[int],
+    affine: Tensor | None,
+    relu: bool,
+    pool: bool,
+) -> tuple[Tensor, Tensor]:
+    """A 3×3 convolution of stride 1 as :func:`conv2d`, and its result normalised by an ``affine`` that does not depend
+    on it.
+
+    Returns z = act(scale·(y − centre) + shift); and if ``pool`` z 2×2-pooled, else an empty tensor.
+    """
+    y, *_ = conv2d(x0, affine0, relu0, x1, affine1, relu1, weight, bias, 1, size, offset, False, False, False, None)
+    z = channels_last(_normalise(y, affine, relu))
+    return z, max_pool2x2(z, None) if pool else z.new_empty(0)
+
+
 def pool_affine(scale: Tensor | None, y: Tensor) -> Tensor | None:
     """An affine of y's channels with the signs of ``scale``: all that pooling reads."""
     if scale is None:

@@ -24,9 +24,11 @@ from fastunet.activation import (
     Placed,
     batch_norm,
     conv2d,
+    conv2d_act,
     conv_transpose2d,
     pool_fork,
     upsample,
+    uses_batch_stats,
 )
 
 
@@ -108,6 +110,13 @@ def _split(modules: list[nn.Module]) -> tuple[list[Layer], list[nn.Module]]:
     return layers, modules[i:]
 
 
+def _known_before(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> bool:
+    """Whether what follows a 3×3 convolution can be done as it is stored: nothing in it depends on the batch, and there
+    is no backward to want what came before it."""
+    usual = conv.kernel_size == (3, 3) and conv.stride == (1, 1)
+    return usual and not torch.is_grad_enabled() and (norm is None or not uses_batch_stats(norm))
+
+
 def lazily(modules: list[nn.Module], placed: Placed, config: Config) -> Activation:
     """``modules`` in turn on what is placed: lazily as far as they read conv [BN] [ReLU] …, then as modules."""
     layers, rest = _split(modules)
@@ -116,6 +125,9 @@ def lazily(modules: list[nn.Module], placed: Placed, config: Config) -> Activati
             # Pooled where it is written, if nothing but the pooling comes next and its value is not stored for it.
             last = number == len(layers) and not rest and min(placed.size) >= 2 * conv.stride[0]
             pool = config.pool and last and not config.stores(placed.first.x)
+            if _known_before(conv, norm):
+                placed = Placed.alone(conv2d_act(placed, conv, norm, relu, pool, config))
+                continue
             raw = conv2d(placed, conv, norm, pool, config)
         else:
             source = placed.first if placed.second is None else Activation(placed.tensor(config))

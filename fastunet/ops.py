@@ -125,7 +125,7 @@ def serving(name: str, args: Sequence[Any]) -> tuple[str, Callable[..., Any]]:
     like = args[_deciding(name)]
     backend = resolve_backend(args[-1], like.device, like.dtype)
     function = getattr(_module(backend), name)
-    if backend == "triton" and name in ("conv2d", "conv2d_backward") and _wished(args[-1]) == "auto":
+    if backend == "triton" and name in ("conv2d", "conv2d_act", "conv2d_backward") and _wished(args[-1]) == "auto":
         function = functools.partial(function, mixed=True)
     return backend, function
 
@@ -567,6 +567,64 @@ conv2d_backward = _register(
     " bool relu0, Tensor? x1, Tensor? affine1, bool relu1, Tensor weight, Tensor z, int stride, SymInt[] size,"
     " SymInt[] offset, bool[] mask, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _conv2d_backward_fake,
+)
+
+
+# ---- conv2d_act --------------------------------------------------------------------------------------------------
+
+
+def _conv2d_act_fake(
+    x0: Tensor,
+    affine0: Tensor | None,
+    relu0: bool,
+    x1: Tensor | None,
+    affine1: Tensor | None,
+    relu1: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    offset: Sequence[int],
+    affine: Tensor | None,
+    relu: bool,
+    pool: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (x0.shape[0], weight.shape[0])
+    pooled = _activation(x0, (*shape, size[0] // 2, size[1] // 2)) if pool else x0.new_empty(0)
+    return _activation(x0, (*shape, *size)), pooled
+
+
+def _check_conv2d_act(
+    x0: Tensor,
+    affine0: Tensor | None,
+    relu0: bool,
+    x1: Tensor | None,
+    affine1: Tensor | None,
+    relu1: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    offset: Sequence[int],
+    affine: Tensor | None,
+    relu: bool,
+    pool: bool,
+) -> None:
+    _check_conv2d(
+        x0, affine0, relu0, x1, affine1, relu1, weight, bias, 1, size, offset, False, False, False, None
+    )  # fmt: skip
+    if weight.shape[2] != 3:
+        raise ValueError(f"expected a 3×3 weight, got one of shape {_shape(weight)}")
+    if affine is not None and tuple(affine.shape) != (3, weight.shape[0]):
+        raise ValueError(f"expected an affine of shape (3, {weight.shape[0]}) for the result, got {_shape(affine)}")
+
+
+# Has no derivative: what training does instead keeps y, from which all else follows.
+conv2d_act = _register(
+    "conv2d_act(Tensor x0, Tensor? affine0, bool relu0, Tensor? x1, Tensor? affine1, bool relu1, Tensor weight,"
+    " Tensor? bias, SymInt[] size, SymInt[] offset, Tensor? affine, bool relu, bool pool, str backend)"
+    " -> (Tensor, Tensor)",
+    _conv2d_act_fake,
+    check=_check_conv2d_act,
 )
 
 

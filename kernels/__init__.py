@@ -12,7 +12,7 @@ if __name__ != "fastunet.kernels":
 
 from fastunet.kernels.affine import affine_act, affine_act_backward, bn_affine, bn_affine_backward, bn_affine_running
 from fastunet.kernels.confusion import confusion_matrix
-from fastunet.kernels.conv import conv2d, conv_transpose2d
+from fastunet.kernels.conv import conv2d, conv2d_act, conv_transpose2d
 from fastunet.kernels.conv_backward import conv2d_backward, conv_transpose2d_backward
 from fastunet.kernels.head import head_predict, head_stats, head_stats_backward
 from fastunet.kernels.pool import max_pool2x2, max_pool2x2_backward
@@ -27,6 +27,7 @@ __all__ = [
     "bn_affine_running",
     "confusion_matrix",
     "conv2d",
+    "conv2d_act",
     "conv2d_backward",
     "conv_transpose2d",
     "conv_transpose2d_backward",

@@ -59,9 +59,7 @@ def conv2d(
 
     ``mixed`` allows other algorithms than Triton's where the table says that they are faster.
     """
-    sources = [Source(x0, affine0, relu0, offset[0], offset[1])]
-    if x1 is not None:
-        sources.append(Source(x1, affine1, relu1, offset[2], offset[3]))
+    sources = placed(x0, affine0, relu0, x1, affine1, relu1, offset)
     pooled: Tensor | None = None
     if len(sources) == 1 and stride == 1 and serves(sources[0], size, weight):
         y, mean, var = conv_image(sources[0], weight, bias, stats)
@@ -76,6 +74,52 @@ def conv2d(
     if pooled is None:
         pooled = max_pool2x2(y, pool_scale) if pool else x0.new_empty(0)
     return y, mean, var, x0.new_empty(0), pooled
+
+
+def conv2d_act(
+    x0: Tensor,
+    affine0: Tensor | None,
+    relu0: bool,
+    x1: Tensor | None,
+    affine1: Tensor | None,
+    relu1: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: Sequence[int],
+    offset: Sequence[int],
+    affine: Tensor | None,
+    relu: bool,
+    pool: bool,
+    mixed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`fastunet.aten.conv2d_act`, and for ``mixed`` :func:`conv2d`."""
+    sources = placed(x0, affine0, relu0, x1, affine1, relu1, offset)
+    pooled: Tensor | None = None
+    compute = computing("conv3x3_fwd", sources, weight.shape[0], size[1], mixed)
+    if len(sources) == 1 and serves(sources[0], size, weight):
+        z, _, _ = conv_image(sources[0], weight, bias, False, affine, relu)
+    elif compute is conv3x3:
+        z, _, _, pooled = conv3x3(sources, size, weight, bias, False, pool, None, affine, relu)
+    else:
+        y, _, _ = compute(sources, size, weight, bias, False)
+        z = affine_act(y, affine, relu)
+    if pooled is None:
+        pooled = max_pool2x2(z, None) if pool else x0.new_empty(0)
+    return z, pooled
+
+
+def placed(
+    x0: Tensor,
+    affine0: Tensor | None,
+    relu0: bool,
+    x1: Tensor | None,
+    affine1: Tensor | None,
+    relu1: bool,
+    offset: Sequence[int],
+) -> list[Source]:
+    """One or two sources, each at its (top, left) of ``offset``."""
+    first = Source(x0, affine0, relu0, offset[0], offset[1])
+    return [first] if x1 is None else [first, Source(x1, affine1, relu1, offset[2], offset[3])]
 
 
 def conv_transpose2d(

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import stats_dtype
-from fastunet.kernels.affine import source_backward, store_affine_gradient
+from fastunet.kernels.affine import affine_act, source_backward, store_affine_gradient
 from fastunet.kernels.common import (
     OPTIONS,
     PROPAGATE_ALL,
@@ -224,12 +224,13 @@ def _store_pooled(
 
 @triton.jit
 def _store_outputs(
-    accs, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr, tile, n, p, q, N, P, Q, k, K,
-    BIAS: tl.constexpr, STATS: tl.constexpr, POOL: tl.constexpr, POOL_SCALE: tl.constexpr, TMA: tl.constexpr,
+    accs, bias_ptr, affine_ptr, y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr, tile, n, p, q, N, P, Q, k, K,
+    BIAS: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, STATS: tl.constexpr,
+    POOL: tl.constexpr, POOL_SCALE: tl.constexpr, TMA: tl.constexpr,
     IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of y, what it is pooled to, and its statistics, from its sums."""
+    """Store a tile of y, what it is pooled to, and its statistics, from its sums; y is normalised if an affine says."""
     pixel = tl.arange(0, IMAGES * COLUMNS)
     image = n + pixel // COLUMNS
     column = q + pixel % COLUMNS
@@ -237,10 +238,13 @@ def _store_outputs(
     rows = tl.where((image < N) & (column < Q), P - p, 0)  # that exist, at each pixel
     if BIAS:
         bias = tl.load(bias_ptr + filters, mask=filters < K, other=0.0).to(ACC)
+    scale, shift, centre = load_affine(affine_ptr, filters, K, AFFINE, ACC)
     for i in tl.static_range(ROWS):
         acc = accs[i]
         if BIAS:
             acc += bias[None, :]
+        if AFFINE or RELU:
+            acc = normalise(acc, scale, shift, centre, AFFINE, RELU, ACC)
         rounded = acc.to(DTYPE)
         accs = replace(accs, i, rounded)
         if TMA:  # which leaves out what lies outside
@@ -278,11 +282,11 @@ def _store_share(
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv3x3_fwd_kernel(
-    x, affine_ptr, x1, affine1_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr,
+    x, affine_ptr, x1, affine1_ptr, w, bias_ptr, affine_y_ptr, y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles_h, tiles_w,
     AFFINE: tl.constexpr, RELU: tl.constexpr, TWO: tl.constexpr, AFFINE1: tl.constexpr, RELU1: tl.constexpr,
-    BIAS: tl.constexpr, STATS: tl.constexpr, POOL: tl.constexpr, POOL_SCALE: tl.constexpr, TMA: tl.constexpr,
-    SHARED: tl.constexpr,
+    BIAS: tl.constexpr, AFFINE_Y: tl.constexpr, RELU_Y: tl.constexpr, STATS: tl.constexpr,
+    POOL: tl.constexpr, POOL_SCALE: tl.constexpr, TMA: tl.constexpr, SHARED: tl.constexpr,
     IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -305,8 +309,9 @@ def _conv3x3_fwd_kernel(
         _store_share(accs, y, n, p, q, N, P, Q, filters, K, K, IMAGES, ROWS, COLUMNS)
     else:
         _store_outputs(
-            accs, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr, tile, n, p, q, N, P, Q, k, K,
-            BIAS, STATS, POOL, POOL_SCALE, TMA, IMAGES, ROWS, COLUMNS, BLOCK_K, ACC, DTYPE,
+            accs, bias_ptr, affine_y_ptr, y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr,
+            tile, n, p, q, N, P, Q, k, K, BIAS, AFFINE_Y, RELU_Y, STATS, POOL, POOL_SCALE, TMA,
+            IMAGES, ROWS, COLUMNS, BLOCK_K, ACC, DTYPE,
         )  # fmt: skip
 
 
@@ -450,9 +455,11 @@ def conv3x3(
     stats: bool,
     pool: bool,
     pool_scale: Tensor | None,
+    affine: Tensor | None = None,
+    relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """y (N, K, *frame); its mean and biased variance (K,) if ``stats``, else empty; y pooled by the signs of
-    ``pool_scale`` if ``pool`` and one program has pairs of rows of it, else None."""
+    """y (N, K, *frame), normalised by ``affine`` and ``relu``; its mean and biased variance (K,) if ``stats``, else
+    empty; y pooled by the signs of ``pool_scale`` if ``pool`` and one program has pairs of rows of it, else None."""
     first, second = sources[0], sources[-1]
     x, batch = first.x, first.x.shape[0]
     filters, channels = weight.shape[:2]
@@ -480,6 +487,7 @@ def conv3x3(
         operand(x, tile, tile.reduction), first.affine_or_x,
         operand(second.x, tile, tile.reduction), second.affine_or_x,
         _weights(weight, tile, tile.outputs, tile.reduction), x if bias is None else bias.contiguous(),
+        x if affine is None else affine.contiguous(),
         operand(y, tile, tile.outputs) if alone else sums, *partials, counts,
         operand(y, tile, tile.outputs) if pooled is None else operand(pooled, tile, tile.outputs, 2),
         x if scale is None else scale,
@@ -487,14 +495,15 @@ def conv3x3(
         height, width, first.channels, channels - first.channels, filters, tiles_h, tiles_w,
         AFFINE=first.affine is not None, RELU=first.relu, TWO=len(sources) == 2,
         AFFINE1=second.affine is not None, RELU1=second.relu,
-        BIAS=bias is not None and alone, STATS=stats and alone, POOL=pool, POOL_SCALE=pool and scale is not None,
-        TMA=tile.tma, SHARED=not alone,
+        BIAS=bias is not None and alone, AFFINE_Y=affine is not None and alone, RELU_Y=relu and alone,
+        STATS=stats and alone, POOL=pool, POOL_SCALE=pool and scale is not None, TMA=tile.tma, SHARED=not alone,
         IMAGES=tile.images, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if not alone:
-        return *add_shares(sums, y, bias, stats), None
+        y, mean, var = add_shares(sums, y, bias, stats)
+        return y if affine is None and not relu else affine_act(y, affine, relu), mean, var, None
     mean, var = merge_stats(partials[0], partials[1], counts) if stats else partials
     return y, mean, var, pooled
 

@@ -26,7 +26,7 @@ from fastunet.aten import frame, memory_format, stats_dtype
 from fastunet.kernels.affine import affine_act_backward
 from fastunet.kernels.algorithms import computing
 from fastunet.kernels.common import OPTIONS, Source, accumulator, block, empty_nhwc, nhwc, sum_slabs
-from fastunet.kernels.conv import alone
+from fastunet.kernels.conv import alone, placed
 from fastunet.kernels.conv_down import conv_down_dgrad
 from fastunet.kernels.conv_image import conv_image_wgrad, serves
 from fastunet.kernels.conv_strided_wgrad import conv_strided_wgrad
@@ -162,9 +162,7 @@ def conv2d_backward(
     mixed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastunet.aten.conv2d_backward`, and for ``mixed`` :func:`fastunet.kernels.conv.conv2d`."""
-    sources = [Source(x0, affine0, relu0, offset[0], offset[1])]
-    if x1 is not None:
-        sources.append(Source(x1, affine1, relu1, offset[2], offset[3]))
+    sources = placed(x0, affine0, relu0, x1, affine1, relu1, offset)
     if dp is not None:
         stats = None if dmean is None or dvar is None else (dmean, dvar, mean)
         dy = pool_backward(y, pool_scale, dp, dy, stats)

@@ -18,7 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import stats_dtype
-from fastunet.kernels.common import OPTIONS, Source, accumulator, block, empty_nhwc, nhwc, precision, sum_slabs
+from fastunet.kernels.common import (
+    OPTIONS,
+    Source,
+    accumulator,
+    block,
+    empty_nhwc,
+    load_affine,
+    nhwc,
+    normalise,
+    precision,
+    sum_slabs,
+)
 from fastunet.kernels.statistics import merge_stats, store_stats
 
 _MOST_TAPS = 64
@@ -43,8 +54,9 @@ def _gather(x_ptr, first, t, pixels, H, W, C, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["pixels", "H", "W"])
 def _conv_image_fwd_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, mean_ptr, m2_ptr, count_ptr, pixels, H, W, C, K,
-    BIAS: tl.constexpr, STATS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, affine_ptr, y_ptr, mean_ptr, m2_ptr, count_ptr, pixels, H, W, C, K,
+    BIAS: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, STATS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -58,6 +70,9 @@ def _conv_image_fwd_kernel(
     acc = tl.dot(x, weights, input_precision=PRECISION, out_dtype=ACC)
     if BIAS:
         acc += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
+    if AFFINE or RELU:
+        scale, shift, centre = load_affine(affine_ptr, k, K, AFFINE, ACC)
+        acc = normalise(acc, scale, shift, centre, AFFINE, RELU, ACC)
     y = acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + m.to(tl.int64)[:, None] * K + k[None, :], y, mask=(m < pixels)[:, None] & (k < K)[None, :])
     if STATS:
@@ -100,8 +115,11 @@ def _blocks(x: Tensor, filters: int) -> tuple[int, int, int, int]:
     return 64 if narrow else 32, block(9 * x.shape[1], _MOST_TAPS), block(filters, 64 if narrow else 32), 4
 
 
-def conv_image(source: Source, weight: Tensor, bias: Tensor | None, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, K, H, W), and its mean and biased variance (K,) if ``stats``, else empty."""
+def conv_image(
+    source: Source, weight: Tensor, bias: Tensor | None, stats: bool, affine: Tensor | None = None, relu: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, K, H, W), normalised by ``affine`` and ``relu``; its mean and biased variance (K,) if ``stats``, else
+    empty."""
     x, filters = source.x, weight.shape[0]
     y = empty_nhwc(x, x.shape[0], filters, source.height, source.width)
     dtype = stats_dtype(x.dtype)
@@ -114,9 +132,11 @@ def conv_image(source: Source, weight: Tensor, bias: Tensor | None, stats: bool)
     partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
     _conv_image_fwd_kernel[(tiles, triton.cdiv(filters, block_k))](
-        x, nhwc(weight), x if bias is None else bias.contiguous(), y, *partials, counts,
+        x, nhwc(weight), x if bias is None else bias.contiguous(),
+        x if affine is None else affine.contiguous(), y, *partials, counts,
         pixels, source.height, source.width, source.channels, filters,
-        BIAS=bias is not None, STATS=stats, BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
+        BIAS=bias is not None, AFFINE=affine is not None, RELU=relu, STATS=stats,
+        BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
         ACC=accumulator(x.dtype), PRECISION=precision(x.dtype), **OPTIONS, num_warps=warps,
     )  # fmt: skip
     return y, *(merge_stats(partials[0], partials[1], counts) if stats else partials)

@@ -187,6 +187,58 @@ def test_forward_and_backward(case: Conv, dtype: torch.dtype, save: bool, backen
         assert gradient.shape == leaf.shape
 
 
+KNOWN = {name: case for name, case in CASES.items() if case.kernel == 3 and case.stride == 1 and not case.transposed}
+
+
+def run_act(case: Conv, inputs: Inputs, affine: Tensor | None, backend: str | None) -> list[Tensor]:
+    """z, and z pooled if asked for, from the operator, or the reference if ``backend`` is None."""
+    with torch.no_grad():
+        if backend is not None:
+            x1 = (inputs.x1, inputs.affine1, case.relu[1] and case.x1 is not None)
+            found = ops.conv2d_act(
+                inputs.x0, inputs.affine0, case.relu[0], *x1, inputs.weight, inputs.bias, case.frame, case.offset,
+                affine, True, bool(case.pool), backend,
+            )  # fmt: skip
+            return list(found if case.pool else found[:1])
+        z = plain.affine_act(run(case, inputs, None)[0], affine, True)
+        return [z, F.max_pool2d(z, 2)] if case.pool else [z]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("case", "with_affine"),
+    [*((case, True) for case in KNOWN.values()), (KNOWN["image"], False), (KNOWN["pooled"], False)],
+    ids=[*KNOWN, "image-relu", "pooled-relu"],
+)
+def test_normalised_as_it_is_stored(
+    case: Conv, with_affine: bool, dtype: torch.dtype, backend: str, device: str
+) -> None:
+    skip_if_unsupported(backend, dtype, device)
+    if backend == "triton" and dtype == torch.float64 and device == "cuda":
+        pytest.skip("the kernels take float64 in the interpreter only")
+    inputs = draw(case, device, torch.float32 if dtype == torch.float64 else dtype)
+    affine = random_affine(case.filters, device) if with_affine else None
+    exact, inputs, plainly = inputs.to(torch.float64), inputs.to(dtype), inputs.to(dtype)
+    wide = None if affine is None else affine.double()
+    like = wide if dtype == torch.float64 else affine
+    result, own = (run_act(case, each, like, kind) for each, kind in ((inputs, backend), (plainly, None)))
+    assert_near(result, run_act(case, exact, wide, None), own, dtype)
+
+
+@pytest.mark.parametrize("name", ["image", "padded-on-all-sides", "pooled"])
+def test_opcheck_conv2d_act(name: str, backend: str, device: str) -> None:
+    case = CASES[name]
+    inputs = draw(case, device)
+    x1 = (None, None, False) if inputs.x1 is None else (inputs.x1.detach(), inputs.affine1.detach(), False)
+    bias = None if inputs.bias is None else inputs.bias.detach()
+    affine0 = None if inputs.affine0 is None else inputs.affine0.detach()
+    arguments = (
+        inputs.x0.detach(), affine0, case.relu[0], *x1, inputs.weight.detach(), bias, case.frame, case.offset,
+        random_affine(case.filters, device), True, bool(case.pool), backend,
+    )  # fmt: skip
+    torch.library.opcheck(ops.conv2d_act, arguments)
+
+
 # Channels whose rows TMA can move, so that each case has a path for Hopper and one for older chips.
 EVEN = {
     "3x3": Conv((3, 4, 3, 5), 6, bias=True),

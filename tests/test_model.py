@@ -9,13 +9,22 @@ import pytest
 from benchmarks.model import CHIPS, CUDNN, SUSTAINED, UNKNOWN, cudnn_rate, triton_rate
 
 
-def launch(name: str = "_conv3x3_fwd_kernel", programs: int = 132 * 8, architecture: str = "sm_90", **changes) -> float:
+def launch(
+    name: str = "_conv3x3_fwd_kernel",
+    programs: int = 132 * 8,
+    architecture: str = "sm_90",
+    height: int = 8,
+    **changes: int | bool,
+) -> float:
     constants = {
         "IMAGES": 1, "ROWS": 2, "COLUMNS": 128, "BLOCK_C": 64, "BLOCK_K": 128, "AFFINE": True, "RELU": True,
         "num_warps": 8, "num_stages": 2,
     }  # fmt: skip
-    kernel = SimpleNamespace(__name__=name)
-    return triton_rate(SimpleNamespace(kernel=kernel, grid=(programs,), kwargs=constants | changes), architecture)
+    kernel = SimpleNamespace(__name__=name, arg_names=["N", "P", "Q", "tiles_h", "tiles_w"])
+    constants |= changes
+    tiles = 8 // constants["ROWS"], 8192 // constants["COLUMNS"]
+    args = (1, height, 8192, *tiles)
+    return triton_rate(SimpleNamespace(kernel=kernel, grid=(programs,), args=args, kwargs=constants), architecture)
 
 
 def test_cudnn_attains_more_with_more_channels_and_at_most_what_is_sustained():
@@ -38,6 +47,10 @@ def test_more_bytes_from_the_l2_cache_or_a_prologue_never_attain_more():
     plain = launch(**narrow, AFFINE=False, RELU=False)
     assert launch(**narrow) < plain
     assert launch("_conv3x3_dgrad_kernel", **(narrow | {"BLOCK_C": 32, "BLOCK_K": 64})) == plain
+
+
+def test_what_a_tile_multiplies_outside_the_picture_is_lost():
+    assert launch(height=5) == pytest.approx(launch() * 5 / 8)
 
 
 @pytest.mark.parametrize("architecture", CHIPS)
