@@ -41,7 +41,10 @@ from fastunet.losses import DiceCELoss
 AnyCase = Case | NetCase | LossCase
 Step = Callable[[], list[Tensor]]
 
-_SOURCED = ("affine_act", "conv2d", "conv_transpose2d", "max_pool2x2", "upsample_concat")  # normalise what they read
+# Normalise what they read.
+_SOURCED = (
+    "affine_act", "conv2d", "conv_transpose2d", "max_pool2x2", "upsample_concat", "head_stats", "head_predict"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -184,9 +187,12 @@ class Problem:
 
 def _error(pairs: list[tuple[Tensor, Tensor]], together: bool) -> float:
     """The largest of the tensors' errors in the Euclidean norm, each relative to its truth; or, ``together``, the error
-    of all as one long vector, to which a gradient that is zero in truth adds little."""
+    of all as one long vector, to which a gradient that is zero in truth adds little. Of integers, classes and counts,
+    it is the share that differs."""
     if any(found.shape != truth.shape for found, truth in pairs):
         return math.inf
+    if not pairs[0][1].is_floating_point():
+        return max(float((found != truth).float().mean()) for found, truth in pairs)
     differences = torch.stack([(found.detach().to(truth.dtype) - truth).norm() for found, truth in pairs])
     norms = torch.stack([truth.norm() for _, truth in pairs])
     if together:
@@ -429,7 +435,8 @@ def _op_step(provider: Provider, case: Case, data: _OpData) -> Step:
 
         return chosen if case.algorithm and provider.backend == "triton" else step
     if not data.norms:
-        return _step(case, _compiled(provider, _reference(case)), data.operands)
+        plain = {"softmax_stats": _plain_stats, "confusion_matrix": _plain_counts}.get(case.op)
+        return _step(case, _compiled(provider, plain or _reference(case)), data.operands)
     operands = {name: value for name, value in data.operands.items() if "affine" not in name}
     if provider.name != "eager-bare":
         for source, norm in data.norms.items():
@@ -469,7 +476,7 @@ def _modules(case: Case, normalise: bool) -> Callable[..., list[Tensor]]:
         if not normalise:
             return x
         mean, var, weight, bias = (operands[f"{name}_{key}"] for key in ("mean", "var", "weight", "bias"))
-        if case.mode == "inference" and not case.stats:  # a network in eval mode
+        if case.mode == "inference" and (not case.stats or case.op == "head_predict"):  # a network in eval mode
             return F.relu(F.batch_norm(x, mean, var, weight, bias, eps=_EPS))
         return F.relu(F.batch_norm(x, None, None, weight, bias, training=True, eps=_EPS))
 
@@ -490,7 +497,9 @@ def _modules(case: Case, normalise: bool) -> Callable[..., list[Tensor]]:
         return [F.max_pool2d(source("x", operands), 2)]
 
     def upsample_concat(**operands: Any) -> list[Tensor]:
-        up = F.interpolate(source("x", operands), scale_factor=2, mode="bilinear", align_corners=True)
+        align = operands["align_corners"]
+        mode = "nearest" if align is None else "bilinear"
+        up = F.interpolate(source("x", operands), scale_factor=2, mode=mode, align_corners=align)
         if operands["skip"] is None:
             return [up]
         skip = source("skip", operands)
@@ -502,8 +511,54 @@ def _modules(case: Case, normalise: bool) -> Callable[..., list[Tensor]]:
     def affine_act(**operands: Any) -> list[Tensor]:
         return [source("x", operands)]
 
-    functions = (conv2d, conv_transpose2d, max_pool2x2, upsample_concat, affine_act)
+    def head_stats(**operands: Any) -> list[Tensor]:
+        statistics = ("labels", "pixel_weight", "mode", "ignore_index", "wanted")
+        logits = F.conv2d(source("x", operands), operands["weight"], operands["bias"])
+        return _plain_stats(logits, **{name: operands[name] for name in statistics})
+
+    def head_predict(**operands: Any) -> list[Tensor]:
+        logits = F.conv2d(source("x", operands), operands["weight"], operands["bias"])
+        if operands["output"] == "argmax":
+            return [logits.argmax(1).to(torch.uint8)]
+        p = logits.softmax(1) if operands["output"] == "softmax" else logits.sigmoid()
+        return [(p > operands["threshold"]).to(torch.uint8) if operands["output"] == "threshold" else p]
+
+    functions = (conv2d, conv_transpose2d, max_pool2x2, upsample_concat, affine_act, head_stats, head_predict)
     return {function.__name__: function for function in functions}[case.op]
+
+
+def _plain_stats(
+    logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int, wanted: Sequence[bool]
+) -> list[Tensor]:
+    """The statistics of ``softmax_stats`` as one writes them with care: in float32, the unwanted ones left out.
+
+    No label of a case is ``ignore_index``.
+    """
+    logits = logits.float()
+    if mode == "softmax":
+        log_p = logits.log_softmax(1)
+        p, spread = log_p.exp(), -log_p
+        y = share = torch.zeros_like(p).scatter_(1, labels.long().unsqueeze(1), 1)
+        ce = y * spread
+    else:
+        p, y = logits.sigmoid(), labels.view_as(logits).float()
+        share, ce = torch.ones_like(p), F.binary_cross_entropy_with_logits(logits, y, reduction="none")
+        spread = F.softplus(logits) + F.softplus(-logits)
+    w = 1 if pixel_weight is None else pixel_weight.unsqueeze(1)
+    none = p.new_zeros(p.shape[:2])
+    squares, entropy, smoothing = wanted
+    sums = [(p * y).sum((2, 3)), p.sum((2, 3)), y.sum((2, 3)), p.square().sum((2, 3)) if squares else none]
+    sums += [(w * ce).sum((2, 3)), (w * share).sum((2, 3))] if entropy else [none, none]
+    sums += [(w * spread).sum((2, 3)) if smoothing else none]
+    return [torch.stack(sums, 2)]
+
+
+def _plain_counts(logits: Tensor, labels: Tensor, ignore_index: int, threshold: float) -> list[Tensor]:
+    """The counts of ``confusion_matrix``, with its last row of labels that are no class; there are none in a case."""
+    classes = max(logits.shape[1], 2)
+    guess = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > threshold).long()
+    pairs = labels.long().flatten() * classes + guess.flatten()
+    return [torch.bincount(pairs, minlength=(classes + 1) * classes).view(classes + 1, classes)]
 
 
 def _step(case: Case, function: Callable[..., list[Tensor]], operands: dict[str, Any]) -> Step:
@@ -538,7 +593,7 @@ def _trained(case: Case, name: str, value: Any) -> bool:
     """Whether the case wants the gradient of an operand."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or name.endswith(("_mean", "_var", "_scale")):
         return False
-    if (case.op, name) in (("softmax_stats", "pixel_weight"), ("max_pool2x2", "affine")):
+    if name == "pixel_weight" or (case.op, name) == ("max_pool2x2", "affine"):
         return False  # the operators have none
     weights = name in ("weight", "bias") and case.op != "bn_affine"
     if case.mode in ("dgrad", "wgrad"):
