@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -212,29 +212,34 @@ def layout_conversions(call: Callable[[], Any], device: torch.device) -> dict[st
 
 
 class Memory:
-    """Device memory above what was there at the start; None on a CPU."""
+    """Device memory above what was there at the start; None on a CPU.
+
+    Where it is seen: "allocated" by PyTorch; "reserved" by it, for a CUDA graph, which allocates nothing when it is
+    replayed and holds a pool; or missing on the "device", for what allocates by itself: the libraries that it loads
+    count too.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._gpu = device.type == "cuda"
         if self._gpu:
             torch.cuda.empty_cache()
             self._allocated, self._reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+            self._free = torch.cuda.mem_get_info()[0]
 
-    def peak(self, call: Callable[[], Any], pooled: bool) -> int | None:
-        """The most bytes that were allocated while ``call``, which is warm, ran.
-
-        A CUDA graph allocates nothing when it is replayed: for it (``pooled``) the bytes its pool holds are counted.
-        """
+    def peak(self, call: Callable[[], Any], where: Literal["allocated", "reserved", "device"]) -> int | None:
+        """The most bytes that were allocated while ``call``, which is warm, ran; elsewhere, those held after it."""
         if not self._gpu:
             return None
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         call()
         torch.cuda.synchronize()
-        if pooled:
-            torch.cuda.empty_cache()
+        if where == "allocated":
+            return torch.cuda.max_memory_allocated() - self._allocated
+        torch.cuda.empty_cache()
+        if where == "reserved":
             return torch.cuda.memory_reserved() - self._reserved
-        return torch.cuda.max_memory_allocated() - self._allocated
+        return self._free - torch.cuda.mem_get_info()[0]
 
 
 # ---- roofs -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ eager-graph             eager in a CUDA graph
 compile                 torch.compile of eager, default mode; compile-max-autotune: mode="max-autotune"
 seed002                 a loss by seed 002's formulas, as written
 monai, torchmetrics     their loss and their score
+onnxruntime, tensorrt   a frozen network as ONNX (:mod:`.engines`); ONNX Runtime has no bfloat16 convolution
+cudnn-graph             cuDNN's fusion of scale, bias, ReLU, convolution and the sums of its result
 fastunet                backend="auto"; fastunet-torch and -triton: that backend; fastunet-graph: in a CUDA graph
 ======================  ============================================================================================
 """
@@ -23,14 +25,14 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastunet
-from benchmarks import nets
+from benchmarks import engines, nets
 from benchmarks.cases import Case
 from benchmarks.loss_cases import LossCase
 from benchmarks.measure import precision
@@ -56,12 +58,15 @@ class Provider:
     backend: str | None = None  # of fastunet
     compiled: str | None = None  # a mode of torch.compile; or "trace": its front end alone, which takes seconds
     graph: bool = False
+    engine: bool = False  # one of engines.py
     layout: torch.memory_format = torch.channels_last
 
     @property
-    def pooled(self) -> bool:
-        """Whether its memory lies in the pool of a CUDA graph."""
-        return self.graph or self.compiled == "max-autotune"
+    def memory(self) -> Literal["allocated", "reserved", "device"]:
+        """Where its memory is seen: a CUDA graph's lies in a pool, and an engine for networks has its own allocator."""
+        if self.engine and "net" in self.kinds:
+            return "device"
+        return "reserved" if self.graph or self.compiled == "max-autotune" else "allocated"
 
 
 _ALL = ("net", "loss", "op")
@@ -79,7 +84,10 @@ PROVIDERS = {
         Provider("eager-graph", ("net",), graph=True),
         Provider("monai", ("loss",)),
         Provider("torchmetrics", ("loss",)),
+        Provider("cudnn-graph", ("op",), engine=True),
         Provider("compile", _ALL, compiled="default"),
+        Provider("onnxruntime", ("net",), engine=True, layout=torch.contiguous_format),
+        Provider("tensorrt", ("net",), engine=True, layout=torch.contiguous_format),
         Provider("compile-max-autotune", ("net",), compiled="max-autotune"),
     ]
 }
@@ -94,11 +102,17 @@ def _serves(provider: Provider, case: AnyCase) -> bool:
     if case.kind not in provider.kinds:
         return False
     if isinstance(case, NetCase):
+        if provider.engine:
+            return case.mode == "frozen" and (provider.name != "onnxruntime" or case.dtype != "bf16")
         return True
     if isinstance(case, LossCase):
         if case.function == "confusion_matrix":
             return provider.name in ("torchmetrics", "fastunet")
         return provider.name != "torchmetrics" and (provider.name != "monai" or case.function == "dice_ce")
+    if provider.engine:
+        plain = not (case.skip or case.bias or case.pool or case.algorithm) and case.layout == "channels_last"
+        fused = case.op == "conv2d" and case.mode == "inference" and case.affine and case.stats
+        return plain and fused and case.dtype.itemsize == 2
     if provider.compiled:
         return case.mode in ("inference", "training")  # its backward frees what a second backward would need
     return provider.name != "eager-bare" or (case.op in _SOURCED[1:] and case.affine)
@@ -110,6 +124,8 @@ def unavailable(provider: Provider, device: torch.device) -> str | None:
         return "CUDA graphs need a GPU"
     if provider.backend == "triton":
         return ops.triton_unavailable(device.type)
+    if provider.engine:
+        return engines.unavailable(provider.name, device)
     if provider.name in ("monai", "torchmetrics") and importlib.util.find_spec(provider.name) is None:
         return f"{provider.name} is not installed"
     return None
@@ -130,7 +146,8 @@ def compared(provider: Provider, case: AnyCase) -> int | None:
     """How many of a step's results have a truth to be compared with; None for all of them.
 
     Where PyTorch's modules normalise, their gradients include those of the batch norm's statistics, which fastunet
-    computes one layer further down: the same work in total, of which only the forward can be compared.
+    computes one layer further down: the same work in total, of which only the forward can be compared. cuDNN's graph
+    gives sums instead of a mean and a variance.
     """
     if not isinstance(case, Case) or provider.backend is not None or not (case.affine and case.op in _SOURCED):
         return None
@@ -265,6 +282,8 @@ def _net_step(provider: Provider, case: NetCase, data: _NetData, exact: bool = F
         freeze = getattr(fastunet, "freeze", None)
         if backend is None:
             model, x = nets.folded(model).to(dtype), x.to(dtype)
+            if provider.engine:
+                return engines.frozen(provider.name, model, x, case.dtype == "tf32")
         elif freeze is not None:
             model, x = freeze(model, dtype=dtype), x.to(dtype)
     forward = _compiled(provider, model)
@@ -426,6 +445,9 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _op_step(provider: Provider, case: Case, data: _OpData) -> Step:
+    if provider.engine:
+        operands = data.operands
+        return engines.cudnn_graph(operands["x0"], operands["affine0"], operands["weight"], case.stride)
     if provider.backend is not None:
         step = _step(case, _ours(case, provider.backend), data.operands)
 

@@ -52,12 +52,13 @@ POISONED = 3  # exit status of a process whose CUDA context an error made useles
 
 # Seconds to prepare and check a step, until rows of the same GPU say better.
 EXPECTED = {
-    "op": {"compile": 8.0, "": 0.7},
+    "op": {"compile": 8.0, "cudnn-graph": 2.0, "": 0.7},
     "loss": {"compile": 10.0, "": 1.0},
-    "net": {"compile": 45.0, "compile-max-autotune": 150.0, "fastunet-triton": 6.0, "": 3.0},
+    "net": {"compile": 45.0, "compile-max-autotune": 150.0, "fastunet-triton": 6.0, "": 3.0}
+    | {"onnxruntime": 20.0, "tensorrt": 60.0},
 }
 TIMED = {"op": 0.3, "loss": 0.5, "net": 1.5}  # seconds to time the providers of a case
-DEAR = ("compile", "compile-max-autotune")
+DEAR = ("compile", "onnxruntime", "tensorrt", "compile-max-autotune")
 
 
 # ---- the plan ----------------------------------------------------------------------------------------------------
@@ -75,13 +76,15 @@ def plan(device: torch.device) -> list[Job]:
     """Every job, most important first. Compilers come in jobs of their own, beside eager PyTorch and fastunet."""
     if device.type != "cuda":
         small: list[AnyCase] = [*nets.SMALL_CASES, *loss_cases.SMALL_CASES, *cases.SMALL_CASES]
-        return [*map(_quick, small), *(_dear(case, "compile") for case in small[:1])]
+        jobs = [*map(_quick, small), _dear(small[0], "compile"), *(_dear(case, "onnxruntime") for case in small)]
+        return [job for job in jobs if job.providers]
     headline, others = nets.HEADLINE, [case for case in nets.CASES if case not in nets.HEADLINE]
     steps, inferences = headline[:2], headline[2:]
     layers = [case for case in cases.unet_layers() if case not in cases.CASES]
     jobs = [
         *map(_quick, headline),
         *(_dear(case, "compile") for case in steps),
+        *(_dear(case, "tensorrt") for case in inferences),
         _dear(steps[0], "compile-max-autotune"),
         *map(_quick, loss_cases.CASES),
         *map(_quick, cases.CASES),
@@ -91,8 +94,7 @@ def plan(device: torch.device) -> list[Job]:
         *(_dear(case, "compile") for case in loss_cases.CASES),
         *map(_quick, others),
         *(_dear(case, "compile") for case in cases.CASES + layers),
-        *(_dear(case, "compile") for case in others),
-        *(_dear(case, "compile-max-autotune") for case in others),
+        *(_dear(case, name) for name in DEAR for case in others),
     ]
     return [job for job in jobs if job.providers]
 
@@ -265,7 +267,7 @@ def _prepared(
     del results
     for _ in range(2):
         step()
-    found: dict[str, Any] = {"error": errors, "layouts": layouts, "peak_bytes": memory.peak(step, provider.pooled)}
+    found: dict[str, Any] = {"error": errors, "layouts": layouts, "peak_bytes": memory.peak(step, provider.memory)}
     if provider.compiled and case.kind == "net":
         with contextlib.suppress(Exception):  # what the profiler cannot say must not cost the row
             found["layout_conversions"] = layout_conversions(step, device)
