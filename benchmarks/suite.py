@@ -16,8 +16,10 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
@@ -48,6 +50,7 @@ from fastunet import verify
 
 RESULTS = ROOT / "benchmarks" / "results"
 GRACE = 20  # seconds after the deadline until a process that does not answer is ended
+PATIENCE = 120  # seconds a process may be silent before the deadline; and while it prepares a provider, 4 × as expected
 POISONED = 3  # exit status of a process whose CUDA context an error made useless
 
 # Seconds to prepare and check a step, until rows of the same GPU say better.
@@ -134,32 +137,33 @@ def expected_seconds(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], fl
 # ---- the correctness gate ----------------------------------------------------------------------------------------
 
 
-def gate(device: torch.device, chosen: Sequence[AnyCase]) -> Iterator[str]:
-    """What is wrong, a sentence each: nothing, if all results and gradients agree with float64.
+def gate(device: torch.device, chosen: Sequence[AnyCase]) -> Iterator[tuple[str, str | None]]:
+    """What is checked, each time with None before, and if it is wrong once more with a sentence that says how.
 
-    Checked are ``fastunet verify`` on the torch backend, which has every network, and each operation among ``chosen``
-    with its own kernels, on a small picture.
+    Checked against float64 are ``fastunet verify`` on the torch backend, which has every network, and each operation
+    among ``chosen`` with its own kernels, on a small picture.
     """
     with precision("fp32"):
         for row in verify.rows(device, "torch", quick=True):
-            if not row.passed:
-                what = f"{row.name} {row.shape} {row.dtype} {row.part}"
-                yield f"verify: {what}: relative error {row.error:.1e}, allowed {row.allowed:.1e}"
+            what = f"verify: {row.name} {row.shape} {row.dtype} {row.part}"
+            yield what, None if row.passed else f"relative error {row.error:.1e}, allowed {row.allowed:.1e}"
     small = dict.fromkeys(_small_picture(case) for case in chosen if isinstance(case, Case))
     for case in tqdm(small, desc="gate", disable=None, leave=False):
-        problem = peers.pose(case, device)
         for name in ("fastunet-torch", "fastunet-triton"):
             if peers.unavailable(PROVIDERS[name], device) is None:
+                what = f"{name}: {case.name}"
+                yield what, None
                 try:
+                    problem = peers.pose(case, device)
                     problem.check(peers.prepare(PROVIDERS[name], case, problem)(), None)
                 except Exception as error:
-                    yield f"{name}: {case.name}: {_describe(error)}"
+                    yield what, _describe(error)
 
 
 def _small_picture(case: Case) -> Case:
     """The same kernels in every direction; 24 × 40 has whole tiles and parts of tiles."""
     mode: Literal["inference", "training"] = "training"
-    if case.mode == "inference" and not case.stats:
+    if not case.differentiable or (case.mode == "inference" and not case.stats):
         mode = "inference"
     height, width = (min(size, most) for size, most in zip(case.shape[2:], (24, 40), strict=True))
     return replace(case, shape=(min(case.shape[0], 2), case.shape[1], height, width), mode=mode)
@@ -202,7 +206,12 @@ def work(order: Order) -> Iterator[Message]:
     yield "machine", machine(device)
     if order.check:
         yield "doing", "checking every operation and network, forward and backward, against float64"
-        yield "gate", list(gate(device, chosen))
+        wrong = []
+        for what, problem in gate(device, chosen):
+            yield "checking", what
+            if problem is not None:
+                wrong.append(f"{what}: {problem}")
+        yield "gate", wrong
     if order.roofs:
         yield "doing", "measuring the machine's roofs"
         yield "roofs", roofs(device)
@@ -404,40 +413,48 @@ def isolated(order: Order) -> Iterator[Message]:
         process = multiprocessing.get_context("spawn").Process(target=_send_all, args=(order, sender), daemon=False)
         process.start()
         sender.close()
-        number, provider, stage = 0, None, "starting"
+        number, provider, stage = None, None, "starting"
+        patience = math.inf  # compiling everything takes its time
         done: set[tuple[int, str]] = set()
         reason = ""
         try:
             while True:
-                if not receiver.poll(max(1.0, order.deadline + GRACE - time.time())):
-                    reason = f"did not answer {GRACE} s after the deadline"
+                left_over = order.deadline + GRACE - time.time()
+                if not receiver.poll(max(1.0, min(left_over, patience))):
+                    late = left_over <= patience
+                    reason = f"did not answer {f'{GRACE} s after the deadline' if late else f'for {patience:.0f} s'}"
                     break
                 what, value = receiver.recv()
-                if what == "job":
+                if what == "machine":
+                    patience = PATIENCE
+                elif what == "job":
                     number, provider = value, None
                 elif what == "provider":
                     provider = value
+                    patience = PATIENCE + (4 * order.seconds(order.jobs[number], value) if value else 0)
                 elif what == "row":
                     done.add((number, value["provider"]))
                 elif what == "gate":
                     order = replace(order, check=False)
                 elif what == "roofs":
                     order = replace(order, roofs=False)
-                stage = value if what == "doing" else stage
+                stage = value if what in ("doing", "checking") else stage
                 yield what, value
                 if what == "done":
-                    process.join()
+                    process.join(GRACE)
                     return
         except EOFError:
-            process.join()
+            process.join(GRACE)
             reason = f"the process ended with status {process.exitcode}"
         finally:
-            if process.is_alive():
-                process.kill()
-                process.join()
+            _end(process)
             receiver.close()
         if order.check:
             yield "gate", [f"{stage}: {reason}"]
+            return
+        if number is None:  # it will not begin next time either
+            yield "doing", f"giving up: {stage}: {reason}"
+            yield "done", None
             return
         job = order.jobs[number]
         left = [name for name in job.providers if (number, name) not in done]
@@ -450,7 +467,17 @@ def isolated(order: Order) -> Iterator[Message]:
             return
 
 
+def _end(process: multiprocessing.process.BaseProcess) -> None:
+    """End ``process`` and the compilers that it has begun, which lead a group of their own."""
+    assert process.pid
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
 def _send_all(order: Order, sender: Connection) -> None:
+    os.setsid()  # a group of its own: see _end
     for message in work(order):
         sender.send(message)
 
