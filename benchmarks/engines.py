@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import io
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -74,15 +73,13 @@ def frozen(name: str, model: nn.Module, x: Tensor, tf32: bool) -> Step:
 
 def _onnx(model: nn.Module, x: Tensor) -> bytes:
     """The ONNX file of ``model``: from "x" to "y", both of fixed size."""
-    file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, of PyTorch's own functions
         program = torch.onnx.export(
             model, (x,), dynamo=True, verbose=False, opset_version=OPSET, input_names=["x"], output_names=["y"]
         )
     assert program is not None
-    program.save(file)
-    return file.getvalue()
+    return program.model_proto.SerializeToString()  # type: ignore[no-any-return]
 
 
 def _onnxruntime(file: bytes, x: Tensor, y: Tensor, tf32: bool, stream: torch.cuda.Stream | None) -> Callable[[], Any]:

@@ -92,7 +92,7 @@ class NetCase:
 
     @property
     def bytes(self) -> int | None:
-        """A network has no one number: see the ledger of its operations."""
+        """A network has no one number: what is moved depends on who does it."""
         return None
 
     def data(self, device: torch.device | str) -> tuple[Tensor, Tensor]:

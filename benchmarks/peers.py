@@ -458,8 +458,9 @@ def _op_step(provider: Provider, case: Case, data: _OpData) -> Step:
 
         return chosen if case.algorithm and provider.backend == "triton" else step
     if not data.norms:
-        plain = {"softmax_stats": _plain_stats, "confusion_matrix": _plain_counts}.get(case.op)
-        return _step(case, _compiled(provider, plain or _reference(case)), data.operands)
+        plain: dict[str, Callable[..., list[Tensor]]]
+        plain = {"softmax_stats": _plain_stats, "confusion_matrix": _plain_counts}
+        return _step(case, _compiled(provider, plain.get(case.op) or _reference(case)), data.operands)
     operands = {name: value for name, value in data.operands.items() if "affine" not in name}
     if provider.name != "eager-bare":
         for source, norm in data.norms.items():

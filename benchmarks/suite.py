@@ -6,6 +6,9 @@ CUDA events; peak memory too), the most important first, until ``--budget`` seco
 case and provider to ``benchmarks/results/<gpu>.jsonl`` as it goes, and ends with a table and a list of what it did not
 reach. ``--row ID`` repeats one row; ``--dry-run`` builds and checks everything small, with no GPU, and prints the plan.
 
+GB/s are of the bytes an operation moves at least; of a network, of the bytes that the ledger counts for the provider
+(``benchmarks/traffic.py``; training and inference of the first networks, eager and fastunet).
+
 Measuring is done in a process of its own: one that crashes or hangs costs its provider a row with the error in it.
 """
 
@@ -31,6 +34,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 if "--dry-run" in sys.argv:
@@ -40,13 +44,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import cases, loss_cases, nets, peers, report
+import fastunet
+from benchmarks import cases, loss_cases, nets, peers, report, traffic
 from benchmarks.cases import Case
 from benchmarks.loss_cases import LossCase
 from benchmarks.measure import ROOT, Memory, interleaved, layout_conversions, machine, nvidia_smi, precision, roofs
 from benchmarks.nets import NetCase
 from benchmarks.peers import PROVIDERS, AnyCase, Provider, Step
-from fastunet import verify
+from fastunet import reference, verify
 
 RESULTS = ROOT / "benchmarks" / "results"
 GRACE = 20  # seconds after the deadline until a process that does not answer is ended
@@ -413,9 +418,11 @@ def isolated(order: Order) -> Iterator[Message]:
         process = multiprocessing.get_context("spawn").Process(target=_send_all, args=(order, sender), daemon=False)
         process.start()
         sender.close()
-        number, provider, stage = None, None, "starting"
+        number: int | None = None
+        provider: str | None = None
+        stage = "starting"
         patience = math.inf  # compiling everything takes its time
-        done: set[tuple[int, str]] = set()
+        done: set[str] = set()
         reason = ""
         try:
             while True:
@@ -428,12 +435,14 @@ def isolated(order: Order) -> Iterator[Message]:
                 if what == "machine":
                     patience = PATIENCE
                 elif what == "job":
-                    number, provider = value, None
+                    number, provider, done = value, None, set()
                 elif what == "provider":
                     provider = value
-                    patience = PATIENCE + (4 * order.seconds(order.jobs[number], value) if value else 0)
+                    patience = PATIENCE
+                    if value is not None and number is not None:
+                        patience += 4 * order.seconds(order.jobs[number], value)
                 elif what == "row":
-                    done.add((number, value["provider"]))
+                    done.add(value["provider"])
                 elif what == "gate":
                     order = replace(order, check=False)
                 elif what == "roofs":
@@ -457,8 +466,8 @@ def isolated(order: Order) -> Iterator[Message]:
             yield "done", None
             return
         job = order.jobs[number]
-        left = [name for name in job.providers if (number, name) not in done]
-        for name in [provider] if provider in left else left:
+        left = [name for name in job.providers if name not in done]
+        for name in [provider] if provider is not None and provider in left else left:
             yield "row", _row(job.case, name, failure=reason)
         again = tuple(name for name in left if provider in left and name != provider)
         order = replace(order, roofs=False, jobs=(Job(job.case, again), *order.jobs[number + 1 :]))
@@ -503,6 +512,28 @@ class Ledger:
         return row
 
 
+def _traffic(row: dict[str, Any], capability: Sequence[int] | None) -> dict[str, Any]:
+    """Bytes and GB/s of a network's row; nothing where the ledger has no account of it, or would take its time."""
+    packages = {"eager": reference, "eager-graph": reference, "fastunet": fastunet, "fastunet-graph": fastunet}
+    package = packages.get(row["provider"])
+    if package is None or row["ms"] is None or capability is None or row["kind"] != "net":
+        return {}
+    case = rebuilt(row)
+    if case not in nets.HEADLINE or not isinstance(case, NetCase) or case.mode == "frozen":
+        return {}
+    moved = _step_bytes(case, package, "sm_{}{}".format(*capability))
+    return {"bytes": moved, "gbs": moved / row["ms"]["p50"] / 1e6}
+
+
+@functools.cache
+def _step_bytes(case: NetCase, package: ModuleType, architecture: str) -> int:
+    name, _, bilinear = case.net.partition("-")
+    shape = (case.base, case.size, case.batch, nets.DTYPES[case.dtype], case.network.classes)
+    net = traffic.Net(name, bool(bilinear), *shape)
+    mode: traffic.Mode = "training" if case.mode == "training" else "inference"
+    return traffic.account(traffic.run(net, mode, package, architecture), traffic.made).bytes
+
+
 def measure(order: Order, folder: Path) -> tuple[int, list[dict[str, Any]]]:
     """Carry out ``order``, printing how it goes; the exit status, and the rows added to the ledger in ``folder``."""
     ledger: Ledger | None = None
@@ -523,6 +554,7 @@ def measure(order: Order, folder: Path) -> tuple[int, list[dict[str, Any]]]:
             print("roofs: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in value.items()), flush=True)
             about["roofs"] = value
         elif what == "row" and ledger is not None:
+            value |= _traffic(value, about["capability"])
             print(report.line(ledger.add(value, about)), flush=True)
     return 0, ledger.added if ledger else []
 

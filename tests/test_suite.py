@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import cases, engines, loss_cases, nets, peers, report, suite
+from benchmarks import cases, engines, loss_cases, nets, peers, report, suite, traffic
 from benchmarks.measure import Times, interleaved, machine
 from benchmarks.nets import NetCase
 from benchmarks.suite import Job, Order
@@ -200,6 +200,32 @@ def test_a_row_says_what_it_depends_on_and_can_be_measured_again(tmp_path, capsy
 def test_a_case_is_rebuilt_from_its_row(case):
     row = json.loads(json.dumps(suite._row(case, "eager")))
     assert suite.rebuilt(row) == case
+
+
+TRAFFIC = """
+import json
+from dataclasses import replace
+from benchmarks import nets, suite
+case = nets.NetCase("unet-bilinear", 4, 32, 2, "fp32", "inference")
+nets.HEADLINE[:] = [case]
+row = {"ms": {"p50": 2.0}}
+rows = {name: suite._row(case, name) | row for name in ("eager", "fastunet", "tensorrt")}
+failed, frozen = rows["eager"] | {"ms": None}, suite._row(replace(case, mode="frozen"), "eager") | row
+others = [suite._traffic(failed, [9, 0]), suite._traffic(frozen, [9, 0]), suite._traffic(rows["eager"], None)]
+print(json.dumps([{name: suite._traffic(row, [9, 0]) for name, row in rows.items()}, others]))
+"""
+
+
+def test_a_network_moves_the_bytes_that_the_ledger_counts():
+    pytest.importorskip("triton")
+    done = python("-c", TRAFFIC)
+    assert done.returncode == 0, done.stderr
+    found, others = json.loads(done.stdout)
+    eager, _ = traffic.eager_cost(traffic.Net("unet", True, 4, 32, 2, torch.float32, 2), "inference")
+    assert found["eager"] == {"bytes": eager, "gbs": eager / 2e6}
+    assert 0 < found["fastunet"]["bytes"] < eager
+    assert found["tensorrt"] == {}
+    assert others == [{}, {}, {}]
 
 
 def test_a_provider_that_fails_is_a_row(monkeypatch):
