@@ -1,11 +1,11 @@
 """The compile gate: every kernel, compiled for every chip with no GPU, and its machine code read.
 
-``python -m benchmarks.gate`` finds what fastunet launches: the launches of benchmarks/cases.py, and those of training
-steps and inferences of every network, noted on the meta device once for each chip. An entry is a kernel,
-its tile, dtype, warps and stages, on one chip; of its variants (with statistics, with a bias, …) that which does most
-stands for it. Of each kernel on each chip the gate compiles the entry that benchmarks/gate.json says has the most
-registers, with and without tensor instructions; ``--all`` compiles every entry, ``--variants`` every variant too.
-It prints a table, the worst of each kernel on each chip, and exits with 1 on a broken rule:
+``python -m benchmarks.gate`` finds what fastunet launches: the launches of benchmarks/cases.py and of the table of
+tiles, and those of training steps and inferences of every network, noted on the meta device once for each chip. An
+entry is a kernel, its tile, dtype, warps and stages, on one chip; of its variants (with statistics, with a bias, …)
+that which does most stands for it. Of each kernel on each chip the gate compiles the entry that benchmarks/gate.json
+says has the most registers, with and without tensor instructions; ``--all`` compiles every entry, ``--variants`` every
+variant too. It prints a table, the worst of each kernel on each chip, and exits with 1 on a broken rule:
 
 - every kernel of fastunet.kernels is launched by something, and compiles;
 - nothing spills to local memory, but for what benchmarks/gate_limits.py tolerates, and shared memory fits the chip;
@@ -52,6 +52,7 @@ from benchmarks.recorder import Launch, Specialisation, find_kernels, record, sp
 from benchmarks.trace import Call, traced
 from fastunet import kernels
 from fastunet.architecture import as_if_on
+from fastunet.kernels import table as tiles
 from fastunet.models import BrainUNet, PlainUNet, StridedUNet, UNet
 
 Networks = Mapping[str, Callable[[], nn.Module]]
@@ -172,6 +173,18 @@ def _launched(
         for name, network in networks.items():
             calls = traced(functools.partial(_steps, network), chip)
             yield from ((name, launch) for launch in _launches(calls))
+
+
+def tabled(chip: str) -> Iterator[Case]:
+    """A convolution for each entry of the table of tiles that names a tile for ``chip``."""
+    modes = {"conv3x3_fwd": "inference", "conv3x3_dgrad": "dgrad", "conv3x3_wgrad": "wgrad"}
+    for (kind, architecture, dtype, _, sources, filters, width), batches in tiles.entries().items():
+        first, *others = map(int, sources.split("+"))
+        for batch, entry in batches.items():
+            if entry.tile and architecture == chip:
+                like = DTYPE if dtype == "16-bit" else getattr(torch, dtype)
+                shape = batch, first, width, width
+                yield Case("conv2d", shape, like, modes[kind], filters=filters, skip=sum(others))  # type: ignore[arg-type]
 
 
 def _steps(network: Callable[[], nn.Module]) -> None:
@@ -339,7 +352,8 @@ def main(
 
     found: dict[str, Task] = {}
     for chip in tqdm(options.arch, "tracing", disable=None):
-        found |= find(chip, cases, networks, backend, options.variants)
+        every = [*cases, *(tabled(chip) if backend is kernels else ())]
+        found |= find(chip, every, networks, backend, options.variants)
     chosen = [task for task in found.values() if options.only in task.name]
     if not chosen:
         parser.error(f"no entry has '{options.only}' in its name; --verbose prints the names")

@@ -1,15 +1,18 @@
 """What fraction of a GPU's matrix rate a convolution attains: a model, in one place, until it is measured.
 
-A program of the 3×3 kernels is bounded by the slowest of three that overlap:
+A program of the 3×3 kernels is bounded by the slowest of four that overlap:
 
 - the tensor cores, of whose rate by data sheet nothing sustains more than SUSTAINED;
 - the L2 cache, from where a program loads, a step, ROWS + 2 rows of pixels of one operand and either three taps of the
   weights (fprop, dgrad) or ROWS rows of the other (wgrad), for 3·ROWS products of a row;
+- the shared memory, into which these are written, and from where each product reads its second operand, and its first
+  unless it was normalised in registers;
 - the issue slots, which grow with what is loaded and normalised beside each product.
 
 The last wave of programs leaves processors idle: a processor holds what its shared memory holds and no more than 8
-warps, since these kernels take all registers. Memory's time is the ledger's (:mod:`benchmarks.traffic`). Programs at a
-border of the picture, which mask, count like the others. cuDNN's fraction depends on the channels alone.
+warps, since these kernels take all registers. A tile that sticks out of the picture multiplies zeros. Memory's time is
+the ledger's (:mod:`benchmarks.traffic`). Programs at a border of the picture, which mask, count like the others.
+cuDNN's fraction depends on the channels alone.
 
 All numbers are assumptions, or read from machine code, but for cuDNN's 237 TFLOP/s at 64 channels.
 """
@@ -33,17 +36,19 @@ class Chip:
     l2: float  # GB/s from the L2 cache to all processors: an assumption
     processors: int
     shared: int  # bytes of shared memory a processor
+    rows: int  # of a product's first operand that one reading of the second from shared memory serves
     # Issue slots a tensor clock of the main loops as compiled: fixed, for each load and for each normalised row beside
     # a product of one output; and wgrad's.
     slots: tuple[float, float, float, float]
 
 
 CHIPS = {
-    "sm_80": Chip(312.0, 4000.0, 108, 167936, (0.17, 11.0, 9.6, 0.82)),  # A100
-    "sm_90": Chip(989.0, 5500.0, 132, 233472, (0.17, 36.0, 36.0, 1.23)),  # H200
+    "sm_80": Chip(312.0, 4000.0, 108, 167936, 32, (0.17, 11.0, 9.6, 0.82)),  # A100
+    "sm_90": Chip(989.0, 5500.0, 132, 233472, 64, (0.17, 36.0, 36.0, 1.23)),  # H200
 }
 SUSTAINED = 0.70
 UNKNOWN = 0.35  # of matrix products in Triton that are not modelled here
+SHARED = 128 / 4096  # bytes a floating-point operation: of shared memory at the matrix rate of 16-bit operands
 WINOGRAD = 2.25 * SUSTAINED  # of a product that stands for a convolution of so many times its multiplications
 CUDNN = {16: 0.06, 32: 0.12, 64: 0.24, 128: 0.45, 256: 0.70}  # by the fewer of input and output channels
 LAUNCH = 2e-6  # seconds that a pass takes at least where algorithms are compared
@@ -73,22 +78,30 @@ def triton_rate(launch: Launch, architecture: str) -> float:
     if not name.startswith("_conv3x3_") or chip is None:
         return UNKNOWN
     given = launch.kwargs
+    sizes = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
     rows, pixels = given["ROWS"], given["IMAGES"] * given["COLUMNS"]
     reduction, outputs = given["BLOCK_C"], given["BLOCK_K"]
     if "dgrad" in name:
         reduction, outputs = outputs, reduction
     fixed, per_load, per_row, wgrad = chip.slots
+    normalised = (given["AFFINE"] or given["RELU"]) and "dgrad" not in name
     if "wgrad" in name:
-        loaded = pixels * ((rows + 2) * outputs + rows * reduction)
+        first, second = rows * pixels * reduction, (rows + 2) * pixels * outputs
+        reads = 3 * rows * pixels * outputs * reduction / chip.rows
         slots = wgrad
     else:
-        loaded = reduction * ((rows + 2) * pixels + 3 * outputs)
-        normalises = given["AFFINE"] or given["RELU"]
-        normalises = normalises and "fwd" in name
-        slots = fixed + per_load / outputs + (per_row * (rows + 2) / (rows * outputs) if normalises else 0.0)
+        first, second = (rows + 2) * pixels * reduction, 3 * reduction * outputs
+        reads = 3 * rows * reduction * outputs * pixels / chip.rows
+        slots = fixed + per_load / outputs + (per_row * (rows + 2) / (rows * outputs) if normalised else 0.0)
+    reads += first if normalised else 3 * rows * pixels * reduction
+    loaded = first + second
     flops = 2 * 3 * rows * pixels * reduction * outputs
     from_l2 = flops / (2 * loaded) * chip.l2 * 1e9 / (chip.tflops * 1e12)  # 32-bit operands: twice over, at half a rate
+    from_shared = flops * SHARED / (2 * (loaded + reads))
     resident = max(1, min(8 // given["num_warps"], chip.shared // (2 * loaded * given["num_stages"])))
     places = resident * chip.processors
     programs = math.prod(launch.grid)
-    return float(min(SUSTAINED, 1 / slots, from_l2) * programs / (math.ceil(programs / places) * places))
+    busy = programs / (math.ceil(programs / places) * places)
+    covered = math.ceil(sizes["N"] / given["IMAGES"]) * given["IMAGES"] * sizes["tiles_h"] * rows
+    filled = sizes["N"] * sizes["P"] * sizes["Q"] / (covered * sizes["tiles_w"] * given["COLUMNS"])
+    return float(min(SUSTAINED, 1 / slots, from_l2, from_shared) * busy * filled)

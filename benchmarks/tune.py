@@ -8,14 +8,16 @@ layer, the torch backend included, goes to ``benchmarks/results/tune-<gpu>.json`
 
 The other algorithms (see ``kernels/algorithms.py``) are timed beside the tiles, and an entry names one that beats them.
 
-Two things need no GPU. ``--model`` writes the entries of layers that the model (``benchmarks/model.py``) gives to
-another algorithm than Triton's, marked "modelled"; measured entries stay. ``--dry-run`` prints the layers and
+Two things need no GPU. ``--model`` writes the entries of layers to which the model (``benchmarks/model.py``) gives
+another algorithm than Triton's, or another tile than the rule's that compiles as the gate wants it, marked "modelled";
+measured entries stay. ``--dry-run`` prints the layers and
 candidates, and checks some in the interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -40,26 +42,29 @@ from benchmarks.trace import trace
 KINDS = {"inference": "conv3x3_fwd", "dgrad": "conv3x3_dgrad", "wgrad": "conv3x3_wgrad"}
 GAIN = 1.02  # a tile must be this much faster than the rule's, and outside its spread
 ROUNDS = 2  # changes of one parameter, one after the other
-MODEL_GAIN = 1.03  # a model must see that much between two algorithms
+MODEL_GAIN = 1.03  # a model must see that much between two algorithms or tiles
 MODELLED = "modelled"  # the source of an entry that was not measured
 MODELLED_GPUS = ("a100", "h200")
+BATCHES = (1, 8, 32)
 REGISTERS = 128  # 32-bit accumulators a thread at most: more spill
 
 TRITON, TORCH = PROVIDERS["fastunet-triton"], PROVIDERS["fastunet-torch"]
 
 
-def layers(dtype: torch.dtype, base: int = 64, size: int = 512) -> list[Case]:
+def layers(dtype: torch.dtype, base: int = 64, size: int = 512, batch: int = 8) -> list[Case]:
     """The 3×3 convolutions of the U-Net in every direction, the largest pictures first."""
-    found = cases.unet_layers(base, size, dtype=dtype)
+    found = cases.unet_layers(base, size, batch, dtype=dtype)
     return [case for case in found if case.op == "conv2d" and case.kernel == 3]
 
 
 def neighbours(tile: Any, case: Case, kind: str) -> list[Any]:
     """The tiles that differ from ``tile`` in one parameter, as far as they fit the layer and the registers."""
-    most = {"rows": 4, "columns": 128, "outputs": 128, "reduction": 128, "warps": 8, "stages": 4}
-    least = {"rows": 1, "columns": 16, "outputs": 16, "reduction": 16, "warps": 4, "stages": 1}
+    most = {"rows": 4, "columns": 128, "outputs": 128, "reduction": 128, "warps": 8, "stages": 4, "shares": 8}
+    least = {"rows": 1, "columns": 16, "outputs": 16, "reduction": 16, "warps": 4, "stages": 1, "shares": 1}
     found = []
     for name in most:
+        if name == "shares" and kind == "conv3x3_wgrad":  # which has slabs of pixels for that
+            continue
         value = getattr(tile, name)
         for changed in (value + 1, value - 1) if name == "stages" else (value * 2, value // 2):
             if least[name] <= changed <= most[name]:
@@ -152,7 +157,8 @@ def _faster(new: Times, old: Times) -> bool:
 
 
 def write(path: Path, found: Iterable[dict[str, Any]]) -> None:
-    """Put ``found`` into the table at ``path``, an entry a line; layers of which there is nothing to say have none.
+    """Put ``found`` into the table at ``path``, an entry a line; layers of which there is nothing to say for any batch
+    have none.
 
     What was measured gives way only to what was measured.
     """
@@ -161,15 +167,14 @@ def write(path: Path, found: Iterable[dict[str, Any]]) -> None:
         key = tuple(one["key"])
         if one["source"] == MODELLED and key in table and table[key]["source"] != MODELLED:
             continue
-        table.pop(key, None)
-        entry = {"key": list(key)}
+        table[key] = {"key": list(key)}
         if one["algorithm"] != "triton":
-            entry["algorithm"] = one["algorithm"]
+            table[key]["algorithm"] = one["algorithm"]
         if one["tile"] != one["rule"]:
-            entry["tile"] = one["tile"]
-        if len(entry) > 1:
-            table[key] = entry | {"source": one["source"]}
-    lines = [json.dumps(table[key]) for key in sorted(table)]
+            table[key]["tile"] = one["tile"]
+        table[key]["source"] = one["source"]
+    special = {key[:-1] for key, entry in table.items() if "algorithm" in entry or "tile" in entry}
+    lines = [json.dumps(table[key]) for key in sorted(table) if key[:-1] in special]
     _write(path, "[" + ",".join(f"\n{line}" for line in lines) + ("\n]" if lines else "]") + "\n")
 
 
@@ -189,37 +194,66 @@ def modelled(case: Case, gpu: str) -> dict[str, Any]:
 
     kind = KINDS[case.mode]
     with table.observed() as asked:
-        microseconds = {name: _modelled_seconds(case, gpu, name) * 1e6 for name in ("triton", *algorithms(kind))}
+        passes = {name: _modelled_passes(case, gpu, name) for name in ("triton", *algorithms(kind))}
+    microseconds = {name: _microseconds(found, gpu) for name, (found, _) in passes.items()}
     key, rule = asked[kind]
+    tile = rule
+    for other in neighbours(rule, case, kind):
+        if other.warps != rule.warps or other.stages != rule.stages:  # of which the model knows too little
+            continue
+        found, launch = _modelled_passes(case, gpu, other)
+        faster = _microseconds(found, gpu) * MODEL_GAIN < microseconds["triton"]
+        if faster and _sound(launch, traffic.GPUS[gpu][0], case.name):
+            tile, microseconds["triton"] = other, _microseconds(found, gpu)
     algorithm = "cudnn" if microseconds["cudnn"] * MODEL_GAIN < microseconds["triton"] else "triton"
-    about = {"case": case.name, "key": list(key), "rule": list(rule), "tile": list(rule), "algorithm": algorithm}
+    about = {"case": case.name, "key": list(key), "rule": list(rule), "tile": list(tile), "algorithm": algorithm}
     return about | microseconds | {"source": MODELLED}
 
 
-def _modelled_seconds(case: Case, gpu: str, algorithm: str) -> float:
-    """The modelled time of a layer in one direction; every pass takes at least a launch's time."""
+def _modelled_passes(case: Case, gpu: str, choice: Any) -> tuple[list[traffic.Pass], Any]:
+    """The passes of a layer in one direction by an algorithm or with a tile, and their first launch."""
     from fastunet.kernels import table
 
-    architecture, bandwidth, rate, _ = traffic.GPUS[gpu]
-    forced = {KINDS[case.mode]: algorithm}
-    with torch.device("meta"), torch.no_grad(), trace(architecture) as calls, table.forced(forced):
+    forced = {KINDS[case.mode]: choice} if choice != "triton" else {}
+    with torch.device("meta"), torch.no_grad(), trace(traffic.GPUS[gpu][0]) as calls, table.forced(forced):
         operands = case.operands("meta")
         results = torch.ops.fastunet.conv2d(*operands, "triton")
         if case.mode != "inference":
             torch.ops.fastunet.conv2d_backward(*case.backward_operands(operands, results), "triton")
     last = [call for call in calls if call.name.startswith("fastunet.")][-1]
-    passes = traffic.account(traffic.Step([last], [""], [""], 0), traffic.made).passes
-    roofs = traffic.Roofs(bandwidth, rate)
-    return sum(max(LAUNCH, one.seconds(roofs)) for one in passes)
+    launches = [launch for launch in last.launches if launch.kernel.__name__ == f"_{KINDS[case.mode]}_kernel"]
+    return traffic.account(traffic.Step([last], [""], [""], 0), traffic.made).passes, next(iter(launches), None)
+
+
+def _microseconds(passes: Iterable[traffic.Pass], gpu: str) -> float:
+    """The modelled time; every pass takes at least a launch's."""
+    _, bandwidth, rate, _ = traffic.GPUS[gpu]
+    return 1e6 * sum(max(LAUNCH, one.seconds(traffic.Roofs(bandwidth, rate))) for one in passes)
+
+
+def _sound(launch: Any, chip: str, origin: str) -> bool:
+    """Whether a launch compiles for ``chip`` and breaks no rule of the gate."""
+    from benchmarks import gate  # which has no use for the interpreter, and ends it
+    from benchmarks.machine_code import CHIPS
+    from benchmarks.recorder import specialise
+
+    task = gate.Task(chip, origin, specialise(launch, CHIPS[chip].target))
+    if (name := task.variant) not in _sound_variants:
+        _sound_variants[name] = not gate.judge(task, None).problems
+    return _sound_variants[name]
+
+
+_sound_variants: dict[str, bool] = {}
 
 
 def model_entries(only: str) -> int:
-    """Write the modelled entries of the U-Net's layers at base 32 and 64, 256 to 1024 pixels, batch 8; print times."""
+    """Write the modelled entries of the U-Net's layers at base 32 and 64, 256 to 1024 pixels, batch 1 to 32; print
+    times."""
     from fastunet.kernels import table
 
-    sizes = [(base, size) for base in (64, 32) for size in (1024, 512, 256)]
-    cases_ = [case for base, size in sizes for case in layers(torch.bfloat16, base, size) if only in case.name]
-    todo = [(gpu, case) for gpu in MODELLED_GPUS for case in cases_ if not case.image]
+    sizes = itertools.product((64, 32), (1024, 512, 256), BATCHES)
+    cases_ = {case.name: case for about in sizes for case in layers(torch.bfloat16, *about) if only in case.name}
+    todo = [(gpu, case) for gpu in MODELLED_GPUS for case in cases_.values() if not case.image]
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for gpu, case in tqdm(todo, desc="layers", disable=None):
         one = modelled(case, gpu)
@@ -227,7 +261,8 @@ def model_entries(only: str) -> int:
     lines = [("layer", "gpu", "triton µs", "cudnn µs", "winograd µs", "")]
     for one in found.values():
         times = (f"{one[name]:.0f}" if name in one else "-" for name in ("triton", "cudnn", "winograd"))
-        lines.append((one["case"], one["key"][1], *times, "cudnn" if one["algorithm"] == "cudnn" else ""))
+        choice = "cudnn" if one["algorithm"] == "cudnn" else "" if one["tile"] == one["rule"] else str(one["tile"])
+        lines.append((one["case"], one["key"][1], *times, choice))
     print(traffic.aligned(lines))
     write(table.PATH, found.values())
     return 0

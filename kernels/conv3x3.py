@@ -42,7 +42,8 @@ from fastunet.kernels.common import (
     precision,
     sum_slabs,
 )
-from fastunet.kernels.statistics import merge_stats, store_stats
+from fastunet.kernels.conv_aten import split_gradient
+from fastunet.kernels.statistics import add_shares, merge_stats, store_stats
 from fastunet.kernels.tiles import Tile, choose
 
 SIZES = ["N", "H", "W", "top", "left", "H1", "W1", "top1", "left1", "P", "Q", "tiles_h", "tiles_w"]
@@ -125,26 +126,32 @@ def _accumulate(
 @triton.jit
 def _add_source(
     accs, x, affine_ptr, w, n, p, q, N, H, W, top, left, P, Q, C, c_first, C_LAST, k, K,
-    HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MIRRORED: tl.constexpr, TMA: tl.constexpr,
+    HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MIRRORED: tl.constexpr, TMA: tl.constexpr, SHARED: tl.constexpr,
     IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the share of a source (H, W) placed at (top, left) in the frame (P, Q) to the tile whose first pixel is
-    (p, q); pixels are masked only where the tile or its halo leaves the source."""
+    (p, q), or this program's part of it if it is SHARED; pixels are masked only where the tile or its halo leaves
+    the source."""
     h_low, h_high = tl.maximum(0, -top), tl.minimum(H, P - top)
     w_low, w_high = tl.maximum(0, -left), tl.minimum(W, Q - left)
     h = p - top
     first = q - left
+    begin = 0
     steps = tl.cdiv(C, BLOCK_C) * 3
+    if SHARED:
+        begin = steps * tl.program_id(1) // tl.num_programs(1)
+        steps = steps * (tl.program_id(1) + 1) // tl.num_programs(1)
     # TMA fills zeros in, and a plain source needs no more than that. Two loops, of which one is empty, rather than two
     # branches: their shared memory is then the same.
     MAY_MASK: tl.constexpr = HAS_AFFINE or RELU or not TMA
     free = steps
     if MAY_MASK:
         interior = (h > h_low) & (h + ROWS < h_high) & (first > w_low) & (first + COLUMNS < w_high) & (n + IMAGES <= N)
-        free = tl.where(interior, steps, 0)
+        free = tl.where(interior, steps, begin)
     accs = _accumulate(
-        accs, 0, free, x, affine_ptr, w, n, h, first, N, H, W, h_low, h_high, w_low, w_high, C, c_first, C_LAST, k, K,
+        accs, begin, free, x, affine_ptr, w, n, h, first, N, H, W, h_low, h_high, w_low, w_high,
+        C, c_first, C_LAST, k, K,
         HAS_AFFINE, RELU, False, MIRRORED, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
     )  # fmt: skip
     if MAY_MASK:
@@ -215,32 +222,14 @@ def _store_pooled(
             tl.store(pooled + place, best, mask=mask)
 
 
-# ---- kernels -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _conv3x3_fwd_kernel(
-    x, affine_ptr, x1, affine1_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr,
-    N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles_h, tiles_w,
-    AFFINE: tl.constexpr, RELU: tl.constexpr, TWO: tl.constexpr, AFFINE1: tl.constexpr, RELU1: tl.constexpr,
+@triton.jit
+def _store_outputs(
+    accs, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr, tile, n, p, q, N, P, Q, k, K,
     BIAS: tl.constexpr, STATS: tl.constexpr, POOL: tl.constexpr, POOL_SCALE: tl.constexpr, TMA: tl.constexpr,
-    IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(K, BLOCK_K)
-    tile = tl.program_id(0) // blocks
-    k = tl.program_id(0) % blocks * BLOCK_K
-    n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, ROWS, COLUMNS)
-    accs = _add_source(
-        _zeros(IMAGES, ROWS, COLUMNS, BLOCK_K, ACC), x, affine_ptr, w, n, p, q, N, H, W, top, left, P, Q,
-        C, 0, C + C1, k, K,
-        AFFINE, RELU, False, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
-    )  # fmt: skip
-    if TWO:
-        accs = _add_source(
-            accs, x1, affine1_ptr, w, n, p, q, N, H1, W1, top1, left1, P, Q, C1, C, C + C1, k, K,
-            AFFINE1, RELU1, False, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
-        )  # fmt: skip
+    """Store a tile of y, what it is pooled to, and its statistics, from its sums."""
     pixel = tl.arange(0, IMAGES * COLUMNS)
     image = n + pixel // COLUMNS
     column = q + pixel % COLUMNS
@@ -269,17 +258,69 @@ def _conv3x3_fwd_kernel(
         store_stats(accs, rows, tile, filters, K, mean_ptr, m2_ptr, count_ptr, ROWS, BLOCK_K, ACC)
 
 
+@triton.jit
+def _store_share(
+    accs, sums_ptr, n, p, q, N, P, Q, k, K_STOP, K,
+    IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Store this program's sums (share, N, P, Q, K) of its tile, at channels ``k`` below K_STOP."""
+    pixel = tl.arange(0, IMAGES * COLUMNS)
+    image = n + pixel // COLUMNS
+    column = q + pixel % COLUMNS
+    for i in tl.static_range(ROWS):
+        mask = ((image < N) & (column < tl.where(p + i < P, Q, 0)))[:, None] & (k < K_STOP)[None, :]
+        place = (((tl.program_id(1).to(tl.int64) * N + image) * P + p + i) * Q + column)[:, None] * K + k[None, :]
+        tl.store(sums_ptr + place, accs[i], mask=mask)
+
+
+# ---- kernels -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _conv3x3_fwd_kernel(
+    x, affine_ptr, x1, affine1_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr,
+    N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles_h, tiles_w,
+    AFFINE: tl.constexpr, RELU: tl.constexpr, TWO: tl.constexpr, AFFINE1: tl.constexpr, RELU1: tl.constexpr,
+    BIAS: tl.constexpr, STATS: tl.constexpr, POOL: tl.constexpr, POOL_SCALE: tl.constexpr, TMA: tl.constexpr,
+    SHARED: tl.constexpr,
+    IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(K, BLOCK_K)
+    tile = tl.program_id(0) // blocks
+    k = tl.program_id(0) % blocks * BLOCK_K
+    n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, ROWS, COLUMNS)
+    accs = _add_source(
+        _zeros(IMAGES, ROWS, COLUMNS, BLOCK_K, ACC), x, affine_ptr, w, n, p, q, N, H, W, top, left, P, Q,
+        C, 0, C + C1, k, K,
+        AFFINE, RELU, False, TMA, SHARED, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+    )  # fmt: skip
+    if TWO:
+        accs = _add_source(
+            accs, x1, affine1_ptr, w, n, p, q, N, H1, W1, top1, left1, P, Q, C1, C, C + C1, k, K,
+            AFFINE1, RELU1, False, TMA, SHARED, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+        )  # fmt: skip
+    filters = k + tl.arange(0, BLOCK_K)
+    if SHARED:
+        _store_share(accs, y, n, p, q, N, P, Q, filters, K, K, IMAGES, ROWS, COLUMNS)
+    else:
+        _store_outputs(
+            accs, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr, tile, n, p, q, N, P, Q, k, K,
+            BIAS, STATS, POOL, POOL_SCALE, TMA, IMAGES, ROWS, COLUMNS, BLOCK_K, ACC, DTYPE,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _conv3x3_dgrad_kernel(
     dy, w, x, affine_ptr, dx, partial_ptr, x1, affine1_ptr, dx1, partial1_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, C_FIRST, C_TOTAL, K, tiles_h, tiles_w,
     AFFINE: tl.constexpr, RELU: tl.constexpr, TWO: tl.constexpr, AFFINE1: tl.constexpr, RELU1: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, SHARED: tl.constexpr,
     IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx and daffine of one or two sources from dY (N,P,Q,K); tiles cover the frame, the first source's channels are
-    the weights' from C_FIRST on."""
+    the weights' from C_FIRST on. If they are SHARED, dx gets the programs' sums, for all sources together."""
     blocks0 = tl.cdiv(C, BLOCK_C)
     blocks = blocks0
     if TWO:
@@ -292,9 +333,17 @@ def _conv3x3_dgrad_kernel(
         c_first = tl.where(block < blocks0, c_first, C_FIRST + C + (block - blocks0) * BLOCK_C)
     accs = _add_source(
         _zeros(IMAGES, ROWS, COLUMNS, BLOCK_C, ACC), dy, dy, w, n, p, q, N, P, Q, 0, 0, P, Q, K, 0, K, c_first, C_TOTAL,
-        False, False, True, TMA, IMAGES, ROWS, COLUMNS, BLOCK_K, BLOCK_C, ACC, PRECISION,
+        False, False, True, TMA, SHARED, IMAGES, ROWS, COLUMNS, BLOCK_K, BLOCK_C, ACC, PRECISION,
     )  # fmt: skip
-    if TWO and block >= blocks0:
+    if SHARED:
+        stop = C_FIRST + C
+        total = C
+        if TWO:
+            total += C1
+            stop = tl.where(block < blocks0, stop, stop + C1)
+        channel = c_first + tl.arange(0, BLOCK_C)
+        _store_share(accs, dx, n, p, q, N, P, Q, channel - C_FIRST, stop - C_FIRST, total, IMAGES, ROWS, COLUMNS)
+    elif TWO and block >= blocks0:
         _source_gradient(
             accs, x1, affine1_ptr, dx1, partial1_ptr, tile, n, p, q, N, H1, W1, top1, left1, P, Q,
             (block - blocks0) * BLOCK_C, C1, AFFINE1, RELU1, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, ACC, DTYPE,
@@ -403,7 +452,7 @@ def conv3x3(
     pool_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """y (N, K, *frame); its mean and biased variance (K,) if ``stats``, else empty; y pooled by the signs of
-    ``pool_scale`` if ``pool`` and the tile has pairs of rows, else None."""
+    ``pool_scale`` if ``pool`` and one program has pairs of rows of it, else None."""
     first, second = sources[0], sources[-1]
     x, batch = first.x, first.x.shape[0]
     filters, channels = weight.shape[:2]
@@ -420,27 +469,32 @@ def conv3x3(
         [*(source.x for source in sources), weight, y], pointers=sticks_out,
     )  # fmt: skip
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
-    partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
-    counts = x.new_empty(tiles if stats else 0, dtype=dtype)
-    pool = pool and tile.rows % 2 == 0 and min(height, width) > 1
+    alone = tile.shares == 1
+    sums = y if alone else x.new_empty((tile.shares, batch, height, width, filters), dtype=dtype)
+    partials = [x.new_empty((tiles, filters) if stats and alone else 0, dtype=dtype) for _ in range(2)]
+    counts = x.new_empty(tiles if stats and alone else 0, dtype=dtype)
+    pool = pool and alone and tile.rows % 2 == 0 and min(height, width) > 1
     pooled = empty_nhwc(x, batch, filters, height // 2, width // 2) if pool else None
     scale = None if pool_scale is None else pool_scale.contiguous()
-    _conv3x3_fwd_kernel[(tiles * triton.cdiv(filters, tile.outputs),)](
+    _conv3x3_fwd_kernel[(tiles * triton.cdiv(filters, tile.outputs), tile.shares)](
         operand(x, tile, tile.reduction), first.affine_or_x,
         operand(second.x, tile, tile.reduction), second.affine_or_x,
         _weights(weight, tile, tile.outputs, tile.reduction), x if bias is None else bias.contiguous(),
-        operand(y, tile, tile.outputs), *partials, counts,
+        operand(y, tile, tile.outputs) if alone else sums, *partials, counts,
         operand(y, tile, tile.outputs) if pooled is None else operand(pooled, tile, tile.outputs, 2),
         x if scale is None else scale,
         batch, first.height, first.width, first.top, first.left, second.height, second.width, second.top, second.left,
         height, width, first.channels, channels - first.channels, filters, tiles_h, tiles_w,
         AFFINE=first.affine is not None, RELU=first.relu, TWO=len(sources) == 2,
-        AFFINE1=second.affine is not None, RELU1=second.relu, BIAS=bias is not None, STATS=stats, TMA=tile.tma,
-        POOL=pool, POOL_SCALE=scale is not None,
+        AFFINE1=second.affine is not None, RELU1=second.relu,
+        BIAS=bias is not None and alone, STATS=stats and alone, POOL=pool, POOL_SCALE=pool and scale is not None,
+        TMA=tile.tma, SHARED=not alone,
         IMAGES=tile.images, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    if not alone:
+        return *add_shares(sums, y, bias, stats), None
     mean, var = merge_stats(partials[0], partials[1], counts) if stats else partials
     return y, mean, var, pooled
 
@@ -454,15 +508,18 @@ def conv3x3_dgrad(
     starts = [0, sources[0].channels]
     wanted = [i for i in range(len(sources)) if mask[i]]
     first, second = sources[wanted[0]], sources[wanted[-1]]
-    gradients: list[tuple[Tensor, Tensor]] = []
     tile = choose(
         "conv3x3_dgrad", batch, [sources[i].channels for i in wanted], filters, height, width,
         [dy, weight, *(sources[i].x for i in wanted)],
     )  # fmt: skip
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
+    alone = tile.shares == 1
+    total = sum(sources[i].channels for i in wanted)
+    sums = dy.new_empty(0 if alone else (tile.shares, batch, height, width, total), dtype=stats_dtype(dy.dtype))
+    gradients: list[tuple[Tensor, Tensor]] = []
     for i, source in enumerate(sources):
         x = source.x
-        if i not in wanted:
+        if i not in wanted or not alone:
             gradients.append((x.new_empty(0), x.new_empty(0, dtype=stats_dtype(x.dtype))))
             continue
         dx = empty_nhwc(x, *x.shape)
@@ -474,20 +531,24 @@ def conv3x3_dgrad(
     if tiles * blocks:
         part = tile.outputs // 2 if tile.outputs >= 64 else tile.outputs
         (dx, partial), (dx1, partial1) = gradients[wanted[0]], gradients[wanted[-1]]
-        _conv3x3_dgrad_kernel[(tiles * blocks,)](
+        out, out1 = (operand(dx, tile, part), operand(dx1, tile, part)) if alone else (sums, sums)
+        _conv3x3_dgrad_kernel[(tiles * blocks, tile.shares)](
             operand(dy, tile, tile.reduction), _weights(weight, tile, tile.reduction, tile.outputs),
-            operand(first.x, tile, part), first.affine_or_x, operand(dx, tile, part), partial,
-            operand(second.x, tile, part), second.affine_or_x, operand(dx1, tile, part), partial1,
+            operand(first.x, tile, part), first.affine_or_x, out, partial,
+            operand(second.x, tile, part), second.affine_or_x, out1, partial1,
             batch, first.height, first.width, first.top, first.left,
             second.height, second.width, second.top, second.left,
             height, width, first.channels, second.channels, starts[wanted[0]], weight.shape[1], filters,
             tiles_h, tiles_w,
-            AFFINE=first.affine is not None, RELU=first.relu, TWO=len(wanted) == 2,
-            AFFINE1=second.affine is not None, RELU1=second.relu, TMA=tile.tma,
+            AFFINE=first.affine is not None and alone, RELU=first.relu and alone, TWO=len(wanted) == 2,
+            AFFINE1=second.affine is not None and alone, RELU1=second.relu and alone, TMA=tile.tma, SHARED=not alone,
             IMAGES=tile.images, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK_C=tile.outputs, BLOCK_K=tile.reduction,
             ACC=accumulator(dy.dtype), DTYPE=element(dy.dtype), PRECISION=precision(dy.dtype),
             **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+    if not alone:
+        g, _, _ = add_shares(sums, empty_nhwc(dy, batch, total, height, width), None, False)
+        return split_gradient(g, sources, mask)
     return [
         (dx, sum_slabs(partial) if i in wanted and sources[i].affine is not None else partial)
         for i, (dx, partial) in enumerate(gradients)

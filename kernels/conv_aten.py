@@ -96,31 +96,38 @@ def _backward(dy: Tensor, z: Tensor, weight: Tensor, mask: list[bool]) -> list[T
         torch.backends.cudnn.deterministic = kept
 
 
+def split_gradient(g: Tensor, sources: Sequence[Source], mask: Sequence[bool]) -> list[tuple[Tensor, Tensor]]:
+    """(dx, daffine) of each source that ``mask`` asks for, empty tensors for the others, from the gradient ``g`` of the
+    values of those asked for, side by side."""
+    total, size = g.shape[1], list(g.shape[2:])
+    gradients = []
+    start = 0
+    for source, wanted in zip(sources, mask, strict=False):
+        if not wanted:
+            gradients.append((g.new_empty(0), g.new_empty(0, dtype=stats_dtype(g.dtype))))
+            continue
+        part = g[:, start : start + source.channels]
+        start += source.channels
+        if source.channels == total and source.affine is None and not source.relu and _fills(source, size):
+            gradients.append((g, g.new_empty(0, dtype=stats_dtype(g.dtype))))
+        elif _fills(source, size):
+            gradients.append(source_gradient(part, total, source.x, source.affine, source.relu))
+        else:
+            part = nhwc(frame(part, (source.height, source.width), -source.top, -source.left))
+            gradients.append(source_gradient(part, source.channels, source.x, source.affine, source.relu))
+    return gradients
+
+
 def conv3x3_dgrad(
     dy: Tensor, weight: Tensor, sources: Sequence[Source], mask: Sequence[bool]
 ) -> list[tuple[Tensor, Tensor]]:
     """See :func:`fastunet.kernels.conv3x3.conv3x3_dgrad`."""
     batch, _, *size = dy.shape
-    channels = [source.channels if wanted else 0 for source, wanted in zip(sources, mask, strict=False)]
     first = 0 if mask[0] else sources[0].channels
-    total = sum(channels)
+    total = sum(source.channels for source, wanted in zip(sources, mask, strict=False) if wanted)
     z = empty_nhwc(dy, batch, total, *size)  # for its shape
     g = nhwc(_backward(dy, z, weight[:, first : first + total], [True, False, False])[0])
-    gradients = []
-    start = 0
-    for source, wanted in zip(sources, channels, strict=True):
-        part = g[:, start : start + wanted]
-        start += wanted
-        if not wanted:
-            gradients.append((dy.new_empty(0), dy.new_empty(0, dtype=stats_dtype(dy.dtype))))
-        elif wanted == total and source.affine is None and not source.relu and _fills(source, size):
-            gradients.append((g, dy.new_empty(0, dtype=stats_dtype(dy.dtype))))
-        elif _fills(source, size):
-            gradients.append(source_gradient(part, total, source.x, source.affine, source.relu))
-        else:
-            part = nhwc(frame(part, (source.height, source.width), -source.top, -source.left))
-            gradients.append(source_gradient(part, wanted, source.x, source.affine, source.relu))
-    return gradients
+    return split_gradient(g, sources, mask)
 
 
 def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tensor:

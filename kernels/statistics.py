@@ -4,7 +4,8 @@
     merged: mean = Σ n_i·mean_i / n,    M2 = Σ (M2_i + n_i·(mean_i − mean)²)      (Chan, Golub, LeVeque 1979)
 
 Bytes: 8 per channel and tile, written and read once, then a 64th of it; `batch_stats` reads y, which other kernels have
-at hand. Accumulation: float32 (float64 for float64).
+at hand; `add_shares` reads what several programs have summed of y, and writes y. Accumulation: float32 (float64 for
+float64).
 """
 
 from __future__ import annotations
@@ -39,40 +40,65 @@ def store_stats(
     tl.store(count_ptr + tile, count.to(ACC))
 
 
-@triton.jit(do_not_specialize=["pixels"])
+@triton.jit(do_not_specialize=["pixels", "shares"])
 def _batch_stats_kernel(
-    y_ptr, mean_ptr, m2_ptr, count_ptr, pixels, K,
+    y_ptr, sums_ptr, bias_ptr, mean_ptr, m2_ptr, count_ptr, pixels, K, shares,
+    SHARED: tl.constexpr, BIAS: tl.constexpr, STATS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of a tile of ROWS·BLOCK_P pixels of y (pixels, K)."""
+    """The statistics of a tile of ROWS·BLOCK_P pixels of y (pixels, K), which is formed first if it is SHARED."""
     tile = tl.program_id(0)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     m = tile.to(tl.int64) * (ROWS * BLOCK_P) + tl.arange(0, BLOCK_P)
+    bias = tl.zeros([BLOCK_K], ACC)
+    if BIAS:
+        bias += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)
     ys = ()
     for i in tl.static_range(ROWS):
         mask = (m + i * BLOCK_P < pixels)[:, None] & (k < K)[None, :]
-        y = tl.load(y_ptr + (m + i * BLOCK_P)[:, None] * K + k[None, :], mask=mask, other=0.0)
+        place = (m + i * BLOCK_P)[:, None] * K + k[None, :]
+        if SHARED:
+            total = tl.load(sums_ptr + place, mask=mask, other=0.0)
+            for share in range(1, shares):
+                total += tl.load(sums_ptr + share * pixels.to(tl.int64) * K + place, mask=mask, other=0.0)
+            y = (total + bias[None, :]).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + place, y, mask=mask)
+        else:
+            y = tl.load(y_ptr + place, mask=mask, other=0.0)
         ys = ys + (y,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
-    rows = tl.maximum(tl.minimum(tl.cdiv(pixels - m, BLOCK_P), ROWS), 0).to(tl.int32)
-    store_stats(ys, rows, tile, k, K, mean_ptr, m2_ptr, count_ptr, ROWS, BLOCK_K, ACC)
+    if STATS:
+        rows = tl.maximum(tl.minimum(tl.cdiv(pixels - m, BLOCK_P), ROWS), 0).to(tl.int32)
+        store_stats(ys, rows, tile, k, K, mean_ptr, m2_ptr, count_ptr, ROWS, BLOCK_K, ACC)
 
 
 def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (K,) of y (N, K, H, W) in NHWC memory."""
-    filters, dtype = y.shape[1], stats_dtype(y.dtype)
     if y.numel() == 0:
-        return y.new_zeros(filters, dtype=dtype), y.new_zeros(filters, dtype=dtype)
+        return (zero := y.new_zeros(y.shape[1], dtype=stats_dtype(y.dtype))), zero.clone()
+    _, mean, var = _batch_stats(y, None, None, True)
+    return mean, var
+
+
+def add_shares(sums: Tensor, y: Tensor, bias: Tensor | None, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """``y`` (N, K, H, W), which is written: ``sums`` (shares, N, H, W, K) added in their order, and the bias; and y's
+    mean and biased variance (K,) if ``stats``, else empty."""
+    return _batch_stats(y, sums, bias, stats)
+
+
+def _batch_stats(y: Tensor, sums: Tensor | None, bias: Tensor | None, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+    filters, dtype = y.shape[1], stats_dtype(y.dtype)
     pixels = y.numel() // filters
     rows, block_k = 4, block(filters, 64)
     block_p = 64 // y.element_size()
     tiles = triton.cdiv(pixels, rows * block_p)
-    mean, m2 = (y.new_empty((tiles, filters), dtype=dtype) for _ in range(2))
-    counts = y.new_empty(tiles, dtype=dtype)
+    mean, m2 = (y.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2))
+    counts = y.new_empty(tiles if stats else 0, dtype=dtype)
     _batch_stats_kernel[(tiles, triton.cdiv(filters, block_k))](
-        y, mean, m2, counts, pixels, filters,
+        y, y if sums is None else sums, y if bias is None else bias.contiguous(), mean, m2, counts, pixels, filters,
+        0 if sums is None else sums.shape[0], SHARED=sums is not None, BIAS=bias is not None, STATS=stats,
         ROWS=rows, BLOCK_P=block_p, BLOCK_K=block_k, ACC=accumulator(y.dtype), **OPTIONS, num_warps=4,
     )  # fmt: skip
-    return merge_stats(mean, m2, counts)
+    return (y, *merge_stats(mean, m2, counts)) if stats else (y, mean, m2)
 
 
 @triton.jit(do_not_specialize=["tiles"])

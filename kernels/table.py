@@ -1,15 +1,16 @@
 """What tiles.json says: the algorithm and the tile of a 3×3 convolution, by kernel, architecture and shape.
 
-An entry is one line. Its ``key`` is (kind, architecture, dtype, precision, channels of the sources, filters, width): it
-holds for one kernel ("conv3x3_fwd", "conv3x3_dgrad", "conv3x3_wgrad"), for 16-bit tensors of either dtype, and for
-pictures of that width, up to the next power of two. What it says:
+An entry is one line. Its ``key`` is (kind, architecture, dtype, precision, channels of the sources, filters, width,
+batch): it holds for one kernel ("conv3x3_fwd", "conv3x3_dgrad", "conv3x3_wgrad"), for 16-bit tensors of either dtype,
+for pictures of that width, up to the next power of two, and for the batches that no other entry is nearer to. What it
+says:
 
 - ``algorithm``: what backend "auto" takes. "triton", if it is left out; "cudnn", ATen's matrix products between edges
   in Triton; "winograd", only where a measured row says so.
 - ``tile``: what Triton takes wherever it serves, instead of the rule in ``tiles.py``.
 - ``source``: "modelled" (``python -m benchmarks.tune --model``), or the row of measurements that proved it.
 
-No entry: Triton, with the rule's tile.
+No entry for any batch: Triton, with the rule's tile.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fastunet.kernels.common import precision
 PATH = Path(__file__).parent / "tiles.json"
 P = ParamSpec("P")
 T = TypeVar("T")
-Key = tuple[str, str, str, str, str, int, int]
+Key = tuple[str, str, str, str, str, int, int, int]
 
 
 class Entry(NamedTuple):
@@ -69,24 +70,34 @@ def forced(choices: Mapping[str, Any]) -> Iterator[None]:
 
 
 def key(kind: str, sources: Sequence[int], filters: int, width: int, operand: Tensor) -> Key:
-    """What an entry is found by; ``sources`` are the channels of each."""
+    """What an entry is found by; ``sources`` are the channels of each, ``operand`` one that is multiplied."""
     dtype = "16-bit" if operand.element_size() == 2 else str(operand.dtype).removeprefix("torch.")
     place = (architecture(operand.device), dtype, precision(operand.dtype))
-    return kind, *place, "+".join(map(str, sources)), filters, int(triton.next_power_of_2(width))
+    sizes = (filters, int(triton.next_power_of_2(width)), int(triton.next_power_of_2(operand.shape[0])))
+    return kind, *place, "+".join(map(str, sources)), *sizes
 
 
 @functools.cache
-def entries() -> dict[Key, Entry]:
-    """The entries of ``tiles.json`` by :func:`key`."""
-    return {
-        tuple(line["key"]): Entry(line.get("algorithm", "triton"), line.get("tile"), line["source"])
-        for line in json.loads(PATH.read_text())
-    }
+def entries() -> dict[tuple[Any, ...], dict[int, Entry]]:
+    """The entries of ``tiles.json`` by :func:`key`, the batch apart."""
+    found: dict[tuple[Any, ...], dict[int, Entry]] = {}
+    for line in json.loads(PATH.read_text()):
+        *layer, batch = line["key"]
+        entry = Entry(line.get("algorithm", "triton"), line.get("tile"), line["source"])
+        found.setdefault(tuple(layer), {})[batch] = entry
+    return found
+
+
+def _entry(wanted: Key) -> Entry | None:
+    """The entry for ``wanted``, or for the batch nearest to its."""
+    *layer, batch = wanted
+    near = entries().get(tuple(layer))
+    return near[min(near, key=lambda other: max(batch / other, other / batch))] if near else None
 
 
 def algorithm(kind: str, sources: Sequence[int], filters: int, width: int, operand: Tensor) -> str:
     """The algorithm that backend "auto" takes: one of :data:`fastunet.kernels.algorithms.FUNCTIONS`."""
-    entry = entries().get(key(kind, sources, filters, width, operand)) if entries() else None
+    entry = _entry(key(kind, sources, filters, width, operand))
     return "triton" if entry is None else entry.algorithm
 
 
@@ -103,11 +114,12 @@ def overruled(rule: Callable[P, T]) -> Callable[P, T]:
     def choose(*args: P.args, **kwargs: P.kwargs) -> T:
         tile: Any = rule(*args, **kwargs)
         kind, batch, sources, filters, _, width, operands, *_ = cast(Any, args)
+        wanted = key(kind, sources, filters, width, operands[0])
         if _asked is not None:
-            _asked[kind] = key(kind, sources, filters, width, operands[0]), tile
+            _asked[kind] = wanted, tile
         if isinstance(_forced.get(kind), tuple):
             return cast(T, _forced[kind])
-        entry = entries().get(key(kind, sources, filters, width, operands[0])) if entries() else None
+        entry = _entry(wanted)
         if entry is None or entry.tile is None:
             return cast(T, tile)
         found = type(tile)(*entry.tile)

@@ -14,7 +14,8 @@ from fastunet.kernels.table import overruled
 
 
 class Tile(NamedTuple):
-    """IMAGES × ROWS × COLUMNS pixels and ``outputs`` channels a program, ``reduction`` channels a step."""
+    """IMAGES × ROWS × COLUMNS pixels and ``outputs`` channels a program, ``reduction`` channels a step; of ``shares``
+    programs a tile each sums a part of the channels."""
 
     images: int
     rows: int
@@ -24,11 +25,17 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     tma: bool = False
+    shares: int = 1
 
     def grid(self, batch: int, height: int, width: int) -> tuple[int, int, int]:
         """Tiles in all, along the height, along the width."""
         tiles_h, tiles_w = triton.cdiv(height, self.rows), triton.cdiv(width, self.columns)
         return triton.cdiv(batch, self.images) * tiles_h * tiles_w, tiles_h, tiles_w
+
+
+# Multiprocessors of the largest common GPU of an architecture.
+PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 188}
+PROCESSORS |= {"gfx942": 304, "gfx950": 256}
 
 
 @overruled
@@ -37,6 +44,22 @@ def choose(
     pointers: bool = False,
 ) -> Tile:  # fmt: skip
     """The tile of a 3×3 convolution of sources of so many channels each, for so many filters."""
+    tile = _choose(kind, batch, sources, filters, height, width, operands, pointers)
+    if kind == "conv3x3_wgrad":
+        return tile
+    reduced, kept = (sources, [filters]) if kind == "conv3x3_fwd" else ([filters], sources)
+    programs = tile.grid(batch, height, width)[0] * sum(triton.cdiv(each, tile.outputs) for each in kept)
+    steps = sum(triton.cdiv(each, tile.reduction) for each in reduced)
+    places = PROCESSORS.get(architecture(operands[0].device), 0) * 8 // tile.warps
+    # A share that is too small has more sums to store than products to form.
+    most = min(places // max(programs, 1), steps // 2, 8)
+    return tile._replace(shares=1 << most.bit_length() - 1 if most > 1 else 1)
+
+
+def _choose(
+    kind: str, batch: int, sources: Sequence[int], filters: int, height: int, width: int, operands: Sequence[Tensor],
+    pointers: bool,
+) -> Tile:  # fmt: skip
     channels, outputs = max(sources), filters
     if kind == "conv3x3_dgrad":
         channels, outputs = outputs, channels
@@ -64,7 +87,7 @@ def choose(
     if wgrad:
         reduction = block(channels, 128, 64)
         return Tile(images, 4, columns, block(outputs, 64), reduction, reduction // 16, 2, True)
-    if outputs > 64:
+    if outputs > 64 and batch * block(width, 128) >= 128:  # else most of a wider tile would lie outside the picture
         images = min(128 // block(width, 128), block(batch, 128, 1))
         return Tile(images, rows, 128 // images, 128, block(channels, 64), 8, 2, True)
     return Tile(images, 2 * rows, columns, block(outputs, 64), block(channels, 64), 4, 2, True)
