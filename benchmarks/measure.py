@@ -13,7 +13,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -27,6 +27,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 ROOT = Path(__file__).parent.parent
 FLUSH_BYTES = 256 << 20  # and at least twice the L2 cache
 ROUNDS = (5, 50)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 HEAD_START = 2_000_000  # clock cycles the GPU waits while the host issues an operation: about a millisecond
 
 
@@ -242,19 +243,21 @@ class Memory:
         return self._free - torch.cuda.mem_get_info()[0]
 
 
-# ---- roofs -------------------------------------------------------------------------------------------------------
+# ---- precision and roofs ---------------------------------------------------------------------------------------------
 
 
-def roofs(device: torch.device) -> dict[str, float]:
-    """What this machine reaches on random numbers: copying, in GB/s read and written; matrix products, in TFLOP/s."""
+def roofs(device: torch.device, dtypes: Sequence[str] | None = None) -> dict[str, float]:
+    """What this machine reaches on random numbers: copying, in GB/s read and written; matrix products, in TFLOP/s.
+
+    ``dtypes`` are names of :data:`DTYPES`: on a GPU all of them, on a CPU "fp32", if left out.
+    """
     gpu = device.type == "cuda"
     source = torch.randint(0, 256, ((2 << 30) if gpu else (32 << 20),), dtype=torch.uint8, device=device)
     copy = functools.partial(torch.empty_like(source).copy_, source)
     found = {"copy_gbs": 2 * source.numel() / _milliseconds(copy, device) / 1e6}
     side = 8192 if gpu else 512
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32} if gpu else {}
-    for name, dtype in {**kinds, "fp32": torch.float32}.items():
-        a, b = (torch.randn((side, side), device=device).to(dtype) for _ in range(2))
+    for name in dtypes or (DTYPES if gpu else ("fp32",)):
+        a, b = (torch.randn((side, side), device=device).to(DTYPES[name]) for _ in range(2))
         with precision(name):
             found[f"{name}_tflops"] = 2 * side**3 / _milliseconds(functools.partial(torch.mm, a, b), device) / 1e9
     return found

@@ -20,12 +20,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastunet
+from benchmarks.measure import DTYPES
 from fastunet import reference
 from fastunet.losses import DiceCELoss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 CHANNELS = 3
 
 

@@ -35,7 +35,7 @@ import fastunet
 from benchmarks import engines, nets
 from benchmarks.cases import Case
 from benchmarks.loss_cases import LossCase
-from benchmarks.measure import precision
+from benchmarks.measure import DTYPES, precision
 from benchmarks.nets import NetCase
 from fastunet import metrics, ops, reference
 from fastunet.losses import DiceCELoss
@@ -220,11 +220,15 @@ def _error(pairs: list[tuple[Tensor, Tensor]], together: bool) -> float:
 def pose(case: AnyCase, device: torch.device) -> Problem:
     """The numbers of ``case``, drawn from a fixed seed, and the truth about them."""
     torch.manual_seed(0)
-    if isinstance(case, NetCase):
-        return _pose_net(case, device)
-    if isinstance(case, LossCase):
-        return _pose_loss(case, device)
-    return _pose_op(case, device)
+    kept, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # truth is computed once
+    try:
+        if isinstance(case, NetCase):
+            return _pose_net(case, device)
+        if isinstance(case, LossCase):
+            return _pose_loss(case, device)
+        return _pose_op(case, device)
+    finally:
+        torch.backends.cudnn.benchmark = kept
 
 
 # ---- networks ----------------------------------------------------------------------------------------------------
@@ -278,7 +282,7 @@ def _net_step(provider: Provider, case: NetCase, data: _NetData, exact: bool = F
         return nets.training_step(model, _compiled(provider, forward_loss), x, data.labels)
     model.eval()
     if case.mode == "frozen" and not exact:
-        dtype = nets.DTYPES[case.dtype]
+        dtype = DTYPES[case.dtype]
         freeze = getattr(fastunet, "freeze", None)
         if backend is None:
             model, x = nets.folded(model).to(dtype), x.to(dtype)

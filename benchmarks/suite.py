@@ -48,7 +48,17 @@ import fastunet
 from benchmarks import cases, loss_cases, nets, peers, report, traffic
 from benchmarks.cases import Case
 from benchmarks.loss_cases import LossCase
-from benchmarks.measure import ROOT, Memory, interleaved, layout_conversions, machine, nvidia_smi, precision, roofs
+from benchmarks.measure import (
+    DTYPES,
+    ROOT,
+    Memory,
+    interleaved,
+    layout_conversions,
+    machine,
+    nvidia_smi,
+    precision,
+    roofs,
+)
 from benchmarks.nets import NetCase
 from benchmarks.peers import PROVIDERS, AnyCase, Provider, Step
 from fastunet import reference, verify
@@ -207,7 +217,10 @@ def work(order: Order) -> Iterator[Message]:
     chosen = [job.case for job in order.jobs]
     if device.type == "cuda" and order.check:
         yield "doing", "compiling the kernels"
-        precompile(chosen)
+        try:
+            precompile(chosen)
+        except Exception as error:  # they are compiled where they are used
+            yield "doing", f"compiling ahead failed: {_describe(error)}"
     yield "machine", machine(device)
     if order.check:
         yield "doing", "checking every operation and network, forward and backward, against float64"
@@ -220,6 +233,7 @@ def work(order: Order) -> Iterator[Message]:
     if order.roofs:
         yield "doing", "measuring the machine's roofs"
         yield "roofs", roofs(device)
+    torch.backends.cudnn.benchmark = True  # the peers' convolutions take the fastest algorithm
     for number, job in enumerate(order.jobs):
         yield "job", number
         yield from _measure(order, job, device)
@@ -239,9 +253,7 @@ def _measure(order: Order, job: Job, device: torch.device) -> Iterator[Message]:
     with precision(dtype):
         yield "doing", f"{job.case.name}: truth"
         try:
-            torch.backends.cudnn.benchmark = False  # truth is computed once
             problem = peers.pose(job.case, device)
-            torch.backends.cudnn.benchmark = True  # the peers' convolutions take the fastest algorithm
         except Exception as error:
             for name in names:
                 yield "row", _row(job.case, name, failure=f"no truth: {_describe(error)}")
@@ -398,9 +410,9 @@ def _launches(chosen: Sequence[AnyCase], architecture: str) -> Iterator[Any]:
 
 def _meta_step(case: NetCase) -> None:
     # On the meta device autocast does nothing: the weights take its part.
-    model = case.ours("auto").to(nets.DTYPES[case.dtype]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = case.ours("auto").to(DTYPES[case.dtype]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x, labels = case.data("meta")
-    x = x.to(nets.DTYPES[case.dtype]).contiguous(memory_format=torch.channels_last)
+    x = x.to(DTYPES[case.dtype]).contiguous(memory_format=torch.channels_last)
     if case.mode == "training":
         nets.our_loss(case, "auto")(model(x), labels).backward()
     else:
@@ -466,14 +478,23 @@ def isolated(order: Order) -> Iterator[Message]:
             yield "done", None
             return
         job = order.jobs[number]
-        left = [name for name in job.providers if name not in done]
-        for name in [provider] if provider is not None and provider in left else left:
+        failed, again = _after(job, done, provider)
+        for name in failed:
             yield "row", _row(job.case, name, failure=reason)
-        again = tuple(name for name in left if provider in left and name != provider)
         order = replace(order, roofs=False, jobs=(Job(job.case, again), *order.jobs[number + 1 :]))
         if time.time() > order.deadline or not any(job.providers for job in order.jobs):
             yield "done", None
             return
+
+
+def _after(job: Job, done: set[str], provider: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Who failed when a process ended, and who is to be tried again, of those of ``job`` who have no row.
+
+    The culprit is ``provider``, who was being prepared, whether or not its row came through; with None all of them.
+    """
+    left = tuple(name for name in job.providers if name not in done)
+    failed = tuple(name for name in left if provider in (None, name))
+    return failed, tuple(name for name in left if name not in failed)
 
 
 def _end(process: multiprocessing.process.BaseProcess) -> None:
@@ -528,7 +549,7 @@ def _traffic(row: dict[str, Any], capability: Sequence[int] | None) -> dict[str,
 @functools.cache
 def _step_bytes(case: NetCase, package: ModuleType, architecture: str) -> int:
     name, _, bilinear = case.net.partition("-")
-    shape = (case.base, case.size, case.batch, nets.DTYPES[case.dtype], case.network.classes)
+    shape = (case.base, case.size, case.batch, DTYPES[case.dtype], case.network.classes)
     net = traffic.Net(name, bool(bilinear), *shape)
     mode: traffic.Mode = "training" if case.mode == "training" else "inference"
     return traffic.account(traffic.run(net, mode, package, architecture), traffic.made).bytes
@@ -648,8 +669,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case, names in missed.items():
             print(f"not measured: {case}: {', '.join(names)}")
         print(report.table(rows))
+        _draw(options.results, rows)
         print(f"{len(rows)} rows in {time.time() - begun:.0f} s, {len(missed)} cases not complete")
     return status
+
+
+def _draw(results: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The roofline of a GPU's rows, those of earlier runs too; a CPU has none."""
+    gpu = rows[0]["gpu"] if rows else "cpu"
+    path = results / f"{report.slug(gpu)}.svg"
+    if gpu != "cpu" and report.roofline(
+        [row for row in report.latest(report.read(results)) if row["gpu"] == gpu], path
+    ):
+        print(f"roofline: {path}")
 
 
 def _again(

@@ -344,6 +344,18 @@ def test_a_hang_before_the_deadline_costs_its_provider_alone(monkeypatch):
     assert found == {"fastunet-torch": "did not answer for 12 s", "eager": None, "seed002": None}
 
 
+@pytest.mark.parametrize(
+    ("done", "provider", "failed", "again"),
+    [
+        ({"a"}, "b", ("b",), ("c",)),
+        ({"a", "b"}, "b", (), ("c",)),  # its row came through before its process ended
+        (set(), None, ("a", "b", "c"), ()),  # while they were timed
+    ],
+)
+def test_only_the_culprit_is_not_tried_again(done, provider, failed, again):
+    assert suite._after(Job(TINY_LOSS, ("a", "b", "c")), done, provider) == (failed, again)
+
+
 def test_a_process_that_cannot_begin_is_not_begun_again():
     messages = list(suite.isolated(replace(order(Job(TINY_LOSS, ("seed002",))), device="no device")))
     assert messages[-1] == ("done", None)
