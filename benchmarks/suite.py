@@ -575,7 +575,8 @@ def measure(order: Order, folder: Path) -> tuple[int, list[dict[str, Any]]]:
             print("roofs: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in value.items()), flush=True)
             about["roofs"] = value
         elif what == "row" and ledger is not None:
-            value |= _traffic(value, about["capability"])
+            with contextlib.suppress(Exception):  # what the ledger cannot say must not cost the row
+                value |= _traffic(value, about["capability"])
             print(report.line(ledger.add(value, about)), flush=True)
     return 0, ledger.added if ledger else []
 
