@@ -58,6 +58,11 @@ class Case:
         return "-".join(parts)
 
     @property
+    def differentiable(self) -> bool:
+        """Whether the operation has a backward at all."""
+        return self.op in _BACKWARD
+
+    @property
     def flops(self) -> int:
         """Floating-point operations of the matrix products; an operation without them is bound by memory and has 0."""
         batch, channels, height, width = self.shape

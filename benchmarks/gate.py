@@ -176,12 +176,12 @@ def _launched(
 
 
 def tabled(chip: str) -> Iterator[Case]:
-    """A convolution for each entry of the table of tiles that names a tile for ``chip``."""
+    """A 3×3 convolution for each entry of the table of tiles that names a tile for ``chip``."""
     modes = {"conv3x3_fwd": "inference", "conv3x3_dgrad": "dgrad", "conv3x3_wgrad": "wgrad"}
     for (kind, architecture, dtype, _, sources, filters, width), batches in tiles.entries().items():
         first, *others = map(int, sources.split("+"))
         for batch, entry in batches.items():
-            if entry.tile and architecture == chip:
+            if entry.tile and architecture == chip and kind in modes:
                 like = DTYPE if dtype == "16-bit" else getattr(torch, dtype)
                 shape = batch, first, width, width
                 yield Case("conv2d", shape, like, modes[kind], filters=filters, skip=sum(others))  # type: ignore[arg-type]

@@ -13,12 +13,12 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 ROOT = Path(__file__).parent.parent
 FLUSH_BYTES = 256 << 20  # and at least twice the L2 cache
 ROUNDS = (5, 50)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 HEAD_START = 2_000_000  # clock cycles the GPU waits while the host issues an operation: about a millisecond
 
 
@@ -212,44 +213,51 @@ def layout_conversions(call: Callable[[], Any], device: torch.device) -> dict[st
 
 
 class Memory:
-    """Device memory above what was there at the start; None on a CPU."""
+    """Device memory above what was there at the start; None on a CPU.
+
+    Where it is seen: "allocated" by PyTorch; "reserved" by it, for a CUDA graph, which allocates nothing when it is
+    replayed and holds a pool; or missing on the "device", for what allocates by itself: the libraries that it loads
+    count too.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._gpu = device.type == "cuda"
         if self._gpu:
             torch.cuda.empty_cache()
             self._allocated, self._reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+            self._free = torch.cuda.mem_get_info()[0]
 
-    def peak(self, call: Callable[[], Any], pooled: bool) -> int | None:
-        """The most bytes that were allocated while ``call``, which is warm, ran.
-
-        A CUDA graph allocates nothing when it is replayed: for it (``pooled``) the bytes its pool holds are counted.
-        """
+    def peak(self, call: Callable[[], Any], where: Literal["allocated", "reserved", "device"]) -> int | None:
+        """The most bytes that were allocated while ``call``, which is warm, ran; elsewhere, those held after it."""
         if not self._gpu:
             return None
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         call()
         torch.cuda.synchronize()
-        if pooled:
-            torch.cuda.empty_cache()
+        if where == "allocated":
+            return torch.cuda.max_memory_allocated() - self._allocated
+        torch.cuda.empty_cache()
+        if where == "reserved":
             return torch.cuda.memory_reserved() - self._reserved
-        return torch.cuda.max_memory_allocated() - self._allocated
+        return self._free - torch.cuda.mem_get_info()[0]
 
 
-# ---- roofs -------------------------------------------------------------------------------------------------------
+# ---- precision and roofs ---------------------------------------------------------------------------------------------
 
 
-def roofs(device: torch.device) -> dict[str, float]:
-    """What this machine reaches on random numbers: copying, in GB/s read and written; matrix products, in TFLOP/s."""
+def roofs(device: torch.device, dtypes: Sequence[str] | None = None) -> dict[str, float]:
+    """What this machine reaches on random numbers: copying, in GB/s read and written; matrix products, in TFLOP/s.
+
+    ``dtypes`` are names of :data:`DTYPES`: on a GPU all of them, on a CPU "fp32", if left out.
+    """
     gpu = device.type == "cuda"
     source = torch.randint(0, 256, ((2 << 30) if gpu else (32 << 20),), dtype=torch.uint8, device=device)
     copy = functools.partial(torch.empty_like(source).copy_, source)
     found = {"copy_gbs": 2 * source.numel() / _milliseconds(copy, device) / 1e6}
     side = 8192 if gpu else 512
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32} if gpu else {}
-    for name, dtype in {**kinds, "fp32": torch.float32}.items():
-        a, b = (torch.randn((side, side), device=device).to(dtype) for _ in range(2))
+    for name in dtypes or (DTYPES if gpu else ("fp32",)):
+        a, b = (torch.randn((side, side), device=device).to(DTYPES[name]) for _ in range(2))
         with precision(name):
             found[f"{name}_tflops"] = 2 * side**3 / _milliseconds(functools.partial(torch.mm, a, b), device) / 1e9
     return found

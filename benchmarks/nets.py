@@ -20,12 +20,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastunet
+from benchmarks.measure import DTYPES
 from fastunet import reference
 from fastunet.losses import DiceCELoss
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 CHANNELS = 3
 
 
@@ -92,7 +92,7 @@ class NetCase:
 
     @property
     def bytes(self) -> int | None:
-        """A network has no one number: see the ledger of its operations."""
+        """A network has no one number: what is moved depends on who does it."""
         return None
 
     def data(self, device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ eager-graph             eager in a CUDA graph
 compile                 torch.compile of eager, default mode; compile-max-autotune: mode="max-autotune"
 seed002                 a loss by seed 002's formulas, as written
 monai, torchmetrics     their loss and their score
+onnxruntime, tensorrt   a frozen network as ONNX (:mod:`.engines`); ONNX Runtime has no bfloat16 convolution
+cudnn-graph             cuDNN's fusion of scale, bias, ReLU, convolution and the sums of its result
 fastunet                backend="auto"; fastunet-torch and -triton: that backend; fastunet-graph: in a CUDA graph
 ======================  ============================================================================================
 """
@@ -23,17 +25,17 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastunet
-from benchmarks import nets
+from benchmarks import engines, nets
 from benchmarks.cases import Case
 from benchmarks.loss_cases import LossCase
-from benchmarks.measure import precision
+from benchmarks.measure import DTYPES, precision
 from benchmarks.nets import NetCase
 from fastunet import metrics, ops, reference
 from fastunet.losses import DiceCELoss
@@ -41,7 +43,10 @@ from fastunet.losses import DiceCELoss
 AnyCase = Case | NetCase | LossCase
 Step = Callable[[], list[Tensor]]
 
-_SOURCED = ("affine_act", "conv2d", "conv_transpose2d", "max_pool2x2", "upsample_concat")  # normalise what they read
+# Normalise what they read.
+_SOURCED = (
+    "affine_act", "conv2d", "conv_transpose2d", "max_pool2x2", "upsample_concat", "head_stats", "head_predict"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,15 @@ class Provider:
     backend: str | None = None  # of fastunet
     compiled: str | None = None  # a mode of torch.compile; or "trace": its front end alone, which takes seconds
     graph: bool = False
+    engine: bool = False  # one of engines.py
     layout: torch.memory_format = torch.channels_last
 
     @property
-    def pooled(self) -> bool:
-        """Whether its memory lies in the pool of a CUDA graph."""
-        return self.graph or self.compiled == "max-autotune"
+    def memory(self) -> Literal["allocated", "reserved", "device"]:
+        """Where its memory is seen: a CUDA graph's lies in a pool, and an engine for networks has its own allocator."""
+        if self.engine and "net" in self.kinds:
+            return "device"
+        return "reserved" if self.graph or self.compiled == "max-autotune" else "allocated"
 
 
 _ALL = ("net", "loss", "op")
@@ -76,7 +84,10 @@ PROVIDERS = {
         Provider("eager-graph", ("net",), graph=True),
         Provider("monai", ("loss",)),
         Provider("torchmetrics", ("loss",)),
+        Provider("cudnn-graph", ("op",), engine=True),
         Provider("compile", _ALL, compiled="default"),
+        Provider("onnxruntime", ("net",), engine=True, layout=torch.contiguous_format),
+        Provider("tensorrt", ("net",), engine=True, layout=torch.contiguous_format),
         Provider("compile-max-autotune", ("net",), compiled="max-autotune"),
     ]
 }
@@ -91,11 +102,17 @@ def _serves(provider: Provider, case: AnyCase) -> bool:
     if case.kind not in provider.kinds:
         return False
     if isinstance(case, NetCase):
+        if provider.engine:
+            return case.mode == "frozen" and (provider.name != "onnxruntime" or case.dtype != "bf16")
         return True
     if isinstance(case, LossCase):
         if case.function == "confusion_matrix":
             return provider.name in ("torchmetrics", "fastunet")
         return provider.name != "torchmetrics" and (provider.name != "monai" or case.function == "dice_ce")
+    if provider.engine:
+        plain = not (case.skip or case.bias or case.pool or case.algorithm) and case.layout == "channels_last"
+        fused = case.op == "conv2d" and case.mode == "inference" and case.affine and case.stats
+        return plain and fused and case.dtype.itemsize == 2
     if provider.compiled:
         return case.mode in ("inference", "training")  # its backward frees what a second backward would need
     return provider.name != "eager-bare" or (case.op in _SOURCED[1:] and case.affine)
@@ -107,6 +124,8 @@ def unavailable(provider: Provider, device: torch.device) -> str | None:
         return "CUDA graphs need a GPU"
     if provider.backend == "triton":
         return ops.triton_unavailable(device.type)
+    if provider.engine:
+        return engines.unavailable(provider.name, device)
     if provider.name in ("monai", "torchmetrics") and importlib.util.find_spec(provider.name) is None:
         return f"{provider.name} is not installed"
     return None
@@ -127,7 +146,8 @@ def compared(provider: Provider, case: AnyCase) -> int | None:
     """How many of a step's results have a truth to be compared with; None for all of them.
 
     Where PyTorch's modules normalise, their gradients include those of the batch norm's statistics, which fastunet
-    computes one layer further down: the same work in total, of which only the forward can be compared.
+    computes one layer further down: the same work in total, of which only the forward can be compared. cuDNN's graph
+    gives sums instead of a mean and a variance.
     """
     if not isinstance(case, Case) or provider.backend is not None or not (case.affine and case.op in _SOURCED):
         return None
@@ -184,9 +204,12 @@ class Problem:
 
 def _error(pairs: list[tuple[Tensor, Tensor]], together: bool) -> float:
     """The largest of the tensors' errors in the Euclidean norm, each relative to its truth; or, ``together``, the error
-    of all as one long vector, to which a gradient that is zero in truth adds little."""
+    of all as one long vector, to which a gradient that is zero in truth adds little. Of integers, classes and counts,
+    it is the share that differs."""
     if any(found.shape != truth.shape for found, truth in pairs):
         return math.inf
+    if not pairs[0][1].is_floating_point():
+        return max(float((found != truth).float().mean()) for found, truth in pairs)
     differences = torch.stack([(found.detach().to(truth.dtype) - truth).norm() for found, truth in pairs])
     norms = torch.stack([truth.norm() for _, truth in pairs])
     if together:
@@ -197,11 +220,15 @@ def _error(pairs: list[tuple[Tensor, Tensor]], together: bool) -> float:
 def pose(case: AnyCase, device: torch.device) -> Problem:
     """The numbers of ``case``, drawn from a fixed seed, and the truth about them."""
     torch.manual_seed(0)
-    if isinstance(case, NetCase):
-        return _pose_net(case, device)
-    if isinstance(case, LossCase):
-        return _pose_loss(case, device)
-    return _pose_op(case, device)
+    kept, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # truth is computed once
+    try:
+        if isinstance(case, NetCase):
+            return _pose_net(case, device)
+        if isinstance(case, LossCase):
+            return _pose_loss(case, device)
+        return _pose_op(case, device)
+    finally:
+        torch.backends.cudnn.benchmark = kept
 
 
 # ---- networks ----------------------------------------------------------------------------------------------------
@@ -255,10 +282,12 @@ def _net_step(provider: Provider, case: NetCase, data: _NetData, exact: bool = F
         return nets.training_step(model, _compiled(provider, forward_loss), x, data.labels)
     model.eval()
     if case.mode == "frozen" and not exact:
-        dtype = nets.DTYPES[case.dtype]
+        dtype = DTYPES[case.dtype]
         freeze = getattr(fastunet, "freeze", None)
         if backend is None:
             model, x = nets.folded(model).to(dtype), x.to(dtype)
+            if provider.engine:
+                return engines.frozen(provider.name, model, x, case.dtype == "tf32")
         elif freeze is not None:
             model, x = freeze(model, dtype=dtype), x.to(dtype)
     forward = _compiled(provider, model)
@@ -400,7 +429,10 @@ def _pose_op(case: Case, device: torch.device) -> Problem:
     results = len(truth) - (0 if case.mode == "inference" else leaves)
     tf32 = case.dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32
     allowed = TF32_TOLERANCE if tf32 else TOLERANCE[case.dtype]
-    return Problem(data, truth, results, (allowed, allowed))
+    if case.op == "confusion_matrix":
+        allowed = 0  # of the same logits
+    # Where rounding decides what is pooled, whole gradients move to other pixels: their error is the root of a share.
+    return Problem(data, truth, results, (allowed, math.sqrt(allowed) if case.pool else allowed))
 
 
 def _op_data(case: Case, device: torch.device) -> _OpData:
@@ -420,6 +452,9 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _op_step(provider: Provider, case: Case, data: _OpData) -> Step:
+    if provider.engine:
+        operands = data.operands
+        return engines.cudnn_graph(operands["x0"], operands["affine0"], operands["weight"], case.stride)
     if provider.backend is not None:
         step = _step(case, _ours(case, provider.backend), data.operands)
 
@@ -429,7 +464,9 @@ def _op_step(provider: Provider, case: Case, data: _OpData) -> Step:
 
         return chosen if case.algorithm and provider.backend == "triton" else step
     if not data.norms:
-        return _step(case, _compiled(provider, _reference(case)), data.operands)
+        plain: dict[str, Callable[..., list[Tensor]]]
+        plain = {"softmax_stats": _plain_stats, "confusion_matrix": _plain_counts}
+        return _step(case, _compiled(provider, plain.get(case.op) or _reference(case)), data.operands)
     operands = {name: value for name, value in data.operands.items() if "affine" not in name}
     if provider.name != "eager-bare":
         for source, norm in data.norms.items():
@@ -481,7 +518,7 @@ def _modules(case: Case, normalise: bool) -> Callable[..., list[Tensor]]:
         if not normalise:
             return x
         mean, var, weight, bias = (operands[f"{name}_{key}"] for key in ("mean", "var", "weight", "bias"))
-        if case.mode == "inference" and not case.stats:  # a network in eval mode
+        if case.mode == "inference" and (not case.stats or case.op == "head_predict"):  # a network in eval mode
             return F.relu(F.batch_norm(x, mean, var, weight, bias, eps=_EPS))
         return F.relu(F.batch_norm(x, None, None, weight, bias, training=True, eps=_EPS))
 
@@ -502,7 +539,9 @@ def _modules(case: Case, normalise: bool) -> Callable[..., list[Tensor]]:
         return [F.max_pool2d(source("x", operands), 2)]
 
     def upsample_concat(**operands: Any) -> list[Tensor]:
-        up = F.interpolate(source("x", operands), scale_factor=2, mode="bilinear", align_corners=True)
+        align = operands["align_corners"]
+        mode = "nearest" if align is None else "bilinear"
+        up = F.interpolate(source("x", operands), scale_factor=2, mode=mode, align_corners=align)
         if operands["skip"] is None:
             return [up]
         skip = source("skip", operands)
@@ -514,8 +553,54 @@ def _modules(case: Case, normalise: bool) -> Callable[..., list[Tensor]]:
     def affine_act(**operands: Any) -> list[Tensor]:
         return [source("x", operands)]
 
-    functions = (conv2d, conv_transpose2d, max_pool2x2, upsample_concat, affine_act)
+    def head_stats(**operands: Any) -> list[Tensor]:
+        statistics = ("labels", "pixel_weight", "mode", "ignore_index", "wanted")
+        logits = F.conv2d(source("x", operands), operands["weight"], operands["bias"])
+        return _plain_stats(logits, **{name: operands[name] for name in statistics})
+
+    def head_predict(**operands: Any) -> list[Tensor]:
+        logits = F.conv2d(source("x", operands), operands["weight"], operands["bias"])
+        if operands["output"] == "argmax":
+            return [logits.argmax(1).to(torch.uint8)]
+        p = logits.softmax(1) if operands["output"] == "softmax" else logits.sigmoid()
+        return [(p > operands["threshold"]).to(torch.uint8) if operands["output"] == "threshold" else p]
+
+    functions = (conv2d, conv_transpose2d, max_pool2x2, upsample_concat, affine_act, head_stats, head_predict)
     return {function.__name__: function for function in functions}[case.op]
+
+
+def _plain_stats(
+    logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int, wanted: Sequence[bool]
+) -> list[Tensor]:
+    """The statistics of ``softmax_stats`` as one writes them with care: in float32, the unwanted ones left out.
+
+    No label of a case is ``ignore_index``.
+    """
+    logits = logits.float()
+    if mode == "softmax":
+        log_p = logits.log_softmax(1)
+        p, spread = log_p.exp(), -log_p
+        y = share = torch.zeros_like(p).scatter_(1, labels.long().unsqueeze(1), 1)
+        ce = y * spread
+    else:
+        p, y = logits.sigmoid(), labels.view_as(logits).float()
+        share, ce = torch.ones_like(p), F.binary_cross_entropy_with_logits(logits, y, reduction="none")
+        spread = F.softplus(logits) + F.softplus(-logits)
+    w = 1 if pixel_weight is None else pixel_weight.unsqueeze(1)
+    none = p.new_zeros(p.shape[:2])
+    squares, entropy, smoothing = wanted
+    sums = [(p * y).sum((2, 3)), p.sum((2, 3)), y.sum((2, 3)), p.square().sum((2, 3)) if squares else none]
+    sums += [(w * ce).sum((2, 3)), (w * share).sum((2, 3))] if entropy else [none, none]
+    sums += [(w * spread).sum((2, 3)) if smoothing else none]
+    return [torch.stack(sums, 2)]
+
+
+def _plain_counts(logits: Tensor, labels: Tensor, ignore_index: int, threshold: float) -> list[Tensor]:
+    """The counts of ``confusion_matrix``, with its last row of labels that are no class; there are none in a case."""
+    classes = max(logits.shape[1], 2)
+    guess = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > threshold).long()
+    pairs = labels.long().flatten() * classes + guess.flatten()
+    return [torch.bincount(pairs, minlength=(classes + 1) * classes).view(classes + 1, classes)]
 
 
 def _step(case: Case, function: Callable[..., list[Tensor]], operands: dict[str, Any]) -> Step:
@@ -550,7 +635,7 @@ def _trained(case: Case, name: str, value: Any) -> bool:
     """Whether the case wants the gradient of an operand."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or name.endswith(("_mean", "_var", "_scale")):
         return False
-    if (case.op, name) in (("softmax_stats", "pixel_weight"), ("max_pool2x2", "affine")):
+    if name == "pixel_weight" or (case.op, name) == ("max_pool2x2", "affine"):
         return False  # the operators have none
     weights = name in ("weight", "bias") and case.op != "bn_affine"
     if case.mode in ("dgrad", "wgrad"):

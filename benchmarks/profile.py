@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 
 import fastunet
+from benchmarks.measure import roofs
 from benchmarks.traffic import (
     MODES,
     Mode,
@@ -210,18 +211,10 @@ def table(title: str, lines: dict[str, Line], total: float, roofs: Roofs) -> str
 
 def measured_roofs(device: torch.device, dtype: torch.dtype) -> Roofs:
     """The rates of a large copy, reading and writing, and of a large square matrix product on ``device``."""
-    cuda = device.type == "cuda"
-    x = torch.zeros(1 << (29 if cuda else 25), dtype=torch.float16, device=device)
-    side = 8192 if cuda else 1024
-    a, b = (torch.ones((side, side), dtype=dtype, device=device) for _ in range(2))
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as the convolutions multiply
-    try:
-        copy = Timer("y.copy_(x)", globals={"x": x, "y": torch.empty_like(x)}).timeit(20 if cuda else 5).mean
-        product = Timer("torch.mm(a, b)", globals={"torch": torch, "a": a, "b": b}).timeit(20 if cuda else 5).mean
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-    return Roofs(2 * x.nbytes / copy / 1e9, 2 * side**3 / product / 1e12)
+    tf32 = device.type == "cuda" and torch.backends.cudnn.allow_tf32  # as the convolutions multiply
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "tf32" if tf32 else "fp32"}[dtype]
+    found = roofs(device, (name,))
+    return Roofs(found["copy_gbs"], found[f"{name}_tflops"])
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -267,10 +260,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             one()
         return 0
     if options.bandwidth and options.tflops:
-        roofs = Roofs(options.bandwidth, options.tflops)
+        limits = Roofs(options.bandwidth, options.tflops)
     else:
         found = measured_roofs(device, net.dtype)
-        roofs = Roofs(options.bandwidth or found.bandwidth, options.tflops or found.tflops)
+        limits = Roofs(options.bandwidth or found.bandwidth, options.tflops or found.tflops)
     seconds = Timer("one()", globals={"one": one}).timeit(5).median
     with tempfile.TemporaryDirectory(dir=None if options.trace is None else options.trace.absolute().parent) as folder:
         path = Path(folder) / (options.trace.name if options.trace else "trace.json")
@@ -281,10 +274,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tables = tabulate(events, passes)
     size = f"{net.batch}×3×{net.size}×{net.size}"
     print(f"{options.mode} step of {net.net}, base {net.base}, {size}, {options.dtype}: {seconds * 1e3:.2f} ms")
-    print(f"roofs: {roofs.bandwidth:.0f} GB/s, {roofs.tflops:.3g} TFLOP/s; bytes and FLOPs are the ledger's\n")
-    print(table("layer and operator", tables.ranges, tables.seconds, roofs))
+    print(f"roofs: {limits.bandwidth:.0f} GB/s, {limits.tflops:.3g} TFLOP/s; bytes and FLOPs are the ledger's\n")
+    print(table("layer and operator", tables.ranges, tables.seconds, limits))
     if tables.kernels:
-        print(f"\n{table('kernel', tables.kernels, tables.seconds, roofs)}")
+        print(f"\n{table('kernel', tables.kernels, tables.seconds, limits)}")
         print(f"\nkernels ran for {tables.seconds * 1e3:.2f} ms")
     else:
         print(f"\n{CPU_ONLY}")

@@ -6,6 +6,9 @@ CUDA events; peak memory too), the most important first, until ``--budget`` seco
 case and provider to ``benchmarks/results/<gpu>.jsonl`` as it goes, and ends with a table and a list of what it did not
 reach. ``--row ID`` repeats one row; ``--dry-run`` builds and checks everything small, with no GPU, and prints the plan.
 
+GB/s are of the bytes an operation moves at least; of a network, of the bytes that the ledger counts for the provider
+(``benchmarks/traffic.py``; training and inference of the first networks, eager and fastunet).
+
 Measuring is done in a process of its own: one that crashes or hangs costs its provider a row with the error in it.
 """
 
@@ -16,8 +19,10 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
@@ -29,6 +34,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 if "--dry-run" in sys.argv:
@@ -38,26 +44,39 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import cases, loss_cases, nets, peers, report
+import fastunet
+from benchmarks import cases, loss_cases, nets, peers, report, traffic
 from benchmarks.cases import Case
 from benchmarks.loss_cases import LossCase
-from benchmarks.measure import ROOT, Memory, interleaved, layout_conversions, machine, nvidia_smi, precision, roofs
+from benchmarks.measure import (
+    DTYPES,
+    ROOT,
+    Memory,
+    interleaved,
+    layout_conversions,
+    machine,
+    nvidia_smi,
+    precision,
+    roofs,
+)
 from benchmarks.nets import NetCase
 from benchmarks.peers import PROVIDERS, AnyCase, Provider, Step
-from fastunet import verify
+from fastunet import reference, verify
 
 RESULTS = ROOT / "benchmarks" / "results"
 GRACE = 20  # seconds after the deadline until a process that does not answer is ended
+PATIENCE = 120  # seconds a process may be silent before the deadline; and while it prepares a provider, 4 × as expected
 POISONED = 3  # exit status of a process whose CUDA context an error made useless
 
 # Seconds to prepare and check a step, until rows of the same GPU say better.
 EXPECTED = {
-    "op": {"compile": 8.0, "": 0.7},
+    "op": {"compile": 8.0, "cudnn-graph": 2.0, "": 0.7},
     "loss": {"compile": 10.0, "": 1.0},
-    "net": {"compile": 45.0, "compile-max-autotune": 150.0, "fastunet-triton": 6.0, "": 3.0},
+    "net": {"compile": 45.0, "compile-max-autotune": 150.0, "fastunet-triton": 6.0, "": 3.0}
+    | {"onnxruntime": 20.0, "tensorrt": 60.0},
 }
 TIMED = {"op": 0.3, "loss": 0.5, "net": 1.5}  # seconds to time the providers of a case
-DEAR = ("compile", "compile-max-autotune")
+DEAR = ("compile", "onnxruntime", "tensorrt", "compile-max-autotune")
 
 
 # ---- the plan ----------------------------------------------------------------------------------------------------
@@ -75,13 +94,15 @@ def plan(device: torch.device) -> list[Job]:
     """Every job, most important first. Compilers come in jobs of their own, beside eager PyTorch and fastunet."""
     if device.type != "cuda":
         small: list[AnyCase] = [*nets.SMALL_CASES, *loss_cases.SMALL_CASES, *cases.SMALL_CASES]
-        return [*map(_quick, small), *(_dear(case, "compile") for case in small[:1])]
+        jobs = [*map(_quick, small), _dear(small[0], "compile"), *(_dear(case, "onnxruntime") for case in small)]
+        return [job for job in jobs if job.providers]
     headline, others = nets.HEADLINE, [case for case in nets.CASES if case not in nets.HEADLINE]
     steps, inferences = headline[:2], headline[2:]
     layers = [case for case in cases.unet_layers() if case not in cases.CASES]
     jobs = [
         *map(_quick, headline),
         *(_dear(case, "compile") for case in steps),
+        *(_dear(case, "tensorrt") for case in inferences),
         _dear(steps[0], "compile-max-autotune"),
         *map(_quick, loss_cases.CASES),
         *map(_quick, cases.CASES),
@@ -91,8 +112,7 @@ def plan(device: torch.device) -> list[Job]:
         *(_dear(case, "compile") for case in loss_cases.CASES),
         *map(_quick, others),
         *(_dear(case, "compile") for case in cases.CASES + layers),
-        *(_dear(case, "compile") for case in others),
-        *(_dear(case, "compile-max-autotune") for case in others),
+        *(_dear(case, name) for name in DEAR for case in others),
     ]
     return [job for job in jobs if job.providers]
 
@@ -132,32 +152,33 @@ def expected_seconds(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], fl
 # ---- the correctness gate ----------------------------------------------------------------------------------------
 
 
-def gate(device: torch.device, chosen: Sequence[AnyCase]) -> Iterator[str]:
-    """What is wrong, a sentence each: nothing, if all results and gradients agree with float64.
+def gate(device: torch.device, chosen: Sequence[AnyCase]) -> Iterator[tuple[str, str | None]]:
+    """What is checked, each time with None before, and if it is wrong once more with a sentence that says how.
 
-    Checked are ``fastunet verify`` on the torch backend, which has every network, and each operation among ``chosen``
-    with its own kernels, on a small picture.
+    Checked against float64 are ``fastunet verify`` on the torch backend, which has every network, and each operation
+    among ``chosen`` with its own kernels, on a small picture.
     """
     with precision("fp32"):
         for row in verify.rows(device, "torch", quick=True):
-            if not row.passed:
-                what = f"{row.name} {row.shape} {row.dtype} {row.part}"
-                yield f"verify: {what}: relative error {row.error:.1e}, allowed {row.allowed:.1e}"
+            what = f"verify: {row.name} {row.shape} {row.dtype} {row.part}"
+            yield what, None if row.passed else f"relative error {row.error:.1e}, allowed {row.allowed:.1e}"
     small = dict.fromkeys(_small_picture(case) for case in chosen if isinstance(case, Case))
     for case in tqdm(small, desc="gate", disable=None, leave=False):
-        problem = peers.pose(case, device)
         for name in ("fastunet-torch", "fastunet-triton"):
             if peers.unavailable(PROVIDERS[name], device) is None:
+                what = f"{name}: {case.name}"
+                yield what, None
                 try:
+                    problem = peers.pose(case, device)
                     problem.check(peers.prepare(PROVIDERS[name], case, problem)(), None)
                 except Exception as error:
-                    yield f"{name}: {case.name}: {_describe(error)}"
+                    yield what, _describe(error)
 
 
 def _small_picture(case: Case) -> Case:
     """The same kernels in every direction; 24 × 40 has whole tiles and parts of tiles."""
     mode: Literal["inference", "training"] = "training"
-    if case.mode == "inference" and not case.stats:
+    if not case.differentiable or (case.mode == "inference" and not case.stats):
         mode = "inference"
     height, width = (min(size, most) for size, most in zip(case.shape[2:], (24, 40), strict=True))
     return replace(case, shape=(min(case.shape[0], 2), case.shape[1], height, width), mode=mode)
@@ -196,14 +217,23 @@ def work(order: Order) -> Iterator[Message]:
     chosen = [job.case for job in order.jobs]
     if device.type == "cuda" and order.check:
         yield "doing", "compiling the kernels"
-        precompile(chosen)
+        try:
+            precompile(chosen)
+        except Exception as error:  # they are compiled where they are used
+            yield "doing", f"compiling ahead failed: {_describe(error)}"
     yield "machine", machine(device)
     if order.check:
         yield "doing", "checking every operation and network, forward and backward, against float64"
-        yield "gate", list(gate(device, chosen))
+        wrong = []
+        for what, problem in gate(device, chosen):
+            yield "checking", what
+            if problem is not None:
+                wrong.append(f"{what}: {problem}")
+        yield "gate", wrong
     if order.roofs:
         yield "doing", "measuring the machine's roofs"
         yield "roofs", roofs(device)
+    torch.backends.cudnn.benchmark = True  # the peers' convolutions take the fastest algorithm
     for number, job in enumerate(order.jobs):
         yield "job", number
         yield from _measure(order, job, device)
@@ -223,9 +253,7 @@ def _measure(order: Order, job: Job, device: torch.device) -> Iterator[Message]:
     with precision(dtype):
         yield "doing", f"{job.case.name}: truth"
         try:
-            torch.backends.cudnn.benchmark = False  # truth is computed once
             problem = peers.pose(job.case, device)
-            torch.backends.cudnn.benchmark = True  # the peers' convolutions take the fastest algorithm
         except Exception as error:
             for name in names:
                 yield "row", _row(job.case, name, failure=f"no truth: {_describe(error)}")
@@ -265,7 +293,7 @@ def _prepared(
     del results
     for _ in range(2):
         step()
-    found: dict[str, Any] = {"error": errors, "layouts": layouts, "peak_bytes": memory.peak(step, provider.pooled)}
+    found: dict[str, Any] = {"error": errors, "layouts": layouts, "peak_bytes": memory.peak(step, provider.memory)}
     if provider.compiled and case.kind == "net":
         with contextlib.suppress(Exception):  # what the profiler cannot say must not cost the row
             found["layout_conversions"] = layout_conversions(step, device)
@@ -382,9 +410,9 @@ def _launches(chosen: Sequence[AnyCase], architecture: str) -> Iterator[Any]:
 
 def _meta_step(case: NetCase) -> None:
     # On the meta device autocast does nothing: the weights take its part.
-    model = case.ours("auto").to(nets.DTYPES[case.dtype]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = case.ours("auto").to(DTYPES[case.dtype]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x, labels = case.data("meta")
-    x = x.to(nets.DTYPES[case.dtype]).contiguous(memory_format=torch.channels_last)
+    x = x.to(DTYPES[case.dtype]).contiguous(memory_format=torch.channels_last)
     if case.mode == "training":
         nets.our_loss(case, "auto")(model(x), labels).backward()
     else:
@@ -402,53 +430,84 @@ def isolated(order: Order) -> Iterator[Message]:
         process = multiprocessing.get_context("spawn").Process(target=_send_all, args=(order, sender), daemon=False)
         process.start()
         sender.close()
-        number, provider, stage = 0, None, "starting"
-        done: set[tuple[int, str]] = set()
+        number: int | None = None
+        provider: str | None = None
+        stage = "starting"
+        patience = math.inf  # compiling everything takes its time
+        done: set[str] = set()
         reason = ""
         try:
             while True:
-                if not receiver.poll(max(1.0, order.deadline + GRACE - time.time())):
-                    reason = f"did not answer {GRACE} s after the deadline"
+                left_over = order.deadline + GRACE - time.time()
+                if not receiver.poll(max(1.0, min(left_over, patience))):
+                    late = left_over <= patience
+                    reason = f"did not answer {f'{GRACE} s after the deadline' if late else f'for {patience:.0f} s'}"
                     break
                 what, value = receiver.recv()
-                if what == "job":
-                    number, provider = value, None
+                if what == "machine":
+                    patience = PATIENCE
+                elif what == "job":
+                    number, provider, done = value, None, set()
                 elif what == "provider":
                     provider = value
+                    patience = PATIENCE
+                    if value is not None and number is not None:
+                        patience += 4 * order.seconds(order.jobs[number], value)
                 elif what == "row":
-                    done.add((number, value["provider"]))
+                    done.add(value["provider"])
                 elif what == "gate":
                     order = replace(order, check=False)
                 elif what == "roofs":
                     order = replace(order, roofs=False)
-                stage = value if what == "doing" else stage
+                stage = value if what in ("doing", "checking") else stage
                 yield what, value
                 if what == "done":
-                    process.join()
+                    process.join(GRACE)
                     return
         except EOFError:
-            process.join()
+            process.join(GRACE)
             reason = f"the process ended with status {process.exitcode}"
         finally:
-            if process.is_alive():
-                process.kill()
-                process.join()
+            _end(process)
             receiver.close()
         if order.check:
             yield "gate", [f"{stage}: {reason}"]
             return
+        if number is None:  # it will not begin next time either
+            yield "doing", f"giving up: {stage}: {reason}"
+            yield "done", None
+            return
         job = order.jobs[number]
-        left = [name for name in job.providers if (number, name) not in done]
-        for name in [provider] if provider in left else left:
+        failed, again = _after(job, done, provider)
+        for name in failed:
             yield "row", _row(job.case, name, failure=reason)
-        again = tuple(name for name in left if provider in left and name != provider)
         order = replace(order, roofs=False, jobs=(Job(job.case, again), *order.jobs[number + 1 :]))
         if time.time() > order.deadline or not any(job.providers for job in order.jobs):
             yield "done", None
             return
 
 
+def _after(job: Job, done: set[str], provider: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Who failed when a process ended, and who is to be tried again, of those of ``job`` who have no row.
+
+    The culprit is ``provider``, who was being prepared, whether or not its row came through; with None all of them.
+    """
+    left = tuple(name for name in job.providers if name not in done)
+    failed = tuple(name for name in left if provider in (None, name))
+    return failed, tuple(name for name in left if name not in failed)
+
+
+def _end(process: multiprocessing.process.BaseProcess) -> None:
+    """End ``process`` and the compilers that it has begun, which lead a group of their own."""
+    assert process.pid
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
 def _send_all(order: Order, sender: Connection) -> None:
+    os.setsid()  # a group of its own: see _end
     for message in work(order):
         sender.send(message)
 
@@ -474,6 +533,28 @@ class Ledger:
         return row
 
 
+def _traffic(row: dict[str, Any], capability: Sequence[int] | None) -> dict[str, Any]:
+    """Bytes and GB/s of a network's row; nothing where the ledger has no account of it, or would take its time."""
+    packages = {"eager": reference, "eager-graph": reference, "fastunet": fastunet, "fastunet-graph": fastunet}
+    package = packages.get(row["provider"])
+    if package is None or row["ms"] is None or capability is None or row["kind"] != "net":
+        return {}
+    case = rebuilt(row)
+    if case not in nets.HEADLINE or not isinstance(case, NetCase) or case.mode == "frozen":
+        return {}
+    moved = _step_bytes(case, package, "sm_{}{}".format(*capability))
+    return {"bytes": moved, "gbs": moved / row["ms"]["p50"] / 1e6}
+
+
+@functools.cache
+def _step_bytes(case: NetCase, package: ModuleType, architecture: str) -> int:
+    name, _, bilinear = case.net.partition("-")
+    shape = (case.base, case.size, case.batch, DTYPES[case.dtype], case.network.classes)
+    net = traffic.Net(name, bool(bilinear), *shape)
+    mode: traffic.Mode = "training" if case.mode == "training" else "inference"
+    return traffic.account(traffic.run(net, mode, package, architecture), traffic.made).bytes
+
+
 def measure(order: Order, folder: Path) -> tuple[int, list[dict[str, Any]]]:
     """Carry out ``order``, printing how it goes; the exit status, and the rows added to the ledger in ``folder``."""
     ledger: Ledger | None = None
@@ -494,6 +575,8 @@ def measure(order: Order, folder: Path) -> tuple[int, list[dict[str, Any]]]:
             print("roofs: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in value.items()), flush=True)
             about["roofs"] = value
         elif what == "row" and ledger is not None:
+            with contextlib.suppress(Exception):  # what the ledger cannot say must not cost the row
+                value |= _traffic(value, about["capability"])
             print(report.line(ledger.add(value, about)), flush=True)
     return 0, ledger.added if ledger else []
 
@@ -587,8 +670,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case, names in missed.items():
             print(f"not measured: {case}: {', '.join(names)}")
         print(report.table(rows))
+        _draw(options.results, rows)
         print(f"{len(rows)} rows in {time.time() - begun:.0f} s, {len(missed)} cases not complete")
     return status
+
+
+def _draw(results: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The roofline of a GPU's rows, those of earlier runs too; a CPU has none."""
+    gpu = rows[0]["gpu"] if rows else "cpu"
+    path = results / f"{report.slug(gpu)}.svg"
+    if gpu != "cpu" and report.roofline(
+        [row for row in report.latest(report.read(results)) if row["gpu"] == gpu], path
+    ):
+        print(f"roofline: {path}")
 
 
 def _again(

@@ -1,4 +1,4 @@
-"""The tuner: which tile each 3×3 convolution of a U-Net takes on the GPU that is here, by measuring.
+"""The tuner: which tile each convolution of a U-Net takes on the GPU that is here, by measuring.
 
 ``python -m benchmarks.tune`` walks over the layers of the U-Net (forward, dgrad and wgrad apart). From the rule's tile
 it changes one parameter at a time, checks each candidate's numbers against float64, times all of them and the torch
@@ -6,12 +6,12 @@ backend in turn, and goes on from the fastest. A tile that beats the rule's by m
 ``kernels/tiles.json``, which is data, reviewed in a diff; entries for other GPUs are kept. What was measured for every
 layer, the torch backend included, goes to ``benchmarks/results/tune-<gpu>.json``.
 
-The other algorithms (see ``kernels/algorithms.py``) are timed beside the tiles, and an entry names one that beats them.
+Of 3×3 convolutions of stride 1 the other algorithms (see ``kernels/algorithms.py``) are timed beside the tiles, and an
+entry names one that beats them.
 
 Two things need no GPU. ``--model`` writes the entries of layers to which the model (``benchmarks/model.py``) gives
 another algorithm than Triton's, or another tile than the rule's that compiles as the gate wants it, marked "modelled";
-measured entries stay. ``--dry-run`` prints the layers and
-candidates, and checks some in the interpreter.
+measured entries stay. ``--dry-run`` prints the layers, and checks some candidates in the interpreter.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,31 +53,53 @@ TRITON, TORCH = PROVIDERS["fastunet-triton"], PROVIDERS["fastunet-torch"]
 
 
 def layers(dtype: torch.dtype, base: int = 64, size: int = 512, batch: int = 8) -> list[Case]:
-    """The 3×3 convolutions of the U-Net in every direction, the largest pictures first."""
+    """The 3×3 convolutions of the U-Net in every direction, the largest pictures first; the image's has one tile."""
     found = cases.unet_layers(base, size, batch, dtype=dtype)
-    return [case for case in found if case.op == "conv2d" and case.kernel == 3]
+    return [case for case in found if case.op == "conv2d" and case.kernel == 3 and not case.image]
+
+
+def strided_layers(dtype: torch.dtype, base: int = 64, size: int = 512, batch: int = 8) -> list[Case]:
+    """The other convolutions of the networks in every direction: 2×2 transposed; of the strided U-Net, 3×3 of stride 2
+    and transposed; and the 1×1 head."""
+    shape = (batch, base, size, size)
+    found = [Case("conv2d", shape, dtype, filters=2, kernel=1, stats=False, bias=True)]
+    for level in range(4):
+        channels, side = base << level, size >> level
+        above, below = (batch, channels, side, side), (batch, 2 * channels, side // 2, side // 2)
+        found.append(Case("conv2d", above, dtype, filters=2 * channels, stride=2))
+        for kernel in (2, 3):
+            plain = kernel == 2
+            up = Case("conv_transpose2d", below, dtype, filters=channels, kernel=kernel, stats=not plain, bias=plain)
+            found.append(up)
+    return [replace(case, mode=mode) for case in found for mode in KINDS]  # type: ignore[arg-type]
 
 
 def neighbours(tile: Any, case: Case, kind: str) -> list[Any]:
     """The tiles that differ from ``tile`` in one parameter, as far as they fit the layer and the registers."""
     most = {"rows": 4, "columns": 128, "outputs": 128, "reduction": 128, "warps": 8, "stages": 4, "shares": 8}
     least = {"rows": 1, "columns": 16, "outputs": 16, "reduction": 16, "warps": 4, "stages": 1, "shares": 1}
+    if kind == "conv3x3_wgrad":  # which has slabs of pixels for that
+        del most["shares"]
+    if kind not in KINDS.values():  # they know rows and columns as one, and no shares
+        del most["rows"], most["shares"]
+        most |= {"columns": 256, "outputs": 256}
     found = []
     for name in most:
-        if name == "shares" and kind == "conv3x3_wgrad":  # which has slabs of pixels for that
-            continue
         value = getattr(tile, name)
         for changed in (value + 1, value - 1) if name == "stages" else (value * 2, value // 2):
             if least[name] <= changed <= most[name]:
                 found.append(tile._replace(**{name: changed}))
-    width = 1 << max(4, (case.shape[3] - 1).bit_length())
-    fitting = [t for t in found if t.columns <= width and t.images * t.columns <= 128]
+    if kind in KINDS.values():
+        width = 1 << max(4, (case.shape[3] - 1).bit_length())
+        found = [t for t in found if t.columns <= width]
+    fitting = [t for t in found if t.images * t.columns <= most["columns"]]
     return [t for t in fitting if _accumulators(t, kind) <= REGISTERS]
 
 
 def _accumulators(tile: Any, kind: str) -> float:
-    """32-bit accumulators a thread: the rows of a tile, or in wgrad the three rows of the filter."""
-    area = 3 * tile.reduction if kind == "conv3x3_wgrad" else tile.rows * tile.images * tile.columns
+    """32-bit accumulators a thread: the rows of a tile, or in wgrad the rows of the filter."""
+    ksize = int(kind[4])
+    area = ksize * tile.reduction if kind.endswith("wgrad") else tile.rows * tile.images * tile.columns
     return float(area * tile.outputs / (32 * tile.warps))
 
 
@@ -84,9 +107,9 @@ def tune(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
     """Measure one layer: the key of its entry, the rule's tile, the best one, the best algorithm, and milliseconds."""
     from fastunet.kernels import table
 
-    kind = KINDS[case.mode]
     problem = peers.pose(case, device)
     key, rule = ruled(case, problem)
+    kind = key[0]
     steps: dict[Any, Step] = {"torch": _checked(TORCH, case, problem)}
     best = rule
     times: dict[Any, Times] = {}
@@ -133,7 +156,7 @@ def ruled(case: Case, problem: peers.Problem) -> tuple[Any, Any]:
 
     with table.observed() as asked:
         peers.prepare(TRITON, case, problem)()
-    return asked[KINDS[case.mode]]
+    return list(asked.values())[-1]  # before it the forward's, if this is a backward
 
 
 def _checked(provider: peers.Provider, case: Case, problem: peers.Problem) -> Step:
@@ -253,7 +276,7 @@ def model_entries(only: str) -> int:
 
     sizes = itertools.product((64, 32), (1024, 512, 256), BATCHES)
     cases_ = {case.name: case for about in sizes for case in layers(torch.bfloat16, *about) if only in case.name}
-    todo = [(gpu, case) for gpu in MODELLED_GPUS for case in cases_.values() if not case.image]
+    todo = [(gpu, case) for gpu in MODELLED_GPUS for case in cases_.values()]
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for gpu, case in tqdm(todo, desc="layers", disable=None):
         one = modelled(case, gpu)
@@ -269,17 +292,17 @@ def model_entries(only: str) -> int:
 
 
 def dry_run(chosen: Sequence[Case]) -> int:
-    """Print the layers; check the rule's tile and its neighbours on one tiny layer a direction, in the interpreter."""
+    """Print the layers; check the rule's tile and its neighbours on tiny layers of each kind, in the interpreter."""
     from fastunet.kernels import table
 
     for case in chosen:
         print(case.name)
     wrong = checked = 0
-    for mode, kind in KINDS.items():
-        case = Case("conv2d", (1, 16, 4, 16), torch.float16, mode, filters=16)  # type: ignore[arg-type]
+    tiny = [Case("conv2d", (1, 16, 4, 16), torch.float16, mode, filters=16) for mode in KINDS]  # type: ignore[arg-type]
+    for case in [*tiny, *strided_layers(torch.float16, 16, 16, 1)[: 4 * len(KINDS)]]:
         problem = peers.pose(case, torch.device("cpu"))
-        _, rule = ruled(case, problem)
-        for choice in [*algorithms(kind), rule, *neighbours(rule, case, kind)[:3]]:
+        (kind, *_), rule = ruled(case, problem)
+        for choice in [*algorithms(kind), rule, *neighbours(rule, case, kind)[: 3 if case in tiny else 1]]:
             checked += 1
             try:
                 with table.forced({kind: choice}):
@@ -302,7 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.model:
         return model_entries(options.only)
-    chosen = [case for case in layers(getattr(torch, options.dtype)) if options.only in case.name]
+    dtype = getattr(torch, options.dtype)
+    chosen = [case for case in layers(dtype) + strided_layers(dtype) if options.only in case.name]
     if not chosen:
         parser.error(f"no layer's name contains '{options.only}'; --dry-run prints all names")
     if options.dry_run:

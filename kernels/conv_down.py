@@ -168,7 +168,7 @@ def conv_down(
     x, y = as_rows(source.x, ksize, stride), as_rows(result, ksize, 1)
     batch, _, height, width = y.shape
     tma, tma_w, tma_y = movable(x, stride), movable_rows(weight), movable(y)
-    tile = choose_strided(f"conv{ksize}x{ksize}_down", batch, channels, filters, height, width, [x], tma)
+    tile = choose_strided(f"conv{ksize}x{ksize}_down", batch, [channels], filters, height, width, [x], tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
@@ -202,7 +202,7 @@ def conv_down_dgrad(dy: Tensor, weight: Tensor, source: Source, stride: int) -> 
     filters = dy.shape[1]
     batch, _, height, width = x.shape
     tma, tma_w, tma_x = movable(dy, wide), movable_rows(weight), movable(x) and movable(dx)
-    tile = choose_strided(f"conv{ksize}x{ksize}_down_dgrad", batch, filters, channels, height, width, [dy], tma)
+    tile = choose_strided(f"conv{ksize}x{ksize}_down_dgrad", batch, [filters], channels, height, width, [dy], tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     partial = x.new_empty((tiles, 3, channels) if source.affine is not None else 0, dtype=dtype)
     part = tile.outputs // 2 if tile.outputs >= 64 else tile.outputs

@@ -108,7 +108,8 @@ def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> 
     x, dy = as_rows(source.x, ksize, 1 if up else stride), as_rows(dy, ksize, stride if up else 1)
     channels, filters, (batch, _, height, width) = x.shape[1], dy.shape[1], (x if up else dy).shape
     tma_x, tma_y = movable(x, 1 if up else wide), movable(dy, wide if up else 1)
-    tile = choose_strided(f"conv{ksize}x{ksize}_wgrad", batch, channels, filters, height, width, [x], tma_x and tma_y)
+    kind = f"conv{ksize}x{ksize}_{'up' if up else 'down'}_wgrad"
+    tile = choose_strided(kind, batch, [channels], filters, height, width, [x], tma_x and tma_y)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     masked = batch % tile.images or width % tile.columns or x.shape[2] != height * (1 if up else stride)
     masked = masked or x.shape[3] != width * (1 if up else wide)

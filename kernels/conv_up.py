@@ -197,7 +197,7 @@ def conv_up(source: Source, weight: Tensor, bias: Tensor | None, stats: bool) ->
     batch, _, height, width = x.shape
     outputs = y.shape[1]
     tma = movable(x) and movable_rows(weight) and movable(y, ksize - 1)
-    tile = choose_strided(f"conv{ksize}x{ksize}_up", batch, channels, outputs, height, width, [x], tma)
+    tile = choose_strided(f"conv{ksize}x{ksize}_up", batch, [channels], outputs, height, width, [x], tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     tiles *= ksize - 1  # rows of y
     partials = [x.new_empty((tiles, outputs) if stats else 0, dtype=dtype) for _ in range(2)]
@@ -230,7 +230,7 @@ def conv_up_dgrad(dy: Tensor, weight: Tensor, source: Source) -> tuple[Tensor, T
     weight = taps(weight)
     batch, filters, height, width = dy.shape
     tma, tma_x = movable(dy) and movable_rows(weight), movable(x, 2) and movable(dx, 2)
-    tile = choose_strided("conv3x3_up", batch, filters, channels, height, width, [dy], tma)
+    tile = choose_strided("conv3x3_up_dgrad", batch, [filters], channels, height, width, [dy], tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     tiles *= 2  # rows of dx
     partial = x.new_empty((tiles, 3, channels) if source.affine is not None else 0, dtype=dtype)

@@ -1,12 +1,12 @@
-"""What tiles.json says: the algorithm and the tile of a 3×3 convolution, by kernel, architecture and shape.
+"""What tiles.json says: the algorithm and the tile of a convolution, by kernel, architecture and shape.
 
 An entry is one line. Its ``key`` is (kind, architecture, dtype, precision, channels of the sources, filters, width,
-batch): it holds for one kernel ("conv3x3_fwd", "conv3x3_dgrad", "conv3x3_wgrad"), for 16-bit tensors of either dtype,
-for pictures of that width, up to the next power of two, and for the batches that no other entry is nearer to. What it
-says:
+batch): it holds for one kernel ("conv3x3_fwd", "conv3x3_dgrad", "conv3x3_wgrad"; of other convolutions what their
+launchers ask ``choose_strided`` for, by the sizes that they ask with), for 16-bit tensors of either dtype, for pictures
+of that width, up to the next power of two, and for the batches that no other entry is nearer to. What it says:
 
-- ``algorithm``: what backend "auto" takes. "triton", if it is left out; "cudnn", ATen's matrix products between edges
-  in Triton; "winograd", only where a measured row says so.
+- ``algorithm``, of 3×3 convolutions of stride 1: what backend "auto" takes. "triton", if it is left out; "cudnn",
+  ATen's matrix products between edges in Triton; "winograd", only where a measured row says so.
 - ``tile``: what Triton takes wherever it serves, instead of the rule in ``tiles.py``.
 - ``source``: "modelled" (``python -m benchmarks.tune --model``), or the row of measurements that proved it.
 
@@ -108,7 +108,7 @@ def algorithm_forced(kind: str) -> str | None:
 
 
 def overruled(rule: Callable[P, T]) -> Callable[P, T]:
-    """``rule`` (see ``tiles.choose``), overruled wherever the table has a tile that fits the call."""
+    """``rule`` (see ``tiles.py``), overruled wherever the table has a tile that fits the call."""
 
     @functools.wraps(rule)
     def choose(*args: P.args, **kwargs: P.kwargs) -> T:

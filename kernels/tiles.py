@@ -93,11 +93,13 @@ def _choose(
     return Tile(images, 2 * rows, columns, block(outputs, 64), block(channels, 64), 4, 2, True)
 
 
+@overruled
 def choose_strided(
-    kind: str, batch: int, channels: int, outputs: int, height: int, width: int, operands: Sequence[Tensor], tma: bool
-) -> Tile:
-    """The tile of another convolution that reads ``channels`` and writes ``outputs`` channels, with TMA or without."""
-    like = operands[0]
+    kind: str, batch: int, sources: Sequence[int], outputs: int, height: int, width: int, operands: Sequence[Tensor],
+    tma: bool,
+) -> Tile:  # fmt: skip
+    """The tile of another convolution, of one source and for so many outputs, with TMA or without."""
+    (channels,), like = sources, operands[0]
     narrow = like.element_size() == 2
     exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
     three, wgrad = kind.startswith("conv3x3"), kind.endswith("wgrad")
@@ -106,7 +108,7 @@ def choose_strided(
     pixels = 128 if narrow else 32
     if narrow and large and three and outputs <= 64 and not wgrad:
         pixels = 256  # few outputs: more pixels for each filter that is loaded
-    if narrow and not tma and (wgrad or kind == "conv3x3_up"):
+    if narrow and not tma and (wgrad or kind.startswith("conv3x3_up")):
         pixels = 64
     columns = block(width, pixels)
     images = min(pixels // columns, block(batch, pixels, 1))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import cases, loss_cases, nets, peers, report, suite
+from benchmarks import cases, engines, loss_cases, nets, peers, report, suite, traffic
 from benchmarks.measure import Times, interleaved, machine
 from benchmarks.nets import NetCase
 from benchmarks.suite import Job, Order
@@ -57,15 +57,27 @@ def plant(monkeypatch, module, name: str) -> None:
     monkeypatch.setattr(module, name, wrong)
 
 
+def wrong(chosen) -> list[str]:
+    return [f"{what}: {problem}" for what, problem in suite.gate(CPU, chosen) if problem is not None]
+
+
 def test_sound_kernels_pass_the_gate(quick_verify):
-    assert list(suite.gate(CPU, [TINY_POOL])) == []
+    assert wrong([TINY_POOL]) == []
+
+
+@pytest.mark.parametrize("op", [case.op for case in cases.SMALL_CASES if case.mode == "inference"])
+def test_the_gate_takes_operations_without_a_backward(op, quick_verify, monkeypatch):
+    monkeypatch.setattr(peers.ops, "triton_unavailable", lambda *args: "checked by tests of its own")
+    small = [replace(case, shape=(2, min(case.shape[1], 4), 8, 8)) for case in cases.CASES if case.op == op]
+    assert small
+    assert wrong(small) == []
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_wrong_numbers_only_in_backward_turn_the_gate_red(backend, monkeypatch, quick_verify):
     module = aten if backend == "torch" else pytest.importorskip("fastunet.kernels")
     plant(monkeypatch, module, "max_pool2x2_backward")
-    (problem,) = suite.gate(CPU, [TINY_POOL])
+    (problem,) = wrong([TINY_POOL])
     assert problem.startswith(f"fastunet-{backend}: max_pool2x2")
     assert "gradient: relative error 1.0e-02" in problem
 
@@ -79,9 +91,10 @@ def test_nothing_is_timed_when_the_gate_is_red(monkeypatch, quick_verify, tmp_pa
 
 
 def test_gate_has_the_rows_of_verify(monkeypatch):
-    wrong = verify.Row("conv2d", "2×3", "float32", "backward", float("nan"), 1e-6)
-    monkeypatch.setattr(verify, "rows", lambda *args, **settings: iter([wrong]))
-    assert "verify: conv2d 2×3 float32 backward: relative error nan" in next(suite.gate(CPU, []))
+    row = verify.Row("conv2d", "2×3", "float32", "backward", float("nan"), 1e-6)
+    monkeypatch.setattr(verify, "rows", lambda *args, **settings: iter([row]))
+    (problem,) = wrong([])
+    assert problem.startswith("verify: conv2d 2×3 float32 backward: relative error nan")
 
 
 def test_a_provider_with_wrong_numbers_is_not_timed(monkeypatch):
@@ -110,6 +123,38 @@ def test_every_mode_of_an_operation_agrees_with_float64(mode):
             found = peers.prepare(provider, case, problem)()
             problem.check(found, peers.compared(provider, case))
     assert len(problem.truth) == {"inference": 3, "training": 8, "dgrad": 4, "wgrad": 1}[mode]
+
+
+@pytest.mark.parametrize("case", [c for c in cases.SMALL_CASES if c.op in ("head_stats", "softmax_stats")])
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("wanted", [(False, True, False), (True, True, True)], ids=str)
+def test_plain_statistics_are_those_of_the_operation(case, loss, wanted):
+    case = replace(case, shape=(2, 3, 6, 8), filters=4, loss=loss, wanted=wanted, weighted=all(wanted))
+    problem = peers.pose(case, CPU)
+    eager = peers.PROVIDERS["eager"]
+    errors = problem.check(peers.prepare(eager, case, problem)(), peers.compared(eager, case))
+    assert errors["forward"] < 1e-6
+
+
+def test_every_operation_has_a_peer_in_plain_pytorch():
+    for case in {case.op: case for case in cases.CASES}.values():
+        assert peers.serving(case)[0].name == "eager"
+
+
+@pytest.mark.parametrize("name", sorted(engines.PACKAGES))
+def test_an_engine_that_is_not_installed_says_so(name, monkeypatch):
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda package: None)
+    reason = peers.unavailable(peers.PROVIDERS[name], torch.device("cuda"))
+    assert reason == f"{' and '.join(engines.PACKAGES[name])} cannot be imported"
+
+
+def test_onnxruntime_agrees_with_plain_pytorch():
+    provider = peers.PROVIDERS["onnxruntime"]
+    if reason := peers.unavailable(provider, CPU):
+        pytest.skip(reason)
+    case = replace(TINY_NET, net="unet-bilinear", mode="frozen")
+    problem = peers.pose(case, CPU)
+    problem.check(peers.prepare(provider, case, problem)(), None)
 
 
 @pytest.mark.parametrize("package", ["monai", "torchmetrics"])
@@ -155,6 +200,32 @@ def test_a_row_says_what_it_depends_on_and_can_be_measured_again(tmp_path, capsy
 def test_a_case_is_rebuilt_from_its_row(case):
     row = json.loads(json.dumps(suite._row(case, "eager")))
     assert suite.rebuilt(row) == case
+
+
+TRAFFIC = """
+import json
+from dataclasses import replace
+from benchmarks import nets, suite
+case = nets.NetCase("unet-bilinear", 4, 32, 2, "fp32", "inference")
+nets.HEADLINE[:] = [case]
+row = {"ms": {"p50": 2.0}}
+rows = {name: suite._row(case, name) | row for name in ("eager", "fastunet", "tensorrt")}
+failed, frozen = rows["eager"] | {"ms": None}, suite._row(replace(case, mode="frozen"), "eager") | row
+others = [suite._traffic(failed, [9, 0]), suite._traffic(frozen, [9, 0]), suite._traffic(rows["eager"], None)]
+print(json.dumps([{name: suite._traffic(row, [9, 0]) for name, row in rows.items()}, others]))
+"""
+
+
+def test_a_network_moves_the_bytes_that_the_ledger_counts():
+    pytest.importorskip("triton")
+    done = python("-c", TRAFFIC)
+    assert done.returncode == 0, done.stderr
+    found, others = json.loads(done.stdout)
+    eager, _ = traffic.eager_cost(traffic.Net("unet", True, 4, 32, 2, torch.float32, 2), "inference")
+    assert found["eager"] == {"bytes": eager, "gbs": eager / 2e6}
+    assert 0 < found["fastunet"]["bytes"] < eager
+    assert found["tensorrt"] == {}
+    assert others == [{}, {}, {}]
 
 
 def test_a_provider_that_fails_is_a_row(monkeypatch):
@@ -264,6 +335,31 @@ def test_a_hang_ends_after_the_deadline(monkeypatch):
     messages = list(suite.isolated(order(job, seconds=20)))  # to begin in, on a busy machine
     rows = [value for what, value in messages if what == "row"]
     assert [row["failure"] for row in rows] == ["did not answer 1 s after the deadline"]
+
+
+def test_a_hang_before_the_deadline_costs_its_provider_alone(monkeypatch):
+    monkeypatch.setattr(suite, "PATIENCE", 12)  # to begin in, on a busy machine
+    jobs = [Job(of_same_size(HangingNet), ("eager", "fastunet-torch")), Job(TINY_LOSS, ("seed002",))]
+    found = {value["provider"]: value["failure"] for what, value in suite.isolated(order(*jobs)) if what == "row"}
+    assert found == {"fastunet-torch": "did not answer for 12 s", "eager": None, "seed002": None}
+
+
+@pytest.mark.parametrize(
+    ("done", "provider", "failed", "again"),
+    [
+        ({"a"}, "b", ("b",), ("c",)),
+        ({"a", "b"}, "b", (), ("c",)),  # its row came through before its process ended
+        (set(), None, ("a", "b", "c"), ()),  # while they were timed
+    ],
+)
+def test_only_the_culprit_is_not_tried_again(done, provider, failed, again):
+    assert suite._after(Job(TINY_LOSS, ("a", "b", "c")), done, provider) == (failed, again)
+
+
+def test_a_process_that_cannot_begin_is_not_begun_again():
+    messages = list(suite.isolated(replace(order(Job(TINY_LOSS, ("seed002",))), device="no device")))
+    assert messages[-1] == ("done", None)
+    assert messages[-2][1].startswith("giving up: starting: the process ended with status 1")
 
 
 def test_a_crash_before_the_gate_has_passed_is_red():

@@ -19,7 +19,7 @@ from benchmarks.measure import Times
 from fastunet.architecture import as_if_on
 from fastunet.kernels import table
 from fastunet.kernels.algorithms import FUNCTIONS
-from fastunet.kernels.tiles import Tile, choose
+from fastunet.kernels.tiles import Tile, choose, choose_strided
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -104,6 +104,30 @@ def test_a_tile_of_more_pictures_than_there_are_is_not_taken(tiles):
     assert chosen(batch=4).stages == 3
 
 
+def test_a_measured_tile_of_a_strided_convolution_is_taken(tiles):
+    def chosen_strided(kind: str) -> Tile:
+        x = torch.empty((2, 16, 8, 16), dtype=torch.float16, device="meta")
+        return choose_strided(kind, 2, [16], 32, 8, 16, [x], False)
+
+    rule = chosen_strided("conv3x3_down")
+    key = table.key("conv3x3_down", [16], 32, 16, torch.empty((2, 16, 8, 16), dtype=torch.float16, device="meta"))
+    better = rule._replace(stages=rule.stages + 1)
+    tune.write(tiles, [entry(better, rule) | {"key": list(key)}])
+    table.entries.cache_clear()
+    assert chosen_strided("conv3x3_down") == better
+    assert chosen_strided("conv3x3_up") != better
+
+
+@pytest.mark.parametrize("case", tune.strided_layers(torch.float16, 16, 16, 1)[:15], ids=lambda case: case.name)
+def test_every_strided_convolution_has_a_kind_of_its_own_and_candidates(case):
+    key, rule = tune.ruled(case, peers.pose(case, CPU))
+    ends = {"inference": ("_down", "_up"), "dgrad": ("_dgrad",), "wgrad": ("_down_wgrad", "_up_wgrad")}
+    assert key[0].endswith(ends[case.mode])
+    found = tune.neighbours(rule, case, key[0])
+    assert found
+    assert {(tile.rows, tile.shares) for tile in found} == {(1, 1)}
+
+
 def test_table_keeps_other_entries_and_forgets_tiles_that_no_longer_win(tiles):
     tune.write(tiles, [entry(RULE._replace(stages=3)), entry(RULE._replace(warps=8), width=64)])
     tune.write(tiles, [entry(RULE)])
@@ -126,7 +150,7 @@ def test_a_model_does_not_overrule_a_measurement(tiles):
 def test_shipped_entries_say_where_they_come_from_and_name_what_there_is():
     for (kind, *_), batches in table.entries().items():
         for one in batches.values():
-            assert (kind, one.algorithm) in FUNCTIONS
+            assert one.algorithm == "triton" or (kind, one.algorithm) in FUNCTIONS
             assert one.source
             assert one.tile is None or len(one.tile) == len(Tile._fields)
             assert one.algorithm != "winograd" or one.source != tune.MODELLED, "never unless a measured row says so"
