@@ -8,7 +8,7 @@ says has the most registers, with and without tensor instructions; ``--all`` com
 variant too. It prints a table, the worst of each kernel on each chip, and exits with 1 on a broken rule:
 
 - every kernel of fastunet.kernels is launched by something, and compiles;
-- nothing spills to local memory, but for what benchmarks/gate_limits.py tolerates, and shared memory fits the chip;
+- nothing spills to local memory, and shared memory fits the chip;
 - every dot of a tensor-core dtype becomes tensor-core instructions;
 - no instruction computes in float64;
 - on NVIDIA, where the dtype has 16 bits and all channel counts are multiples of 16, activations are loaded 16 bytes at
@@ -254,8 +254,7 @@ def judge(task: Task, before: Numbers | None) -> Entry:
 
 def _broken_rules(found: Resources, task: Task) -> Iterator[str]:
     limit = CHIPS[task.chip].shared_limit
-    tolerated = [most for pattern, most in gate_limits.TOLERATED_SPILLS.items() if re.search(pattern, task.name)]
-    if found.spilled_bytes > max(tolerated, default=0):
+    if found.spilled_bytes:
         yield f"spills {found.spilled_bytes} bytes a thread"
     if found.shared_bytes > limit:
         yield f"wants {found.shared_bytes} bytes of shared memory and the chip has {limit}"

@@ -1,6 +1,6 @@
-"""What the compile gate holds kernels to beyond its rules, and what it lets pass, by patterns in entries' names.
+"""What the compile gate holds kernels to beyond its rules, by patterns in entries' names.
 
-A bound that a kernel has reached belongs here; a tolerated spill leaves when its tile does.
+A bound that a kernel has reached belongs here.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,3 @@ LIMITS = (
     Limit(r"^_conv3x3_dgrad_kernel bf16 .* BLOCK_C=(64|128) BLOCK_K=64 .* sm_90$", issue_slots=0.7, shared_stores=0),
     Limit(r"^_conv3x3_wgrad_kernel bf16 .* BLOCK_C=(64|128) BLOCK_K=64 .* sm_90$", issue_slots=1.9, shared_stores=0),
 )
-
-# Bytes a thread.
-TOLERATED_SPILLS = {
-    r"^_conv3x3_fwd_kernel fp32 .* PRECISION=ieee .* sm_(86|89)$": 8,
-    r"^_conv_down_dgrad_kernel bf16 KSIZE=2 .* sm_(86|89)$": 8,
-    r"^_conv_image_wgrad_kernel bf16 .* sm_(86|89)$": 8,
-    r"^_head_stats_kernel bf16 .* sm_120$": 16,
-    r"^_upsample_bwd_kernel bf16 .* sm_(86|89)$": 8,
-}

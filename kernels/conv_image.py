@@ -36,19 +36,36 @@ _MOST_TAPS = 64
 
 
 @triton.jit
+def _bits(a, b, c, d):
+    return a.to(tl.int32) + 2 * b.to(tl.int32) + 4 * c.to(tl.int32) + 8 * d.to(tl.int32)
+
+
+@triton.jit
+def _divide(n, size):
+    """n // size and n % size where 0 ≤ n < size + 2^16: exact in float32, and without a division for each n."""
+    beyond = n - size
+    times = tl.where(beyond < 0, 0, ((beyond.to(tl.float32) + 0.5) * (1.0 / size)).to(tl.int32) + 1)
+    return times, n - times * size
+
+
+@triton.jit
 def _gather(x_ptr, first, t, pixels, H, W, C, BLOCK_M: tl.constexpr):
-    """x[m,t] of BLOCK_M pixels from number ``first`` on: [pixels, taps]; zero outside the picture and beyond 9·C."""
+    """x[m,t] of BLOCK_M pixels from number ``first`` on: [pixels, taps]; zero outside the picture and beyond 9·C.
+
+    A bit for each way out of the picture: it is taken where the pixel lies at that edge and the tap goes over it. So an
+    element costs an AND and an addition.
+    """
     i = tl.arange(0, BLOCK_M)
     m = first + i
-    w = m % W
-    h = m // W % H
+    row, w = _divide(first % W + i, W)
+    _, h = _divide(first // W % H + row, H)
     tap = t // C
-    dh = (tap // 3 - 1)[None, :]
-    dw = (tap % 3 - 1)[None, :]
-    row = h[:, None] + dh
-    column = w[:, None] + dw
-    mask = (m < pixels)[:, None] & (t < 9 * C)[None, :] & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-    near = (i[:, None] + dh * W + dw) * C + (t % C)[None, :]  # 32 bits: a few rows
+    r = tap // 3
+    s = tap % 3
+    at_edge = _bits(w == 0, w == W - 1, h == 0, h == H - 1) + tl.where(m < pixels, 16, 48)
+    over_edge = _bits(s == 0, s == 2, r == 0, r == 2) + tl.where(t < 9 * C, 32, 48)
+    near = (i * C)[:, None] + (((r - 1) * W + s - 1) * C + t % C)[None, :]  # 32 bits: a few rows
+    mask = (at_edge[:, None] & over_edge[None, :]) == 0
     return tl.load(x_ptr + first.to(tl.int64) * C + near, mask=mask, other=0.0)
 
 

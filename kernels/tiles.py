@@ -73,20 +73,23 @@ def _choose(
     wgrad = kind == "conv3x3_wgrad"
     name = architecture(like.device)
     if exact:
-        return Tile(1, 1, block(width, 16), block(outputs, 32), block(channels, 32 if wgrad else 16), 8, 2)
+        return Tile(1, 1, block(width, 16), block(outputs, 32), block(channels, 32), 8, 2)
     if not narrow:
         if wgrad:
             return Tile(1, 1, block(width, 32), block(outputs, 32), block(channels, 32), 4, 2, tma)
         return Tile(images, 1, columns, block(outputs, 32), block(channels, 16 if name == "sm_100" else 32), 8, 2, tma)
     if not tma:
-        rows = 1 if name.startswith("gfx") else 2  # CDNA has no registers to spare here
+        # CDNA prefetches into registers: it has none to spare for a second row or a third stage.
+        rows, warps, stages = (1, 4, 2) if name.startswith("gfx") else (2, 8, 3)
         if wgrad:
             return Tile(1, 2 * rows, block(width, 32), block(outputs, 32 * rows), block(channels, 32), 4, 2)
-        return Tile(images, rows, columns, block(outputs, 64), block(channels, 32), 8, 3)
+        return Tile(images, rows, columns, block(outputs, 64), block(channels, 32), warps, stages)
     rows = 2 if name == "sm_90" else 1  # 128 accumulators a thread leave registers for the epilogue on Hopper only
     if wgrad:
         reduction = block(channels, 128, 64)
-        return Tile(images, 4, columns, block(outputs, 64), reduction, reduction // 16, 2, True)
+        # sm_100 has the accumulators in its tensor memory: the registers of 4 warps are enough.
+        warps = reduction // 16 if name == "sm_90" else 4
+        return Tile(images, 4, columns, block(outputs, 64), reduction, warps, 2, True)
     if outputs > 64 and batch * block(width, 128) >= 128:  # else most of a wider tile would lie outside the picture
         images = min(128 // block(width, 128), block(batch, 128, 1))
         return Tile(images, rows, 128 // images, 128, block(channels, 64), 8, 2, True)
@@ -102,14 +105,14 @@ def choose_strided(
     (channels,), like = sources, operands[0]
     narrow = like.element_size() == 2
     exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
-    three, wgrad = kind.startswith("conv3x3"), kind.endswith("wgrad")
+    three, wgrad, dgrad = kind.startswith("conv3x3"), kind.endswith("wgrad"), kind.endswith("dgrad")
     # 128 accumulators a thread leave registers for the epilogue on Hopper only.
     large = tma and architecture(like.device) == "sm_90"
     pixels = 128 if narrow else 32
     if narrow and large and three and outputs <= 64 and not wgrad:
         pixels = 256  # few outputs: more pixels for each filter that is loaded
-    if narrow and not tma and (wgrad or kind.startswith("conv3x3_up")):
-        pixels = 64
+    if narrow and not tma and (wgrad or kind == "conv3x3_up" or (dgrad and "1x1" not in kind)):
+        pixels = 64  # two accumulators and the epilogues of gradients take registers
     columns = block(width, pixels)
     images = min(pixels // columns, block(batch, pixels, 1))
     columns = pixels // images
@@ -125,8 +128,9 @@ def choose_strided(
         reduction = block(channels, 128, 64)
         return Tile(images, 1, columns, block(outputs, 64 if three else 128), reduction, reduction // 16, 2, True)
     if "up" in kind:
-        return Tile(images, 1, columns, block(outputs, 128), block(channels, 64), 8, 2, True)
-    outputs = block(outputs, 256 if large and not kind.endswith("dgrad") else 128)  # all share the prologue
+        outputs = block(outputs, 64 if three and not large else 128)
+        return Tile(images, 1, columns, outputs, block(channels, 64), 8, 2, True)
+    outputs = block(outputs, 256 if large and not dgrad else 128)  # all share the prologue
     return Tile(images, 1, columns, outputs, block(channels, 32 if three and outputs != 128 else 64), 8, 2, True)
 
 

@@ -202,7 +202,6 @@ def _upsample_bwd_kernel(
     h = q % H
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel = (c < C)[None, :]
-    scale, shift, centre = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)
     sum_gx = tl.zeros([BLOCK_W, BLOCK_C], ACC)
     sum_g = tl.zeros([BLOCK_W, BLOCK_C], ACC)
     first_h, end_h = tl.maximum(top, 0), tl.minimum(top + 2 * H, YH)  # the part of y that holds outputs
@@ -228,6 +227,7 @@ def _upsample_bwd_kernel(
             dz += _weight(oh, r, H, ALIGN_CORNERS, ACC) * row
         x_at = ((n * H + h) * W + w)[:, None] * C + c[None, :]
         x = tl.load(x_ptr + x_at, mask=inside, other=0.0)
+        scale, shift, centre = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)  # here: the taps need the registers
         dx, gx, g = source_backward(dz, x, scale, shift, centre, HAS_AFFINE, RELU, ACC)
         tl.store(dx_ptr + x_at, dx, mask=inside)
         if HAS_AFFINE:
@@ -235,6 +235,7 @@ def _upsample_bwd_kernel(
             sum_g += g
         start += BLOCK_W
     if HAS_AFFINE:
+        scale, _, _ = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)
         store_affine_gradient(partial_ptr, slab, c, C, scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
 
 

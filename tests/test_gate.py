@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gate_limits import LIMITS, TOLERATED_SPILLS
+from benchmarks.gate_limits import LIMITS
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,13 +53,10 @@ def test_kernels_pass():
         assert ("issue slots" in convolution) == chip.startswith("sm")
 
 
-@pytest.mark.parametrize("pattern", [limit.pattern for limit in LIMITS] + list(TOLERATED_SPILLS))
+@pytest.mark.parametrize("pattern", [limit.pattern for limit in LIMITS])
 def test_limits_are_about_something(pattern):
     entries = json.loads((ROOT / "benchmarks" / "gate.json").read_text())["entries"]
-    found = [numbers for name, numbers in entries.items() if re.search(pattern, name)]
-    assert found
-    if pattern in TOLERATED_SPILLS:
-        assert max(numbers.get("spilled", 0) for numbers in found) == TOLERATED_SPILLS[pattern]
+    assert any(re.search(pattern, name) for name in entries)
 
 
 @pytest.fixture(scope="module")
