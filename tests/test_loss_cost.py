@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -66,23 +66,29 @@ def seconds(loss: Loss, *operands: Tensor) -> float:
     return time.perf_counter() - start
 
 
-# Measured with one thread of an AMD EPYC: 2.7 to 3.8 with contiguous logits, which a network outside channels_last
-# returns, and 1.5 to 2.9 in channels_last, where the formula's permutation is free. The limits leave room for noise.
-@pytest.mark.parametrize(
-    ("layout", "times"),
-    [(torch.contiguous_format, 2.0), (torch.channels_last, 1.2)],
-    ids=["contiguous", "channels_last"],
-)
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Where other processes take a core, all threads of a call wait for the one that ran on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# Measured on an AMD EPYC beside other work: 4.1 to 4.4 contiguous, 3.2 to 5.2 in channels_last, where the formula's
+# permutation is free.
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pairs
-def test_time(ours: Loss, formula: Loss, layout: torch.memory_format, times: float) -> None:
+def test_time(ours: Loss, formula: Loss, layout: torch.memory_format) -> None:
     logits, labels = operands(layout)
     best, best_formula = float("inf"), float("inf")
     for turn in range(30):  # until it is clear: other processes can only make either look slower
         best_formula = min(best_formula, seconds(formula, logits, labels))
         best = min(best, seconds(ours, logits, labels))
-        if turn >= 4 and best_formula >= times * best:
+        if turn >= 4 and best_formula >= 2 * best:
             break
-    assert best_formula >= times * best, f"{1e3 * best:.1f} ms against {1e3 * best_formula:.1f} ms of the formula"
+    assert best_formula >= 2 * best, f"{1e3 * best:.1f} ms against {1e3 * best_formula:.1f} ms of the formula"
 
 
 def peak_bytes(loss: Loss, *operands: Tensor) -> int:
