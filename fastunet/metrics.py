@@ -45,18 +45,17 @@ def dice_coeff(input: Tensor, target: Tensor, reduce_batch_first: bool = False, 
     Two empty planes score 1.
 
     Args:
-        input: probabilities or a 0/1 mask, (H, W) or (N, H, W), floating point.
+        input: probabilities or a 0/1 mask, (…, H, W), floating point; (N, H, W) with ``reduce_batch_first``.
         target: a mask of the same shape.
 
     Raises:
-        ValueError: other shapes, or ``reduce_batch_first`` without a batch.
+        ValueError: other shapes.
     """
-    if input.shape != target.shape or input.dim() not in (2, 3):
+    if input.shape != target.shape or input.dim() < 2:
         raise ValueError(
-            f"expected input and target of one shape, (H, W) or (N, H, W), got {tuple(input.shape)} and "
-            f"{tuple(target.shape)}"
+            f"expected input and target of one shape (…, H, W), got {tuple(input.shape)} and {tuple(target.shape)}"
         )
-    if reduce_batch_first and input.dim() == 2:
+    if reduce_batch_first and input.dim() != 3:
         raise ValueError(f"expected (N, H, W) with reduce_batch_first=True, got {tuple(input.shape)}")
     axes = (0, 1, 2) if reduce_batch_first else (-2, -1)
     dtype = stats_dtype(input.dtype)  # float16 sums would overflow at 65504 pixels

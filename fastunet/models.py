@@ -132,7 +132,8 @@ class _LogitNetwork(_Network):
         act, config = self._decode(x)
         conv = head_conv(self._head)
         if conv is not None and isinstance(criterion, StatsLoss) and criterion.plain():
-            return criterion.from_stats(criterion.head_stats(act, conv, labels, pixel_weight, config))
+            stats = criterion.head_stats(act, conv.weight, conv.bias, labels, pixel_weight, config)
+            return criterion.from_stats(stats)
         weights = () if pixel_weight is None else (pixel_weight,)
         return criterion(self._logits(act, config), labels, *weights)
 
