@@ -865,8 +865,18 @@ def confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int, threshol
     """
     classes = max(logits.shape[1], 2)
     guess = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > threshold).to(torch.int64)
-    truth = labels.to(torch.int64)
-    row = torch.where((truth >= 0) & (truth < classes), truth, classes)
+    return confusion_matrix_of_masks(guess, labels, classes, ignore_index)
+
+
+def confusion_matrix_of_masks(mask: Tensor, labels: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """:func:`confusion_matrix` of predicted classes, an integer or bool mask of the labels' shape.
+
+    The last row is for pixels whose label or prediction is no class.
+    """
+    guess, truth = mask.to(torch.int64), labels.to(torch.int64)
+    known = (guess >= 0) & (guess < classes)
+    row = torch.where((truth >= 0) & (truth < classes) & known, truth, classes)
     row = torch.where(truth == ignore_index, classes + 1, row)
-    counts = torch.bincount((row * classes + guess).flatten(), minlength=(classes + 2) * classes)
+    cell = row * classes + torch.where(known, guess, 0)
+    counts = torch.bincount(cell.flatten(), minlength=(classes + 2) * classes)
     return counts[: (classes + 1) * classes].view(classes + 1, classes)
