@@ -384,7 +384,8 @@ class TverskyLoss(_OverlapLoss):
 
     Salehi et al. 2017 (arXiv:1706.05721); as MONAI's with softmax=True, to_onehot_y=True, batch=True. alpha = beta = ½
     is Dice, 1 is Jaccard; beta > alpha prefers a pixel too many to one missed. gamma ≠ 1 is the focal Tversky loss of
-    Abraham and Khan 2018 (arXiv:1810.07842), whose exponent 1/γ with γ = 4/3 is gamma = 0.75 here.
+    Abraham and Khan 2018 (arXiv:1810.07842), whose exponent 1/γ with γ = 4/3 is gamma = 0.75 here. Seed 002's formula
+    with another β is alpha = 1/(1+β²), beta = β²/(1+β²), and its smooth divided by 1+β².
 
     Args:
         alpha, beta: weights of false positives and false negatives.

@@ -120,7 +120,8 @@ class _LogitNetwork(_Network):
         where logits are what the last convolution gives (:class:`BrainUNet` puts a sigmoid behind it). A loss of
         :mod:`fastunet.losses` is computed in one pass over the last activation, forward and backward; of 16-bit
         networks its logits are not rounded. For any other criterion, or a head that has hooks or was replaced, the
-        logits are stored as usual. Under DDP wrap a module whose forward calls this: DDP sees only calls of itself.
+        logits are stored as usual. The network itself is not called, so its own hooks do not run; under DDP wrap a
+        module whose forward calls this.
 
         Args:
             x: (N, C, H, W), as in a call.

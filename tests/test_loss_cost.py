@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -69,18 +69,8 @@ def seconds(loss: Loss, *operands: Tensor) -> float:
     return time.perf_counter() - start
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Where other processes take a core, all threads of a call wait for the one that ran on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-# Measured on an AMD EPYC beside other work: 4.1 to 4.4 contiguous, 3.2 to 5.2 in channels_last, where the formula's
-# permutation is free.
-@pytest.mark.usefixtures("one_thread")
+# Measured with one thread of an AMD EPYC beside other work: 4.1 to 4.4 contiguous, and 3.2 to 5.2 in channels_last,
+# where the formula's permutation is free.
 @layouts
 @pairs
 def test_time(ours: Loss, formula: Loss, layout: torch.memory_format) -> None:
