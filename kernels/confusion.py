@@ -57,7 +57,7 @@ def _confusion_matrix_kernel(
     n = (tl.program_id(0) // programs).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
     histogram = tl.zeros([CELLS], tl.int32)
-    for tile in range(program, tl.cdiv(pixels, BLOCK_P), programs):
+    for tile in range(program, (pixels - 1) // BLOCK_P + 1, programs):  # cdiv would overflow just below 2³¹
         pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         row = pixel < pixels
         inside = row[:, None] & (c < C)[None, :]
@@ -85,7 +85,7 @@ def _confusion_matrix_of_masks_kernel(
     """Tiles program, program + programs, … of the batch: row C of the counts is for pixels with no class in either."""
     program = tl.program_id(0)
     histogram = tl.zeros([CELLS], tl.int32)
-    for tile in range(program, tl.cdiv(pixels, BLOCK_P), programs):
+    for tile in range(program, (pixels - 1) // BLOCK_P + 1, programs):  # cdiv would overflow just below 2³¹
         pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         row = pixel < pixels
         guess = tl.load(mask_ptr + pixel, mask=row, other=0).to(tl.int64)
