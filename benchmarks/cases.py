@@ -266,6 +266,12 @@ def _confusion_matrix(case: Case, device: Any) -> Operands:
     return logits, labels, -100, 0.0
 
 
+def _confusion_matrix_of_masks(case: Case, device: Any) -> Operands:
+    batch, classes, height, width = case.shape
+    mask, labels = (torch.randint(0, classes, (batch, height, width), device=device).to(case.labels) for _ in range(2))
+    return mask, labels, classes, -100
+
+
 def _head_stats(case: Case, device: Any) -> Operands:
     channels = case.shape[1]
     weight = case.random_weight((case.filters, channels, 1, 1), channels, device)
@@ -292,6 +298,7 @@ _OPERANDS: dict[str, Callable[[Case, Any], Operands]] = {
     "upsample_concat": _upsample_concat,
     "softmax_stats": _softmax_stats,
     "confusion_matrix": _confusion_matrix,
+    "confusion_matrix_of_masks": _confusion_matrix_of_masks,
     "head_stats": _head_stats,
     "head_predict": _head_predict,
 }
@@ -364,6 +371,8 @@ CASES = [
     Case("confusion_matrix", (8, 22, 512, 512), mode="inference"),
     Case("confusion_matrix", (8, 1, 512, 512), loss="sigmoid", dtype=FP32, layout="contiguous", mode="inference"),
     Case("confusion_matrix", (8, 256, 128, 128), mode="inference"),
+    Case("confusion_matrix_of_masks", (8, 22, 512, 512), labels=torch.uint8, mode="inference"),
+    Case("confusion_matrix_of_masks", (8, 256, 128, 128), mode="inference"),
     Case("head_stats", (8, 64, 512, 512), filters=22, kernel=1),
     Case("head_stats", (8, 64, 512, 512), filters=2, kernel=1),
     Case("head_stats", (8, 64, 512, 512), filters=1, kernel=1, loss="sigmoid"),

@@ -198,7 +198,8 @@ def conv_transpose2d(act: Activation, conv: nn.ConvTranspose2d, norm: nn.BatchNo
 
 def head_stats(
     act: Activation,
-    conv: nn.Conv2d,
+    weight: Tensor,
+    bias: Tensor | None,
     labels: Tensor,
     pixel_weight: Tensor | None,
     mode: str,
@@ -207,7 +208,7 @@ def head_stats(
     config: Config,
 ) -> Tensor:
     """The statistics (N, K, 7) of a 1×1 convolution's output, which is not stored; see :mod:`fastunet.losses`."""
-    act, weight, bias = _operands(act, conv.weight, conv.bias, config)
+    act, weight, bias = _operands(act, weight, bias, config)
     stats: Tensor = ops.call(
         ops.head_stats, *act.source, weight, bias, labels, pixel_weight, mode, ignore_index, wanted, config.backend
     )

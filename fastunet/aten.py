@@ -496,6 +496,8 @@ def upsample_concat_backward(
 # ---- softmax statistics ------------------------------------------------------------------------------------------
 
 _LOG2_E = 1 / math.log(2)
+_LINEAR = 50  # from where on log(1 + eˣ) is x, in float64 too
+_RUN = 1 << 20  # logits that a CPU computes at a time: few enough for its caches, and enough for what a call costs
 
 
 def _class_axis(logits: Tensor) -> int:
@@ -511,20 +513,22 @@ def _pixel_rows(t: Tensor, axis: int) -> Tensor:
 
 def _pixel_runs(
     logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, axis: int
-) -> Iterator[tuple[int, tuple[slice, ...], Tensor, Tensor, Tensor | None, Tensor]]:
+) -> Iterator[tuple[int, tuple[slice, ...], Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]]:
     """Runs of one sample's pixels that fit a CPU's cache.
 
-    (sample, index of the run, logits, int64 labels, weights, scratch memory in the logits' shape: fresh memory of this
-    size would cost as much as the arithmetic.)
+    (sample, index of the run, logits, labels, weights, scratch memory in the logits' shape, three times for a sigmoid:
+    fresh memory of this size would cost as much as the arithmetic.)
     """
     dtype = stats_dtype(logits.dtype)
+    if labels.dtype == torch.bool:
+        labels = labels.view(torch.uint8)
     if mode == "sigmoid" and labels.dim() == 3:
         labels = labels.unsqueeze(1)
     x, label = _pixel_rows(logits, axis), _pixel_rows(labels, axis)
     weight = None if pixel_weight is None else _pixel_rows(pixel_weight, axis)
-    step = (1 << 20 if logits.device.type == "cpu" else 1 << 24) // logits.shape[1] // 16 * 16
+    step = (_RUN if logits.device.type == "cpu" else 1 << 24) // logits.shape[1] // 16 * 16
     step = max(1, min(step, x.shape[2 - axis]))
-    scratch = logits.new_empty(step * logits.shape[1], dtype=dtype)
+    scratch = logits.new_empty((3 if mode == "sigmoid" else 1, step * logits.shape[1]), dtype=dtype)
     for n in range(logits.shape[0]):
         for start in range(0, x.shape[2 - axis], step):
             pixels = slice(start, start + step)
@@ -534,28 +538,46 @@ def _pixel_runs(
                 n,
                 run,
                 part,
-                label[n][run if label.dim() == 3 else pixels].to(torch.int64),
+                label[n][run if label.dim() == 3 else pixels],
                 None if weight is None else weight[n, pixels].to(dtype),
-                scratch[: part.numel()].view(part.shape),
+                tuple(each[: part.numel()].view(part.shape) for each in scratch),
             )
 
 
-def _zero_where(t: Tensor, mask: Tensor) -> Tensor:
-    """t with zeros, in place, where the mask (which broadcasts) is set."""
-    if t.device.type == "cpu" and not mask.any():  # the common case, and cheaper to find out than to write
-        return t
-    return t.masked_fill_(mask, 0)
+def _all_within(label: Tensor, classes: int, ignore_index: int) -> bool:
+    """Whether a CPU finds nothing but labels from 0 to classes − 1, none ignored: the common case, and cheap to see."""
+    if label.device.type != "cpu":
+        return False
+    low, high = (int(t) for t in label.aminmax())
+    return low >= 0 and high < classes and not low <= ignore_index <= high
 
 
 def _classify(label: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(class or 0, mask of the pixels with no class, mask of the ignored ones); no masks where a CPU finds none."""
-    if label.device.type == "cpu":
-        low, high = (int(t) for t in label.aminmax())
-        if low >= 0 and high < classes and not low <= ignore_index <= high:
-            return label, None, None
+    index = label.to(torch.int64)
+    if _all_within(label, classes, ignore_index):
+        return index, None, None
+    ignored = index == ignore_index
+    missing = ignored | (index < 0) | (index >= classes)
+    return index.masked_fill(missing, 0), missing, ignored
+
+
+def _answer(label: Tensor, ignore_index: int, out: Tensor) -> Tensor | None:
+    """1 where the label is 1 and counts, else 0, in ``out``; the mask of the ignored, None where a CPU finds none."""
+    if _all_within(label, 2, ignore_index):
+        out.copy_(label)
+        return None
+    label = label.to(torch.int64)  # uint8 would wrap a negative ignore_index around
     ignored = label == ignore_index
-    missing = ignored | (label < 0) | (label >= classes)
-    return label.masked_fill(missing, 0), missing, ignored
+    out.copy_((label == 1) & ~ignored)
+    return ignored
+
+
+def _over_classes(t: Tensor, axis: int) -> Tensor:
+    """The sum of a run over its classes, which is kept as an axis; on a CPU sums of a few adjacent values are slow."""
+    if axis == 1 and t.device.type == "cpu":
+        return torch.mv(t, t.new_ones(t.shape[1])).unsqueeze(1)
+    return t.sum(axis, keepdim=True)
 
 
 def _softmax(x: Tensor, axis: int, out: Tensor) -> Tensor:
@@ -563,7 +585,7 @@ def _softmax(x: Tensor, axis: int, out: Tensor) -> Tensor:
     if x.device.type == "cpu":
         low, high = torch.mul(x, _LOG2_E, out=out).aminmax()
         if low > -24 and high < 24:
-            return out.exp2_().mul_(out.sum(axis, keepdim=True).reciprocal_())
+            return out.exp2_().mul_(_over_classes(out, axis).reciprocal_())
     return torch.softmax(x, axis, out=out)
 
 
@@ -584,6 +606,20 @@ def _sum_by_class(index: Tensor, missing: Tensor | None, values: Tensor | None, 
     return (member if values is None else torch.where(member, values, 0)).sum(1)
 
 
+def _shares(w: Tensor | None, ignored: Tensor | None, x: Tensor, axis: int) -> Tensor | None:
+    """Weights of a run's entries, 0 for the ignored; None if all are 1."""
+    if ignored is None:
+        return None if w is None else w.unsqueeze(axis).expand_as(x)
+    return (torch.ones_like(x) if w is None else w.unsqueeze(axis).expand_as(x)).masked_fill(ignored, 0)
+
+
+def _weigh(cost: Tensor, ignored: Tensor | None, share: Tensor | None) -> Tensor:
+    """cost·share in place, and 0 for the ignored whatever their logits."""
+    if ignored is not None:
+        cost.masked_fill_(ignored, 0)
+    return cost if share is None else cost.mul_(share)
+
+
 def softmax_stats(
     logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int, wanted: Sequence[bool]
 ) -> Tensor:
@@ -600,7 +636,7 @@ def softmax_stats(
         if mode == "softmax":
             index, missing, ignored = _classify(label, classes, ignore_index)
             row = index.unsqueeze(axis)
-            p = _softmax(x, axis, scratch)
+            p = _softmax(x, axis, scratch[0])
             p_y = p.gather(axis, row).squeeze(axis)
             tp += _sum_by_class(index, missing, p_y, classes)
             y += _sum_by_class(index, missing, None, classes)
@@ -616,19 +652,22 @@ def softmax_stats(
             if ignored is not None:
                 p.masked_fill_(ignored.unsqueeze(axis), 0)
         else:
-            valid = label != ignore_index
-            positive = valid & (label == 1)
-            p = _zero_where(x.sigmoid(), ~valid)
-            tp += (p * positive).sum(1 - axis)
-            y += positive.sum(1 - axis)
-            share = valid if w is None else torch.where(valid, w.unsqueeze(axis), 0)
+            p, y_is_1, product = scratch
+            ignored = _answer(label, ignore_index, y_is_1)
+            torch.sigmoid(x, out=p)
+            if ignored is not None:
+                p.masked_fill_(ignored, 0)
+            tp += torch.mul(p, y_is_1, out=product).sum(1 - axis)
+            y += y_is_1.sum(1 - axis)
+            if entropy or smoothing:
+                against = y_is_1.mul_(-2).add_(1).mul_(x)  # the logit, positive where it is wrong
+                share = _shares(w, ignored, x, axis)
             if entropy:
-                cost = _zero_where(-F.logsigmoid(torch.where(positive, x, -x)), ~valid)
-                ce += (cost if w is None else cost.mul_(share)).sum(1 - axis)
-                weight += share.sum(1 - axis)
+                ce += _weigh(aten.softplus.out(against, 1, _LINEAR, out=product), ignored, share).sum(1 - axis)
+                weight += x.shape[1 - axis] if share is None else share.sum(1 - axis)
             if smoothing:
-                cost = _zero_where(-F.logsigmoid(x) - F.logsigmoid(-x), ~valid)
-                spread += (cost if w is None else cost.mul_(share)).sum(1 - axis)
+                cost = F.softplus(against, 1, _LINEAR).add_(F.softplus(-against, 1, _LINEAR))
+                spread += _weigh(cost, ignored, share).sum(1 - axis)
         p_sum += p.sum(1 - axis)
         if squares:
             p2 += p.square_().sum(1 - axis)
@@ -657,7 +696,7 @@ def softmax_stats_backward(
             # dx = q − p·Σq with q = p·(dP + 2p·dP2) − w·dS, and at the label + p·dTP − w·dCE.
             index, missing, ignored = _classify(label, classes, ignore_index)
             row = index.unsqueeze(axis)
-            p = _softmax(x, axis, scratch)
+            p = _softmax(x, axis, scratch[0])
             at_label = p.gather(axis, row).squeeze(axis).mul_(dtp.index_select(0, index))
             if entropy:
                 cost = dce.index_select(0, index)
@@ -669,21 +708,28 @@ def softmax_stats_backward(
                 share = _zero_missing(torch.ones_like(at_label) if w is None else w, missing)
                 q.addcmul_(share.unsqueeze(axis), dspread.unsqueeze(1 - axis), value=-1)
             q.scatter_add_(axis, row, at_label.unsqueeze(axis))
-            q.addcmul_(p, q.sum(axis, keepdim=True), value=-1)
+            q.addcmul_(p, _over_classes(q, axis), value=-1)
             if ignored is not None:
                 q.masked_fill_(ignored.unsqueeze(axis), 0)
             if logits.dtype != x.dtype:
                 dx[n][run].copy_(q)
         else:
-            positive = (label == 1).to(x.dtype)
-            p = x.sigmoid()
-            q = torch.addcmul(along, p, dp2.unsqueeze(1 - axis), value=2 if squares else 0)
-            q.addcmul_(positive, dtp.unsqueeze(1 - axis)).mul_(p * (1 - p))
-            cost = (p - positive) * dce.unsqueeze(1 - axis) if entropy else torch.zeros_like(p)
+            p, y_is_1, slope = scratch
+            ignored = _answer(label, ignore_index, y_is_1)
+            torch.sigmoid(x, out=p)
+            torch.mul(y_is_1, dtp.unsqueeze(1 - axis), out=slope).add_(along)
+            if squares:
+                slope.addcmul_(p, dp2.unsqueeze(1 - axis), value=2)
+            q = aten.sigmoid_backward.grad_input(slope, p, grad_input=slope)
+            if entropy:
+                cost = torch.sub(p, y_is_1, out=y_is_1).mul_(dce.unsqueeze(1 - axis))
+                q += cost if w is None else cost.mul_(w.unsqueeze(axis))
             if smoothing:
-                cost.addcmul_(2 * p - 1, dspread.unsqueeze(1 - axis))
-            torch.add(q, cost if w is None else cost.mul_(w.unsqueeze(axis)), out=dx[n][run])
-            _zero_where(dx[n][run], label == ignore_index)
+                cost = p.mul_(2).sub_(1).mul_(dspread.unsqueeze(1 - axis))
+                q += cost if w is None else cost.mul_(w.unsqueeze(axis))
+            if ignored is not None:
+                q.masked_fill_(ignored, 0)
+            dx[n][run].copy_(q)
     return dlogits
 
 
@@ -718,13 +764,16 @@ def _head_runs(
             pixels = slice(start, start + step)
             part = rows[n, pixels].t()[None, :, None]
             z = _normalise(part, affine, relu)[0, :, 0].t().to(filters.dtype)
-            logits = z @ filters.t() if bias is None else torch.addmm(bias.to(filters.dtype), z, filters.t())
+            # A row of pixels for each class: the statistics of few adjacent classes would take twice as long on a CPU.
+            logits = filters @ z.t()
+            if bias is not None:
+                logits += bias.to(filters.dtype).unsqueeze(1)
             yield (
                 n,
                 pixels,
                 part,
                 z,
-                logits.t()[None, :, None],
+                logits[None, :, None],
                 None if flat is None else flat[n : n + 1, ..., None, pixels],
                 None if weights is None else weights[n : n + 1, None, pixels],
             )
@@ -775,13 +824,13 @@ def head_stats_backward(
     rows = dx.permute(0, 2, 3, 1).view(x.shape[0], -1, x.shape[1]) if dx.numel() else dx
     for n, pixels, part, z, logits, label, w in _head_runs(x, affine, relu, weight, bias, labels, pixel_weight):
         assert label is not None
-        g = softmax_stats_backward(dstats[n : n + 1], logits, label, w, mode, ignore_index, wanted)[0, :, 0].t()
+        g = softmax_stats_backward(dstats[n : n + 1], logits, label, w, mode, ignore_index, wanted)[0, :, 0]
         if mask[1]:
-            dfilters += g.t() @ z
+            dfilters += g @ z
         if mask[2]:
-            dbias += g.sum(0)
+            dbias += g.sum(1)
         if mask[0]:
-            dz = (g @ filters).to(x.dtype).t()[None, :, None]
+            dz = (g.t() @ filters).to(x.dtype).t()[None, :, None]
             dpart, share = _normalise_backward(dz, part, affine, relu, z.to(x.dtype).t()[None, :, None])
             rows[n, pixels] = dpart[0, :, 0].t()
             if affine is not None:
@@ -841,8 +890,18 @@ def confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int, threshol
     """
     classes = max(logits.shape[1], 2)
     guess = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > threshold).to(torch.int64)
-    truth = labels.to(torch.int64)
-    row = torch.where((truth >= 0) & (truth < classes), truth, classes)
+    return confusion_matrix_of_masks(guess, labels, classes, ignore_index)
+
+
+def confusion_matrix_of_masks(mask: Tensor, labels: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """:func:`confusion_matrix` of predicted classes, an integer or bool mask of the labels' shape.
+
+    The last row is for pixels whose label or prediction is no class.
+    """
+    guess, truth = mask.to(torch.int64), labels.to(torch.int64)
+    known = (guess >= 0) & (guess < classes)
+    row = torch.where((truth >= 0) & (truth < classes) & known, truth, classes)
     row = torch.where(truth == ignore_index, classes + 1, row)
-    counts = torch.bincount((row * classes + guess).flatten(), minlength=(classes + 2) * classes)
+    cell = row * classes + torch.where(known, guess, 0)
+    counts = torch.bincount(cell.flatten(), minlength=(classes + 2) * classes)
     return counts[: (classes + 1) * classes].view(classes + 1, classes)

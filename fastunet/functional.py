@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from fastunet import ops
-from fastunet.activation import Activation, Placed, compute_dtype
+from fastunet.activation import Activation, Config, Placed, compute_dtype
 from fastunet.aten import memory_format, stats_dtype
-from fastunet.losses import dice_loss, softmax_stats
+from fastunet.losses import StatsLoss, dice_loss, softmax_stats
 from fastunet.metrics import soft_miou as miou
 
-__all__ = ["conv_bn_relu", "dice_loss", "miou", "softmax_stats", "upsample_pad_concat"]
+__all__ = ["conv_bn_relu", "dice_loss", "head_loss", "miou", "softmax_stats", "upsample_pad_concat"]
 
 
 def _check_4d(name: str, x: Tensor) -> None:
@@ -138,3 +138,38 @@ def upsample_pad_concat(
         raise ValueError(f"expected an x with pixels to upsample, got shape {tuple(x.shape)}")
     cat: Tensor = ops.upsample_concat(x, None, False, skip, None, False, align_corners, skip_first, backend)
     return cat.contiguous(memory_format=memory_format(x, skip))
+
+
+def head_loss(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    criterion: StatsLoss,
+    pixel_weight: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """``criterion`` of a 1×1 convolution's logits, which are never stored: the end of a network of your own.
+
+    What :meth:`fastunet.UNet.loss` does there: one kernel reads x and labels, and one more in the backward.
+
+    Args:
+        x: (N, C, H, W), floating point.
+        weight, bias: (K, C, 1, 1) and (K,) or None, in x's dtype; K up to 256.
+        labels: as in :func:`softmax_stats` for logits (N, K, H, W).
+        criterion: a loss of :mod:`fastunet.losses`, as it is there.
+        pixel_weight: (N, H, W), of a loss with a cross-entropy.
+        backend: see :func:`fastunet.ops.resolve_backend`.
+
+    Returns:
+        The loss in float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or labels that do not fit, or another criterion.
+    """
+    _check_4d("x", x)
+    if not (isinstance(criterion, StatsLoss) and criterion.plain()):
+        raise TypeError(f"expected a loss of fastunet.losses, got {type(criterion).__name__}; give it the logits")
+    config = Config.checked(backend, "speed")
+    return criterion.from_stats(criterion.head_stats(Activation(x), weight, bias, labels, pixel_weight, config))

@@ -22,6 +22,8 @@ OPERATIONS = (
     "affine_act",
     "bn_affine",
     "softmax_stats",
+    "head_stats",
+    "head_predict",
     "confusion_matrix",
 )
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

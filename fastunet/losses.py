@@ -206,19 +206,25 @@ class StatsLoss(nn.Module):
         return softmax_stats(logits, labels, pixel_weight=pixel_weight, **settings, backend=self.backend)
 
     def head_stats(
-        self, act: Activation, conv: nn.Conv2d, labels: Tensor, pixel_weight: Tensor | None, config: Config
+        self,
+        act: Activation,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        pixel_weight: Tensor | None,
+        config: Config,
     ) -> Tensor:
         """:meth:`stats` of the logits that a 1×1 convolution makes of an activation; the logits are never stored."""
-        settings = self._settings(conv.out_channels)
+        settings = self._settings(weight.shape[0])
         mode, ignore_index = settings.pop("mode"), settings.pop("ignore_index")
         if pixel_weight is not None and not settings["entropy"]:
             raise ValueError(
                 f"expected no pixel_weight with {type(self).__name__}, which has no cross-entropy to weigh"
             )
-        shape = (act.x.shape[0], conv.out_channels, act.x.shape[2], act.x.shape[3])
+        shape = (act.x.shape[0], weight.shape[0], act.x.shape[2], act.x.shape[3])
         _check(shape, act.x.device, labels, mode, ignore_index, pixel_weight)
         ignored = NEVER if ignore_index is None else ignore_index
-        return head_stats(act, conv, labels, pixel_weight, mode, ignored, list(settings.values()), config)
+        return head_stats(act, weight, bias, labels, pixel_weight, mode, ignored, list(settings.values()), config)
 
     def _settings(self, classes: int) -> dict[str, Any]:
         """The arguments of :func:`softmax_stats` for logits of so many classes."""
@@ -378,7 +384,8 @@ class TverskyLoss(_OverlapLoss):
 
     Salehi et al. 2017 (arXiv:1706.05721); as MONAI's with softmax=True, to_onehot_y=True, batch=True. alpha = beta = ½
     is Dice, 1 is Jaccard; beta > alpha prefers a pixel too many to one missed. gamma ≠ 1 is the focal Tversky loss of
-    Abraham and Khan 2018 (arXiv:1810.07842), whose exponent 1/γ with γ = 4/3 is gamma = 0.75 here.
+    Abraham and Khan 2018 (arXiv:1810.07842), whose exponent 1/γ with γ = 4/3 is gamma = 0.75 here. Seed 002's formula
+    with another β is alpha = 1/(1+β²), beta = β²/(1+β²), and its smooth divided by 1+β².
 
     Args:
         alpha, beta: weights of false positives and false negatives.

@@ -45,18 +45,17 @@ def dice_coeff(input: Tensor, target: Tensor, reduce_batch_first: bool = False, 
     Two empty planes score 1.
 
     Args:
-        input: probabilities or a 0/1 mask, (H, W) or (N, H, W), floating point.
+        input: probabilities or a 0/1 mask, (…, H, W), floating point; (N, H, W) with ``reduce_batch_first``.
         target: a mask of the same shape.
 
     Raises:
-        ValueError: other shapes, or ``reduce_batch_first`` without a batch.
+        ValueError: other shapes.
     """
-    if input.shape != target.shape or input.dim() not in (2, 3):
+    if input.shape != target.shape or input.dim() < 2:
         raise ValueError(
-            f"expected input and target of one shape, (H, W) or (N, H, W), got {tuple(input.shape)} and "
-            f"{tuple(target.shape)}"
+            f"expected input and target of one shape (…, H, W), got {tuple(input.shape)} and {tuple(target.shape)}"
         )
-    if reduce_batch_first and input.dim() == 2:
+    if reduce_batch_first and input.dim() != 3:
         raise ValueError(f"expected (N, H, W) with reduce_batch_first=True, got {tuple(input.shape)}")
     axes = (0, 1, 2) if reduce_batch_first else (-2, -1)
     dtype = stats_dtype(input.dtype)  # float16 sums would overflow at 65504 pixels
@@ -134,6 +133,7 @@ class ConfusionMatrix(nn.Module):
         counts = count(prediction, labels)
         if bool(counts[-1].any()):
             check_labels(labels, self.num_classes, self.ignore_index)
+            self._refuse(prediction, labels)
         self.matrix += counts[:-1].to(self.matrix.device)
 
     def _count(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -145,25 +145,26 @@ class ConfusionMatrix(nn.Module):
                 f"expected logits of shape (N, {self.num_classes}, H, W) and labels (N, H, W), got "
                 f"{tuple(logits.shape)} and {tuple(labels.shape)}"
             )
-        ignored = NEVER if self.ignore_index is None else self.ignore_index
-        counts: Tensor = ops.confusion_matrix(logits, labels, ignored, self.threshold, self.backend)
+        counts: Tensor = ops.confusion_matrix(logits, labels, self._ignored, self.threshold, self.backend)
         return counts
+
+    @property
+    def _ignored(self) -> int:
+        return NEVER if self.ignore_index is None else self.ignore_index
 
     def _count_mask(self, mask: Tensor, labels: Tensor) -> Tensor:
         if mask.shape != labels.shape:
             raise ValueError(f"expected a mask of the labels' shape {tuple(labels.shape)}, got {tuple(mask.shape)}")
-        truth, guess = labels.flatten().to(torch.int64), mask.flatten().to(torch.int64)
-        if self.ignore_index is not None:
-            valid = truth != self.ignore_index
-            truth, guess = truth[valid], guess[valid]
-        classes = self.num_classes
-        wrong = guess[(guess < 0) | (guess >= classes)]
-        if wrong.numel() > 0:
-            raise ValueError(
-                f"expected classes from 0 to {classes - 1} in the mask, got {int(wrong[0])}; map its values to classes"
-            )
-        truth = torch.where((truth >= 0) & (truth < classes), truth, classes)
-        return torch.bincount(truth * classes + guess, minlength=(classes + 1) * classes).view(-1, classes)
+        counts: Tensor = ops.confusion_matrix_of_masks(mask, labels, self.num_classes, self._ignored, self.backend)
+        return counts
+
+    def _refuse(self, mask: Tensor, labels: Tensor) -> None:
+        """Say which class in ``mask`` is none, of the pixels that count."""
+        guess = mask.to(torch.int64)[labels.to(torch.int64) != self._ignored]
+        wrong = int(guess[(guess < 0) | (guess >= self.num_classes)][0])
+        raise ValueError(
+            f"expected classes from 0 to {self.num_classes - 1} in the mask, got {wrong}; map its values to classes"
+        )
 
     def reset(self) -> None:
         """Forget every batch."""

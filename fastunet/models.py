@@ -120,7 +120,8 @@ class _LogitNetwork(_Network):
         where logits are what the last convolution gives (:class:`BrainUNet` puts a sigmoid behind it). A loss of
         :mod:`fastunet.losses` is computed in one pass over the last activation, forward and backward; of 16-bit
         networks its logits are not rounded. For any other criterion, or a head that has hooks or was replaced, the
-        logits are stored as usual. Under DDP wrap a module whose forward calls this: DDP sees only calls of itself.
+        logits are stored as usual. The network itself is not called, so its own hooks do not run; under DDP wrap a
+        module whose forward calls this.
 
         Args:
             x: (N, C, H, W), as in a call.
@@ -132,7 +133,8 @@ class _LogitNetwork(_Network):
         act, config = self._decode(x)
         conv = head_conv(self._head)
         if conv is not None and isinstance(criterion, StatsLoss) and criterion.plain():
-            return criterion.from_stats(criterion.head_stats(act, conv, labels, pixel_weight, config))
+            stats = criterion.head_stats(act, conv.weight, conv.bias, labels, pixel_weight, config)
+            return criterion.from_stats(stats)
         weights = () if pixel_weight is None else (pixel_weight,)
         return criterion(self._logits(act, config), labels, *weights)
 

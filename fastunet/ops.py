@@ -83,7 +83,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     if backend == "torch":
         return backend
     reason = None if device.type == "meta" and pretending() else triton_unavailable(device.type, device.index)
-    if reason is None and dtype not in _KERNEL_DTYPES[interpreting()]:
+    if reason is None and dtype.is_floating_point and dtype not in _KERNEL_DTYPES[interpreting()]:
         reason = f"the Triton kernels take {_KERNEL_DTYPES_SAID[interpreting()]}, and the tensors are {dtype}"
     if backend == "triton":
         if reason is not None:
@@ -108,7 +108,14 @@ def _module(backend: str) -> ModuleType:
     return kernels
 
 
-_DECIDING = ("x0", "x", "logits", "mean", "var")  # whose dtype and device decide the backend: the first there is
+_DECIDING = (
+    "x0",
+    "x",
+    "logits",
+    "mask",
+    "mean",
+    "var",
+)  # whose dtype and device decide the backend: the first there is
 
 
 @functools.cache
@@ -1129,4 +1136,26 @@ confusion_matrix = _register(
     "confusion_matrix(Tensor logits, Tensor labels, int ignore_index, float threshold, str backend) -> Tensor",
     _confusion_matrix_fake,
     check=_check_confusion_matrix,
+)
+
+
+def _confusion_matrix_of_masks_fake(
+    mask: Tensor, labels: Tensor, classes: int, ignore_index: int, backend: str
+) -> Tensor:
+    return mask.new_empty((classes + 1, classes), dtype=torch.int64)
+
+
+def _check_confusion_matrix_of_masks(mask: Tensor, labels: Tensor, classes: int, ignore_index: int) -> None:
+    if mask.is_floating_point() or labels.is_floating_point():
+        raise TypeError(f"expected integer masks, got {mask.dtype} and labels of {labels.dtype}")
+    if mask.shape != labels.shape:
+        raise ValueError(f"expected a mask of the labels' shape {_shape(labels)}, got {_shape(mask)}")
+    if not 2 <= classes <= 256:
+        raise ValueError(f"expected 2 to 256 classes, got {classes}")
+
+
+confusion_matrix_of_masks = _register(
+    "confusion_matrix_of_masks(Tensor mask, Tensor labels, int classes, int ignore_index, str backend) -> Tensor",
+    _confusion_matrix_of_masks_fake,
+    check=_check_confusion_matrix_of_masks,
 )

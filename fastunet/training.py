@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastunet.blocks import untouched
 from fastunet.data import Pair
 from fastunet.errors import UserError
 from fastunet.metrics import ConfusionMatrix
+from fastunet.models import PlainUNet, UNet
 
 Batch = tuple[Tensor, Tensor]
 
@@ -73,6 +75,8 @@ def fit(
 ) -> History:
     """Train ``model`` by one step per batch of (images, labels); batches move to the model's device.
 
+    The loss is ``loss(model(images), labels)``; of a :class:`UNet` or :class:`PlainUNet` by its ``loss`` method, which
+    stores no logits for a loss of :mod:`fastunet.losses`.
     ``report(steps, loss)`` is called every ``report_every`` steps and after the last one.
 
     Raises:
@@ -83,6 +87,8 @@ def fit(
     clock = _Clock(device)
     losses: list[Tensor] = []
     reported = 0
+    # A subclass, a hook or a compiled call may make something else of the logits.
+    without_logits = type(model) in (UNet, PlainUNet) and untouched(model, type(model))
 
     def check() -> None:
         nonlocal reported
@@ -96,7 +102,7 @@ def fit(
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         clock.tick()
         optimizer.zero_grad(set_to_none=True)
-        value = loss(model(images), labels)
+        value = model.loss(images, labels, loss) if without_logits else loss(model(images), labels)  # type: ignore[operator]
         value.backward()
         optimizer.step()
         clock.tick()

@@ -11,7 +11,7 @@ if __name__ != "fastunet.kernels":
     )
 
 from fastunet.kernels.affine import affine_act, affine_act_backward, bn_affine, bn_affine_backward, bn_affine_running
-from fastunet.kernels.confusion import confusion_matrix
+from fastunet.kernels.confusion import confusion_matrix, confusion_matrix_of_masks
 from fastunet.kernels.conv import conv2d, conv2d_act, conv_transpose2d
 from fastunet.kernels.conv_backward import conv2d_backward, conv_transpose2d_backward
 from fastunet.kernels.head import head_predict, head_stats, head_stats_backward
@@ -26,6 +26,7 @@ __all__ = [
     "bn_affine_backward",
     "bn_affine_running",
     "confusion_matrix",
+    "confusion_matrix_of_masks",
     "conv2d",
     "conv2d_act",
     "conv2d_backward",

@@ -186,7 +186,7 @@ def _softmax_stats_kernel(
     ce_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     w_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     spread_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    for tile in range(program, tl.cdiv(pixels, BLOCK_P), programs):
+    for tile in range(program, (pixels - 1) // BLOCK_P + 1, programs):  # cdiv would overflow just below 2³¹
         pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         x = _load_logits(logits_ptr, n, pixel, c, pixels, stride_xn, stride_xc, stride_xp, C, ALIGN, ACC)
         y, valid, known, w = load_labels(

@@ -1,4 +1,4 @@
-"""The operator confusion_matrix: both backends against the reference, which counts each cell by itself."""
+"""The operators confusion_matrix, of logits and of masks: both backends against a count of each cell by itself."""
 
 from __future__ import annotations
 
@@ -120,3 +120,55 @@ def test_shapes_must_fit(backend: str, device: str) -> None:
         ops.confusion_matrix(logits, labels[:, 1:], IGNORE, 0.0, backend)
     with pytest.raises(ValueError, match="1 to 256 classes"):
         ops.confusion_matrix(logits[0], labels, IGNORE, 0.0, backend)
+
+
+# ---- masks -------------------------------------------------------------------------------------------------------
+
+
+def check_masks(mask: Tensor, labels: Tensor, classes: int, ignore_index: int, backend: str) -> None:
+    counts = ops.confusion_matrix_of_masks(mask, labels, classes, ignore_index, backend)
+    assert counts.dtype == torch.int64
+    assert torch.equal(
+        counts.cpu(), reference.confusion_matrix_of_masks(mask.cpu(), labels.cpu(), classes, ignore_index)
+    )
+
+
+@pytest.mark.parametrize("ignore_index", [IGNORE, 1, -1])
+@pytest.mark.parametrize("classes", [2, 5, 62, 70])
+def test_masks(classes: int, ignore_index: int, backend: str, device: str) -> None:
+    """Both with values that are no class; several tiles, the last of them ragged."""
+    mask, labels = (torch.randint(-2, classes + 2, (3, 29, 31), device=device) for _ in range(2))
+    check_masks(mask, labels, classes, ignore_index, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.bool], ids=str)
+def test_mask_dtypes(dtype: torch.dtype, backend: str, device: str) -> None:
+    mask, labels = (torch.randint(0, 2, (2, 6, 7), device=device) for _ in range(2))
+    check_masks(mask.to(dtype), labels.to(torch.uint8), 2, IGNORE, backend)
+    check_masks(mask.to(torch.int32), labels.to(dtype), 2, IGNORE, backend)
+
+
+def test_masks_of_any_layout(backend: str, device: str) -> None:
+    mask, labels = torch.randint(0, 4, (6, 2, 9), device=device), torch.randint(0, 4, (3, 18, 5), device=device)
+    check_masks(mask.transpose(0, 1)[..., ::2][:, :3], labels[:2, ::6], 4, IGNORE, backend)
+
+
+def test_no_mask(backend: str, device: str) -> None:
+    empty = torch.zeros(0, 4, 5, dtype=torch.int64, device=device)
+    assert ops.confusion_matrix_of_masks(empty, empty, 2, IGNORE, backend).tolist() == [[0, 0]] * 3
+
+
+def test_masks_opcheck(backend: str, device: str) -> None:
+    mask, labels = (torch.randint(0, 3, (2, 4, 5), device=device) for _ in range(2))
+    arguments = (mask, labels, 3, IGNORE, backend)
+    torch.library.opcheck(torch.ops.fastunet.confusion_matrix_of_masks.default, arguments)
+
+
+def test_masks_must_fit() -> None:
+    mask = torch.zeros(2, 4, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match="expected a mask of the labels' shape"):
+        ops.confusion_matrix_of_masks(mask, mask[:1], 3, IGNORE, "torch")
+    with pytest.raises(TypeError, match="expected integer masks"):
+        ops.confusion_matrix_of_masks(mask.float(), mask, 3, IGNORE, "torch")
+    with pytest.raises(ValueError, match="2 to 256 classes, got 300"):
+        ops.confusion_matrix_of_masks(mask, mask, 300, IGNORE, "torch")

@@ -48,6 +48,9 @@ PAIRS: dict[str, tuple[Loss, Loss]] = {
     "miou": (lambda x, y: soft_miou(x, y, backend="torch"), formula_miou),
 }
 pairs = pytest.mark.parametrize(("ours", "formula"), PAIRS.values(), ids=PAIRS.keys())
+layouts = pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"]
+)
 
 
 def operands(layout: torch.memory_format = torch.contiguous_format) -> tuple[Tensor, Tensor]:
@@ -66,23 +69,19 @@ def seconds(loss: Loss, *operands: Tensor) -> float:
     return time.perf_counter() - start
 
 
-# Measured with one thread of an AMD EPYC: 2.7 to 3.8 with contiguous logits, which a network outside channels_last
-# returns, and 1.5 to 2.9 in channels_last, where the formula's permutation is free. The limits leave room for noise.
-@pytest.mark.parametrize(
-    ("layout", "times"),
-    [(torch.contiguous_format, 2.0), (torch.channels_last, 1.2)],
-    ids=["contiguous", "channels_last"],
-)
+# Measured with one thread of an AMD EPYC beside other work: 4.1 to 4.4 contiguous, and 3.2 to 5.2 in channels_last,
+# where the formula's permutation is free.
+@layouts
 @pairs
-def test_time(ours: Loss, formula: Loss, layout: torch.memory_format, times: float) -> None:
+def test_time(ours: Loss, formula: Loss, layout: torch.memory_format) -> None:
     logits, labels = operands(layout)
     best, best_formula = float("inf"), float("inf")
     for turn in range(30):  # until it is clear: other processes can only make either look slower
         best_formula = min(best_formula, seconds(formula, logits, labels))
         best = min(best, seconds(ours, logits, labels))
-        if turn >= 4 and best_formula >= times * best:
+        if turn >= 4 and best_formula >= 2 * best:
             break
-    assert best_formula >= times * best, f"{1e3 * best:.1f} ms against {1e3 * best_formula:.1f} ms of the formula"
+    assert best_formula >= 2 * best, f"{1e3 * best:.1f} ms against {1e3 * best_formula:.1f} ms of the formula"
 
 
 def peak_bytes(loss: Loss, *operands: Tensor) -> int:
@@ -97,9 +96,10 @@ def peak_bytes(loss: Loss, *operands: Tensor) -> int:
     return peak
 
 
+@layouts
 @pairs
-def test_memory(ours: Loss, formula: Loss) -> None:
-    logits, labels = operands()
+def test_memory(ours: Loss, formula: Loss, layout: torch.memory_format) -> None:
+    logits, labels = operands(layout)
     gradient = logits.numel() * logits.element_size()
     beyond, beyond_formula = (peak_bytes(loss, logits, labels) - gradient for loss in (ours, formula))
     assert 0 < beyond <= beyond_formula / 3

@@ -231,6 +231,13 @@ def test_tversky_agrees_with_monai(options: dict[str, Any]) -> None:
     torch.testing.assert_close(TverskyLoss(**options)(logits, labels), theirs(logits, labels.unsqueeze(1)), **EXACT)
 
 
+def test_tversky_is_seed002_with_any_beta() -> None:
+    logits, labels = batch()
+    b = 2.0**2
+    loss = TverskyLoss(alpha=1 / (1 + b), beta=b / (1 + b), smooth_nr=0.5 / (1 + b), smooth_dr=0.5 / (1 + b))
+    torch.testing.assert_close(loss(logits, labels), seed002(logits, labels, beta=2.0, smooth=0.5), **EXACT)
+
+
 def test_focal_tversky_is_a_power_of_each_class() -> None:
     logits, labels = batch()
     each = TverskyLoss(alpha=0.3, beta=0.7, reduction="none")(logits, labels)

@@ -230,9 +230,14 @@ def test_dice_coeff_in_float16_does_not_overflow() -> None:
     assert dice_coeff(ones, ones).item() == 1
 
 
+def test_dice_coeff_of_masks_with_a_channel() -> None:
+    p, y = torch.rand(2, 1, 4, 5).double(), (torch.rand(2, 1, 4, 5) < 0.5).double()
+    assert dice_coeff(p, y) == dice_coeff(p[:, 0], y[:, 0])
+
+
 @pytest.mark.parametrize(
     ("shapes", "pooled"),
-    [(((2, 3, 4), (2, 3, 5)), False), (((2, 1, 3, 4), (2, 1, 3, 4)), False), (((3, 4), (3, 4)), True)],
+    [(((2, 3, 4), (2, 3, 5)), False), (((2, 1, 3, 4), (2, 1, 3, 4)), True), (((3, 4), (3, 4)), True)],
     ids=["unequal", "rank", "no-batch"],
 )
 def test_dice_coeff_refuses_other_shapes(shapes: tuple[tuple[int, ...], tuple[int, ...]], pooled: bool) -> None:

@@ -15,6 +15,9 @@ import fastunet
 from fastunet import losses
 from fastunet.blocks import OutConv
 
+# The interpreter is numpy, which warns of values that the kernels compute and then mask.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
 CLASSES = 5
 NETWORKS: dict[str, Callable[..., Any]] = {
     "unet": lambda **config: fastunet.UNet(2, CLASSES, base_c=3, **config),
@@ -234,6 +237,31 @@ def test_strided_unet_says_what_to_use() -> None:
     model = fastunet.StridedUNet(1, 2, 2)
     with pytest.raises(TypeError, match=r"nn\.BCELoss"):
         model.loss(torch.randn(1, 1, 32, 32), torch.zeros(1, 32, 32).long(), losses.DiceLoss())
+
+
+# ---- the head alone ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_the_head_of_another_network(bias: bool, backend: str, device: str) -> None:
+    """A 1×1 convolution of one's own and its loss, on either backend."""
+    conv = nn.Conv2d(6, CLASSES, 1, bias=bias).to(device)
+    x = torch.randn(2, 6, 7, 9, device=device, requires_grad=True)
+    labels = torch.randint(0, CLASSES, (2, 7, 9), device=device)
+    weight = torch.rand(2, 7, 9, device=device)
+    criterion = losses.DiceCELoss(ignore_index=2, backend="torch")
+    value = fastunet.functional.head_loss(x, conv.weight, conv.bias, labels, criterion, weight, backend=backend)
+    expected = criterion(conv(x), labels, weight)
+    leaves = [x, *conv.parameters()]
+    found, truth = (torch.autograd.grad(v, leaves) for v in (value, expected))
+    torch.testing.assert_close([value, *found], [expected, *truth], rtol=1e-4, atol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("criterion", FOREIGN.values(), ids=FOREIGN.keys())
+def test_the_head_alone_takes_losses_of_statistics(criterion: Callable[[], Any]) -> None:
+    x, weight, labels = torch.randn(1, 3, 4, 4), torch.randn(2, 3, 1, 1), torch.zeros(1, 4, 4).long()
+    with pytest.raises(TypeError, match=r"expected a loss of fastunet\.losses, got \w+; give it the logits"):
+        fastunet.functional.head_loss(x, weight, None, labels, criterion())
 
 
 # ---- predictions -------------------------------------------------------------------------------------------------

@@ -475,6 +475,40 @@ def test_the_loss_moves_an_eighth_of_the_formula_with_a_one_hot():
     assert sum(ours) == pytest.approx(3 * logits + 2 * labels, rel=0.01)  # read, read again, gradient written
 
 
+LOSS_MEMORY = """
+    import json, torch
+    from benchmarks.access import storage
+    from benchmarks.trace import trace
+    from benchmarks.traffic import plain_dice_ce
+    from fastunet.losses import DiceCELoss
+
+    with torch.device("meta"):
+        logits = torch.empty(8, 22, 512, 512, requires_grad=True)
+        labels = torch.empty(8, 512, 512, dtype=torch.int64)
+        with trace() as calls:
+            gradient = torch.autograd.grad(DiceCELoss()(logits, labels), logits)
+        made = [t for call in calls for t in call.results]
+        made += [t for call in calls for inner in call.inner for t in inner.results]
+        made += [a for call in calls for launch in call.launches for a in launch.args if isinstance(a, torch.Tensor)]
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            loss = plain_dice_ce(logits, labels)
+    known = {storage(t) for t in (logits, labels, *gradient)}
+    print(json.dumps([
+        sum({storage(t): t.untyped_storage().nbytes() for t in tensors if storage(t) not in known}.values())
+        for tensors in (made, kept)
+    ]))
+"""
+
+
+@NEEDS_TRITON
+def test_the_loss_needs_a_tenth_of_the_formulas_memory_beyond_logits_and_gradient():
+    """At most all that is ever made for it, against no more than what the formula keeps for its backward."""
+    ours, kept = answer(LOSS_MEMORY)
+    assert 0 < ours <= kept / 10
+    assert kept >= 2 * 8 * 22 * 512 * 512 * 4  # probabilities and the one-hot, at least
+
+
 @NEEDS_TRITON
 def test_upsample_pad_concat_moves_half_forward_and_two_fifths_backward():
     ours, plain = counts()["upsample_concat"]

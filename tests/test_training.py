@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet.data import Pair
+from fastunet.losses import DiceCELoss
+from fastunet.models import UNet
 from fastunet.training import History, TrainingError, evaluate, fit, predict
 
 
@@ -64,6 +68,36 @@ def test_fit_needs_a_batch() -> None:
 )
 def test_time_per_step_leaves_the_warm_up_out(seconds: tuple[float, ...], median: float) -> None:
     assert History((0.0,) * len(seconds), seconds).seconds_per_step == median
+
+
+class _Operators(TorchDispatchMode):
+    """Names of fastunet's operators as they are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastunet":
+            self.names.add(func.name().removeprefix("fastunet::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_fit_stores_no_logits_unless_somebody_looks(hooked: bool) -> None:
+    model = UNet(1, 2, base_c=2, backend="torch")
+    seen = []
+    if hooked:
+        model.register_forward_hook(lambda _m, _args, out: seen.append(out))
+    twin, batches = copy.deepcopy(model), _batches(3)
+    loss = DiceCELoss(backend="torch")
+    with _Operators() as called:
+        history = fit(model, batches, loss, torch.optim.SGD(model.parameters(), 0.1))
+    assert ({"head_stats", "head_stats_backward"} <= called.names) == (not hooked)
+    assert ("softmax_stats" in called.names) == hooked == bool(seen)
+    expected = fit(nn.Sequential(twin), batches, loss, torch.optim.SGD(twin.parameters(), 0.1))
+    # Three steps of float32, in another order of sums.
+    torch.testing.assert_close(torch.tensor(history.losses), torch.tensor(expected.losses), rtol=1e-4, atol=0)
 
 
 class _Threshold(nn.Module):

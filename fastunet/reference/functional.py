@@ -255,8 +255,16 @@ def confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int, threshol
     """
     classes = max(logits.shape[1], 2)
     guess = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > threshold).to(torch.int64)
+    return confusion_matrix_of_masks(guess, labels, classes, ignore_index)
+
+
+def confusion_matrix_of_masks(mask: Tensor, labels: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """(C + 1, C) int64 counts of pixels by [label, mask]; the last row: labels or predictions that are no class."""
+    mask, labels = mask.to(torch.int64), labels.to(torch.int64)
+    known = (mask >= 0) & (mask < classes)
     kept = labels != ignore_index
-    truth = torch.where((labels >= 0) & (labels < classes), labels, classes)
+    truth = torch.where((labels >= 0) & (labels < classes) & known, labels, classes)
+    guess = torch.where(known, mask, 0)
     counts = torch.zeros(classes + 1, classes, dtype=torch.int64, device=labels.device)
     for row in range(classes + 1):
         for column in range(classes):
