@@ -39,6 +39,7 @@ class Case:
     stats: bool = True  # the result's batch statistics are wanted
     bias: bool = False
     pool: bool = False  # the result is wanted 2×2-pooled as well
+    head: int = 0  # conv2d_act: classes of the 1×1 convolution of the result
     image: bool = False  # the source is the network's input and needs no gradient
     loss: str = "softmax"  # softmax_stats: its mode
     labels: torch.dtype = torch.int64
@@ -148,6 +149,7 @@ _SUFFIXES = {
     "stats": "nostats",
     "bias": "bias",
     "pool": "pooled",
+    "head": "head{}",
     "image": "image",
     "loss": "{}",
     "labels": "{}",
@@ -201,7 +203,9 @@ def _conv2d(case: Case, device: Any) -> Operands:
 
 def _conv2d_act(case: Case, device: Any) -> Operands:
     *sources, weight, bias, _, size, offset, _, _, pool, _ = _conv2d(case, device)
-    return *sources, weight, bias, size, offset, case.random_affine(case.filters, device), True, pool
+    affine = case.random_affine(case.filters, device)
+    head = case.random_weight((case.head, case.filters, 1, 1), case.filters, device) if case.head else None
+    return *sources, weight, bias, size, offset, affine, True, pool, head, None
 
 
 def _conv2d_backward(case: Case, operands: Operands, results: Operands) -> Operands:
@@ -335,6 +339,7 @@ CASES = [
     Case("conv2d", (8, 64, 512, 512), filters=64, mode="inference", stats=False, bias=True),
     Case("conv2d_act", (8, 3, 512, 512), filters=64, affine=False, stats=False, mode="inference"),
     Case("conv2d_act", (8, 64, 512, 512), filters=64, affine=False, stats=False, mode="inference", pool=True),
+    Case("conv2d_act", (8, 64, 512, 512), filters=64, affine=False, stats=False, mode="inference", head=22),
     Case("conv2d_act", (8, 512, 64, 64), filters=512, affine=False, stats=False, mode="inference", skip=512),
     Case("conv2d_act", (8, 64, 512, 512), filters=64, affine=False, stats=False, mode="inference", dtype=FP32),
     Case("conv2d", (8, 64, 512, 512), filters=128, stride=2),

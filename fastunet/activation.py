@@ -23,14 +23,15 @@ class Config(NamedTuple):
     """How a network computes: ``backend`` (see :func:`fastunet.ops.resolve_backend`), ``policy``, layout.
 
     Policy "speed" lets the torch backend store what it normalised, for several readers and for the backward; "memory"
-    normalises again. ``channels_last`` is the layout of what leaves fastunet, in one forward, and ``pool`` says what
-    follows a block in it.
+    normalises again. ``channels_last`` is the layout of what leaves fastunet, in one forward, and ``pool`` and ``head``
+    say what follows a block in it.
     """
 
     backend: str = "auto"
     policy: str = "speed"
     channels_last: bool = False  # not a torch.memory_format, which torch.save cannot pickle
     pool: bool = False  # what a block returns will be 2×2-pooled
+    head: nn.Conv2d | None = None  # what a block returns is read by this 1×1 convolution alone
 
     @classmethod
     def checked(cls, backend: str, policy: str) -> Config:
@@ -54,13 +55,15 @@ class Config(NamedTuple):
 class Activation(NamedTuple):
     """``act(scale·(x − centre) + shift)``: x (N, C, H, W); affine (3, C) or None; relu says whether act is ReLU.
 
-    ``pooled`` is x 2×2-pooled for this affine, where the convolution that wrote x did that too.
+    ``pooled`` is x 2×2-pooled for this affine, where the convolution that wrote x did that too; ``headed`` says that x
+    is what the head makes of the activation, which was not stored.
     """
 
     x: Tensor
     affine: Tensor | None = None
     relu: bool = False
     pooled: Tensor | None = None
+    headed: bool = False
 
     @property
     def source(self) -> tuple[Tensor, Tensor | None, bool]:
@@ -172,21 +175,30 @@ def conv2d(placed: Placed, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, pool: b
 
 
 def conv2d_act(
-    placed: Placed, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, relu: bool, pool: bool, config: Config
+    placed: Placed,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d | None,
+    relu: bool,
+    pool: bool,
+    head: nn.Conv2d | None,
+    config: Config,
 ) -> Activation:
     """A 3×3 convolution of stride 1, and behind it a normalisation by running statistics and a ReLU: without gradients,
-    the value itself, so that whoever reads it multiplies what is stored."""
+    the value itself, so that whoever reads it multiplies what is stored; or what a ``head`` makes of it."""
     first, weight, bias = _operands(placed.first, conv.weight, conv.bias, config)
     second = placed.second
     x1, affine1, relu1 = (None, None, False) if second is None else second.source
     affine = None
     if norm is not None:
         affine = _affine(norm, stats_dtype(first.x.dtype), config)
+    heads: list[Tensor | None] = [None, None]
+    if head is not None:
+        heads = [None if t is None else t.to(first.x.dtype) for t in (head.weight, head.bias)]
     z, pooled = ops.call(
         ops.conv2d_act, *first.source, None if x1 is None else x1.to(first.x.dtype), affine1, relu1, weight, bias,
-        placed.size, placed.offset, affine, relu, pool, config.backend,
+        placed.size, placed.offset, affine, relu, pool, *heads, config.backend,
     )  # fmt: skip
-    return Activation(z, pooled=pooled if pool else None)
+    return Activation(z, pooled=pooled if pool else None, headed=head is not None)
 
 
 def conv_transpose2d(act: Activation, conv: nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, config: Config) -> Raw:

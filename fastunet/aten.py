@@ -231,15 +231,20 @@ def conv2d_act(
     affine: Tensor | None,
     relu: bool,
     pool: bool,
+    head_weight: Tensor | None,
+    head_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """A 3×3 convolution of stride 1 as :func:`conv2d`, and its result normalised by an ``affine`` that does not depend
     on it.
 
-    Returns z = act(scale·(y − centre) + shift); and if ``pool`` z 2×2-pooled, else an empty tensor.
+    Returns z = act(scale·(y − centre) + shift), or under a head the 1×1 convolution of z by ``head_weight``
+    (J, K, 1, 1) and ``head_bias``, for which z need not be stored; and if ``pool``, without a head, z 2×2-pooled, else
+    an empty tensor.
     """
     y, *_ = conv2d(x0, affine0, relu0, x1, affine1, relu1, weight, bias, 1, size, offset, False, False, False, None)
     z = channels_last(_normalise(y, affine, relu))
-    return z, max_pool2x2(z, None) if pool else z.new_empty(0)
+    pooled = max_pool2x2(z, None) if pool else z.new_empty(0)
+    return z if head_weight is None else channels_last(F.conv2d(z, head_weight, head_bias)), pooled
 
 
 def pool_affine(scale: Tensor | None, y: Tensor) -> Tensor | None:

@@ -126,7 +126,8 @@ def lazily(modules: list[nn.Module], placed: Placed, config: Config) -> Activati
             last = number == len(layers) and not rest and min(placed.size) >= 2 * conv.stride[0]
             pool = config.pool and last and not config.stores(placed.first.x)
             if _known_before(conv, norm):
-                placed = Placed.alone(conv2d_act(placed, conv, norm, relu, pool, config))
+                head = config.head if number == len(layers) and not rest else None
+                placed = Placed.alone(conv2d_act(placed, conv, norm, relu, pool, head, config))
                 continue
             raw = conv2d(placed, conv, norm, pool, config)
         else:
@@ -260,7 +261,7 @@ class Up(LazyModule):
             self.conv = DoubleConv(in_channels, out_channels, bias=bias)
 
     def lazy(self, act: Activation, skip: Activation, config: Config) -> Activation:
-        up = enlarge(self.up, act, config)
+        up = enlarge(self.up, act, config._replace(head=None))
         return run(self.conv, Placed.with_skip(up, skip, skip_first=True), config)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:

@@ -92,8 +92,8 @@ class _Network(nn.Module):
 class _LogitNetwork(_Network):
     """A network that ends in a 1×1 convolution to logits, which its loss and its predictions do without."""
 
-    def _decode(self, x: Tensor) -> tuple[Activation, Config]:
-        """What the head reads, and the configuration of this forward."""
+    def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Config]:
+        """What the head reads, and the configuration of this forward; where a ``head`` is given, perhaps its result."""
         raise NotImplementedError
 
     @property
@@ -101,8 +101,13 @@ class _LogitNetwork(_Network):
         """An :class:`OutConv`, a 1×1 convolution, or what somebody put in its place."""
         raise NotImplementedError
 
+    def _forward(self, x: Tensor) -> Tensor:
+        return self._logits(*self._decode(x, head_conv(self._head)))
+
     def _logits(self, act: Activation, config: Config) -> Tensor:
         head = self._head
+        if act.headed:
+            return act.tensor(config)
         if isinstance(head, LazyBlock):
             return run(head, Placed.alone(act), config).tensor(config)
         return lazily([head], Placed.alone(act), config).tensor(config)
@@ -230,7 +235,7 @@ class UNet(_LogitNetwork):
         self.outc = OutConv(base_c, n_classes)
         self._configure()
 
-    def _decode(self, x: Tensor) -> tuple[Activation, Config]:
+    def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Config]:
         act, config = self._enter(x)
         downs = (self.down1, self.down2, self.down3, self.down4)
         # What each block returns is pooled by the next.
@@ -240,16 +245,16 @@ class UNet(_LogitNetwork):
         for down, after in zip(downs, [*pooled[1:], config], strict=True):
             act, skip = self._stage(after, descend, down, act)
             skips.append(skip)
-        for up in (self.up1, self.up2, self.up3, self.up4):
+        for up in (self.up1, self.up2, self.up3):
             act = self._stage(config, ascend, up, act, skips.pop())
-        return act, config
+        return self._stage(config._replace(head=head), ascend, self.up4, act, skips.pop()), config
 
     @property
     def _head(self) -> nn.Module:
         return self.outc
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._logits(*self._decode(x))
+        return self._forward(x)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Upstream checkpoints carry the mask's values among the weights: kept as an attribute.
@@ -351,7 +356,7 @@ class _HubNetwork(_LogitNetwork):
     def _pool(self, level: int) -> nn.Module:
         raise NotImplementedError
 
-    def _decode(self, x: Tensor) -> tuple[Activation, Config]:
+    def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Config]:
         act, config = self._enter(x)
         skips = []
         for level in (1, 2, 3, 4):
@@ -363,7 +368,8 @@ class _HubNetwork(_LogitNetwork):
         for level in (4, 3, 2, 1):
             up = enlarge(self.get_submodule(f"upconv{level}"), act, config)
             placed = Placed.with_skip(up, skips.pop(), skip_first=False)
-            act = self._stage(config, run, self.get_submodule(f"decoder{level}"), placed)
+            last = config._replace(head=head if level == 1 else None)
+            act = self._stage(last, run, self.get_submodule(f"decoder{level}"), placed)
         return act, config
 
 
@@ -417,7 +423,7 @@ class PlainUNet(_HubNetwork):
         return self.output
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._logits(*self._decode(x))
+        return self._forward(x)
 
 
 class BrainUNet(_HubNetwork):
@@ -471,4 +477,4 @@ class BrainUNet(_HubNetwork):
         return self.conv
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self._logits(*self._decode(x)))
+        return torch.sigmoid(self._forward(x))

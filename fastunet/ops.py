@@ -594,11 +594,13 @@ def _conv2d_act_fake(
     affine: Tensor | None,
     relu: bool,
     pool: bool,
+    head_weight: Tensor | None,
+    head_bias: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    shape = (x0.shape[0], weight.shape[0])
-    pooled = _activation(x0, (*shape, size[0] // 2, size[1] // 2)) if pool else x0.new_empty(0)
-    return _activation(x0, (*shape, *size)), pooled
+    batch, filters = x0.shape[0], weight.shape[0]
+    pooled = _activation(x0, (batch, filters, size[0] // 2, size[1] // 2)) if pool else x0.new_empty(0)
+    return _activation(x0, (batch, filters if head_weight is None else head_weight.shape[0], *size)), pooled
 
 
 def _check_conv2d_act(
@@ -615,6 +617,8 @@ def _check_conv2d_act(
     affine: Tensor | None,
     relu: bool,
     pool: bool,
+    head_weight: Tensor | None,
+    head_bias: Tensor | None,
 ) -> None:
     _check_conv2d(
         x0, affine0, relu0, x1, affine1, relu1, weight, bias, 1, size, offset, False, False, False, None
@@ -623,13 +627,17 @@ def _check_conv2d_act(
         raise ValueError(f"expected a 3×3 weight, got one of shape {_shape(weight)}")
     if affine is not None and tuple(affine.shape) != (3, weight.shape[0]):
         raise ValueError(f"expected an affine of shape (3, {weight.shape[0]}) for the result, got {_shape(affine)}")
+    if head_weight is not None:
+        if pool:
+            raise ValueError("expected no pooling under a head, in whose stead nothing else is stored")
+        _check_filters(head_weight, head_bias, x0, 1, weight.shape[0], (1,))
 
 
 # Has no derivative: what training does instead keeps y, from which all else follows.
 conv2d_act = _register(
     "conv2d_act(Tensor x0, Tensor? affine0, bool relu0, Tensor? x1, Tensor? affine1, bool relu1, Tensor weight,"
-    " Tensor? bias, SymInt[] size, SymInt[] offset, Tensor? affine, bool relu, bool pool, str backend)"
-    " -> (Tensor, Tensor)",
+    " Tensor? bias, SymInt[] size, SymInt[] offset, Tensor? affine, bool relu, bool pool,"
+    " Tensor? head_weight, Tensor? head_bias, str backend) -> (Tensor, Tensor)",
     _conv2d_act_fake,
     check=_check_conv2d_act,
 )

@@ -117,6 +117,16 @@ def normalise(x, scale, shift, centre, HAS_AFFINE: tl.constexpr, RELU: tl.conste
 
 
 @triton.jit
+def tile_place(tile, tiles_h, tiles_w, IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """First picture, row and column of tile number ``tile``."""
+    return (
+        tile // tiles_w // tiles_h * IMAGES,
+        tile // tiles_w % tiles_h * ROWS,
+        tile % tiles_w * COLUMNS,
+    )
+
+
+@triton.jit
 def load_tap(w, k, c, tap, K, C, TAPS: tl.constexpr, K_FIRST: tl.constexpr, TMA: tl.constexpr,
              BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """The weights [BLOCK_C, BLOCK_K] at ``tap``, from memory (K,TAPS,C) if K_FIRST, else (C,TAPS,K)."""

@@ -90,21 +90,27 @@ def conv2d_act(
     affine: Tensor | None,
     relu: bool,
     pool: bool,
+    head_weight: Tensor | None,
+    head_bias: Tensor | None,
     mixed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fastunet.aten.conv2d_act`, and for ``mixed`` :func:`conv2d`."""
     sources = placed(x0, affine0, relu0, x1, affine1, relu1, offset)
     pooled: Tensor | None = None
+    head = None if head_weight is None else (head_weight, head_bias)
     compute = computing("conv3x3_fwd", sources, weight.shape[0], size[1], mixed)
     if len(sources) == 1 and serves(sources[0], size, weight):
         z, _, _ = conv_image(sources[0], weight, bias, False, affine, relu)
     elif compute is conv3x3:
-        z, _, _, pooled = conv3x3(sources, size, weight, bias, False, pool, None, affine, relu)
+        z, _, _, pooled = conv3x3(sources, size, weight, bias, False, pool, None, affine, relu, head)
+        head = None
     else:
         y, _, _ = compute(sources, size, weight, bias, False)
         z = affine_act(y, affine, relu)
     if pooled is None:
         pooled = max_pool2x2(z, None) if pool else x0.new_empty(0)
+    if head is not None:
+        z, _, _ = conv_down(Source(z, None, False), *head, False, 1)
     return z, pooled
 
 

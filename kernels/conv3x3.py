@@ -31,6 +31,7 @@ from fastunet.kernels.common import (
     PROPAGATE_ALL,
     Source,
     accumulator,
+    block,
     describe,
     element,
     empty_nhwc,
@@ -41,8 +42,10 @@ from fastunet.kernels.common import (
     normalise,
     precision,
     sum_slabs,
+    tile_place,
 )
 from fastunet.kernels.conv_aten import split_gradient
+from fastunet.kernels.conv_down import conv_down
 from fastunet.kernels.statistics import add_shares, merge_stats, store_stats
 from fastunet.kernels.tiles import Tile, choose
 
@@ -170,16 +173,6 @@ def _zeros(IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOC
 
 
 @triton.jit
-def tile_place(tile, tiles_h, tiles_w, IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """First picture, row and column of tile number ``tile``."""
-    return (
-        tile // tiles_w // tiles_h * IMAGES,
-        tile // tiles_w % tiles_h * ROWS,
-        tile % tiles_w * COLUMNS,
-    )
-
-
-@triton.jit
 def _larger(a, b):
     return tl.maximum(a, b, propagate_nan=PROPAGATE_ALL)
 
@@ -224,13 +217,15 @@ def _store_pooled(
 
 @triton.jit
 def _store_outputs(
-    accs, bias_ptr, affine_ptr, y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr, tile, n, p, q, N, P, Q, k, K,
+    accs, bias_ptr, affine_ptr, head_ptr, head_bias_ptr, y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr,
+    tile, n, p, q, N, P, Q, k, K, LOGITS,
     BIAS: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, STATS: tl.constexpr,
-    POOL: tl.constexpr, POOL_SCALE: tl.constexpr, TMA: tl.constexpr,
+    POOL: tl.constexpr, POOL_SCALE: tl.constexpr, HEAD: tl.constexpr, HEAD_BIAS: tl.constexpr, TMA: tl.constexpr,
     IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr, DTYPE: tl.constexpr,
+    ACC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of y, what it is pooled to, and its statistics, from its sums; y is normalised if an affine says."""
+    """Store a tile of y, what it is pooled to, and its statistics, from its sums; y is normalised if an affine says.
+    Under a head, a block of HEAD ≥ LOGITS outputs of y's 1×1 convolution is stored in y's stead."""
     pixel = tl.arange(0, IMAGES * COLUMNS)
     image = n + pixel // COLUMNS
     column = q + pixel % COLUMNS
@@ -239,6 +234,14 @@ def _store_outputs(
     if BIAS:
         bias = tl.load(bias_ptr + filters, mask=filters < K, other=0.0).to(ACC)
     scale, shift, centre = load_affine(affine_ptr, filters, K, AFFINE, ACC)
+    if HEAD:
+        j = tl.arange(0, HEAD)
+        head = tl.load(
+            head_ptr + j[None, :] * K + filters[:, None], mask=(j < LOGITS)[None, :] & (filters < K)[:, None], other=0.0
+        )
+        head_bias = tl.zeros([HEAD], ACC)
+        if HEAD_BIAS:
+            head_bias += tl.load(head_bias_ptr + j, mask=j < LOGITS, other=0.0).to(ACC)
     for i in tl.static_range(ROWS):
         acc = accs[i]
         if BIAS:
@@ -247,7 +250,12 @@ def _store_outputs(
             acc = normalise(acc, scale, shift, centre, AFFINE, RELU, ACC)
         rounded = acc.to(DTYPE)
         accs = replace(accs, i, rounded)
-        if TMA:  # which leaves out what lies outside
+        if HEAD:
+            logits = tl.dot(rounded, head, input_precision=PRECISION, out_dtype=ACC) + head_bias[None, :]
+            mask = (rows > i)[:, None] & (j < LOGITS)[None, :]
+            place = ((image.to(tl.int64) * P + p + i) * Q + column)[:, None] * LOGITS + j[None, :]
+            tl.store(y + place, logits.to(DTYPE), mask=mask)
+        elif TMA:  # which leaves out what lies outside
             y.store([n, p + i, q, k], rounded.reshape(IMAGES, 1, COLUMNS, BLOCK_K))
         else:
             mask = (rows > i)[:, None] & (filters < K)[None, :]
@@ -282,11 +290,12 @@ def _store_share(
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv3x3_fwd_kernel(
-    x, affine_ptr, x1, affine1_ptr, w, bias_ptr, affine_y_ptr, y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr,
-    N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles_h, tiles_w,
+    x, affine_ptr, x1, affine1_ptr, w, bias_ptr, affine_y_ptr, head_ptr, head_bias_ptr, y, mean_ptr, m2_ptr, count_ptr,
+    pooled, pool_scale_ptr, N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles_h, tiles_w, LOGITS,
     AFFINE: tl.constexpr, RELU: tl.constexpr, TWO: tl.constexpr, AFFINE1: tl.constexpr, RELU1: tl.constexpr,
     BIAS: tl.constexpr, AFFINE_Y: tl.constexpr, RELU_Y: tl.constexpr, STATS: tl.constexpr,
-    POOL: tl.constexpr, POOL_SCALE: tl.constexpr, TMA: tl.constexpr, SHARED: tl.constexpr,
+    POOL: tl.constexpr, POOL_SCALE: tl.constexpr, HEAD: tl.constexpr, HEAD_BIAS: tl.constexpr, TMA: tl.constexpr,
+    SHARED: tl.constexpr,
     IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -309,9 +318,10 @@ def _conv3x3_fwd_kernel(
         _store_share(accs, y, n, p, q, N, P, Q, filters, K, K, IMAGES, ROWS, COLUMNS)
     else:
         _store_outputs(
-            accs, bias_ptr, affine_y_ptr, y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr,
-            tile, n, p, q, N, P, Q, k, K, BIAS, AFFINE_Y, RELU_Y, STATS, POOL, POOL_SCALE, TMA,
-            IMAGES, ROWS, COLUMNS, BLOCK_K, ACC, DTYPE,
+            accs, bias_ptr, affine_y_ptr, head_ptr, head_bias_ptr, y, mean_ptr, m2_ptr, count_ptr, pooled,
+            pool_scale_ptr, tile, n, p, q, N, P, Q, k, K, LOGITS,
+            BIAS, AFFINE_Y, RELU_Y, STATS, POOL, POOL_SCALE, HEAD, HEAD_BIAS, TMA,
+            IMAGES, ROWS, COLUMNS, BLOCK_K, ACC, DTYPE, PRECISION,
         )  # fmt: skip
 
 
@@ -457,26 +467,35 @@ def conv3x3(
     pool_scale: Tensor | None,
     affine: Tensor | None = None,
     relu: bool = False,
+    head: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """y (N, K, *frame), normalised by ``affine`` and ``relu``; its mean and biased variance (K,) if ``stats``, else
-    empty; y pooled by the signs of ``pool_scale`` if ``pool`` and one program has pairs of rows of it, else None."""
+    empty; y pooled by the signs of ``pool_scale`` if ``pool`` and one program has pairs of rows of it, else None.
+
+    With the weight and bias of a 1×1 convolution as ``head``, its result in y's stead: stored alone where one program
+    has all channels of y.
+    """
     first, second = sources[0], sources[-1]
     x, batch = first.x, first.x.shape[0]
     filters, channels = weight.shape[:2]
     height, width = frame
-    y = empty_nhwc(x, batch, filters, height, width)
+    head_weight, head_bias = (None, None) if head is None else head
+    classes = 0 if head_weight is None else head_weight.shape[0]
     dtype = stats_dtype(x.dtype)
-    if y.numel() == 0:
+    if batch * filters * height * width == 0:
+        y = empty_nhwc(x, batch, classes or filters, height, width)
         mean = x.new_zeros(filters if stats else 0, dtype=dtype)
         return y, mean, mean.clone(), None
     weight = nhwc(weight)
     sticks_out = any(cropped(source, frame) for source in sources)
     tile = choose(
         "conv3x3_fwd", batch, [source.channels for source in sources], filters, height, width,
-        [*(source.x for source in sources), weight, y], pointers=sticks_out,
+        [*(source.x for source in sources), weight], pointers=sticks_out or filters * x.element_size() % 16 != 0,
     )  # fmt: skip
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     alone = tile.shares == 1
+    heads = alone and 0 < classes <= 256 and filters <= tile.outputs
+    y = empty_nhwc(x, batch, classes if heads else filters, height, width)
     sums = y if alone else x.new_empty((tile.shares, batch, height, width, filters), dtype=dtype)
     partials = [x.new_empty((tiles, filters) if stats and alone else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats and alone else 0, dtype=dtype)
@@ -488,23 +507,30 @@ def conv3x3(
         operand(second.x, tile, tile.reduction), second.affine_or_x,
         _weights(weight, tile, tile.outputs, tile.reduction), x if bias is None else bias.contiguous(),
         x if affine is None else affine.contiguous(),
-        operand(y, tile, tile.outputs) if alone else sums, *partials, counts,
-        operand(y, tile, tile.outputs) if pooled is None else operand(pooled, tile, tile.outputs, 2),
+        x if head_weight is None else head_weight.contiguous(), x if head_bias is None else head_bias.contiguous(),
+        operand(y, tile, tile.outputs) if alone and not heads else sums, *partials, counts,
+        x if pooled is None else operand(pooled, tile, tile.outputs, 2),
         x if scale is None else scale,
         batch, first.height, first.width, first.top, first.left, second.height, second.width, second.top, second.left,
         height, width, first.channels, channels - first.channels, filters, tiles_h, tiles_w,
+        classes,
         AFFINE=first.affine is not None, RELU=first.relu, TWO=len(sources) == 2,
         AFFINE1=second.affine is not None, RELU1=second.relu,
         BIAS=bias is not None and alone, AFFINE_Y=affine is not None and alone, RELU_Y=relu and alone,
-        STATS=stats and alone, POOL=pool, POOL_SCALE=pool and scale is not None, TMA=tile.tma, SHARED=not alone,
+        STATS=stats and alone, POOL=pool, POOL_SCALE=pool and scale is not None,
+        HEAD=block(classes, 256) if heads else 0, HEAD_BIAS=heads and head_bias is not None,
+        TMA=tile.tma, SHARED=not alone,
         IMAGES=tile.images, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if not alone:
         y, mean, var = add_shares(sums, y, bias, stats)
-        return y if affine is None and not relu else affine_act(y, affine, relu), mean, var, None
-    mean, var = merge_stats(partials[0], partials[1], counts) if stats else partials
+        y = y if affine is None and not relu else affine_act(y, affine, relu)
+    else:
+        mean, var = merge_stats(partials[0], partials[1], counts) if stats else partials
+    if head is not None and not heads:
+        y, _, _ = conv_down(Source(y, None, False), *head, False, 1)
     return y, mean, var, pooled
 
 

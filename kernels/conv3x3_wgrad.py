@@ -28,8 +28,9 @@ from fastunet.kernels.common import (
     load_affine,
     precision,
     sum_slabs,
+    tile_place,
 )
-from fastunet.kernels.conv3x3 import cropped, load_row, operand, replace, tile_place
+from fastunet.kernels.conv3x3 import cropped, load_row, operand, replace
 from fastunet.kernels.tiles import choose
 
 SIZES = ["N", "H", "W", "top", "left", "H1", "W1", "top1", "left1", "P", "Q", "tiles", "tiles_h", "tiles_w",

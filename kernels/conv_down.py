@@ -32,8 +32,8 @@ from fastunet.kernels.common import (
     load_tap,
     precision,
     sum_slabs,
+    tile_place,
 )
-from fastunet.kernels.conv3x3 import tile_place
 from fastunet.kernels.statistics import merge_stats, store_stats
 from fastunet.kernels.strided import as_rows, load_pixels, parts, source_gradient, store_pixels, taps
 from fastunet.kernels.tiles import choose_strided, movable, movable_rows

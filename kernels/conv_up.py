@@ -33,8 +33,9 @@ from fastunet.kernels.common import (
     load_tap,
     precision,
     sum_slabs,
+    tile_place,
 )
-from fastunet.kernels.conv3x3 import load_row, operand, replace, tile_place
+from fastunet.kernels.conv3x3 import load_row, operand, replace
 from fastunet.kernels.statistics import merge_stats, store_stats
 from fastunet.kernels.strided import as_rows, parts, source_gradient, store_pixels, taps
 from fastunet.kernels.tiles import choose_strided, movable, movable_rows

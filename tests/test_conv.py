@@ -190,18 +190,22 @@ def test_forward_and_backward(case: Conv, dtype: torch.dtype, save: bool, backen
 KNOWN = {name: case for name, case in CASES.items() if case.kernel == 3 and case.stride == 1 and not case.transposed}
 
 
-def run_act(case: Conv, inputs: Inputs, affine: Tensor | None, backend: str | None) -> list[Tensor]:
-    """z, and z pooled if asked for, from the operator, or the reference if ``backend`` is None."""
+def run_act(
+    case: Conv, inputs: Inputs, affine: Tensor | None, backend: str | None, head: Sequence[Tensor | None] = (None, None)
+) -> list[Tensor]:
+    """z, or its 1×1 convolution, and z pooled if asked for, from the operator, or the reference if ``backend`` is
+    None."""
     with torch.no_grad():
         if backend is not None:
             x1 = (inputs.x1, inputs.affine1, case.relu[1] and case.x1 is not None)
             found = ops.conv2d_act(
                 inputs.x0, inputs.affine0, case.relu[0], *x1, inputs.weight, inputs.bias, case.frame, case.offset,
-                affine, True, bool(case.pool), backend,
+                affine, True, bool(case.pool), *head, backend,
             )  # fmt: skip
             return list(found if case.pool else found[:1])
         z = plain.affine_act(run(case, inputs, None)[0], affine, True)
-        return [z, F.max_pool2d(z, 2)] if case.pool else [z]
+        y = z if head[0] is None else F.conv2d(z, *head)
+        return [y, F.max_pool2d(z, 2)] if case.pool else [y]
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -225,6 +229,19 @@ def test_normalised_as_it_is_stored(
     assert_near(result, run_act(case, exact, wide, None), own, dtype)
 
 
+@pytest.mark.parametrize("classes", [1, 3, 17])
+@pytest.mark.parametrize("name", ["padded-on-all-sides", "many-channels-two-sources", "image"])
+def test_a_head_on_what_is_not_stored(name: str, classes: int, backend: str, device: str) -> None:
+    """Fused, behind programs that share a tile, and behind a picture's convolution."""
+    case = CASES[name]
+    inputs = draw(case, device)
+    affine = random_affine(case.filters, device)
+    head = [torch.randn(classes, case.filters, 1, 1, device=device), torch.randn(classes, device=device)]
+    result, own = (run_act(case, inputs, affine, kind, head) for kind in (backend, None))
+    wide = [t.double() for t in head]
+    assert_near(result, run_act(case, inputs.to(torch.float64), affine.double(), None, wide), own, torch.float32)
+
+
 @pytest.mark.parametrize("name", ["image", "padded-on-all-sides", "pooled"])
 def test_opcheck_conv2d_act(name: str, backend: str, device: str) -> None:
     case = CASES[name]
@@ -234,7 +251,7 @@ def test_opcheck_conv2d_act(name: str, backend: str, device: str) -> None:
     affine0 = None if inputs.affine0 is None else inputs.affine0.detach()
     arguments = (
         inputs.x0.detach(), affine0, case.relu[0], *x1, inputs.weight.detach(), bias, case.frame, case.offset,
-        random_affine(case.filters, device), True, bool(case.pool), backend,
+        random_affine(case.filters, device), True, bool(case.pool), None, None, backend,
     )  # fmt: skip
     torch.library.opcheck(ops.conv2d_act, arguments)
 
