@@ -223,9 +223,10 @@ def _choices(
     name = architecture(source.x.device)
     amd = name.startswith("gfx")
     # AMD prefetches into registers, of which there are none left; others into shared memory, of which some have less,
-    # and with a register for each address: there are most of them where values are narrow.
-    less = name in ("sm_86", "sm_89", "sm_120") and (block_k > 64 or source.x.element_size() == 2)
-    stages = 1 if amd else 2 if less else 3
+    # and with a register for each address: most of them where values are narrow, and fewest left with 64 classes.
+    less = name in ("sm_86", "sm_89", "sm_120")
+    narrow = source.x.element_size() == 2
+    stages = 1 if amd else 2 if (less and (narrow or block_k > 64)) or (narrow and block_k == 64) else 3
     warps = 4 if block_k <= 64 or amd else 8
     share = warps * (64 if amd else 32) * min(2, 4 // source.x.element_size()) // 2
     return {
