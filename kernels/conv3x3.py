@@ -407,7 +407,6 @@ def _narrow_gradient(
     image = n + pixel // COLUMNS
     w = q + pixel % COLUMNS - left
     c = c_first + tl.arange(0, BLOCK_C)
-    scale, shift, centre = load_affine(affine_ptr, c, C, AFFINE, ACC)
     sum_gx = tl.zeros([BLOCK_C], ACC)
     sum_g = tl.zeros([BLOCK_C], ACC)
     for i in tl.static_range(ROWS):
@@ -419,6 +418,8 @@ def _narrow_gradient(
             mask = real[:, None] & (c < C)[None, :]
             place = ((image.to(tl.int64) * H + h) * W + w)[:, None] * C + c[None, :]
         if AFFINE or RELU:
+            # Loaded for each row, because registers are scarce.
+            scale, shift, centre = load_affine(affine_ptr, c, C, AFFINE, ACC)
             if TMA:
                 value = x.load([n, h, q - left, c_first]).reshape(IMAGES * COLUMNS, BLOCK_C)
             else:
@@ -432,6 +433,7 @@ def _narrow_gradient(
         else:
             tl.store(dx + place, g.to(DTYPE), mask=mask)
     if AFFINE:
+        scale, _, _ = load_affine(affine_ptr, c, C, AFFINE, ACC)
         store_affine_gradient(partial_ptr, tile, c, C, scale, sum_gx, sum_g)
 
 

@@ -222,8 +222,11 @@ def _choices(
     block_c, block_k = block(source.channels, most_channels), block(classes, 256)
     name = architecture(source.x.device)
     amd = name.startswith("gfx")
-    # AMD prefetches into registers, of which there are none left; others into shared memory, of which some have less.
-    stages = 1 if amd else 2 if name in ("sm_86", "sm_89", "sm_120") else 3
+    # AMD prefetches into registers, of which there are none left; others into shared memory, of which some have less,
+    # and with a register for each address: most of them where values are narrow, and fewest left with 64 classes.
+    less = name in ("sm_86", "sm_89", "sm_120")
+    narrow = source.x.element_size() == 2
+    stages = 1 if amd else 2 if (less and (narrow or block_k > 64)) or (narrow and block_k == 64) else 3
     warps = 4 if block_k <= 64 or amd else 8
     share = warps * (64 if amd else 32) * min(2, 4 // source.x.element_size()) // 2
     return {
