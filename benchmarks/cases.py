@@ -69,7 +69,7 @@ class Case:
         batch, channels, height, width = self.shape
         if self.op in ("conv2d", "conv2d_act"):
             pixels = batch * -(-height // self.stride) * -(-width // self.stride)
-            once = 2 * pixels * (channels + self.skip) * self.filters * self.kernel**2
+            once = 2 * pixels * ((channels + self.skip) * self.kernel**2 + self.head) * self.filters
         elif self.op == "conv_transpose2d":
             once = 2 * batch * height * width * channels * self.filters * self.kernel**2
         elif self.op.startswith("head"):

@@ -10,9 +10,9 @@ A program of the 3×3 kernels is bounded by the slowest of four that overlap:
 - the issue slots, which grow with what is loaded and normalised beside each product.
 
 The last wave of programs leaves processors idle: a processor holds what its shared memory holds and no more than 8
-warps, since these kernels take all registers. A tile that sticks out of the picture multiplies zeros. Memory's time is
-the ledger's (:mod:`benchmarks.traffic`). Programs at a border of the picture, which mask, count like the others.
-cuDNN's fraction depends on the channels alone.
+warps, since these kernels take all registers. What of a tile lies outside the picture or the channels multiplies zeros.
+Memory's time is the ledger's (:mod:`benchmarks.traffic`). Programs at a border of the picture, which mask, count like
+the others. cuDNN's fraction depends on the channels alone.
 
 All numbers are assumptions, or read from machine code, but for cuDNN's 237 TFLOP/s at 64 channels.
 """
@@ -104,4 +104,6 @@ def triton_rate(launch: Launch, architecture: str) -> float:
     busy = programs / (math.ceil(programs / places) * places)
     covered = math.ceil(sizes["N"] / given["IMAGES"]) * given["IMAGES"] * sizes["tiles_h"] * rows
     filled = sizes["N"] * sizes["P"] * sizes["Q"] / (covered * sizes["tiles_w"] * given["COLUMNS"])
+    for name in ("C", "K"):
+        filled *= sizes[name] / (math.ceil(sizes[name] / given[f"BLOCK_{name}"]) * given[f"BLOCK_{name}"])
     return float(min(SUSTAINED, 1 / slots, from_l2, from_shared) * busy * filled)

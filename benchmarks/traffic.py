@@ -383,7 +383,10 @@ def flops_of(call: Call) -> int:
     given = call.named
     kind = call.name.removeprefix("fastunet.")
     if kind in ("conv2d", "conv2d_act"):
-        return 2 * call.results[0].numel() * int(given["weight"][0].numel())
+        y = call.results[0]
+        head = given.get("head_weight")
+        filters = given["weight"].numel() + (0 if head is None else head.numel())
+        return 2 * y.shape[0] * y.shape[2] * y.shape[3] * int(filters)
     if kind.startswith("conv_transpose2d"):
         once = 2 * int(given["x"].numel()) * int(given["weight"][0].numel())
         return once * (sum(given["mask"][:2]) if "mask" in given else 1)

@@ -46,7 +46,7 @@ ROUNDS = 2  # changes of one parameter, one after the other
 MODEL_GAIN = 1.03  # a model must see that much between two algorithms or tiles
 MODELLED = "modelled"  # the source of an entry that was not measured
 MODELLED_GPUS = ("a100", "h200")
-BATCHES = (1, 8, 32)
+BATCHES = (1, 8)
 REGISTERS = 128  # 32-bit accumulators a thread at most: more spill
 
 TRITON, TORCH = PROVIDERS["fastunet-triton"], PROVIDERS["fastunet-torch"]
@@ -83,6 +83,10 @@ def neighbours(tile: Any, case: Case, kind: str) -> list[Any]:
     if kind not in KINDS.values():  # they know rows and columns as one, and no shares
         del most["rows"], most["shares"]
         most |= {"columns": 256, "outputs": 256}
+    read, written = max(case.shape[1], case.skip), case.filters
+    if kind.endswith("dgrad"):
+        read, written = written, read
+    most |= {"reduction": min(most["reduction"], _power(read)), "outputs": min(most["outputs"], _power(written))}
     found = []
     for name in most:
         value = getattr(tile, name)
@@ -94,6 +98,11 @@ def neighbours(tile: Any, case: Case, kind: str) -> list[Any]:
         found = [t for t in found if t.columns <= width]
     fitting = [t for t in found if t.images * t.columns <= most["columns"]]
     return [t for t in fitting if _accumulators(t, kind) <= REGISTERS]
+
+
+def _power(size: int) -> int:
+    """The power of two that covers ``size``, at least 16."""
+    return 1 << max(4, (size - 1).bit_length())
 
 
 def _accumulators(tile: Any, kind: str) -> float:
@@ -212,12 +221,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def modelled(case: Case, gpu: str) -> dict[str, Any]:
-    """What :func:`tune` gives, by the model. Winograd's time is given, but it is taken only where it was measured."""
+    """What :func:`tune` gives, by the model."""
     from fastunet.kernels import table
 
     kind = KINDS[case.mode]
     with table.observed() as asked:
-        passes = {name: _modelled_passes(case, gpu, name) for name in ("triton", *algorithms(kind))}
+        passes = {name: _modelled_passes(case, gpu, name) for name in ("triton", "cudnn")}
     microseconds = {name: _microseconds(found, gpu) for name, (found, _) in passes.items()}
     key, rule = asked[kind]
     tile = rule
@@ -270,7 +279,7 @@ _sound_variants: dict[str, bool] = {}
 
 
 def model_entries(only: str) -> int:
-    """Write the modelled entries of the U-Net's layers at base 32 and 64, 256 to 1024 pixels, batch 1 to 32; print
+    """Write the modelled entries of the U-Net's layers at base 32 and 64, 256 to 1024 pixels, batch 1 and 8; print
     times."""
     from fastunet.kernels import table
 
@@ -281,9 +290,9 @@ def model_entries(only: str) -> int:
     for gpu, case in tqdm(todo, desc="layers", disable=None):
         one = modelled(case, gpu)
         found.setdefault(tuple(one["key"]), one)
-    lines = [("layer", "gpu", "triton µs", "cudnn µs", "winograd µs", "")]
+    lines = [("layer", "gpu", "triton µs", "cudnn µs", "")]
     for one in found.values():
-        times = (f"{one[name]:.0f}" if name in one else "-" for name in ("triton", "cudnn", "winograd"))
+        times = (f"{one[name]:.0f}" for name in ("triton", "cudnn"))
         choice = "cudnn" if one["algorithm"] == "cudnn" else "" if one["tile"] == one["rule"] else str(one["tile"])
         lines.append((one["case"], one["key"][1], *times, choice))
     print(traffic.aligned(lines))

@@ -14,16 +14,17 @@ def launch(
     programs: int = 132 * 8,
     architecture: str = "sm_90",
     height: int = 8,
+    channels: int = 128,
     **changes: int | bool,
 ) -> float:
     constants = {
         "IMAGES": 1, "ROWS": 2, "COLUMNS": 128, "BLOCK_C": 64, "BLOCK_K": 128, "AFFINE": True, "RELU": True,
         "num_warps": 8, "num_stages": 2,
     }  # fmt: skip
-    kernel = SimpleNamespace(__name__=name, arg_names=["N", "P", "Q", "tiles_h", "tiles_w"])
+    kernel = SimpleNamespace(__name__=name, arg_names=["N", "P", "Q", "tiles_h", "tiles_w", "C", "K"])
     constants |= changes
     tiles = 8 // constants["ROWS"], 8192 // constants["COLUMNS"]
-    args = (1, height, 8192, *tiles)
+    args = (1, height, 8192, *tiles, channels, 128)
     return triton_rate(SimpleNamespace(kernel=kernel, grid=(programs,), args=args, kwargs=constants), architecture)
 
 
@@ -49,8 +50,9 @@ def test_more_bytes_from_the_l2_cache_or_a_prologue_never_attain_more():
     assert launch("_conv3x3_dgrad_kernel", **(narrow | {"BLOCK_C": 32, "BLOCK_K": 64})) == plain
 
 
-def test_what_a_tile_multiplies_outside_the_picture_is_lost():
+def test_what_a_tile_multiplies_outside_the_picture_or_the_channels_is_lost():
     assert launch(height=5) == pytest.approx(launch() * 5 / 8)
+    assert launch(channels=96) == pytest.approx(launch() * 3 / 4)
 
 
 @pytest.mark.parametrize("architecture", CHIPS)

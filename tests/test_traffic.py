@@ -435,8 +435,12 @@ def test_every_pass_has_a_layer(step):
     model = NETS[name].model(reference)
     kinds = (torch.nn.Conv2d, torch.nn.ConvTranspose2d)
     convolutions = {key for key, module in model.named_modules() if isinstance(module, kinds)}
-    expected = sorted(convolutions | ({"loss"} if mode == "training" else set()))
-    assert counts()[step]["layers"] == {"fastunet": expected, "eager": expected}
+    expected = convolutions | ({"loss"} if mode == "training" else set())
+    found = counts()[step]["layers"]
+    assert found["eager"] == sorted(expected)
+    # Without gradients a 1×1 head is part of the convolution before it.
+    heads = {key for key in convolutions if model.get_submodule(key).kernel_size == (1, 1)}
+    assert found["fastunet"] == sorted(expected - heads if mode == "inference" else expected)
 
 
 # GB from the design, at base 64, 8×3×512×512, bfloat16: counted there by hand, layer by layer. A twentieth is granted
