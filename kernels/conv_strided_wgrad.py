@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastunet.aten import stats_dtype
 from fastunet.kernels.common import OPTIONS, Source, accumulator, load_affine, precision, sum_slabs, tile_place
-from fastunet.kernels.conv3x3 import replace, tile_place
+from fastunet.kernels.conv3x3 import replace
 from fastunet.kernels.strided import as_rows, load_pixels, parts
 from fastunet.kernels.tiles import choose_strided, movable
 
