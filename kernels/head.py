@@ -96,7 +96,7 @@ def _head_stats_kernel(
     ce_sum = tl.zeros([BLOCK_P, BLOCK_K], ACC)
     w_sum = tl.zeros([BLOCK_P, BLOCK_K], ACC)
     spread_sum = tl.zeros([BLOCK_P, BLOCK_K], ACC)
-    for tile in range(program, (pixels - 1) // BLOCK_P + 1, programs):  # cdiv would overflow just below 2³¹
+    for tile in range(program, tl.cdiv(pixels.to(tl.int64), BLOCK_P).to(tl.int32), programs):
         pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         x = _logits(
             x_ptr, affine_ptr, w_ptr, bias_ptr, n * pixels + pixel, k, pixel < pixels, C, K, HAS_AFFINE, RELU, HAS_BIAS,
@@ -147,7 +147,7 @@ def _head_stats_backward_kernel(
     sum_g = tl.zeros([BLOCK_C], ACC)
     dw = tl.zeros([BLOCK_C, BLOCK_K], ACC)
     dbias = tl.zeros([BLOCK_P, BLOCK_K], ACC)
-    for tile in range(program, (pixels - 1) // BLOCK_P + 1, programs):  # cdiv would overflow just below 2³¹
+    for tile in range(program, tl.cdiv(pixels.to(tl.int64), BLOCK_P).to(tl.int32), programs):
         pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = pixel < pixels
         at = n * pixels + pixel
