@@ -16,6 +16,7 @@ from fastunet.ops import BACKENDS, resolve_backend, triton_unavailable
 
 OPERATIONS = (
     "conv2d",
+    "conv2d_act",
     "conv_transpose2d",
     "max_pool2x2",
     "upsample_concat",

@@ -39,6 +39,7 @@ class Case:
     truth: Function
     labels: tuple[int, tuple[int, ...]] | None = None  # (number of classes, shape)
     quick: bool = True
+    backward: bool = True  # False: without a derivative
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,32 @@ def _conv_case(
     return Case(name, shape, inputs, ours, lambda t: _conv(t, plain.conv2d, size, **settings), quick=quick)
 
 
+def _act_case(x: tuple[int, ...], weight: tuple[int, ...], classes: int) -> Case:
+    """A convolution, the normalisation and ReLU behind it, and a 1×1 convolution if there are ``classes``."""
+
+    def ours(inputs: Tensors, backend: str) -> Any:
+        z, _ = ops.conv2d_act(
+            inputs["x"], None, False, None, None, False, inputs["weight"], None, x[2:], (0, 0, 0, 0),
+            inputs["affine"], True, False, inputs.get("head"), None, backend,
+        )  # fmt: skip
+        return z
+
+    def truth(inputs: Tensors) -> Any:
+        size, offset = x[2:], (0, 0, 0, 0)
+        y, *_ = plain.conv2d(
+            inputs["x"], None, False, None, None, False, inputs["weight"], None, 1, size, offset, False
+        )  # fmt: skip
+        z = plain.affine_act(y, inputs["affine"], True)
+        head = inputs.get("head")
+        return z if head is None else torch.nn.functional.conv2d(z, head)
+
+    inputs = {"x": x, "weight": weight, "affine": (3, weight[0])}
+    if classes:
+        inputs["head"] = (classes, weight[0], 1, 1)
+    shape = f"{_by(x)}, {_by(weight)}{f', head {classes}' if classes else ''}"
+    return Case("conv2d_act", shape, inputs, ours, truth, backward=False)
+
+
 def _transpose_case(x: tuple[int, ...], weight: tuple[int, ...], stats: bool, quick: bool = True) -> Case:
     def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
         result = function(*_source(inputs), True, inputs["weight"], inputs["bias"], stats, *rest)
@@ -259,6 +286,8 @@ CASES = [
     _conv_case("conv2d stride 2", (2, 8, 9, 6), (7, 8, 3, 3), stride=2),
     _conv_case("conv2d 1×1", (2, 16, 5, 7), (3, 16, 1, 1), bias=True, stats=False),
     _conv_case("conv2d", (3, 70, 1, 1), (33, 70, 3, 3), quick=False),
+    _act_case((2, 3, 7, 9), (5, 3, 3, 3), classes=0),
+    _act_case((1, 17, 9, 11), (20, 17, 3, 3), classes=3),
     _transpose_case((2, 8, 5, 4), (8, 5, 2, 2), stats=False),
     _transpose_case((1, 17, 4, 5), (17, 6, 3, 3), stats=True),
     _pool_case((2, 5, 7, 9)),
@@ -283,13 +312,14 @@ def _compare(case: Case, dtype: torch.dtype, device: torch.device, backend: str)
         exact[name] = value.to(_input_dtype(name, shape, dtype)).double().requires_grad_(name != "pixel_weight")
     if case.labels is not None:
         exact["labels"] = torch.randint(case.labels[0], case.labels[1], device=device)
+    parts = ("forward", "backward") if case.backward else ("forward",)
     truth = _outputs_and_gradients(case.truth, exact)
-    ours = _outputs_and_gradients(lambda t: case.ours(t, backend), _rounded(exact, dtype, None))
+    ours = _outputs_and_gradients(lambda t: case.ours(t, backend), _rounded(exact, dtype, None), case.backward)
     own = [
         _outputs_and_gradients(case.truth, _rounded(exact, dtype, form))
         for form in (torch.contiguous_format, torch.channels_last)
     ]
-    for part in ("forward", "backward"):
+    for part in parts:
         allowed = 2 * max(_error(result[part], truth[part]) for result in own) + ROUNDINGS * torch.finfo(dtype).eps
         yield Row(case.name, case.shape, _short(dtype), part, _error(ours[part], truth[part]), allowed)
 
@@ -312,10 +342,12 @@ def _rounded(exact: Tensors, dtype: torch.dtype, form: torch.memory_format | Non
     return result
 
 
-def _outputs_and_gradients(function: Function, inputs: Tensors) -> dict[str, list[Tensor]]:
+def _outputs_and_gradients(function: Function, inputs: Tensors, backward: bool = True) -> dict[str, list[Tensor]]:
     outputs = function(inputs)
     outputs = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
     outputs = [y for y in outputs if y.numel()]
+    if not backward:
+        return {"forward": [y.detach() for y in outputs]}
     generator = torch.Generator().manual_seed(1)
     seeds = [torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y) for y in outputs]
     leaves = [x for x in inputs.values() if x is not None and x.requires_grad]

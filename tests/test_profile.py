@@ -57,7 +57,7 @@ def test_a_step_in_ranges_calls_what_the_ledger_saw(net, mode, monkeypatch):
 def test_ranges_refuse_another_step(monkeypatch):
     monkeypatch.setenv("FASTUNET_BACKEND", "torch")
     with (
-        pytest.raises(RuntimeError, match="next inc conv_transpose2d, got conv2d"),
+        pytest.raises(RuntimeError, match="next inc conv_transpose2d, got bn_affine"),
         Ranges(["inc conv_transpose2d"]),
     ):
         prepare(SMALL[0], "inference", CPU)()
@@ -159,7 +159,7 @@ def test_ncu_is_given_one_kernel_of_the_step():
     done = run(f"--ncu _conv3x3_dgrad_kernel --mode inference {small}")
     assert done.returncode == 2
     assert "expected a kernel of this step, one of _" in done.stderr
-    assert ", _conv3x3_fwd_kernel, _conv_down_fwd_kernel, " in done.stderr
+    assert ", _conv3x3_fwd_kernel, _conv_image_fwd_kernel, " in done.stderr
 
 
 @pytest.mark.parametrize(
