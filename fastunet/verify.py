@@ -167,10 +167,10 @@ def _act_case(x: tuple[int, ...], weight: tuple[int, ...], classes: int) -> Case
         return z
 
     def truth(inputs: Tensors) -> Any:
-        size, offset = x[2:], (0, 0, 0, 0)
-        y, *_ = plain.conv2d(
-            inputs["x"], None, False, None, None, False, inputs["weight"], None, 1, size, offset, False
-        )  # fmt: skip
+        source, filters = inputs["x"], inputs["weight"]
+        assert source is not None
+        assert filters is not None
+        y, *_ = plain.conv2d(source, None, False, None, None, False, filters, None, 1, x[2:], (0, 0, 0, 0), False)
         z = plain.affine_act(y, inputs["affine"], True)
         head = inputs.get("head")
         return z if head is None else torch.nn.functional.conv2d(z, head)
