@@ -82,9 +82,7 @@ def _choose(
         # CDNA prefetches into registers: it has none to spare for a second row or a third stage.
         rows, warps, stages = (1, 4, 2) if name.startswith("gfx") else (2, 8, 3)
         if wgrad:
-            wide = (
-                128 if name == "sm_80" else 32 * rows
-            )  # its matrix rate wants fewer bytes from the L2 cache a product
+            wide = 128 if name == "sm_80" else 32 * rows  # fewer bytes from the L2 cache a product
             return Tile(1, 2 * rows, block(width, 32), block(outputs, wide), block(channels, 32), 4, 2)
         return Tile(images, rows, columns, block(outputs, 64), block(channels, 32), warps, stages)
     rows = 2 if name == "sm_90" else 1  # 128 accumulators a thread leave registers for the epilogue on Hopper only
