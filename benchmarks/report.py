@@ -208,6 +208,12 @@ def roofline(rows: Sequence[Row], path: Path) -> bool:
     return True
 
 
+def draw(rows: Sequence[Row], gpu: str, folder: Path) -> Path | None:
+    """:func:`roofline` of the latest rows of ``gpu``, into ``folder``; its path, or None where nothing is drawn."""
+    path = folder / f"{slug(gpu)}.svg"
+    return path if roofline([row for row in latest(rows) if row["gpu"] == gpu], path) else None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").partition("\n")[0])
@@ -216,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = read(RESULTS)
     if not options.check:
         for gpu in {row["gpu"] for row in rows} - {"cpu"}:
-            roofline([row for row in latest(rows) if row["gpu"] == gpu], RESULTS / f"{slug(gpu)}.svg")
+            draw(rows, gpu, RESULTS)
     pictures = [path.relative_to(ROOT).as_posix() for path in sorted(RESULTS.glob("*.svg"))]
     old = README.read_text()
     new = with_section(old, section(rows, pictures))

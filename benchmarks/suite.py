@@ -678,10 +678,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _draw(results: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The roofline of a GPU's rows, those of earlier runs too; a CPU has none."""
     gpu = rows[0]["gpu"] if rows else "cpu"
-    path = results / f"{report.slug(gpu)}.svg"
-    if gpu != "cpu" and report.roofline(
-        [row for row in report.latest(report.read(results)) if row["gpu"] == gpu], path
-    ):
+    if gpu != "cpu" and (path := report.draw(report.read(results), gpu, results)):
         print(f"roofline: {path}")
 
 

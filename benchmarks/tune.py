@@ -226,10 +226,13 @@ def modelled(case: Case, gpu: str) -> dict[str, Any]:
 
     kind = KINDS[case.mode]
     with table.observed() as asked:
-        passes = {name: _modelled_passes(case, gpu, name) for name in ("triton", "cudnn")}
-    microseconds = {name: _microseconds(found, gpu) for name, (found, _) in passes.items()}
+        _modelled_passes(case, gpu, "triton")
     key, rule = asked[kind]
-    tile = rule
+    tile = rule  # not what the table has now
+    choices = {"triton": rule, "cudnn": "cudnn"}
+    microseconds = {
+        name: _microseconds(_modelled_passes(case, gpu, choice)[0], gpu) for name, choice in choices.items()
+    }
     for other in neighbours(rule, case, kind):
         if other.warps != rule.warps or other.stages != rule.stages:  # of which the model knows too little
             continue
@@ -246,8 +249,8 @@ def _modelled_passes(case: Case, gpu: str, choice: Any) -> tuple[list[traffic.Pa
     """The passes of a layer in one direction by an algorithm or with a tile, and their first launch."""
     from fastunet.kernels import table
 
-    forced = {KINDS[case.mode]: choice} if choice != "triton" else {}
-    with torch.device("meta"), torch.no_grad(), trace(traffic.GPUS[gpu][0]) as calls, table.forced(forced):
+    forced = table.forced({KINDS[case.mode]: choice})
+    with torch.device("meta"), torch.no_grad(), trace(traffic.GPUS[gpu][0]) as calls, forced:
         operands = case.operands("meta")
         results = torch.ops.fastunet.conv2d(*operands, "triton")
         if case.mode != "inference":

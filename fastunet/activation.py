@@ -148,6 +148,15 @@ def _operands(
     return act._replace(x=x), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
+def _convolved(placed: Placed, conv: nn.Conv2d, config: Config) -> tuple[Tensor, tuple[Any, ...]]:
+    """The first source's tensor; and both sources, the weight and the bias, as operators take them."""
+    first, weight, bias = _operands(placed.first, conv.weight, conv.bias, config)
+    second: tuple[Any, ...] = (None, None, False)
+    if placed.second is not None:
+        second = placed.second._replace(x=placed.second.x.to(first.x.dtype)).source
+    return first.x, (*first.source, *second, weight, bias)
+
+
 class Raw(NamedTuple):
     """A convolution's output and, where asked for, its batch statistics over (N, H, W) and its values 2×2-pooled."""
 
@@ -162,13 +171,10 @@ def conv2d(placed: Placed, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, pool: b
 
     With the statistics that ``norm`` needs; if ``pool``, also pooled for a normalisation by it.
     """
-    first, weight, bias = _operands(placed.first, conv.weight, conv.bias, config)
-    second = placed.second
-    x1, affine1, relu1 = (None, None, False) if second is None else second.source
+    x, operands = _convolved(placed, conv, config)
     stats = norm is not None and uses_batch_stats(norm)
     y, mean, var, _, pooled = ops.call(
-        ops.conv2d, *first.source, None if x1 is None else x1.to(first.x.dtype), affine1, relu1, weight, bias,
-        conv.stride[0], placed.size, placed.offset, stats, config.stores(first.x),
+        ops.conv2d, *operands, conv.stride[0], placed.size, placed.offset, stats, config.stores(x),
         pool, norm.weight if pool and norm is not None else None, config.backend,
     )  # fmt: skip
     return Raw(y, mean, var, pooled if pool else None)
@@ -185,18 +191,14 @@ def conv2d_act(
 ) -> Activation:
     """A 3×3 convolution of stride 1, and behind it a normalisation by running statistics and a ReLU: without gradients,
     the value itself, so that whoever reads it multiplies what is stored; or what a ``head`` makes of it."""
-    first, weight, bias = _operands(placed.first, conv.weight, conv.bias, config)
-    second = placed.second
-    x1, affine1, relu1 = (None, None, False) if second is None else second.source
-    affine = None
-    if norm is not None:
-        affine = _affine(norm, stats_dtype(first.x.dtype), config)
-    heads: list[Tensor | None] = [None, None]
+    x, operands = _convolved(placed, conv, config)
+    affine = None if norm is None else _affine(norm, stats_dtype(x.dtype), config)
+    head_weight, head_bias = None, None
     if head is not None:
-        heads = [None if t is None else t.to(first.x.dtype) for t in (head.weight, head.bias)]
+        _, head_weight, head_bias = _operands(Activation(x), head.weight, head.bias, config)
     z, pooled = ops.call(
-        ops.conv2d_act, *first.source, None if x1 is None else x1.to(first.x.dtype), affine1, relu1, weight, bias,
-        placed.size, placed.offset, affine, relu, pool, *heads, config.backend,
+        ops.conv2d_act, *operands, placed.size, placed.offset, affine, relu, pool, head_weight, head_bias,
+        config.backend,
     )  # fmt: skip
     return Activation(z, pooled=pooled if pool else None, headed=head is not None)
 

@@ -122,11 +122,12 @@ def lazily(modules: list[nn.Module], placed: Placed, config: Config) -> Activati
     layers, rest = _split(modules)
     for number, (conv, norm, relu) in enumerate(layers, 1):
         if isinstance(conv, nn.Conv2d):
+            last = number == len(layers) and not rest
             # Pooled where it is written, if nothing but the pooling comes next and its value is not stored for it.
-            last = number == len(layers) and not rest and min(placed.size) >= 2 * conv.stride[0]
-            pool = config.pool and last and not config.stores(placed.first.x)
+            pool = config.pool and last and min(placed.size) >= 2 * conv.stride[0]
+            pool = pool and not config.stores(placed.first.x)
             if _known_before(conv, norm):
-                head = config.head if number == len(layers) and not rest else None
+                head = config.head if last else None
                 placed = Placed.alone(conv2d_act(placed, conv, norm, relu, pool, head, config))
                 continue
             raw = conv2d(placed, conv, norm, pool, config)

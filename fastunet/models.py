@@ -101,13 +101,13 @@ class _LogitNetwork(_Network):
         """An :class:`OutConv`, a 1×1 convolution, or what somebody put in its place."""
         raise NotImplementedError
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self._logits(*self._decode(x, head_conv(self._head)))
 
     def _logits(self, act: Activation, config: Config) -> Tensor:
-        head = self._head
         if act.headed:
             return act.tensor(config)
+        head = self._head
         if isinstance(head, LazyBlock):
             return run(head, Placed.alone(act), config).tensor(config)
         return lazily([head], Placed.alone(act), config).tensor(config)
@@ -252,9 +252,6 @@ class UNet(_LogitNetwork):
     @property
     def _head(self) -> nn.Module:
         return self.outc
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._forward(x)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Upstream checkpoints carry the mask's values among the weights: kept as an attribute.
@@ -422,9 +419,6 @@ class PlainUNet(_HubNetwork):
     def _head(self) -> nn.Module:
         return self.output
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._forward(x)
-
 
 class BrainUNet(_HubNetwork):
     """mateuszbuda's brain-segmentation U-Net as published on PyTorch Hub: its state_dict keys and outputs.
@@ -477,4 +471,4 @@ class BrainUNet(_HubNetwork):
         return self.conv
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self._forward(x))
+        return torch.sigmoid(super().forward(x))

@@ -108,14 +108,8 @@ def _module(backend: str) -> ModuleType:
     return kernels
 
 
-_DECIDING = (
-    "x0",
-    "x",
-    "logits",
-    "mask",
-    "mean",
-    "var",
-)  # whose dtype and device decide the backend: the first there is
+# Whose dtype and device decide the backend: the first there is.
+_DECIDING = ("x0", "x", "logits", "mask", "mean", "var")
 
 
 @functools.cache

@@ -98,10 +98,9 @@ def conv2d_act(
     sources = placed(x0, affine0, relu0, x1, affine1, relu1, offset)
     pooled: Tensor | None = None
     head = None if head_weight is None else (head_weight, head_bias)
-    compute = computing("conv3x3_fwd", sources, weight.shape[0], size[1], mixed)
     if len(sources) == 1 and serves(sources[0], size, weight):
         z, _, _ = conv_image(sources[0], weight, bias, False, affine, relu)
-    elif compute is conv3x3:
+    elif (compute := computing("conv3x3_fwd", sources, weight.shape[0], size[1], mixed)) is conv3x3:
         z, _, _, pooled = conv3x3(sources, size, weight, bias, False, pool, None, affine, relu, head)
         head = None
     else:

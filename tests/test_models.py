@@ -753,6 +753,14 @@ def test_another_dtype_than_the_weights_is_refused() -> None:
         fastunet.UNet(3, 2, base_c=4, backend="torch")(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_a_head_of_another_dtype_is_refused(grad: bool) -> None:
+    model = fastunet.UNet(3, 2, base_c=4, backend="torch").eval()
+    model.outc.double()
+    with torch.set_grad_enabled(grad), pytest.raises(TypeError, match="one dtype"):
+        model(torch.zeros(1, 3, 32, 32))
+
+
 @pytest.mark.parametrize("option", ["backend", "policy"])
 def test_unknown_options_are_refused(option: str) -> None:
     with pytest.raises(ValueError, match=f"{option} must be one of"):

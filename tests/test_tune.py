@@ -259,12 +259,25 @@ tune.main(["--model", "--only", "8x64x512x512"])
 """
 
 
-def test_the_model_gives_deep_layers_to_cudnn_and_wide_ones_to_triton(tmp_path):
-    path = tmp_path / "tiles.json"
+AGAIN = """
+from pathlib import Path
+from benchmarks import tune
+from fastunet.kernels import table
+
+table.PATH = Path({path!r})
+for _ in range(2):
+    tune.main(["--model", "--only", "1x128x128x128-bfloat16-inference-k128"])
+    table.entries.cache_clear()
+    print("TABLE", table.PATH.read_text().replace("\\n", " "))
+"""
+
+
+def model(script: str, path: Path) -> str:
+    """What ``script`` prints, which writes a table that is empty before; compiled, not interpreted."""
     path.write_text("[]")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", MODEL.format(path=str(path))],
+        [sys.executable, "-c", script.format(path=str(path))],
         cwd=ROOT,
         env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -273,8 +286,20 @@ def test_the_model_gives_deep_layers_to_cudnn_and_wide_ones_to_triton(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_what_the_table_has_does_not_change_what_the_model_says(tmp_path):
+    first, second = (line for line in model(AGAIN, tmp_path / "tiles.json").splitlines() if line.startswith("TABLE"))
+    assert first == second
+    assert '"tile"' in first
+
+
+def test_the_model_gives_deep_layers_to_cudnn_and_wide_ones_to_triton(tmp_path):
+    path = tmp_path / "tiles.json"
+    said = model(MODEL, path)
     written = json.loads(path.read_text())
     assert {line["source"] for line in written} == {tune.MODELLED}
     cudnn = {(line["key"][4], line["key"][6]) for line in written if "algorithm" in line}
     assert cudnn == {("512", 64), ("512+512", 64)}
-    assert "8x64x512x512-bfloat16-inference-k64 " in done.stdout
+    assert "8x64x512x512-bfloat16-inference-k64 " in said
