@@ -7,6 +7,7 @@ Accumulation is float32, or float64 for float64 tensors (interpreter only).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from triton.language.core import PropagateNan
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastunet.architecture import architecture
 from fastunet.aten import stats_dtype
 
 PROPAGATE_ALL = tl.constexpr(PropagateNan.ALL)
@@ -84,6 +86,22 @@ class Source:
         self.affine_or_x = self.x if affine is None else affine.contiguous()
 
 
+_real_words: dict[torch.device, Tensor] = {}
+
+
+def real_word(device: torch.device) -> Tensor:
+    """The word that :func:`normalise_real` reads, int32 (1,): the sign bit alone."""
+    word = _real_words.get(device)
+    if word is None:
+        word = torch.full((1,), -(2**31), dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return word  # which each replay of the graph fills
+            torch.cuda.current_stream(device).synchronize()  # any stream may read it from now on
+        _real_words[device] = word
+    return word
+
+
 @triton.jit
 def load_affine(affine_ptr, c, C, HAS_AFFINE: tl.constexpr, ACC: tl.constexpr):
     """Rows scale, shift, centre of an affine (3, C) at channels ``c``; identity without one, 0 beyond C."""
@@ -99,8 +117,12 @@ def load_affine(affine_ptr, c, C, HAS_AFFINE: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def normalise(x, scale, shift, centre, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr):
-    """act(scale·(x − centre) + shift) in the accumulator dtype; vectors broadcast against x's last axis.
+def normalise(
+    x, scale, shift, centre, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
+    most=None, AXIS: tl.constexpr = 1,
+):  # fmt: skip
+    """act(scale·(x − centre) + shift) in the accumulator dtype, of vectors along x's ``AXIS`` of channels; the shift is
+    at most ``most``, of pixels along the other.
 
     16-bit x: one multiply-add with the folded shift, whose rounding is far below x's own. Wider x: the difference
     first, so that a mean much larger than the deviation costs no digits.
@@ -108,12 +130,71 @@ def normalise(x, scale, shift, centre, HAS_AFFINE: tl.constexpr, RELU: tl.conste
     z = x.to(ACC)
     if HAS_AFFINE:
         if x.dtype.primitive_bitwidth == 16:
-            z = z * scale[None, :] + (shift - scale * centre)[None, :]
+            shift -= scale * centre
         else:
-            z = (z - centre[None, :]) * scale[None, :] + shift[None, :]
+            z -= tl.expand_dims(centre, 1 - AXIS)
+        shift = tl.expand_dims(shift, 1 - AXIS)
+        if most is not None:
+            shift = tl.minimum(shift, tl.expand_dims(most, AXIS), propagate_nan=PROPAGATE_ALL)
+        z = z * tl.expand_dims(scale, 1 - AXIS) + shift
     if RELU:
         z = tl.maximum(z, 0.0, propagate_nan=PROPAGATE_ALL)
     return z
+
+
+@triton.jit
+def normalise_real(
+    x, real, real_ptr, scale, shift, centre,
+    HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """:func:`normalise` in x's dtype; where ``MASKED``, 0 for pixels that are not ``real``, of which x is 0.
+
+    A ReLU makes 0 of a shift of −∞. Triton normalises a dot's operand in the registers that multiply it only if all
+    that goes into it was loaded: so is this shift's bound, from :func:`real_word`.
+    """
+    if MASKED and HAS_AFFINE and RELU:
+        found = tl.load(real_ptr + tl.zeros(real.shape, tl.int32), mask=real, other=0)
+        most = (found ^ -0x800000).to(tl.float32, bitcast=True).to(ACC)  # ∞ where real, else −∞
+        z = normalise(x, scale, shift, centre, True, True, ACC, most, AXIS)
+    else:
+        z = normalise(x, scale, shift, centre, HAS_AFFINE, RELU, ACC, AXIS=AXIS)
+        if MASKED and HAS_AFFINE:
+            z = tl.where(tl.expand_dims(real, AXIS), z, 0.0)
+    return z.to(x.dtype)
+
+
+# Sums of products over a loop. On Hopper Triton lets the last products of a turn run on into the next one. Where their
+# first operand is normalised in registers, which the next turn rewrites, ptxas then makes each wgmma wait for the one
+# before (its message C7513). So such sums are held as integers: Triton waits for a sum before it is cast. The casts
+# cost no instruction.
+
+
+def held(sources: Sequence[Source]) -> bool:
+    """Whether products with what these sources make are summed as integers."""
+    normalised = any(source.affine is not None or source.relu for source in sources)
+    return normalised and architecture(sources[0].x.device) == "sm_90"
+
+
+@triton.jit
+def hold(acc, HELD: tl.constexpr):
+    """A sum as a loop carries it."""
+    if HELD:
+        acc = acc.to(tl.int64 if acc.dtype == tl.float64 else tl.int32, bitcast=True)
+    return acc
+
+
+@triton.jit
+def release(acc, HELD: tl.constexpr, ACC: tl.constexpr):
+    """The sum that a loop carried."""
+    if HELD:
+        acc = acc.to(ACC, bitcast=True)
+    return acc
+
+
+@triton.jit
+def add_product(acc, a, b, HELD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """The sum plus a·b."""
+    return hold(tl.dot(a, b, release(acc, HELD, ACC), input_precision=PRECISION, out_dtype=ACC), HELD)
 
 
 @triton.jit

@@ -31,16 +31,22 @@ from fastunet.kernels.common import (
     PROPAGATE_ALL,
     Source,
     accumulator,
+    add_product,
     block,
     describe,
     element,
     empty_nhwc,
     halves,
+    held,
+    hold,
     load_affine,
     load_tap,
     nhwc,
     normalise,
+    normalise_real,
     precision,
+    real_word,
+    release,
     sum_slabs,
     tile_place,
 )
@@ -63,38 +69,41 @@ def replace(items, i: tl.constexpr, item):
 
 @triton.jit
 def load_row(
-    x, scale, shift, centre, n, h, w, c, N, H, W, C, h_low, h_high, w_low, w_high,
+    x, real_ptr, scale, shift, centre, n, h, w, c, N, H, W, C, h_low, h_high, w_low, w_high,
     HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    AXIS: tl.constexpr = 1,
 ):  # fmt: skip
-    """Row h of IMAGES pictures: COLUMNS pixels from w on, BLOCK_C channels from c on; normalised, 0 out of bounds."""
+    """Row h of IMAGES pictures: COLUMNS pixels from w on, BLOCK_C channels from c on; normalised, 0 out of bounds,
+    with channels along ``AXIS``."""
     pixel = tl.arange(0, IMAGES * COLUMNS)
     image = n + pixel // COLUMNS
     column = w + pixel % COLUMNS
-    w_stop = tl.where((h >= h_low) & (h < h_high), w_high, w_low)
-    real = (image < N) & (column >= w_low) & (column < w_stop)
+    width = tl.where((h >= h_low) & (h < h_high), w_high - w_low, 0)
+    real = tl.where(image < N, column - w_low, -1).to(tl.uint32) < width.to(tl.uint32)
     if TMA:
         z = x.load([n, h, w, c]).reshape(IMAGES * COLUMNS, BLOCK_C)
+        if AXIS == 0:
+            z = z.T
     else:
         channel = c + tl.arange(0, BLOCK_C)
-        mask = (channel < C)[None, :]
+        mask = tl.expand_dims(channel < C, 1 - AXIS)
         if MASKED:
-            mask = mask & real[:, None]
-        place = ((image.to(tl.int64) * H + h) * W + column)[:, None] * C + channel[None, :]
-        z = tl.load(x + place, mask=mask, other=0.0)
+            mask = mask & tl.expand_dims(real, AXIS)
+        row = ((image.to(tl.int64) * H + h) * W + column) * C
+        z = tl.load(x + (tl.expand_dims(row, AXIS) + tl.expand_dims(channel, 1 - AXIS)), mask=mask, other=0.0)
     if HAS_AFFINE or RELU:
-        z = normalise(z, scale, shift, centre, HAS_AFFINE, RELU, ACC).to(z.dtype)
-        if MASKED:
-            z = tl.where(real[:, None], z, 0.0)
+        z = normalise_real(z, real, real_ptr, scale, shift, centre, HAS_AFFINE, RELU, MASKED, ACC, AXIS)
     return z
 
 
 @triton.jit
 def _accumulate(
-    accs, start, stop, x, affine_ptr, w, n, h, q, N, H, W, h_low, h_high, w_low, w_high, C, c_first, C_LAST, k, K,
+    accs, start, stop, x, affine_ptr, real_ptr, w, n, h, q, N, H, W, h_low, h_high, w_low, w_high,
+    C, c_first, C_LAST, k, K,
     HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, MIRRORED: tl.constexpr, TMA: tl.constexpr,
     IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    HELD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add steps start … stop of one source's share to ROWS rows, whose first pixel lies over its pixel (h, q).
 
@@ -116,22 +125,21 @@ def _accumulate(
         )
         for i in tl.static_range(ROWS + 2):
             z = load_row(
-                x, scale, shift, centre, n, h + (i - 1), q + s - 1, c, N, H, W, C, h_low, h_high, w_low, w_high,
-                HAS_AFFINE, RELU, MASKED, TMA, IMAGES, COLUMNS, BLOCK_C, ACC,
+                x, real_ptr, scale, shift, centre, n, h + (i - 1), q + s - 1, c, N, H, W, C,
+                h_low, h_high, w_low, w_high, HAS_AFFINE, RELU, MASKED, TMA, IMAGES, COLUMNS, BLOCK_C, ACC,
             )  # fmt: skip
             for r in tl.static_range(3):
                 if i - r >= 0 and i - r < ROWS:
-                    acc = tl.dot(z, taps[r], accs[i - r], input_precision=PRECISION, out_dtype=ACC)
-                    accs = replace(accs, i - r, acc)
+                    accs = replace(accs, i - r, add_product(accs[i - r], z, taps[r], HELD, ACC, PRECISION))
     return accs
 
 
 @triton.jit
 def _add_source(
-    accs, x, affine_ptr, w, n, p, q, N, H, W, top, left, P, Q, C, c_first, C_LAST, k, K,
+    accs, x, affine_ptr, real_ptr, w, n, p, q, N, H, W, top, left, P, Q, C, c_first, C_LAST, k, K,
     HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MIRRORED: tl.constexpr, TMA: tl.constexpr, SHARED: tl.constexpr,
     IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    HELD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the share of a source (H, W) placed at (top, left) in the frame (P, Q) to the tile whose first pixel is
     (p, q), or this program's part of it if it is SHARED; pixels are masked only where the tile or its halo leaves
@@ -145,31 +153,34 @@ def _add_source(
     if SHARED:
         begin = steps * tl.program_id(1) // tl.num_programs(1)
         steps = steps * (tl.program_id(1) + 1) // tl.num_programs(1)
-    # TMA fills zeros in, and a plain source needs no more than that. Two loops, of which one is empty, rather than two
+    # TMA fills zeros in; without a shift they need no mask. Two loops, of which one is empty, rather than two
     # branches: their shared memory is then the same.
-    MAY_MASK: tl.constexpr = HAS_AFFINE or RELU or not TMA
+    MAY_MASK: tl.constexpr = HAS_AFFINE or not TMA
     free = steps
     if MAY_MASK:
         interior = (h > h_low) & (h + ROWS < h_high) & (first > w_low) & (first + COLUMNS < w_high) & (n + IMAGES <= N)
         free = tl.where(interior, steps, begin)
     accs = _accumulate(
-        accs, begin, free, x, affine_ptr, w, n, h, first, N, H, W, h_low, h_high, w_low, w_high,
+        accs, begin, free, x, affine_ptr, real_ptr, w, n, h, first, N, H, W, h_low, h_high, w_low, w_high,
         C, c_first, C_LAST, k, K,
-        HAS_AFFINE, RELU, False, MIRRORED, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+        HAS_AFFINE, RELU, False, MIRRORED, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, HELD, ACC, PRECISION,
     )  # fmt: skip
     if MAY_MASK:
         accs = _accumulate(
-            accs, free, steps, x, affine_ptr, w, n, h, first, N, H, W, h_low, h_high, w_low, w_high,
+            accs, free, steps, x, affine_ptr, real_ptr, w, n, h, first, N, H, W, h_low, h_high, w_low, w_high,
             C, c_first, C_LAST, k, K,
-            HAS_AFFINE, RELU, True, MIRRORED, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+            HAS_AFFINE, RELU, True, MIRRORED, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, HELD, ACC, PRECISION,
         )  # fmt: skip
     return accs
 
 
 @triton.jit
-def _zeros(IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
+def _zeros(
+    IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
+    HELD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """The sums of ROWS rows."""
-    return (tl.zeros([IMAGES * COLUMNS, BLOCK_K], ACC),) * ROWS
+    return (hold(tl.zeros([IMAGES * COLUMNS, BLOCK_K], ACC), HELD),) * ROWS
 
 
 @triton.jit
@@ -290,12 +301,13 @@ def _store_share(
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv3x3_fwd_kernel(
-    x, affine_ptr, x1, affine1_ptr, w, bias_ptr, affine_y_ptr, head_ptr, head_bias_ptr, y, mean_ptr, m2_ptr, count_ptr,
-    pooled, pool_scale_ptr, N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles_h, tiles_w, LOGITS,
+    x, affine_ptr, x1, affine1_ptr, real_ptr, w, bias_ptr, affine_y_ptr, head_ptr, head_bias_ptr,
+    y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr,
+    N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles_h, tiles_w, LOGITS,
     AFFINE: tl.constexpr, RELU: tl.constexpr, TWO: tl.constexpr, AFFINE1: tl.constexpr, RELU1: tl.constexpr,
     BIAS: tl.constexpr, AFFINE_Y: tl.constexpr, RELU_Y: tl.constexpr, STATS: tl.constexpr,
     POOL: tl.constexpr, POOL_SCALE: tl.constexpr, HEAD: tl.constexpr, HEAD_BIAS: tl.constexpr, TMA: tl.constexpr,
-    SHARED: tl.constexpr,
+    SHARED: tl.constexpr, HELD: tl.constexpr,
     IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -304,15 +316,17 @@ def _conv3x3_fwd_kernel(
     k = tl.program_id(0) % blocks * BLOCK_K
     n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, ROWS, COLUMNS)
     accs = _add_source(
-        _zeros(IMAGES, ROWS, COLUMNS, BLOCK_K, ACC), x, affine_ptr, w, n, p, q, N, H, W, top, left, P, Q,
-        C, 0, C + C1, k, K,
-        AFFINE, RELU, False, TMA, SHARED, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+        _zeros(IMAGES, ROWS, COLUMNS, BLOCK_K, HELD, ACC), x, affine_ptr, real_ptr, w, n, p, q,
+        N, H, W, top, left, P, Q, C, 0, C + C1, k, K,
+        AFFINE, RELU, False, TMA, SHARED, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, HELD, ACC, PRECISION,
     )  # fmt: skip
     if TWO:
         accs = _add_source(
-            accs, x1, affine1_ptr, w, n, p, q, N, H1, W1, top1, left1, P, Q, C1, C, C + C1, k, K,
-            AFFINE1, RELU1, False, TMA, SHARED, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+            accs, x1, affine1_ptr, real_ptr, w, n, p, q, N, H1, W1, top1, left1, P, Q, C1, C, C + C1, k, K,
+            AFFINE1, RELU1, False, TMA, SHARED, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, HELD, ACC, PRECISION,
         )  # fmt: skip
+    for i in tl.static_range(ROWS):
+        accs = replace(accs, i, release(accs[i], HELD, ACC))
     filters = k + tl.arange(0, BLOCK_K)
     if SHARED:
         _store_share(accs, y, n, p, q, N, P, Q, filters, K, K, IMAGES, ROWS, COLUMNS)
@@ -347,8 +361,9 @@ def _conv3x3_dgrad_kernel(
     if TWO:
         c_first = tl.where(block < blocks0, c_first, C_FIRST + C + (block - blocks0) * BLOCK_C)
     accs = _add_source(
-        _zeros(IMAGES, ROWS, COLUMNS, BLOCK_C, ACC), dy, dy, w, n, p, q, N, P, Q, 0, 0, P, Q, K, 0, K, c_first, C_TOTAL,
-        False, False, True, TMA, SHARED, IMAGES, ROWS, COLUMNS, BLOCK_K, BLOCK_C, ACC, PRECISION,
+        _zeros(IMAGES, ROWS, COLUMNS, BLOCK_C, False, ACC), dy, dy, dy, w, n, p, q, N, P, Q, 0, 0, P, Q,
+        K, 0, K, c_first, C_TOTAL,
+        False, False, True, TMA, SHARED, IMAGES, ROWS, COLUMNS, BLOCK_K, BLOCK_C, False, ACC, PRECISION,
     )  # fmt: skip
     if SHARED:
         stop = C_FIRST + C
@@ -506,7 +521,7 @@ def conv3x3(
     scale = None if pool_scale is None else pool_scale.contiguous()
     _conv3x3_fwd_kernel[(tiles * triton.cdiv(filters, tile.outputs), tile.shares)](
         operand(x, tile, tile.reduction), first.affine_or_x,
-        operand(second.x, tile, tile.reduction), second.affine_or_x,
+        operand(second.x, tile, tile.reduction), second.affine_or_x, real_word(x.device),
         _weights(weight, tile, tile.outputs, tile.reduction), x if bias is None else bias.contiguous(),
         x if affine is None else affine.contiguous(),
         x if head_weight is None else head_weight.contiguous(), x if head_bias is None else head_bias.contiguous(),
@@ -521,7 +536,7 @@ def conv3x3(
         BIAS=bias is not None and alone, AFFINE_Y=affine is not None and alone, RELU_Y=relu and alone,
         STATS=stats and alone, POOL=pool, POOL_SCALE=pool and scale is not None,
         HEAD=block(classes, 256) if heads else 0, HEAD_BIAS=heads and head_bias is not None,
-        TMA=tile.tma, SHARED=not alone,
+        TMA=tile.tma, SHARED=not alone, HELD=held(sources),
         IMAGES=tile.images, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,

@@ -27,6 +27,7 @@ from fastunet.kernels.common import (
     accumulator,
     load_affine,
     precision,
+    real_word,
     sum_slabs,
     tile_place,
 )
@@ -39,7 +40,7 @@ SIZES = ["N", "H", "W", "top", "left", "H1", "W1", "top1", "left1", "P", "Q", "t
 
 @triton.jit
 def _accumulate(
-    accs, start, stop, x, affine_ptr, dy, s, c, C, k, K, N, H, W, top, left, P, Q, tiles_h, tiles_w,
+    accs, start, stop, x, affine_ptr, real_ptr, dy, s, c, C, k, K, N, H, W, top, left, P, Q, tiles_h, tiles_w,
     HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
     IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -54,15 +55,15 @@ def _accumulate(
         rows = ()
         for i in tl.static_range(ROWS + 2):
             row = load_row(
-                dy, none, none, none, n, h + top + (i - 1), w + left + 1 - s, k, N, P, Q, K, 0, P, 0, Q,
+                dy, dy, none, none, none, n, h + top + (i - 1), w + left + 1 - s, k, N, P, Q, K, 0, P, 0, Q,
                 False, False, True, TMA, IMAGES, COLUMNS, BLOCK_K, ACC,
             )  # fmt: skip
             rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
         for i in tl.static_range(ROWS):
             z = load_row(
-                x, scale, shift, centre, n, h + i, w, c, N, H, W, C, h_low, h_high, w_low, w_high,
-                HAS_AFFINE, RELU, MASKED, TMA, IMAGES, COLUMNS, BLOCK_C, ACC,
-            ).T  # fmt: skip
+                x, real_ptr, scale, shift, centre, n, h + i, w, c, N, H, W, C, h_low, h_high, w_low, w_high,
+                HAS_AFFINE, RELU, MASKED, TMA, IMAGES, COLUMNS, BLOCK_C, ACC, 0,
+            )  # fmt: skip
             for r in tl.static_range(3):  # dY's row h + i − r + 1 is number i − r + 2
                 acc = tl.dot(z, rows[i - r + 2], accs[r], input_precision=PRECISION, out_dtype=ACC)
                 accs = replace(accs, r, acc)
@@ -71,7 +72,7 @@ def _accumulate(
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv3x3_wgrad_kernel(
-    x, affine_ptr, x1, affine1_ptr, dy, partial_ptr,
+    x, affine_ptr, x1, affine1_ptr, real_ptr, dy, partial_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles, tiles_h, tiles_w, tiles1, tiles1_h, tiles1_w, slabs,
     AFFINE: tl.constexpr, RELU: tl.constexpr, TWO: tl.constexpr, AFFINE1: tl.constexpr, RELU1: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr,
@@ -98,7 +99,7 @@ def _conv3x3_wgrad_kernel(
     if TWO:
         stop = tl.where(block < blocks0, stop, start)  # two loops, of which one is empty
     accs = _accumulate(
-        accs, start, stop, x, affine_ptr, dy, s, c, C, k, K, N, H, W, top, left, P, Q, tiles_h, tiles_w,
+        accs, start, stop, x, affine_ptr, real_ptr, dy, s, c, C, k, K, N, H, W, top, left, P, Q, tiles_h, tiles_w,
         AFFINE, RELU, MASKED, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
     )  # fmt: skip
     if TWO:
@@ -106,7 +107,7 @@ def _conv3x3_wgrad_kernel(
         start = slab * per_slab
         stop = tl.where(block < blocks0, start, tl.minimum(start + per_slab, tiles1))
         accs = _accumulate(
-            accs, start, stop, x1, affine1_ptr, dy, s, tl.maximum(c - blocks0 * BLOCK_C, 0), C1, k, K,
+            accs, start, stop, x1, affine1_ptr, real_ptr, dy, s, tl.maximum(c - blocks0 * BLOCK_C, 0), C1, k, K,
             N, H1, W1, top1, left1, P, Q, tiles1_h, tiles1_w,
             AFFINE1, RELU1, MASKED, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
         )  # fmt: skip
@@ -151,7 +152,8 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
     partial = dy.new_empty((slabs, filters, 3, 3, channels), dtype=stats_dtype(dy.dtype))
     _conv3x3_wgrad_kernel[(slabs * blocks * 3,)](
         operand(first.x, tile, tile.reduction), first.affine_or_x,
-        operand(second.x, tile, tile.reduction), second.affine_or_x, operand(dy, tile, tile.outputs), partial,
+        operand(second.x, tile, tile.reduction), second.affine_or_x, real_word(dy.device),
+        operand(dy, tile, tile.outputs), partial,
         batch, first.height, first.width, first.top, first.left, second.height, second.width, second.top, second.left,
         height, width, first.channels, channels - first.channels, filters,
         tiles, grids[0][1], grids[0][2], tiles1, grids[1][1], grids[1][2], slabs,

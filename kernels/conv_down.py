@@ -25,12 +25,17 @@ from fastunet.kernels.common import (
     OPTIONS,
     Source,
     accumulator,
+    add_product,
     describe,
     element,
     empty_nhwc,
+    held,
+    hold,
     load_affine,
     load_tap,
     precision,
+    real_word,
+    release,
     sum_slabs,
     tile_place,
 )
@@ -43,11 +48,11 @@ SIZES = ["N", "H", "W", "P", "Q", "tiles_h", "tiles_w"]
 
 @triton.jit
 def _accumulate(
-    acc, start, stop, x, affine_ptr, w, n, p, q, N, H, W, C, k, K,
+    acc, start, stop, x, affine_ptr, real_ptr, w, n, p, q, N, H, W, C, k, K,
     KSIZE: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr, K_FIRST: tl.constexpr,
     HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, TMA_W: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    HELD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add steps start … stop, each a block of channels at one column of the filter."""
     PAD: tl.constexpr = WIDE - 1
@@ -58,49 +63,50 @@ def _accumulate(
         scale, shift, centre = load_affine(affine_ptr, c + tl.arange(0, BLOCK_C), C, HAS_AFFINE, ACC)
         for r in tl.static_range(KSIZE):
             z = load_pixels(
-                x, scale, shift, centre, n, STRIDE * p + r - PAD, q, s - PAD, c, N, H, W, C, WIDE,
+                x, real_ptr, scale, shift, centre, n, STRIDE * p + r - PAD, q, s - PAD, c, N, H, W, C, WIDE,
                 HAS_AFFINE, RELU, MASKED, TMA, IMAGES, COLUMNS, BLOCK_C, ACC,
             )  # fmt: skip
             weights = load_tap(w, k, c, r * TAPS + s, K, C, KSIZE * TAPS, K_FIRST, TMA_W, BLOCK_C, BLOCK_K)
-            acc = tl.dot(z, weights, acc, input_precision=PRECISION, out_dtype=ACC)
+            acc = add_product(acc, z, weights, HELD, ACC, PRECISION)
     return acc
 
 
 @triton.jit
 def _sum(
-    x, affine_ptr, w, n, p, q, N, H, W, C, k, K,
+    x, affine_ptr, real_ptr, w, n, p, q, N, H, W, C, k, K,
     KSIZE: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr, K_FIRST: tl.constexpr,
     HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, TMA: tl.constexpr, TMA_W: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    HELD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sum [IMAGES·COLUMNS, BLOCK_K] at the tile whose first pixel is (p, q)."""
-    acc = tl.zeros([IMAGES * COLUMNS, BLOCK_K], ACC)
+    acc = hold(tl.zeros([IMAGES * COLUMNS, BLOCK_K], ACC), HELD)
     steps = tl.cdiv(C, BLOCK_C) * (2 * WIDE - 1)
     # As in conv3x3.py: two loops, of which one is empty.
-    MAY_MASK: tl.constexpr = HAS_AFFINE or RELU or not TMA
+    MAY_MASK: tl.constexpr = HAS_AFFINE or not TMA
     free = steps
     if MAY_MASK:
         above = (p >= WIDE - 1) & (q >= WIDE - 1) & (n + IMAGES <= N)
         below = (STRIDE * (p + 1) <= H) & (WIDE * (q + COLUMNS) <= W)
         free = tl.where(above & below, steps, 0)
     acc = _accumulate(
-        acc, 0, free, x, affine_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, WIDE, K_FIRST,
-        HAS_AFFINE, RELU, False, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+        acc, 0, free, x, affine_ptr, real_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, WIDE, K_FIRST,
+        HAS_AFFINE, RELU, False, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_C, BLOCK_K, HELD, ACC, PRECISION,
     )  # fmt: skip
     if MAY_MASK:
         acc = _accumulate(
-            acc, free, steps, x, affine_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, WIDE, K_FIRST,
-            HAS_AFFINE, RELU, True, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+            acc, free, steps, x, affine_ptr, real_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, WIDE, K_FIRST,
+            HAS_AFFINE, RELU, True, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_C, BLOCK_K, HELD, ACC, PRECISION,
         )  # fmt: skip
-    return acc
+    return release(acc, HELD, ACC)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv_down_fwd_kernel(
-    x, affine_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, N, H, W, P, Q, C, K, tiles_h, tiles_w,
+    x, affine_ptr, real_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, N, H, W, P, Q, C, K, tiles_h, tiles_w,
     KSIZE: tl.constexpr, STRIDE: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr,
     BIAS: tl.constexpr, STATS: tl.constexpr, TMA: tl.constexpr, TMA_W: tl.constexpr, TMA_Y: tl.constexpr,
+    HELD: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -109,8 +115,8 @@ def _conv_down_fwd_kernel(
     k = tl.program_id(0) % blocks * BLOCK_K
     n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, 1, COLUMNS)
     acc = _sum(
-        x, affine_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, STRIDE, True,
-        AFFINE, RELU, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+        x, affine_ptr, real_ptr, w, n, p, q, N, H, W, C, k, K, KSIZE, STRIDE, STRIDE, True,
+        AFFINE, RELU, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_C, BLOCK_K, HELD, ACC, PRECISION,
     )  # fmt: skip
     filters = k + tl.arange(0, BLOCK_K)
     if BIAS:
@@ -137,8 +143,8 @@ def _conv_down_dgrad_kernel(
     c = tl.program_id(0) % blocks * BLOCK_C
     n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, 1, COLUMNS)
     g = _sum(
-        dy, dy, w, n, p, q, N, H, W, K, c, C, KSIZE, STRIDE, 2 if KSIZE == 3 else 1, KSIZE > 1,
-        False, False, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_K, BLOCK_C, ACC, PRECISION,
+        dy, dy, dy, w, n, p, q, N, H, W, K, c, C, KSIZE, STRIDE, 2 if KSIZE == 3 else 1, KSIZE > 1,
+        False, False, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_K, BLOCK_C, False, ACC, PRECISION,
     )  # fmt: skip
     source_gradient(
         (g,), x, affine_ptr, dx, partial_ptr, tile, n, p, q, c, N, P, Q, C,
@@ -173,12 +179,12 @@ def conv_down(
     partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
     _conv_down_fwd_kernel[(tiles * triton.cdiv(filters, tile.outputs),)](
-        parts(x, tile, tile.reduction, stride, tma), source.affine_or_x,
+        parts(x, tile, tile.reduction, stride, tma), source.affine_or_x, real_word(x.device),
         describe(weight, [tile.outputs, 1, tile.reduction], tma_w),
         x if bias is None else bias.contiguous(), parts(y, tile, tile.outputs, 1, tma_y), *partials, counts,
         batch, x.shape[2], x.shape[3], height, width, channels, filters, tiles_h, tiles_w,
         KSIZE=ksize, STRIDE=stride, AFFINE=source.affine is not None, RELU=source.relu,
-        BIAS=bias is not None, STATS=stats, TMA=tma, TMA_W=tma_w, TMA_Y=tma_y,
+        BIAS=bias is not None, STATS=stats, TMA=tma, TMA_W=tma_w, TMA_Y=tma_y, HELD=held([source]),
         IMAGES=tile.images, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,

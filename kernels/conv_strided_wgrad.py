@@ -20,7 +20,20 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import stats_dtype
-from fastunet.kernels.common import OPTIONS, Source, accumulator, load_affine, precision, sum_slabs, tile_place
+from fastunet.kernels.common import (
+    OPTIONS,
+    Source,
+    accumulator,
+    add_product,
+    held,
+    hold,
+    load_affine,
+    precision,
+    real_word,
+    release,
+    sum_slabs,
+    tile_place,
+)
 from fastunet.kernels.conv3x3 import replace
 from fastunet.kernels.strided import as_rows, load_pixels, parts
 from fastunet.kernels.tiles import choose_strided, movable
@@ -30,12 +43,12 @@ SIZES = ["N", "H", "W", "P", "Q", "tiles", "tiles_h", "tiles_w", "slabs"]
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv_strided_wgrad_kernel(
-    x, affine_ptr, dy, partial_ptr,
+    x, affine_ptr, real_ptr, dy, partial_ptr,
     N, H, W, P, Q, C, K, tiles, tiles_h, tiles_w, slabs,
     KSIZE: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr,
     AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA_X: tl.constexpr, TMA_Y: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    HELD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """partial[slab, …] from x (N,H,W,C) and dY (N,P,Q,K); tiles cover the coarser of the two."""
     WIDE: tl.constexpr = 2 if KSIZE == 3 else 1
@@ -50,41 +63,41 @@ def _conv_strided_wgrad_kernel(
     slab = program // TAPS // blocks_c // blocks_k
     scale, shift, centre = load_affine(affine_ptr, c + tl.arange(0, BLOCK_C), C, AFFINE, ACC)
     none = tl.zeros([BLOCK_K], ACC)
-    accs = (tl.zeros([BLOCK_C, BLOCK_K], ACC),) * KSIZE
+    accs = (hold(tl.zeros([BLOCK_C, BLOCK_K], ACC), HELD),) * KSIZE
     per_slab = tl.cdiv(tiles, slabs)
     for tile in tl.range(slab * per_slab, tl.minimum(slab * per_slab + per_slab, tiles)):
         n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, 1, COLUMNS)
         if UP:
             z = load_pixels(
-                x, scale, shift, centre, n, p, q, 0, c, N, H, W, C,
-                1, AFFINE, RELU, MASKED, TMA_X, IMAGES, COLUMNS, BLOCK_C, ACC,
-            ).T  # fmt: skip
+                x, real_ptr, scale, shift, centre, n, p, q, 0, c, N, H, W, C,
+                1, AFFINE, RELU, MASKED, TMA_X, IMAGES, COLUMNS, BLOCK_C, ACC, 0,
+            )  # fmt: skip
             for r in tl.static_range(KSIZE):
                 row = load_pixels(
-                    dy, none, none, none, n, STRIDE * p + r - PAD, q, s - PAD, k, N, P, Q, K,
+                    dy, dy, none, none, none, n, STRIDE * p + r - PAD, q, s - PAD, k, N, P, Q, K,
                     WIDE, False, False, True, TMA_Y, IMAGES, COLUMNS, BLOCK_K, ACC,
                 )  # fmt: skip
-                acc = tl.dot(z, row, accs[r], input_precision=PRECISION, out_dtype=ACC)
-                accs = replace(accs, r, acc)
+                accs = replace(accs, r, add_product(accs[r], z, row, HELD, ACC, PRECISION))
         else:
             column = s + (WIDE - PAD)
             rows = ()
             for i in tl.static_range(PAD + 1):
                 row = load_pixels(
-                    dy, none, none, none, n, p + i, q + 1 - column // WIDE, 0, k, N, P, Q, K,
+                    dy, dy, none, none, none, n, p + i, q + 1 - column // WIDE, 0, k, N, P, Q, K,
                     1, False, False, True, TMA_Y, IMAGES, COLUMNS, BLOCK_K, ACC,
                 )  # fmt: skip
                 rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
             for a in tl.static_range(STRIDE):
                 z = load_pixels(
-                    x, scale, shift, centre, n, STRIDE * p + a, q, column % WIDE, c, N, H, W, C,
-                    WIDE, AFFINE, RELU, MASKED, TMA_X, IMAGES, COLUMNS, BLOCK_C, ACC,
-                ).T  # fmt: skip
+                    x, real_ptr, scale, shift, centre, n, STRIDE * p + a, q, column % WIDE, c, N, H, W, C,
+                    WIDE, AFFINE, RELU, MASKED, TMA_X, IMAGES, COLUMNS, BLOCK_C, ACC, 0,
+                )  # fmt: skip
                 for r in tl.static_range(KSIZE):
                     if (r + PAD) % STRIDE == a:  # the row of the filter that lies on row STRIDE·p + a of x, over
                         # dY's row p, or p + 1
-                        acc = tl.dot(z, rows[1 if r < PAD else 0], accs[r], input_precision=PRECISION, out_dtype=ACC)
-                        accs = replace(accs, r, acc)
+                        accs = replace(
+                            accs, r, add_product(accs[r], z, rows[1 if r < PAD else 0], HELD, ACC, PRECISION)
+                        )
     channel = (c + tl.arange(0, BLOCK_C))[:, None]
     filters = (k + tl.arange(0, BLOCK_K))[None, :]
     mask = (channel < C) & (filters < K)
@@ -94,7 +107,7 @@ def _conv_strided_wgrad_kernel(
             place = ((slab.to(tl.int64) * C + channel) * (KSIZE * TAPS) + tap) * K + filters
         else:
             place = ((slab.to(tl.int64) * K + filters) * (KSIZE * TAPS) + tap) * C + channel
-        tl.store(partial_ptr + place, accs[r], mask=mask)
+        tl.store(partial_ptr + place, release(accs[r], HELD, ACC), mask=mask)
 
 
 def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> Tensor:
@@ -118,13 +131,13 @@ def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> 
     slabs = max(1, min(triton.cdiv(tiles, 4), triton.cdiv(264, blocks)))
     partial = dy.new_empty((slabs, weight.shape[0], ksize, ksize, weight.shape[1]), dtype=stats_dtype(dy.dtype))
     _conv_strided_wgrad_kernel[(slabs * blocks,)](
-        parts(x, tile, tile.reduction, 1 if up else wide, tma_x), source.affine_or_x,
+        parts(x, tile, tile.reduction, 1 if up else wide, tma_x), source.affine_or_x, real_word(dy.device),
         parts(dy, tile, tile.outputs, wide if up else 1, tma_y), partial,
         batch, x.shape[2], x.shape[3], dy.shape[2], dy.shape[3], channels, filters, tiles, tiles_h, tiles_w, slabs,
         KSIZE=ksize, STRIDE=stride, UP=up, AFFINE=source.affine is not None, RELU=source.relu,
         MASKED=bool(masked), TMA_X=tma_x, TMA_Y=tma_y,
         IMAGES=tile.images, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
-        ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype),
+        HELD=held([source]), ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return sum_slabs(partial).permute(0, 3, 1, 2)

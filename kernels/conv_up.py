@@ -26,12 +26,17 @@ from fastunet.kernels.common import (
     OPTIONS,
     Source,
     accumulator,
+    add_product,
     describe,
     element,
     empty_nhwc,
+    held,
+    hold,
     load_affine,
     load_tap,
     precision,
+    real_word,
+    release,
     sum_slabs,
     tile_place,
 )
@@ -45,10 +50,10 @@ SIZES = ["N", "H", "W", "P", "Q", "tiles_h", "tiles_w"]
 
 @triton.jit
 def _accumulate(
-    accs, start, stop, x, affine_ptr, w, n, p, q, a, N, H, W, C, k, K,
+    accs, start, stop, x, affine_ptr, real_ptr, w, n, p, q, a, N, H, W, C, k, K,
     KSIZE: tl.constexpr, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    HELD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add steps start … stop, each a block of channels over one row of x, to the two parts."""
     if KSIZE == 2:
@@ -56,13 +61,12 @@ def _accumulate(
             c = step * BLOCK_C
             scale, shift, centre = load_affine(affine_ptr, c + tl.arange(0, BLOCK_C), C, HAS_AFFINE, ACC)
             z = load_row(
-                x, scale, shift, centre, n, p, q, c, N, H, W, C, 0, H, 0, W,
+                x, real_ptr, scale, shift, centre, n, p, q, c, N, H, W, C, 0, H, 0, W,
                 HAS_AFFINE, RELU, MASKED, TMA, IMAGES, COLUMNS, BLOCK_C, ACC,
             )  # fmt: skip
             for r in tl.static_range(2):
                 weights = load_tap(w, k, c, r, K, C, 2, False, TMA, BLOCK_C, BLOCK_K)
-                acc = tl.dot(z, weights, accs[r], input_precision=PRECISION, out_dtype=ACC)
-                accs = replace(accs, r, acc)
+                accs = replace(accs, r, add_product(accs[r], z, weights, HELD, ACC, PRECISION))
     else:
         for step in tl.range(start, stop):
             down = step % (1 + a)  # row 2p of y meets row p of x, row 2p + 1 also row p + 1
@@ -70,15 +74,14 @@ def _accumulate(
             scale, shift, centre = load_affine(affine_ptr, c + tl.arange(0, BLOCK_C), C, HAS_AFFINE, ACC)
             for right in tl.static_range(2):
                 z = load_row(
-                    x, scale, shift, centre, n, p + down, q + right, c, N, H, W, C, 0, H, 0, W,
+                    x, real_ptr, scale, shift, centre, n, p + down, q + right, c, N, H, W, C, 0, H, 0, W,
                     HAS_AFFINE, RELU, MASKED, TMA, IMAGES, COLUMNS, BLOCK_C, ACC,
                 )  # fmt: skip
                 for b in tl.static_range(2):
                     if b >= right:
                         tap = (a + 1 - 2 * down) * 3 + b + 1 - 2 * right
                         weights = load_tap(w, k, c, tap, K, C, 9, False, TMA, BLOCK_C, BLOCK_K)
-                        acc = tl.dot(z, weights, accs[b], input_precision=PRECISION, out_dtype=ACC)
-                        accs = replace(accs, b, acc)
+                        accs = replace(accs, b, add_product(accs[b], z, weights, HELD, ACC, PRECISION))
     return accs
 
 
@@ -96,37 +99,38 @@ def _place(tile, tiles_h, tiles_w, KSIZE: tl.constexpr, IMAGES: tl.constexpr, CO
 
 @triton.jit
 def _sum(
-    x, affine_ptr, w, n, p, q, a, N, H, W, C, k, K,
+    x, affine_ptr, real_ptr, w, n, p, q, a, N, H, W, C, k, K,
     KSIZE: tl.constexpr, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, TMA: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    HELD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The two parts [IMAGES·COLUMNS, BLOCK_K] over the tile at (p, q); of 3×3, in row 2p + a of y."""
-    accs = (tl.zeros([IMAGES * COLUMNS, BLOCK_K], ACC),) * 2
+    accs = (hold(tl.zeros([IMAGES * COLUMNS, BLOCK_K], ACC), HELD),) * 2
     steps = tl.cdiv(C, BLOCK_C) * (1 + a)
     # As in conv3x3.py: two loops, of which one is empty.
-    MAY_MASK: tl.constexpr = HAS_AFFINE or RELU or not TMA
+    MAY_MASK: tl.constexpr = HAS_AFFINE or not TMA
     free = steps
     if MAY_MASK:
         inside = (p + a < H) & (q + COLUMNS + KSIZE - 2 <= W) & (n + IMAGES <= N)
         free = tl.where(inside, steps, 0)
     accs = _accumulate(
-        accs, 0, free, x, affine_ptr, w, n, p, q, a, N, H, W, C, k, K, KSIZE, HAS_AFFINE, RELU, False, TMA,
-        IMAGES, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+        accs, 0, free, x, affine_ptr, real_ptr, w, n, p, q, a, N, H, W, C, k, K, KSIZE, HAS_AFFINE, RELU, False, TMA,
+        IMAGES, COLUMNS, BLOCK_C, BLOCK_K, HELD, ACC, PRECISION,
     )  # fmt: skip
     if MAY_MASK:
         accs = _accumulate(
-            accs, free, steps, x, affine_ptr, w, n, p, q, a, N, H, W, C, k, K, KSIZE, HAS_AFFINE, RELU, True, TMA,
-            IMAGES, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+            accs, free, steps, x, affine_ptr, real_ptr, w, n, p, q, a, N, H, W, C, k, K,
+            KSIZE, HAS_AFFINE, RELU, True, TMA, IMAGES, COLUMNS, BLOCK_C, BLOCK_K, HELD, ACC, PRECISION,
         )  # fmt: skip
-    return accs
+    return (release(accs[0], HELD, ACC), release(accs[1], HELD, ACC))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv_up_fwd_kernel(
-    x, affine_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, N, H, W, C, K, tiles_h, tiles_w,
+    x, affine_ptr, real_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, N, H, W, C, K, tiles_h, tiles_w,
     KSIZE: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, BIAS: tl.constexpr, STATS: tl.constexpr,
-    TMA: tl.constexpr, IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr, HELD: tl.constexpr,
+    IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(K, BLOCK_K)
@@ -134,8 +138,8 @@ def _conv_up_fwd_kernel(
     k = tl.program_id(0) % blocks * BLOCK_K
     n, p, q, a = _place(tile, tiles_h, tiles_w, KSIZE, IMAGES, COLUMNS)
     accs = _sum(
-        x, affine_ptr, w, n, p, q, a, N, H, W, C, k, K, KSIZE, AFFINE, RELU, TMA,
-        IMAGES, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+        x, affine_ptr, real_ptr, w, n, p, q, a, N, H, W, C, k, K, KSIZE, AFFINE, RELU, TMA,
+        IMAGES, COLUMNS, BLOCK_C, BLOCK_K, HELD, ACC, PRECISION,
     )  # fmt: skip
     filters = k + tl.arange(0, BLOCK_K)
     if BIAS:
@@ -173,8 +177,8 @@ def _conv_up_dgrad_kernel(
     c = tl.program_id(0) % blocks * BLOCK_C
     n, p, q, a = _place(tile, tiles_h, tiles_w, KSIZE, IMAGES, COLUMNS)
     gs = _sum(
-        dy, dy, w, n, p, q, a, N, H, W, K, c, C, KSIZE, False, False, TMA,
-        IMAGES, COLUMNS, BLOCK_K, BLOCK_C, ACC, PRECISION,
+        dy, dy, dy, w, n, p, q, a, N, H, W, K, c, C, KSIZE, False, False, TMA,
+        IMAGES, COLUMNS, BLOCK_K, BLOCK_C, False, ACC, PRECISION,
     )  # fmt: skip
     source_gradient(
         gs, x, affine_ptr, dx, partial_ptr, tile, n, 2 * p + a, q, c, N, P, Q, C,
@@ -204,13 +208,14 @@ def conv_up(source: Source, weight: Tensor, bias: Tensor | None, stats: bool) ->
     partials = [x.new_empty((tiles, outputs) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
     _conv_up_fwd_kernel[(tiles * triton.cdiv(outputs, tile.outputs),)](
-        operand(x, tile, tile.reduction), source.affine_or_x,
+        operand(x, tile, tile.reduction), source.affine_or_x, real_word(x.device),
         describe(weight, [tile.reduction, 1, tile.outputs], tma),
         x if bias is None else bias.contiguous(), parts(y, tile, tile.outputs, ksize - 1, tma),
         *partials, counts,
         batch, height, width, channels, outputs, tiles_h, tiles_w,
         KSIZE=ksize, AFFINE=source.affine is not None, RELU=source.relu, BIAS=bias is not None, STATS=stats,
-        TMA=tma, IMAGES=tile.images, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
+        TMA=tma, HELD=held([source]),
+        IMAGES=tile.images, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

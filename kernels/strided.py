@@ -17,37 +17,38 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastunet.kernels.affine import source_backward, store_affine_gradient
-from fastunet.kernels.common import halves, load_affine, nhwc, normalise
+from fastunet.kernels.common import halves, load_affine, nhwc, normalise_real
 from fastunet.kernels.tiles import Tile
 
 
 @triton.jit
 def load_pixels(
-    x, scale, shift, centre, n, h, q, s, c, N, H, W, C, WIDE: tl.constexpr,
+    x, real_ptr, scale, shift, centre, n, h, q, s, c, N, H, W, C, WIDE: tl.constexpr,
     HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    AXIS: tl.constexpr = 1,
 ):  # fmt: skip
     """Pixels (h, WIDE·(q + i) + s), i < COLUMNS, of IMAGES pictures, BLOCK_C channels from c on; normalised, 0 out of
-    bounds. −WIDE ≤ s."""
+    bounds, with channels along ``AXIS``. −WIDE ≤ s."""
     pixel = tl.arange(0, IMAGES * COLUMNS)
     image = n + pixel // COLUMNS
     w = WIDE * (q + pixel % COLUMNS) + s
-    w_stop = tl.where((h >= 0) & (h < H), W, 0)
-    real = (image < N) & (w >= 0) & (w < w_stop)
+    width = tl.where((h >= 0) & (h < H), W, 0)
+    real = tl.where(image < N, w, -1).to(tl.uint32) < width.to(tl.uint32)
     if TMA:
         column = s + WIDE  # not negative
         z = x.load([n, h, column % WIDE, q + column // WIDE - 1, c]).reshape(IMAGES * COLUMNS, BLOCK_C)
+        if AXIS == 0:
+            z = z.T
     else:
         channel = c + tl.arange(0, BLOCK_C)
-        mask = (channel < C)[None, :]
+        mask = tl.expand_dims(channel < C, 1 - AXIS)
         if MASKED:
-            mask = mask & real[:, None]
-        address = ((image.to(tl.int64) * H + h) * W + w)[:, None] * C + channel[None, :]
-        z = tl.load(x + address, mask=mask, other=0.0)
+            mask = mask & tl.expand_dims(real, AXIS)
+        row = ((image.to(tl.int64) * H + h) * W + w) * C
+        z = tl.load(x + (tl.expand_dims(row, AXIS) + tl.expand_dims(channel, 1 - AXIS)), mask=mask, other=0.0)
     if HAS_AFFINE or RELU:
-        z = normalise(z, scale, shift, centre, HAS_AFFINE, RELU, ACC).to(z.dtype)
-        if MASKED:
-            z = tl.where(real[:, None], z, 0.0)
+        z = normalise_real(z, real, real_ptr, scale, shift, centre, HAS_AFFINE, RELU, MASKED, ACC, AXIS)
     return z
 
 
@@ -110,7 +111,7 @@ def _narrow_gradient(
         g = gs[b]
         if AFFINE or RELU:
             value = load_pixels(
-                x, scale, shift, centre, n, h, q, b, c, N, H, W, C, WIDE, False, False, True, TMA,
+                x, x, scale, shift, centre, n, h, q, b, c, N, H, W, C, WIDE, False, False, True, TMA,
                 IMAGES, COLUMNS, BLOCK_C, ACC,
             )  # fmt: skip
             real = (n + pixel // COLUMNS < N) & (WIDE * (q + pixel % COLUMNS) + b < w_stop)

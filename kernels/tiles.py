@@ -82,8 +82,8 @@ def _choose(
         # CDNA prefetches into registers: it has none to spare for a second row or a third stage.
         rows, warps, stages = (1, 4, 2) if name.startswith("gfx") else (2, 8, 3)
         if wgrad:
-            wide = 128 if name == "sm_80" else 32 * rows  # fewer bytes from the L2 cache a product
-            return Tile(1, 2 * rows, block(width, 32), block(outputs, wide), block(channels, 32), 4, 2)
+            both = 32 * rows  # or the warps would normalise the same
+            return Tile(1, 2 * rows, block(width, 32), block(outputs, both), block(channels, both), 4, 2)
         return Tile(images, rows, columns, block(outputs, 64), block(channels, 32), warps, stages)
     rows = 2 if name == "sm_90" else 1  # 128 accumulators a thread leave registers for the epilogue on Hopper only
     if wgrad:
@@ -110,8 +110,6 @@ def choose_strided(
     # 128 accumulators a thread leave registers for the epilogue on Hopper only.
     large = tma and architecture(like.device) == "sm_90"
     pixels = 128 if narrow else 32
-    if narrow and large and three and outputs <= 64 and not wgrad:
-        pixels = 256  # few outputs: more pixels for each filter that is loaded
     if narrow and not tma and (wgrad or kind == "conv3x3_up" or (dgrad and "1x1" not in kind)):
         pixels = 64  # two accumulators and the epilogues of gradients take registers
     columns = block(width, pixels)
@@ -123,16 +121,19 @@ def choose_strided(
         return Tile(images, 1, columns, block(outputs, 32), block(channels, 32), 4, 2, tma)
     if not tma:
         if wgrad:
-            return Tile(images, 1, columns, block(outputs, 64), block(channels, 32), 4, 3)
+            return Tile(images, 1, columns, block(outputs, 64), block(channels, 64), 4, 2)
         return Tile(images, 1, columns, block(outputs, 128 if "1x1" in kind else 64), block(channels, 32), 8, 2)
     if wgrad:
         reduction = block(channels, 128, 64)
         return Tile(images, 1, columns, block(outputs, 64 if three else 128), reduction, reduction // 16, 2, True)
+    reduction = block(channels, 64)
     if "up" in kind:
         outputs = block(outputs, 64 if three and not large else 128)
-        return Tile(images, 1, columns, outputs, block(channels, 64), 8, 2, True)
-    outputs = block(outputs, 256 if large and not dgrad else 128)  # all share the prologue
-    return Tile(images, 1, columns, outputs, block(channels, 32 if three and outputs != 128 else 64), 8, 2, True)
+    else:
+        outputs = block(outputs, 256 if large and not dgrad else 128)  # all share the prologue
+        reduction = block(channels, 32) if three and outputs == 256 else reduction
+    # Each warp does what costs the same for few outputs as for many: half as many then do it less often.
+    return Tile(images, 1, columns, outputs, reduction, 4 if large and outputs <= 64 else 8, 2, True)
 
 
 def movable(x: Tensor, wide: int = 1) -> bool:
