@@ -164,15 +164,15 @@ def normalise_real(
 
 
 # Sums of products over a loop. On Hopper Triton lets the last products of a turn run on into the next one. Where their
-# first operand is normalised in registers, which the next turn rewrites, ptxas then makes each wgmma wait for the one
-# before (its message C7513). So such sums are held as integers: Triton waits for a sum before it is cast. The casts
-# cost no instruction.
+# first operand lies in registers that are written meanwhile, ptxas makes each wgmma wait for the one before it (its
+# message C7513). Such sums are held as integers: Triton waits for a sum before it is cast. The casts cost nothing.
 
 
-def held(sources: Sequence[Source]) -> bool:
-    """Whether products with what these sources make are summed as integers."""
+def held(x: Tensor, images: int, sources: Sequence[Source] = ()) -> bool:
+    """Whether sums of products with ``x`` are held: what is normalised lies in registers, and what TMA brings of
+    several images."""
     normalised = any(source.affine is not None or source.relu for source in sources)
-    return normalised and architecture(sources[0].x.device) == "sm_90"
+    return architecture(x.device) == "sm_90" and (normalised or images > 1)
 
 
 @triton.jit

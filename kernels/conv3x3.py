@@ -344,7 +344,7 @@ def _conv3x3_dgrad_kernel(
     dy, w, x, affine_ptr, dx, partial_ptr, x1, affine1_ptr, dx1, partial1_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, C_FIRST, C_TOTAL, K, tiles_h, tiles_w,
     AFFINE: tl.constexpr, RELU: tl.constexpr, TWO: tl.constexpr, AFFINE1: tl.constexpr, RELU1: tl.constexpr,
-    TMA: tl.constexpr, SHARED: tl.constexpr,
+    TMA: tl.constexpr, SHARED: tl.constexpr, HELD: tl.constexpr,
     IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -361,10 +361,12 @@ def _conv3x3_dgrad_kernel(
     if TWO:
         c_first = tl.where(block < blocks0, c_first, C_FIRST + C + (block - blocks0) * BLOCK_C)
     accs = _add_source(
-        _zeros(IMAGES, ROWS, COLUMNS, BLOCK_C, False, ACC), dy, dy, dy, w, n, p, q, N, P, Q, 0, 0, P, Q,
+        _zeros(IMAGES, ROWS, COLUMNS, BLOCK_C, HELD, ACC), dy, dy, dy, w, n, p, q, N, P, Q, 0, 0, P, Q,
         K, 0, K, c_first, C_TOTAL,
-        False, False, True, TMA, SHARED, IMAGES, ROWS, COLUMNS, BLOCK_K, BLOCK_C, False, ACC, PRECISION,
+        False, False, True, TMA, SHARED, IMAGES, ROWS, COLUMNS, BLOCK_K, BLOCK_C, HELD, ACC, PRECISION,
     )  # fmt: skip
+    for i in tl.static_range(ROWS):
+        accs = replace(accs, i, release(accs[i], HELD, ACC))
     if SHARED:
         stop = C_FIRST + C
         total = C
@@ -536,7 +538,7 @@ def conv3x3(
         BIAS=bias is not None and alone, AFFINE_Y=affine is not None and alone, RELU_Y=relu and alone,
         STATS=stats and alone, POOL=pool, POOL_SCALE=pool and scale is not None,
         HEAD=block(classes, 256) if heads else 0, HEAD_BIAS=heads and head_bias is not None,
-        TMA=tile.tma, SHARED=not alone, HELD=held(sources),
+        TMA=tile.tma, SHARED=not alone, HELD=held(x, tile.images, sources),
         IMAGES=tile.images, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
@@ -593,7 +595,8 @@ def conv3x3_dgrad(
             height, width, first.channels, second.channels, starts[wanted[0]], weight.shape[1], filters,
             tiles_h, tiles_w,
             AFFINE=first.affine is not None and alone, RELU=first.relu and alone, TWO=len(wanted) == 2,
-            AFFINE1=second.affine is not None and alone, RELU1=second.relu and alone, TMA=tile.tma, SHARED=not alone,
+            AFFINE1=second.affine is not None and alone, RELU1=second.relu and alone,
+            TMA=tile.tma, SHARED=not alone, HELD=held(dy, tile.images),
             IMAGES=tile.images, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK_C=tile.outputs, BLOCK_K=tile.reduction,
             ACC=accumulator(dy.dtype), DTYPE=element(dy.dtype), PRECISION=precision(dy.dtype),
             **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,

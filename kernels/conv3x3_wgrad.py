@@ -25,9 +25,13 @@ from fastunet.kernels.common import (
     OPTIONS,
     Source,
     accumulator,
+    add_product,
+    held,
+    hold,
     load_affine,
     precision,
     real_word,
+    release,
     sum_slabs,
     tile_place,
 )
@@ -43,7 +47,7 @@ def _accumulate(
     accs, start, stop, x, affine_ptr, real_ptr, dy, s, c, C, k, K, N, H, W, top, left, P, Q, tiles_h, tiles_w,
     HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
     IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    HELD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add tiles start … stop of a source placed at (top, left) in dY's frame (P, Q)."""
     h_low, h_high = tl.maximum(0, -top), tl.minimum(H, P - top)
@@ -65,8 +69,7 @@ def _accumulate(
                 HAS_AFFINE, RELU, MASKED, TMA, IMAGES, COLUMNS, BLOCK_C, ACC, 0,
             )  # fmt: skip
             for r in tl.static_range(3):  # dY's row h + i − r + 1 is number i − r + 2
-                acc = tl.dot(z, rows[i - r + 2], accs[r], input_precision=PRECISION, out_dtype=ACC)
-                accs = replace(accs, r, acc)
+                accs = replace(accs, r, add_product(accs[r], z, rows[i - r + 2], HELD, ACC, PRECISION))
     return accs
 
 
@@ -77,7 +80,7 @@ def _conv3x3_wgrad_kernel(
     AFFINE: tl.constexpr, RELU: tl.constexpr, TWO: tl.constexpr, AFFINE1: tl.constexpr, RELU1: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr,
     IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    HELD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """partial[slab, k, r, s, c] over the slab's tiles, for the channels of one source and then of the other."""
     blocks_k = tl.cdiv(K, BLOCK_K)
@@ -90,7 +93,7 @@ def _conv3x3_wgrad_kernel(
     block = program // 3 % blocks
     k = program // 3 // blocks % blocks_k * BLOCK_K
     slab = program // 3 // blocks // blocks_k
-    accs = (tl.zeros([BLOCK_C, BLOCK_K], ACC),) * 3
+    accs = (hold(tl.zeros([BLOCK_C, BLOCK_K], ACC), HELD),) * 3
     c = block * BLOCK_C
     c_stop = C
     per_slab = tl.cdiv(tiles, slabs)
@@ -100,7 +103,7 @@ def _conv3x3_wgrad_kernel(
         stop = tl.where(block < blocks0, stop, start)  # two loops, of which one is empty
     accs = _accumulate(
         accs, start, stop, x, affine_ptr, real_ptr, dy, s, c, C, k, K, N, H, W, top, left, P, Q, tiles_h, tiles_w,
-        AFFINE, RELU, MASKED, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+        AFFINE, RELU, MASKED, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, HELD, ACC, PRECISION,
     )  # fmt: skip
     if TWO:
         per_slab = tl.cdiv(tiles1, slabs)
@@ -109,7 +112,7 @@ def _conv3x3_wgrad_kernel(
         accs = _accumulate(
             accs, start, stop, x1, affine1_ptr, real_ptr, dy, s, tl.maximum(c - blocks0 * BLOCK_C, 0), C1, k, K,
             N, H1, W1, top1, left1, P, Q, tiles1_h, tiles1_w,
-            AFFINE1, RELU1, MASKED, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, ACC, PRECISION,
+            AFFINE1, RELU1, MASKED, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, HELD, ACC, PRECISION,
         )  # fmt: skip
         c_stop = tl.where(block < blocks0, C, C + C1)
         c = tl.where(block < blocks0, c, c - blocks0 * BLOCK_C + C)
@@ -118,7 +121,7 @@ def _conv3x3_wgrad_kernel(
     mask = (channel < c_stop)[:, None] & (filters < K)[None, :]
     row = ((slab.to(tl.int64) * K + filters) * 9 + s)[None, :]
     for r in tl.static_range(3):
-        tl.store(partial_ptr + (row + 3 * r) * (C + C1) + channel[:, None], accs[r], mask=mask)
+        tl.store(partial_ptr + (row + 3 * r) * (C + C1) + channel[:, None], release(accs[r], HELD, ACC), mask=mask)
 
 
 def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tensor:
@@ -160,7 +163,7 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
         AFFINE=first.affine is not None, RELU=first.relu, TWO=len(sources) == 2,
         AFFINE1=second.affine is not None, RELU1=second.relu, MASKED=masked, TMA=tile.tma,
         IMAGES=tile.images, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
-        ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype),
+        HELD=held(dy, tile.images), ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return sum_slabs(partial).permute(0, 3, 1, 2)

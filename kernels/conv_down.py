@@ -133,7 +133,7 @@ def _conv_down_fwd_kernel(
 def _conv_down_dgrad_kernel(
     dy, w, x, affine_ptr, dx, partial_ptr, N, H, W, P, Q, C, K, tiles_h, tiles_w,
     KSIZE: tl.constexpr, STRIDE: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr,
-    TMA: tl.constexpr, TMA_W: tl.constexpr, TMA_X: tl.constexpr,
+    TMA: tl.constexpr, TMA_W: tl.constexpr, TMA_X: tl.constexpr, HELD: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +144,7 @@ def _conv_down_dgrad_kernel(
     n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, 1, COLUMNS)
     g = _sum(
         dy, dy, dy, w, n, p, q, N, H, W, K, c, C, KSIZE, STRIDE, 2 if KSIZE == 3 else 1, KSIZE > 1,
-        False, False, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_K, BLOCK_C, False, ACC, PRECISION,
+        False, False, TMA, TMA_W, IMAGES, COLUMNS, BLOCK_K, BLOCK_C, HELD, ACC, PRECISION,
     )  # fmt: skip
     source_gradient(
         (g,), x, affine_ptr, dx, partial_ptr, tile, n, p, q, c, N, P, Q, C,
@@ -184,7 +184,7 @@ def conv_down(
         x if bias is None else bias.contiguous(), parts(y, tile, tile.outputs, 1, tma_y), *partials, counts,
         batch, x.shape[2], x.shape[3], height, width, channels, filters, tiles_h, tiles_w,
         KSIZE=ksize, STRIDE=stride, AFFINE=source.affine is not None, RELU=source.relu,
-        BIAS=bias is not None, STATS=stats, TMA=tma, TMA_W=tma_w, TMA_Y=tma_y, HELD=held([source]),
+        BIAS=bias is not None, STATS=stats, TMA=tma, TMA_W=tma_w, TMA_Y=tma_y, HELD=held(x, tile.images, [source]),
         IMAGES=tile.images, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
@@ -219,7 +219,7 @@ def conv_down_dgrad(dy: Tensor, weight: Tensor, source: Source, stride: int) -> 
         parts(x, tile, part, 1, tma_x), source.affine_or_x, parts(dx, tile, part, 1, tma_x), partial,
         batch, dy.shape[2], dy.shape[3], height, width, channels, filters, tiles_h, tiles_w,
         KSIZE=ksize, STRIDE=stride, AFFINE=source.affine is not None, RELU=source.relu,
-        TMA=tma, TMA_W=tma_w, TMA_X=tma_x,
+        TMA=tma, TMA_W=tma_w, TMA_X=tma_x, HELD=held(dy, tile.images),
         IMAGES=tile.images, COLUMNS=tile.columns, BLOCK_C=tile.outputs, BLOCK_K=tile.reduction,
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,

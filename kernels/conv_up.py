@@ -167,7 +167,8 @@ def _conv_up_fwd_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _conv_up_dgrad_kernel(
     dy, w, x, affine_ptr, dx, partial_ptr, N, H, W, P, Q, C, K, tiles_h, tiles_w,
-    KSIZE: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, TMA: tl.constexpr, TMA_X: tl.constexpr,
+    KSIZE: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr,
+    TMA: tl.constexpr, TMA_X: tl.constexpr, HELD: tl.constexpr,
     IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +179,7 @@ def _conv_up_dgrad_kernel(
     n, p, q, a = _place(tile, tiles_h, tiles_w, KSIZE, IMAGES, COLUMNS)
     gs = _sum(
         dy, dy, dy, w, n, p, q, a, N, H, W, K, c, C, KSIZE, False, False, TMA,
-        IMAGES, COLUMNS, BLOCK_K, BLOCK_C, False, ACC, PRECISION,
+        IMAGES, COLUMNS, BLOCK_K, BLOCK_C, HELD, ACC, PRECISION,
     )  # fmt: skip
     source_gradient(
         gs, x, affine_ptr, dx, partial_ptr, tile, n, 2 * p + a, q, c, N, P, Q, C,
@@ -214,7 +215,7 @@ def conv_up(source: Source, weight: Tensor, bias: Tensor | None, stats: bool) ->
         *partials, counts,
         batch, height, width, channels, outputs, tiles_h, tiles_w,
         KSIZE=ksize, AFFINE=source.affine is not None, RELU=source.relu, BIAS=bias is not None, STATS=stats,
-        TMA=tma, HELD=held([source]),
+        TMA=tma, HELD=held(x, tile.images, [source]),
         IMAGES=tile.images, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
@@ -246,7 +247,7 @@ def conv_up_dgrad(dy: Tensor, weight: Tensor, source: Source) -> tuple[Tensor, T
         describe(weight, [tile.reduction, 1, tile.outputs], tma),
         parts(x, tile, part, 2, tma_x), source.affine_or_x, parts(dx, tile, part, 2, tma_x), partial,
         batch, height, width, source.height, source.width, channels, filters, tiles_h, tiles_w,
-        KSIZE=3, AFFINE=source.affine is not None, RELU=source.relu, TMA=tma, TMA_X=tma_x,
+        KSIZE=3, AFFINE=source.affine is not None, RELU=source.relu, TMA=tma, TMA_X=tma_x, HELD=held(dy, tile.images),
         IMAGES=tile.images, COLUMNS=tile.columns, BLOCK_C=tile.outputs, BLOCK_K=tile.reduction,
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
