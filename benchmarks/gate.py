@@ -9,7 +9,7 @@ variant too. It prints a table, the worst of each kernel on each chip, and exits
 
 - every kernel of fastunet.kernels is launched by something, and compiles;
 - nothing spills to local memory, and shared memory fits the chip;
-- every dot of a tensor-core dtype becomes tensor-core instructions;
+- every dot of a tensor-core dtype becomes tensor-core instructions, whose wgmma are not serialised;
 - no instruction computes in float64;
 - on NVIDIA, where the dtype has 16 bits and all channel counts are multiples of 16, activations are loaded 16 bytes at
   a time and never stored one by one;
@@ -262,6 +262,8 @@ def _broken_rules(found: Resources, task: Task) -> Iterator[str]:
         yield f"does not fit on the chip with {found.registers} registers a thread"
     if found.dots and not found.tensor:
         yield "has a dot but no tensor-core instruction"
+    if found.serialised:
+        yield "its wgmma are serialised: the tensor cores drain after each of them, not after each dot"
     if found.float64 and "fp64" not in str(task.wanted.signature):
         yield f"computes in float64 ({found.float64} instructions)"
     if task.wide and CHIPS[task.chip].target.backend == "cuda":

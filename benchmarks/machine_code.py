@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,7 @@ class Resources:
     blocks: int  # that one multiprocessor holds at a time
     dots: int  # tl.dot in the source whose operands tensor cores accept
     tensor: dict[str, int]  # tensor-core instructions
+    serialised: bool  # whether each wgmma waits for the one before it
     loop: Loop | None  # the main loop, of a kernel that has tensor instructions in a loop
     loads: dict[int, int]  # global loads
     stores: dict[int, int]  # global stores
@@ -121,12 +122,23 @@ def _read_nvidia(compiled: Any, shared: int, dots: int, chip: Chip) -> Resources
         dots=dots,
         blocks=resident_blocks(chip, warps, numbers["REG"], shared, compiled.metadata.tmem_size),
         tensor={name: count for name, count in sorted(names.items()) if is_tensor(name)},
+        serialised=serialised(ptx, opcodes),
         loop=main_loop(code, warps, 16 * chip.rate, _block_shape(ptx)),
         loads=_widths((opcode, count) for opcode, count in opcodes.items() if opcode.startswith(("LDG", "LDGSTS"))),
         stores=_widths((opcode, count) for opcode, count in opcodes.items() if opcode.startswith("STG")),
         tma=names["UTMALDG"] + names["UTMASTG"],
         float64=len(re.findall(r"\.f64\b", ptx)),
     )
+
+
+def serialised(ptx: str, opcodes: Mapping[str, int]) -> bool:
+    """Whether ptxas made each wgmma wait for the one before; its message that they "are serialized" Triton drops.
+
+    In ``ptx`` a fence comes before each dot, which is one wgmma or several. Serialised, one comes before each wgmma.
+    """
+    products = sum(count for opcode, count in opcodes.items() if "GMMA" in opcode)
+    fences = sum(count for opcode, count in opcodes.items() if opcode.startswith("WARPGROUP.ARRIVE"))
+    return fences >= products and ptx.count("wgmma.fence.") < ptx.count("wgmma.mma_async.")
 
 
 # A tcgen05.mma says what it multiplies in a register: N / 8 in bits 17 to 22, M / 16 in bits 24 to 28 (PTX manual,
@@ -170,6 +182,7 @@ def _read_amd(assembly: str, shared: int, dots: int, warps: int, chip: Chip) -> 
         dots=dots,
         blocks=resident_blocks(chip, warps, stated("vgpr_count"), shared),
         tensor={name: count for name, count in sorted(code.items()) if is_tensor(name)},
+        serialised=False,
         loop=main_loop(instructions, warps, 0, 0),
         loads=dict(sorted(accesses["load"].items())),
         stores=dict(sorted(accesses["store"].items())),

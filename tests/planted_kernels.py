@@ -81,11 +81,38 @@ def _round_trip_kernel(x_ptr, y_ptr, n):
     tl.store(y_ptr + i[:, None] * 64 + i[None, :], total)
 
 
+@triton.jit
+def _two_dots(x_ptr, y_ptr, n, RELU: tl.constexpr):
+    """n turns of two products onto one sum."""
+    i = tl.arange(0, 64)
+    place = i[:, None] * 64 + i[None, :]
+    total = tl.zeros([64, 64], tl.float32)
+    for step in range(n):
+        b = tl.load(x_ptr + step * 4096 + place)
+        for part in tl.static_range(1, 3):
+            a = tl.load(x_ptr + (step + part) * 4096 + place)
+            if RELU:
+                a = tl.maximum(a, 0.0).to(a.dtype)
+            total = tl.dot(a, b, total)
+    tl.store(y_ptr + place, total)
+
+
+@triton.jit
+def _serialised_kernel(x_ptr, y_ptr, n):
+    # the first operands are computed, in registers, while a product is under way that reads others
+    _two_dots(x_ptr, y_ptr, n, True)
+
+
+@triton.jit
+def _pipelined_kernel(x_ptr, y_ptr, n):
+    _two_dots(x_ptr, y_ptr, n, False)
+
+
 def backend(kernel, *others):
     """A backend of one operator that launches ``kernel``, and that has ``others`` besides."""
 
     def affine_act(x, affine, relu):
-        kernel[(1,)](x, x, 16, num_warps=4 if kernel in (_greedy_kernel, _round_trip_kernel) else 1)
+        kernel[(1,)](x, x, 16, num_warps=4 if kernel in WITH_DOTS else 1)
         return x
 
     module = ModuleType(__name__)
@@ -116,6 +143,7 @@ def main(directory):
     check = functools.partial(judged, file=directory / "none.json")
     found = {kernel.__name__: check(backend(kernel)) for kernel in FAULTY}
     found["sound"] = check(backend(_sound_kernel))
+    found["pipelined"] = check(backend(_pipelined_kernel))
     found["forgotten"] = check(backend(_sound_kernel, _forgotten_kernel))
 
     loop = backend(_round_trip_kernel)
@@ -133,7 +161,8 @@ def main(directory):
     json.dump(found, sys.stdout)
 
 
-FAULTY = [_spilling_kernel, _float64_kernel, _scattered_kernel, _greedy_kernel, _broken_kernel]
+FAULTY = [_spilling_kernel, _float64_kernel, _scattered_kernel, _greedy_kernel, _broken_kernel, _serialised_kernel]
+WITH_DOTS = [_greedy_kernel, _round_trip_kernel, _serialised_kernel, _pipelined_kernel]  # of a warpgroup
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))

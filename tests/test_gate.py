@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("triton", reason="compiling needs Triton, which is part of pip install 'fastunet[test]' on Linux")
+
 from benchmarks.gate_limits import LIMITS
 
 ROOT = Path(__file__).parent.parent
-
-pytest.importorskip("triton", reason="compiling needs Triton, which is part of pip install 'fastunet[test]' on Linux")
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -66,7 +66,7 @@ def planted(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("scenario", ["sound", "update", "recorded"])
+@pytest.mark.parametrize("scenario", ["sound", "pipelined", "update", "recorded"])
 def test_green(scenario, planted):
     status, said, complaints = planted[scenario]
     assert status == 0, complaints
@@ -80,6 +80,7 @@ RED = {
     "_scattered_kernel": "loads 2B:8 where",
     "_greedy_kernel": "wants",
     "_broken_kernel": "does not compile",
+    "_serialised_kernel": "its wgmma are serialised",
     "forgotten": "_forgotten_kernel is launched by no case or network",
     "fewer blocks": "has blocks",
     "more slots": "has issue slots",
@@ -95,6 +96,10 @@ def test_red(scenario, planted):
     kernel = scenario if scenario.startswith("_") else "_"
     failures = [line for line in complaints.splitlines() if line.startswith(f"FAILED {kernel}")]
     assert any(RED[scenario] in line for line in failures), complaints
+
+
+def test_wgmma_that_are_not_serialised(planted):
+    assert "HGMMA" in planted["pipelined"][1]
 
 
 def test_limit_on_issue_slots(planted):

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the chips are described in Triton's terms")
 
-from benchmarks.machine_code import CHIPS, _block_shape, resident_blocks
+from benchmarks.machine_code import CHIPS, _block_shape, resident_blocks, serialised
 from benchmarks.main_loop import main_loop, multiply_bits, natural_loops, parse_amd, parse_sass
 
 
@@ -55,6 +55,20 @@ def test_issue_slots_per_tensor_clock():
 def test_loop_that_is_left_by_a_call():
     code = parse_sass(sass("NOP", "HMMA.16816.F32.BF16 R4, R8, R2, R4", "@P0 CALL.REL.NOINC 0x40", "BRA 0x10", "EXIT"))
     assert natural_loops(code) == [{1, 2, 3}]
+
+
+@pytest.mark.parametrize(
+    ("fences", "arrivals", "expected"),
+    [
+        (2, 2, False),
+        (2, 8, True),
+        (2, 4, False),  # where sums lie in other registers, a second one
+        (8, 8, False),  # a dot is one wgmma
+    ],
+)
+def test_serialised(fences, arrivals, expected):
+    ptx = "wgmma.fence.sync.aligned;\n" * fences + "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {};\n" * 8
+    assert serialised(ptx, {"WARPGROUP.ARRIVE": arrivals, "HGMMA.64x64x16.F32.BF16": 8}) == expected
 
 
 def test_no_main_loop():
