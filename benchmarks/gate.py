@@ -308,7 +308,8 @@ def table(groups: Mapping[str, list[Entry]]) -> str:
     """A line for each group: the worst of its entries in each respect."""
     highest = ("registers", "spilled", "shared", "f64")
     lowest = ("blocks", "widest load", "widest store")
-    in_loop = ("loop", "loop tensor", "issue slots", "loop STS", "loop LDS", "loop LDGSTS", "loop TMA")
+    slots = ("issue slots", "least slots")
+    in_loop = ("loop", "loop tensor", *slots, "loop waits", "loop STS", "loop LDS", "loop LDGSTS", "loop TMA")
     lines: list[Sequence[str]] = [("binaries", *highest, *lowest, *in_loop, "tensor", "entry")]
     for name, entries in groups.items():
         about = [entry.numbers for entry in entries if entry.resources]

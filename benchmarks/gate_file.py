@@ -21,7 +21,7 @@ Numbers = dict[str, Any]  # what one entry costs: int, float or str by name
 
 # What is worse when it rises (1) or falls (-1). More registers alone cost nothing: blocks says when they do.
 WORSE = {"spilled": 1, "shared": 1, "blocks": -1, "widest load": -1, "widest store": -1, "f64": 1}
-WORSE_IN_LOOP = {"issue slots": 1, "loop STS": 1, "loop LDS": 1}
+WORSE_IN_LOOP = {"issue slots": 1, "least slots": 1, "loop waits": 1, "loop STS": 1, "loop LDS": 1}
 
 
 def numbers(found: Resources) -> Numbers:
@@ -42,6 +42,8 @@ def numbers(found: Resources) -> Numbers:
             "loop": found.loop.instructions,
             "loop tensor": found.loop.tensor,
             "issue slots": found.loop.issue_slots,
+            "least slots": found.loop.least_slots,
+            "loop waits": found.loop.waits,
             "loop STS": found.loop.shared_stores,
             "loop LDS": found.loop.shared_loads,
             "loop LDGSTS": found.loop.async_copies,
@@ -82,6 +84,8 @@ def save(file: Path, entries: Mapping[str, Numbers]) -> None:
 def regressions(now: Numbers, before: Numbers) -> Iterator[str]:
     """What is worse than it was."""
     both_loop = "loop" in now and "loop" in before
+    if "least slots" in now or "least slots" in before:  # written where they are not the most
+        now, before = ({"least slots": x.get("issue slots", 0)} | x for x in (now, before))
     for name, sign in (WORSE | WORSE_IN_LOOP if both_loop else WORSE).items():
         new, old = (float(x.get(name, 0)) for x in (now, before))
         if sign * (new - old) > 0:

@@ -2,7 +2,8 @@
 
 The loops are the natural loops of the control flow graph: a jump back to an instruction that every path to the jump has
 passed. The main loop is the innermost one that contains tensor instructions, with what is inside it (loops that wait,
-slow paths placed elsewhere) counted once; of several, the one with the most issue slots per tensor clock.
+slow paths placed elsewhere) counted once; of several, the one with the most issue slots per tensor clock, such as the
+one that masks at the border. The fewest, such as those of the one for tiles inside the picture, are kept beside.
 
 Issue slots per tensor clock = issued / needed, for one turn of the loop by one block:
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,12 @@ class Loop:
     instructions: int
     tensor: int
     issue_slots: float | None  # per tensor clock; None where the model has no rate
+    waits: int  # for a warpgroup's tensor instructions (WARPGROUP.DEPBAR)
     shared_stores: int  # registers to shared memory
     shared_loads: int  # shared memory to registers, but not as a tensor instruction's operand (LDSM)
     async_copies: int  # global to shared memory without registers (LDGSTS)
     bulk_copies: int  # by the tensor memory accelerator (UTMALDG, UTMASTG)
+    least_slots: float | None = None  # issue slots of the cheapest such loop, if that is another one
 
     @property
     def others(self) -> float:
@@ -100,7 +103,9 @@ def main_loop(code: list[Instruction], warps: int, bits: float, block_shape: int
     """
     loops = [[code[i] for i in sorted(body)] for body in _innermost(code)]
     found = [_cost(body, warps, bits, block_shape) for body in loops]
-    return max(found, key=lambda loop: (loop.issue_slots or 0, loop.others), default=None)
+    worst = max(found, key=lambda loop: (loop.issue_slots or 0, loop.others), default=None)
+    least = min((loop.issue_slots or 0 for loop in found), default=0)
+    return replace(worst, least_slots=least) if worst and least < (worst.issue_slots or 0) else worst
 
 
 def _cost(body: list[Instruction], warps: int, bits: float, block_shape: int) -> Loop:
@@ -111,6 +116,7 @@ def _cost(body: list[Instruction], warps: int, bits: float, block_shape: int) ->
         instructions=len(body),
         tensor=len(tensor),
         issue_slots=round(len(body) * warps / 4 * bits / work, 3) if bits and work else None,
+        waits=sum(x.opcode.startswith("WARPGROUP.DEPBAR") for x in body),
         shared_stores=sum(name == "STS" or name.startswith("ds_write") for name in base),
         shared_loads=sum(name == "LDS" or name.startswith("ds_read") for name in base),
         async_copies=base.count("LDGSTS"),

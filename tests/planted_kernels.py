@@ -151,6 +151,7 @@ def main(directory):
     found["recorded"] = judged(loop, file)
     found["fewer blocks"] = judged(loop, doctored(file, blocks=1))
     found["more slots"] = judged(loop, doctored(file, **{"issue slots": -0.01}))
+    found["more waits"] = judged(loop, doctored(file, **{"loop waits": -1}))
     found["more registers"] = judged(loop, doctored(file, registers=-1))
     found["unknown entry"] = judged(loop, doctored(file, "_gone_kernel bf16 warps=4 stages=3 sm_90"))
     other = doctored(file, blocks=1)

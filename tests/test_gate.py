@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("triton", reason="compiling needs Triton, which is part of pip install 'fastunet[test]' on Linux")
 
+from benchmarks.gate_file import regressions
 from benchmarks.gate_limits import LIMITS
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +85,7 @@ RED = {
     "forgotten": "_forgotten_kernel is launched by no case or network",
     "fewer blocks": "has blocks",
     "more slots": "has issue slots",
+    "more waits": "has loop waits",
     "unknown entry": "is not in doctored",
     "limits": "to shared memory in its main loop",
 }
@@ -100,6 +102,20 @@ def test_red(scenario, planted):
 
 def test_wgmma_that_are_not_serialised(planted):
     assert "HGMMA" in planted["pipelined"][1]
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "expected"),
+    [
+        ({"issue slots": 1.0, "least slots": 0.5}, {"issue slots": 1.0, "least slots": 0.4}, ["least"]),
+        ({"issue slots": 1.0}, {"issue slots": 1.0, "least slots": 0.4}, ["least"]),
+        ({"issue slots": 1.0, "least slots": 0.4}, {"issue slots": 1.0}, []),
+        ({"issue slots": 1.0}, {"issue slots": 0.9}, ["issue"]),
+    ],
+)
+def test_slots_of_the_cheapest_loop_are_those_of_the_only_one(now, before, expected):
+    found = regressions({"loop": 9, **now}, {"loop": 9, **before})
+    assert [text.split()[1] for text in found] == expected
 
 
 def test_limit_on_issue_slots(planted):

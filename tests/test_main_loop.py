@@ -57,6 +57,13 @@ def test_loop_that_is_left_by_a_call():
     assert natural_loops(code) == [{1, 2, 3}]
 
 
+def test_waits():
+    code = parse_sass(sass("HGMMA.64x64x16.F32.BF16 R24, R4", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "@P0 BRA 0x0", "EXIT"))
+    loop = main_loop(code, 4, 2048 * 16, 0)
+    assert loop is not None
+    assert (loop.waits, loop.least_slots) == (1, None)
+
+
 @pytest.mark.parametrize(
     ("fences", "arrivals", "expected"),
     [
@@ -83,6 +90,8 @@ def test_of_several_loops_the_worst_counts():
     loop = main_loop(code, 4, 1024 * 16, 0)
     assert loop is not None
     assert loop.instructions == 3
+    assert loop.issue_slots == pytest.approx(3 / 8, abs=1e-3)
+    assert loop.least_slots == pytest.approx(2 / 8, abs=1e-3)
 
 
 def test_amd_loop():
