@@ -5,8 +5,8 @@ A program of the 3×3 kernels is bounded by the slowest of four that overlap:
 - the tensor cores, of whose rate by data sheet nothing sustains more than SUSTAINED;
 - the L2 cache, from where a program loads, a step, ROWS + 2 rows of pixels of one operand and either three taps of the
   weights (fprop, dgrad) or ROWS rows of the other (wgrad), for 3·ROWS products of a row;
-- the shared memory, into which these are written, and from where each product reads its second operand, and its first
-  unless it was normalised in registers;
+- the shared memory, into which these are written, and from where each product reads its second operand; its first lies
+  in registers, for three products;
 - the issue slots, which grow with what is loaded and normalised beside each product.
 
 The last wave of programs leaves processors idle: a processor holds what its shared memory holds and no more than 8
@@ -43,8 +43,8 @@ class Chip:
 
 
 CHIPS = {
-    "sm_80": Chip(312.0, 4000.0, 108, 167936, 32, (0.17, 11.0, 9.6, 0.82)),  # A100
-    "sm_90": Chip(989.0, 5500.0, 132, 233472, 64, (0.17, 36.0, 36.0, 1.23)),  # H200
+    "sm_80": Chip(312.0, 4000.0, 108, 167936, 32, (0.18, 11.0, 14.5, 0.74)),  # A100
+    "sm_90": Chip(989.0, 5500.0, 132, 233472, 64, (0.06, 21.0, 24.0, 0.83)),  # H200
 }
 SUSTAINED = 0.70
 UNKNOWN = 0.35  # of matrix products in Triton that are not modelled here
@@ -93,7 +93,7 @@ def triton_rate(launch: Launch, architecture: str) -> float:
         first, second = (rows + 2) * pixels * reduction, 3 * reduction * outputs
         reads = 3 * rows * reduction * outputs * pixels / chip.rows
         slots = fixed + per_load / outputs + (per_row * (rows + 2) / (rows * outputs) if normalised else 0.0)
-    reads += first if normalised else 3 * rows * pixels * reduction
+    reads += first
     loaded = first + second
     flops = 2 * 3 * rows * pixels * reduction * outputs
     from_l2 = flops / (2 * loaded) * chip.l2 * 1e9 / (chip.tflops * 1e12)  # 32-bit operands: twice over, at half a rate

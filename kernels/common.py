@@ -7,7 +7,6 @@ Accumulation is float32, or float64 for float64 tensors (interpreter only).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -163,23 +162,28 @@ def normalise_real(
     return z.to(x.dtype)
 
 
-# Sums of products over a loop. On Hopper Triton lets the last products of a turn run on into the next one. Where their
-# first operand lies in registers that are written meanwhile, ptxas makes each wgmma wait for the one before it (its
-# message C7513). Such sums are held as integers: Triton waits for a sum before it is cast. The casts cost nothing.
+# Sums of products over a loop, on Hopper. A product takes its first operand from registers: read from shared memory
+# once for several products, it leaves room there for a second program. But Triton lets the last products of a turn run
+# on into the next one, which rewrites those registers, and then ptxas makes each wgmma wait for the one before it (its
+# message C7513). So sums are held as integers: Triton waits for a sum before it is cast. No cast costs an instruction.
 
 
-def held(x: Tensor, images: int, sources: Sequence[Source] = ()) -> bool:
-    """Whether sums of products with ``x`` are held: what is normalised lies in registers, and what TMA brings of
-    several images."""
-    normalised = any(source.affine is not None or source.relu for source in sources)
-    return architecture(x.device) == "sm_90" and (normalised or images > 1)
+def held(x: Tensor) -> bool:
+    """Whether sums of products on ``x``'s device are held."""
+    return architecture(x.device) == "sm_90"
+
+
+@triton.jit
+def _bits(x):
+    """x as integers."""
+    return x.to(tl.core.get_int_dtype(x.dtype.primitive_bitwidth, signed=True), bitcast=True)
 
 
 @triton.jit
 def hold(acc, HELD: tl.constexpr):
     """A sum as a loop carries it."""
     if HELD:
-        acc = acc.to(tl.int64 if acc.dtype == tl.float64 else tl.int32, bitcast=True)
+        acc = _bits(acc)
     return acc
 
 
@@ -194,6 +198,8 @@ def release(acc, HELD: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def add_product(acc, a, b, HELD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
     """The sum plus a·b."""
+    if HELD:  # what was loaded and cast is not taken from shared memory
+        a = _bits(a).to(a.dtype, bitcast=True)
     return hold(tl.dot(a, b, release(acc, HELD, ACC), input_precision=PRECISION, out_dtype=ACC), HELD)
 
 

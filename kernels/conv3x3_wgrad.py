@@ -163,7 +163,7 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
         AFFINE=first.affine is not None, RELU=first.relu, TWO=len(sources) == 2,
         AFFINE1=second.affine is not None, RELU1=second.relu, MASKED=masked, TMA=tile.tma,
         IMAGES=tile.images, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
-        HELD=held(dy, tile.images, sources), ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype),
+        HELD=held(dy), ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return sum_slabs(partial).permute(0, 3, 1, 2)

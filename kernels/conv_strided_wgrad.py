@@ -137,7 +137,7 @@ def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> 
         KSIZE=ksize, STRIDE=stride, UP=up, AFFINE=source.affine is not None, RELU=source.relu,
         MASKED=bool(masked), TMA_X=tma_x, TMA_Y=tma_y,
         IMAGES=tile.images, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
-        HELD=held(dy, tile.images, [source]), ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype),
+        HELD=held(dy), ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return sum_slabs(partial).permute(0, 3, 1, 2)

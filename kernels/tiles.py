@@ -67,11 +67,14 @@ def _choose(
     tma = not pointers and all(movable(x) for x in operands)
     narrow = like.element_size() == 2
     exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
-    columns = block(width, 64)
-    images = min(64 // columns, block(batch, 64, 1))
-    columns = 64 // images  # wgmma multiplies 64 rows; what lies outside the picture is left out
     wgrad = kind == "conv3x3_wgrad"
     name = architecture(like.device)
+    # wgmma multiplies 64 rows; what lies outside the picture is left out. wgrad sums over pixels, and of few channels
+    # three programs share a processor.
+    pixels = 32 if wgrad and name == "sm_90" and channels <= 64 else 64
+    columns = block(width, pixels)
+    images = min(pixels // columns, block(batch, pixels, 1))
+    columns = pixels // images
     if exact:
         return Tile(1, 1, block(width, 16), block(outputs, 32), block(channels, 32), 8, 2)
     if not narrow:
