@@ -263,9 +263,9 @@ def sum_slabs(x: Tensor) -> Tensor:
     if slabs == 0 or length == 0:
         return x.new_zeros(x.shape[1:])
     shape = x.shape[1:]
-    group = 32
-    columns = block(length, 128, 32)
     while slabs > 1:
+        group = 32 if slabs <= 32 else 128
+        columns = block(length, 4096 // group, 32)
         groups = triton.cdiv(slabs, group)
         y = torch.empty((groups, length), dtype=x.dtype, device=x.device)
         _sum_slabs_kernel[(groups * triton.cdiv(length, columns),)](

@@ -69,8 +69,8 @@ def _accumulate(
                 accs = replace(accs, r, add_product(accs[r], z, weights, HELD, ACC, PRECISION))
     else:
         for step in tl.range(start, stop):
-            down = step % (1 + a)  # row 2p of y meets row p of x, row 2p + 1 also row p + 1
-            c = step // (1 + a) * BLOCK_C
+            down = step & a  # row 2p of y meets row p of x, row 2p + 1 also row p + 1
+            c = (step >> a) * BLOCK_C
             scale, shift, centre = load_affine(affine_ptr, c + tl.arange(0, BLOCK_C), C, HAS_AFFINE, ACC)
             for right in tl.static_range(2):
                 z = load_row(

@@ -130,7 +130,7 @@ def _merge_stats_kernel(
 
 def merge_stats(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (K,) from the tiles' (tiles, K) means and M2 and (tiles,) counts."""
-    group = 64
+    group = 128
     tiles, filters = mean.shape
     block_k = block(filters, 32)
     while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -41,9 +42,13 @@ def test_a_last_wave_of_one_program_takes_as_long_as_a_full_one():
     assert launch(programs=66) == pytest.approx(launch(programs=132) / 2)
 
 
-def test_more_bytes_from_the_l2_cache_or_a_prologue_never_attain_more():
+def test_more_bytes_from_the_l2_cache_attain_less():
     assert launch(BLOCK_K=64) < launch(BLOCK_K=128)
     assert launch(ROWS=1) < launch(ROWS=2)
+
+
+def test_a_prologue_costs_where_outputs_are_few(monkeypatch):
+    monkeypatch.setitem(CHIPS, "sm_90", replace(CHIPS["sm_90"], l2=1e9))
     narrow = {"ROWS": 4, "COLUMNS": 4096, "BLOCK_K": 32}  # where the weights' bytes count for nothing
     plain = launch(**narrow, AFFINE=False, RELU=False)
     assert launch(**narrow) < plain
