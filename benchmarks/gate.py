@@ -273,11 +273,15 @@ def _broken_rules(found: Resources, task: Task) -> Iterator[str]:
         if 2 in found.stores:  # wider but short of 16: sums in float32, which the code does not tell apart
             yield f"stores {_accesses(found.stores)} where 16 bytes at a time are possible"
     for held in gate_limits.LIMITS:
-        if found.loop and re.search(held.pattern, task.name):
-            if (found.loop.issue_slots or 0) > held.issue_slots:
-                yield f"issues {found.loop.issue_slots} slots a tensor clock in its main loop, over {held.issue_slots}"
-            if found.loop.shared_stores > held.shared_stores:
-                yield f"stores {found.loop.shared_stores} times to shared memory in its main loop"
+        if (loop := found.loop) and re.search(held.pattern, task.name):
+            slots = loop.issue_slots or 0
+            least = slots if loop.least_slots is None else loop.least_slots
+            if slots > held.issue_slots:
+                yield f"issues {slots} slots a tensor clock in its main loop, over {held.issue_slots}"
+            if least > held.least_slots:
+                yield f"issues {least} slots a tensor clock in the cheapest of its main loops, over {held.least_slots}"
+            if loop.shared_stores > held.shared_stores:
+                yield f"stores {loop.shared_stores} times to shared memory in its main loop"
 
 
 def _accesses(widths: dict[int, int]) -> str:

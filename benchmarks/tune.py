@@ -80,6 +80,7 @@ def neighbours(tile: Any, case: Case, kind: str) -> list[Any]:
     least = {"rows": 1, "columns": 16, "outputs": 16, "reduction": 16, "warps": 4, "stages": 1, "shares": 1}
     if kind == "conv3x3_wgrad":  # which has slabs of pixels for that
         del most["shares"]
+        least["reduction"] = 64 if tile.tma else 16  # rows of a wgmma
     if kind not in KINDS.values():  # they know rows and columns as one, and no shares
         del most["rows"], most["shares"]
         most |= {"columns": 256, "outputs": 256}

@@ -79,7 +79,7 @@ def load_row(
     pixel = tl.arange(0, IMAGES * COLUMNS)
     image = n + pixel // COLUMNS
     column = w + pixel % COLUMNS
-    width = tl.where((h >= h_low) & (h < h_high), w_high - w_low, 0)
+    width = tl.where((h >= h_low) & (h < h_high), tl.maximum(w_high - w_low, 0), 0)
     real = tl.where(image < N, column - w_low, -1).to(tl.uint32) < width.to(tl.uint32)
     if TMA:
         z = x.load([n, h, w, c]).reshape(IMAGES * COLUMNS, BLOCK_C)
@@ -538,7 +538,8 @@ def conv3x3(
         BIAS=bias is not None and alone, AFFINE_Y=affine is not None and alone, RELU_Y=relu and alone,
         STATS=stats and alone, POOL=pool, POOL_SCALE=pool and scale is not None,
         HEAD=block(classes, 256) if heads else 0, HEAD_BIAS=heads and head_bias is not None,
-        TMA=tile.tma, SHARED=not alone, HELD=held(x),
+        TMA=tile.tma, SHARED=not alone,
+        HELD=held(x) and not (heads and classes > 16),  # which have no registers to spare
         IMAGES=tile.images, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
         ACC=accumulator(x.dtype), DTYPE=element(x.dtype), PRECISION=precision(x.dtype),
         **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,

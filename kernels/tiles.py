@@ -111,7 +111,8 @@ def choose_strided(
     exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
     three, wgrad, dgrad = kind.startswith("conv3x3"), kind.endswith("wgrad"), kind.endswith("dgrad")
     # 128 accumulators a thread leave registers for the epilogue on Hopper only.
-    large = tma and architecture(like.device) == "sm_90"
+    name = architecture(like.device)
+    large = tma and name == "sm_90"
     pixels = 128 if narrow else 32
     if narrow and not tma and (wgrad or kind == "conv3x3_up" or (dgrad and "1x1" not in kind)):
         pixels = 64  # two accumulators and the epilogues of gradients take registers
@@ -121,7 +122,8 @@ def choose_strided(
     if exact:
         return Tile(images, 1, columns, block(outputs, 32), block(channels, 16), 8, 2)
     if not narrow:
-        return Tile(images, 1, columns, block(outputs, 32), block(channels, 32), 4, 2, tma)
+        reduction = 16 if name == "sm_100" and not wgrad else 32
+        return Tile(images, 1, columns, block(outputs, 32), block(channels, reduction), 4, 2, tma)
     if not tma:
         if wgrad:
             return Tile(images, 1, columns, block(outputs, 64), block(channels, 64), 4, 2)

@@ -120,6 +120,7 @@ def test_slots_of_the_cheapest_loop_are_those_of_the_only_one(now, before, expec
 
 def test_limit_on_issue_slots(planted):
     assert "slots a tensor clock in its main loop, over 0.1" in planted["limits"][2]
+    assert "slots a tensor clock in the cheapest of its main loops, over 0.1" in planted["limits"][2]
 
 
 def test_entry_that_is_launched_no_more_is_named(planted):
