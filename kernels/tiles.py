@@ -110,12 +110,14 @@ def choose_strided(
     narrow = like.element_size() == 2
     exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
     three, wgrad, dgrad = kind.startswith("conv3x3"), kind.endswith("wgrad"), kind.endswith("dgrad")
-    # 128 accumulators a thread leave registers for the epilogue on Hopper only.
     name = architecture(like.device)
+    # 128 accumulators a thread leave registers for the epilogue on Hopper only.
     large = tma and name == "sm_90"
     pixels = 128 if narrow else 32
     if narrow and not tma and (wgrad or kind == "conv3x3_up" or (dgrad and "1x1" not in kind)):
         pixels = 64  # two accumulators and the epilogues of gradients take registers
+    if name.startswith("gfx") and kind == "conv3x3_down":
+        pixels = min(pixels, 64)  # as do masks
     columns = block(width, pixels)
     images = min(pixels // columns, block(batch, pixels, 1))
     columns = pixels // images
