@@ -132,13 +132,18 @@ def _read_nvidia(compiled: Any, shared: int, dots: int, chip: Chip) -> Resources
 
 
 def serialised(ptx: str, opcodes: Mapping[str, int]) -> bool:
-    """Whether ptxas made each wgmma wait for the one before; its message that they "are serialized" Triton drops.
+    """Whether ptxas made each wgmma wait for the one before; Triton does not show its message that they "are
+    serialized".
 
-    In ``ptx`` a fence comes before each dot, which is one wgmma or several. Serialised, one comes before each wgmma.
+    In ``ptx`` a fence comes before each dot, which is one wgmma or several. Serialised, one comes before each wgmma,
+    and a wait behind it.
     """
-    products = sum(count for opcode, count in opcodes.items() if "GMMA" in opcode)
-    fences = sum(count for opcode, count in opcodes.items() if opcode.startswith("WARPGROUP.ARRIVE"))
-    return fences >= products and ptx.count("wgmma.fence.") < ptx.count("wgmma.mma_async.")
+    products, fences, waits = (
+        sum(count for opcode, count in opcodes.items() if opcode.startswith(name))
+        for name in (("HGMMA", "QGMMA", "IGMMA"), "WARPGROUP.ARRIVE", "WARPGROUP.DEPBAR")
+    )
+    several = ptx.count("wgmma.fence.") < ptx.count("wgmma.mma_async.")
+    return several and fences >= products and waits >= products
 
 
 # A tcgen05.mma says what it multiplies in a register: N / 8 in bits 17 to 22, M / 16 in bits 24 to 28 (PTX manual,

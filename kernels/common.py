@@ -7,6 +7,7 @@ Accumulation is float32, or float64 for float64 tensors (interpreter only).
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -89,16 +90,21 @@ _real_words: dict[torch.device, Tensor] = {}
 
 
 def real_word(device: torch.device) -> Tensor:
-    """The word that :func:`normalise_real` reads, int32 (1,): the sign bit alone."""
-    word = _real_words.get(device)
-    if word is None:
-        word = torch.full((1,), -(2**31), dtype=torch.int32, device=device)
-        if device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                return word  # which each replay of the graph fills
-            torch.cuda.current_stream(device).synchronize()  # any stream may read it from now on
-        _real_words[device] = word
-    return word
+    """The word that :func:`normalise_real` reads, int32 (1,): all bits set."""
+    if device not in _real_words:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return torch.full((1,), -1, dtype=torch.int32, device=device)  # which each replay of the graph fills
+        # In a thread of its own, where no mode, graph or memory pool of the caller's owns it.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(_keep_real_word, device).result()
+    return _real_words[device]
+
+
+def _keep_real_word(device: torch.device) -> None:
+    word = torch.full((1,), -1, dtype=torch.int32, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # any stream may read it from now on
+    _real_words[device] = word
 
 
 @triton.jit
@@ -117,11 +123,9 @@ def load_affine(affine_ptr, c, C, HAS_AFFINE: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def normalise(
-    x, scale, shift, centre, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
-    most=None, AXIS: tl.constexpr = 1,
+    x, scale, shift, centre, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, AXIS: tl.constexpr = 1
 ):  # fmt: skip
-    """act(scale·(x − centre) + shift) in the accumulator dtype, of vectors along x's ``AXIS`` of channels; the shift is
-    at most ``most``, of pixels along the other.
+    """act(scale·(x − centre) + shift) in the accumulator dtype, of vectors along x's ``AXIS`` of channels.
 
     16-bit x: one multiply-add with the folded shift, whose rounding is far below x's own. Wider x: the difference
     first, so that a mean much larger than the deviation costs no digits.
@@ -132,13 +136,16 @@ def normalise(
             shift -= scale * centre
         else:
             z -= tl.expand_dims(centre, 1 - AXIS)
-        shift = tl.expand_dims(shift, 1 - AXIS)
-        if most is not None:
-            shift = tl.minimum(shift, tl.expand_dims(most, AXIS), propagate_nan=PROPAGATE_ALL)
-        z = z * tl.expand_dims(scale, 1 - AXIS) + shift
+        z = z * tl.expand_dims(scale, 1 - AXIS) + tl.expand_dims(shift, 1 - AXIS)
     if RELU:
         z = tl.maximum(z, 0.0, propagate_nan=PROPAGATE_ALL)
     return z
+
+
+@triton.jit
+def _bits(x):
+    """x as integers."""
+    return x.to(tl.core.get_int_dtype(x.dtype.primitive_bitwidth, signed=True), bitcast=True)
 
 
 @triton.jit
@@ -148,17 +155,16 @@ def normalise_real(
 ):  # fmt: skip
     """:func:`normalise` in x's dtype; where ``MASKED``, 0 for pixels that are not ``real``, of which x is 0.
 
-    A ReLU makes 0 of a shift of −∞. Triton normalises a dot's operand in the registers that multiply it only if all
-    that goes into it was loaded: so is this shift's bound, from :func:`real_word`.
+    Triton normalises a dot's operand in the registers that multiply it only if all that goes into it was loaded: so is
+    what of its bits is kept, all or none, from :func:`real_word`.
     """
-    if MASKED and HAS_AFFINE and RELU:
-        found = tl.load(real_ptr + tl.zeros(real.shape, tl.int32), mask=real, other=0)
-        most = (found ^ -0x800000).to(tl.float32, bitcast=True).to(ACC)  # ∞ where real, else −∞
-        z = normalise(x, scale, shift, centre, True, True, ACC, most, AXIS)
-    else:
-        z = normalise(x, scale, shift, centre, HAS_AFFINE, RELU, ACC, AXIS=AXIS)
-        if MASKED and HAS_AFFINE:
-            z = tl.where(tl.expand_dims(real, AXIS), z, 0.0)
+    z = normalise(x, scale, shift, centre, HAS_AFFINE, RELU and not (MASKED and HAS_AFFINE), ACC, AXIS)
+    if MASKED and HAS_AFFINE:
+        kept = tl.load(real_ptr + tl.zeros(real.shape, tl.int32), mask=real, other=0)
+        bits = _bits(z)
+        z = (bits & tl.expand_dims(kept, AXIS).to(bits.dtype)).to(ACC, bitcast=True)
+        if RELU:
+            z = tl.maximum(z, 0.0, propagate_nan=PROPAGATE_ALL)
     return z.to(x.dtype)
 
 
@@ -171,12 +177,6 @@ def normalise_real(
 def held(x: Tensor) -> bool:
     """Whether sums of products on ``x``'s device are held."""
     return architecture(x.device) == "sm_90"
-
-
-@triton.jit
-def _bits(x):
-    """x as integers."""
-    return x.to(tl.core.get_int_dtype(x.dtype.primitive_bitwidth, signed=True), bitcast=True)
 
 
 @triton.jit

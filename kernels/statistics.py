@@ -3,9 +3,9 @@
     mean = Σ y / n,    M2 = Σ (y − mean)²    of y as rounded to its dtype, over the pixels of a tile that exist
     merged: mean = Σ n_i·mean_i / n,    M2 = Σ (M2_i + n_i·(mean_i − mean)²)      (Chan, Golub, LeVeque 1979)
 
-Bytes: 8 per channel and tile, written and read once, then a 64th of it; `batch_stats` reads y, which other kernels have
-at hand; `add_shares` reads what several programs have summed of y, and writes y. Accumulation: float32 (float64 for
-float64).
+Bytes: 8 per channel and tile, written and read once, then a 128th of it; `batch_stats` reads y, which other kernels
+have at hand; `add_shares` reads what several programs have summed of y, and writes y. Accumulation: float32 (float64
+for float64).
 """
 
 from __future__ import annotations

@@ -118,6 +118,10 @@ def choose_strided(
         pixels = 64  # two accumulators and the epilogues of gradients take registers
     if name.startswith("gfx") and kind == "conv3x3_down":
         pixels = min(pixels, 64)  # as do masks
+    # Each warp does what costs the same for few outputs as for many: half as many then do it less often.
+    few = large and narrow and outputs <= 64
+    if few and kind == "conv3x3_up":
+        pixels, few = 256, False  # or the registers do not suffice with Triton 3.6
     columns = block(width, pixels)
     images = min(pixels // columns, block(batch, pixels, 1))
     columns = pixels // images
@@ -139,8 +143,7 @@ def choose_strided(
     else:
         outputs = block(outputs, 256 if large and not dgrad else 128)  # all share the prologue
         reduction = block(channels, 32) if three and outputs == 256 else reduction
-    # Each warp does what costs the same for few outputs as for many: half as many then do it less often.
-    return Tile(images, 1, columns, outputs, reduction, 4 if large and outputs <= 64 else 8, 2, True)
+    return Tile(images, 1, columns, outputs, reduction, 4 if few else 8, 2, True)
 
 
 def movable(x: Tensor, wide: int = 1) -> bool:

@@ -66,7 +66,7 @@ CASES = {
     "pooled-stride-2": Conv((1, 3, 5, 7), 4, stride=2, pool="by sign"),
     "wider-than-a-tile": Conv((1, 2, 3, 37), 3),
     "taller-than-a-tile": Conv((1, 2, 41, 2), 3),
-    "statistics-merged-twice": Conv((70, 1, 2, 2), 2, kernel=1),
+    "few-pixels-of-many-images": Conv((70, 1, 2, 2), 2, kernel=1),
     "transposed-2x2": Conv((2, 5, 3, 4), 3, kernel=2, bias=True, stats=False, transposed=True),
     "transposed-2x2-1x1-pixels": Conv((2, 17, 1, 1), 20, kernel=2, bias=True, transposed=True),
     "transposed-3x3": Conv((2, 6, 3, 5), 4, bias=True, transposed=True),
@@ -387,7 +387,32 @@ def test_nan_and_infinity_go_where_they_go_in_pytorch(backend: str, device: str)
     torch.testing.assert_close(y.double(), truth, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["padded-on-all-sides", "stride-2-odd", "transposed-3x3", "statistics-merged-twice"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_padding_is_zero_whatever_the_affine_makes_of_zero(stride: int, backend: str, device: str) -> None:
+    if backend == "torch":
+        pytest.skip("folds the affine: its shift is no number here")
+    case = Conv((1, 2, 5, 6), 2, affine=(True, True), stats=False, stride=stride)
+    inputs = draw(case, device)
+    with torch.no_grad():
+        inputs.affine0[:, 0] = torch.tensor([float("inf"), 0.0, 0.0])
+        inputs.x0[:, 0] = -1.0
+    truth = run(case, inputs.to(torch.float64), None)[0]
+    assert truth.isfinite().all()
+    torch.testing.assert_close(run(case, inputs, backend)[0].double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_of_many_tiles(device: str) -> None:
+    statistics = pytest.importorskip("fastunet.kernels.statistics")
+    tiles = torch.randn(300, 7, 5, device=device) + 10
+    mean = tiles.mean(1)
+    m2 = (tiles - mean[:, None]).square().sum(1)
+    merged = statistics.merge_stats(mean, m2, torch.full((300,), 7.0, device=device))
+    exact = tiles.double().flatten(0, 1)
+    torch.testing.assert_close(merged[0].double(), exact.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(merged[1].double(), exact.var(0, correction=0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["padded-on-all-sides", "stride-2-odd", "transposed-3x3", "few-pixels-of-many-images"])
 def test_the_same_bits_every_time(name: str, backend: str, device: str) -> None:
     case = CASES[name]
     inputs = draw(case, device)

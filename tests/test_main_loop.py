@@ -65,17 +65,19 @@ def test_waits():
 
 
 @pytest.mark.parametrize(
-    ("fences", "arrivals", "expected"),
+    ("fences", "arrivals", "waits", "expected"),
     [
-        (2, 2, False),
-        (2, 8, True),
-        (2, 4, False),  # where sums lie in other registers, a second one
-        (8, 8, False),  # a dot is one wgmma
+        (2, 2, 2, False),
+        (2, 8, 8, True),
+        (2, 8, 2, False),  # ptxas puts one before each, and lets them run on
+        (2, 4, 2, False),  # where sums lie in other registers, a second one
+        (8, 8, 8, False),  # a dot is one wgmma
     ],
 )
-def test_serialised(fences, arrivals, expected):
+def test_serialised(fences, arrivals, waits, expected):
     ptx = "wgmma.fence.sync.aligned;\n" * fences + "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {};\n" * 8
-    assert serialised(ptx, {"WARPGROUP.ARRIVE": arrivals, "HGMMA.64x64x16.F32.BF16": 8}) == expected
+    opcodes = {"WARPGROUP.ARRIVE": arrivals, "WARPGROUP.DEPBAR.LE": waits, "HGMMA.64x64x16.F32.BF16": 8}
+    assert serialised(ptx, opcodes) == expected
 
 
 def test_no_main_loop():
