@@ -362,6 +362,7 @@ COUNTS = """
     from benchmarks.access import storage
     from benchmarks.cases import Case
     from benchmarks.traffic import MODES, Net, Roofs, accounts, made, op_bytes, run, summary
+    from fastunet.kernels.common import real_word
 
     nets = {nets}
     found = {{}}
@@ -381,7 +382,7 @@ COUNTS = """
     found["wrong"] = wrong = []
     for net in nets.values():
         step = run(replace(net, base=16, size=48, batch=2), "training", fastunet)
-        initialised = set()
+        initialised = {{storage(real_word(torch.device("meta")))}}
         for call in step.calls:
             given = {{storage(x) for x in call.tensors}}
             passes = [access for _, access, _ in made(call)]
