@@ -122,6 +122,20 @@ def load_affine(affine_ptr, c, C, HAS_AFFINE: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def load_channels(
+    x, n, h, w, c, H, W, C, real, MASKED: tl.constexpr, BLOCK_C: tl.constexpr, AXIS: tl.constexpr
+):  # fmt: skip
+    """BLOCK_C channels from c on, along ``AXIS``, of pixels (n, h, w); 0 beyond C and, where ``MASKED``, of those that
+    are not ``real``."""
+    channel = c + tl.arange(0, BLOCK_C)
+    mask = tl.expand_dims(channel < C, 1 - AXIS)
+    if MASKED:
+        mask = mask & tl.expand_dims(real, AXIS)
+    row = ((n.to(tl.int64) * H + h) * W + w) * C
+    return tl.load(x + (tl.expand_dims(row, AXIS) + tl.expand_dims(channel, 1 - AXIS)), mask=mask, other=0.0)
+
+
+@triton.jit
 def normalise(
     x, scale, shift, centre, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr, AXIS: tl.constexpr = 1
 ):  # fmt: skip

@@ -40,6 +40,7 @@ from fastunet.kernels.common import (
     held,
     hold,
     load_affine,
+    load_channels,
     load_tap,
     nhwc,
     normalise,
@@ -86,12 +87,7 @@ def load_row(
         if AXIS == 0:
             z = z.T
     else:
-        channel = c + tl.arange(0, BLOCK_C)
-        mask = tl.expand_dims(channel < C, 1 - AXIS)
-        if MASKED:
-            mask = mask & tl.expand_dims(real, AXIS)
-        row = ((image.to(tl.int64) * H + h) * W + column) * C
-        z = tl.load(x + (tl.expand_dims(row, AXIS) + tl.expand_dims(channel, 1 - AXIS)), mask=mask, other=0.0)
+        z = load_channels(x, image, h, column, c, H, W, C, real, MASKED, BLOCK_C, AXIS)
     if HAS_AFFINE or RELU:
         z = normalise_real(z, real, real_ptr, scale, shift, centre, HAS_AFFINE, RELU, MASKED, ACC, AXIS)
     return z

@@ -17,8 +17,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastunet.kernels.affine import source_backward, store_affine_gradient
-from fastunet.kernels.common import halves, load_affine, nhwc, normalise_real
+from fastunet.kernels.common import halves, load_affine, load_channels, nhwc, normalise_real
 from fastunet.kernels.tiles import Tile
+
+MOST_COLUMNS = 2**30
 
 
 @triton.jit
@@ -41,12 +43,7 @@ def load_pixels(
         if AXIS == 0:
             z = z.T
     else:
-        channel = c + tl.arange(0, BLOCK_C)
-        mask = tl.expand_dims(channel < C, 1 - AXIS)
-        if MASKED:
-            mask = mask & tl.expand_dims(real, AXIS)
-        row = ((image.to(tl.int64) * H + h) * W + w) * C
-        z = tl.load(x + (tl.expand_dims(row, AXIS) + tl.expand_dims(channel, 1 - AXIS)), mask=mask, other=0.0)
+        z = load_channels(x, image, h, w, c, H, W, C, real, MASKED, BLOCK_C, AXIS)
     if HAS_AFFINE or RELU:
         z = normalise_real(z, real, real_ptr, scale, shift, centre, HAS_AFFINE, RELU, MASKED, ACC, AXIS)
     return z
@@ -131,10 +128,10 @@ def _narrow_gradient(
 def as_rows(x: Tensor, ksize: int, stride: int) -> Tensor:
     """An NHWC tensor as the filter sees it that has ``stride`` on it: itself if that is 3×3.
 
-    Of 2×2, each row or pair of rows is a picture, and pairs of pixels are one. Of 1×1, all pixels are one row. So the
-    tiles of small pictures come out full.
+    Of 2×2, each row or pair of rows is a picture, and pairs of pixels are one. Of 1×1, all pixels are one row if 32
+    bits number them. So the tiles of small pictures come out full.
     """
-    if ksize == 3:
+    if ksize == 3 or (ksize == 1 and x.shape[0] * x.shape[2] * x.shape[3] > MOST_COLUMNS):
         return x
     pixels = x.permute(0, 2, 3, 1)
     shape = (1, 1, -1) if ksize == 1 else (-1, stride, pixels.shape[2] // stride)

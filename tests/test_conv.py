@@ -566,6 +566,19 @@ def test_operands_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("case", [CASES["1x1-head"], CASES["few-pixels-of-many-images"]], ids=["head", "many-images"])
+def test_pixels_too_many_for_one_row(case: Conv, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More pixels than 32 bits number stay where they are, in rows and pictures."""
+    monkeypatch.setattr(pytest.importorskip("fastunet.kernels.strided"), "MOST_COLUMNS", 10)
+    inputs = draw(case, device)
+    exact = inputs.to(torch.float64)
+    truth, own, result = run(case, exact, None), run(case, inputs, None), run(case, inputs, "triton")
+    assert_near(result, truth, own, torch.float32)
+    assert_near(
+        gradients(result, inputs.leaves), gradients(truth, exact.leaves), gradients(own, inputs.leaves), torch.float32
+    )
+
+
 def test_statistics_without_a_gradient_stay_so(backend: str, device: str) -> None:
     case = CASES["relu-without-affine"]
     inputs = draw(case, device)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -334,8 +335,7 @@ def test_a_hang_ends_after_the_deadline(monkeypatch):
     rows = []
     for what, value in suite.isolated(order(job)):
         if (what, value) == ("provider", "fastunet-torch"):  # it hangs, and an hour goes by
-            later = time.time() + 3600
-            monkeypatch.setattr(time, "time", lambda: later)
+            monkeypatch.setattr(time, "time", partial(float, time.time() + 3600))
         elif what == "row":
             rows.append(value["failure"])
     assert rows == [f"did not answer {suite.GRACE} s after the deadline"]
