@@ -1,10 +1,11 @@
 """The tuner: which tile each convolution of a U-Net takes on the GPU that is here, by measuring.
 
 ``python -m benchmarks.tune`` walks over the layers of the U-Net (forward, dgrad and wgrad apart). From the rule's tile
-it changes one parameter at a time, checks each candidate's numbers against float64, times all of them and the torch
-backend in turn, and goes on from the fastest. A tile that beats the rule's by more than the noise becomes an entry of
-``kernels/tiles.json``, which is data, reviewed in a diff; entries for other GPUs are kept. What was measured for every
-layer, the torch backend included, goes to ``benchmarks/results/tune-<gpu>.json``.
+it changes one parameter, or two that go together, compiles the candidates on all cores, checks the numbers of each
+against float64, times all of them and the torch backend in turn, and goes on from the fastest. A tile that beats the
+rule's by more than the noise becomes an entry of ``kernels/tiles.json``, which is data, reviewed in a diff; entries for
+other GPUs are kept. What was measured for every layer, the torch backend included, goes to
+``benchmarks/results/tune-<gpu>.json``.
 
 Of 3×3 convolutions of stride 1 the other algorithms (see ``kernels/algorithms.py``) are timed beside the tiles, and an
 entry names one that beats them.
@@ -17,12 +18,16 @@ measured entries stay. ``--dry-run`` prints the layers, and checks some candidat
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,12 +80,16 @@ def strided_layers(dtype: torch.dtype, base: int = 64, size: int = 512, batch: i
 
 
 def neighbours(tile: Any, case: Case, kind: str) -> list[Any]:
-    """The tiles that differ from ``tile`` in one parameter, as far as they fit the layer and the registers."""
+    """The tiles that differ from ``tile`` in one parameter, or in two that go together, as far as they fit the layer
+    and the registers."""
     most = {"rows": 4, "columns": 128, "outputs": 128, "reduction": 128, "warps": 8, "stages": 4, "shares": 8}
     least = {"rows": 1, "columns": 16, "outputs": 16, "reduction": 16, "warps": 4, "stages": 1, "shares": 1}
-    if kind == "conv3x3_wgrad":  # which has slabs of pixels for that
+    pixels = 64 if tile.tma else 16  # rows of a wgmma
+    if kind.endswith("wgrad"):
+        least["reduction"], pixels = pixels, 16
+    if kind == "conv3x3_wgrad":  # which has slabs of pixels for shares, and no sums for each row
         del most["shares"]
-        least["reduction"] = 64 if tile.tma else 16  # rows of a wgmma
+        most["rows"] = 8
     if kind not in KINDS.values():  # they know rows and columns as one, and no shares
         del most["rows"], most["shares"]
         most |= {"columns": 256, "outputs": 256}
@@ -88,17 +97,27 @@ def neighbours(tile: Any, case: Case, kind: str) -> list[Any]:
     if kind.endswith("dgrad"):
         read, written = written, read
     most |= {"reduction": min(most["reduction"], _power(read)), "outputs": min(most["outputs"], _power(written))}
-    found = []
-    for name in most:
-        value = getattr(tile, name)
-        for changed in (value + 1, value - 1) if name == "stages" else (value * 2, value // 2):
-            if least[name] <= changed <= most[name]:
-                found.append(tile._replace(**{name: changed}))
+    moves = [{name: up} for name in most for up in (True, False)]
+    # As many accumulators a thread, of more warps or fewer; rows for columns.
+    moves += [{name: up, "warps": up} for name in ("rows", "columns", "outputs") for up in (True, False)]
+    moves += [{"rows": up, "columns": not up} for up in (True, False)]
+    made = [(_moved(tile, move), move) for move in moves if most.keys() >= move.keys()]
+    found = [t for t, move in made if all(least[name] <= getattr(t, name) <= most[name] for name in move)]
     if kind in KINDS.values():
         width = 1 << max(4, (case.shape[3] - 1).bit_length())
         found = [t for t in found if t.columns <= width]
-    fitting = [t for t in found if t.images * t.columns <= most["columns"]]
+    pixels = min(pixels, tile.images * tile.columns)
+    fitting = [t for t in found if pixels <= t.images * t.columns <= most["columns"]]
     return [t for t in fitting if _accumulators(t, kind) <= REGISTERS]
+
+
+def _moved(tile: Any, move: dict[str, bool]) -> Any:
+    """``tile`` with parameters doubled (True) or halved; with a stage more or fewer."""
+    changes = {}
+    for name, up in move.items():
+        value = getattr(tile, name)
+        changes[name] = (value + 1 if up else value - 1) if name == "stages" else value * 2 if up else value // 2
+    return tile._replace(**changes)
 
 
 def _power(size: int) -> int:
@@ -113,8 +132,28 @@ def _accumulators(tile: Any, kind: str) -> float:
     return float(area * tile.outputs / (32 * tile.warps))
 
 
-def tune(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
+def compiled_ahead(case: Case, kind: str, choices: Iterable[Any], architecture: str, pool: Executor) -> None:
+    """Compile into Triton's cache what the choices launch, on all of ``pool``; what fails fails where it is used."""
+    with contextlib.suppress(BrokenProcessPool):  # a compiler crashed
+        wait([pool.submit(_compile, case, kind, choice, architecture) for choice in choices])
+
+
+def _compile(case: Case, kind: str, choice: Any, architecture: str) -> None:
+    from benchmarks.machine_code import CHIPS
+    from benchmarks.recorder import record, specialise
+    from fastunet import kernels
+    from fastunet.architecture import as_if_on
+    from fastunet.kernels import table
+
+    with as_if_on(architecture), record() as launches, table.forced({kind: choice}):
+        case.launch(kernels)
+    for launch in {launch.key: launch for launch in launches}.values():
+        specialise(launch, CHIPS[architecture].target).compile()
+
+
+def tune(case: Case, device: torch.device, seconds: float, pool: Executor | None = None) -> dict[str, Any]:
     """Measure one layer: the key of its entry, the rule's tile, the best one, the best algorithm, and milliseconds."""
+    from fastunet.architecture import architecture
     from fastunet.kernels import table
 
     problem = peers.pose(case, device)
@@ -124,9 +163,10 @@ def tune(case: Case, device: torch.device, seconds: float) -> dict[str, Any]:
     best = rule
     times: dict[Any, Times] = {}
     for _ in range(ROUNDS):
-        for choice in [best, *algorithms(kind), *neighbours(best, case, kind)]:
-            if choice in steps:
-                continue
+        choices = [c for c in (best, *algorithms(kind), *neighbours(best, case, kind)) if c not in steps]
+        if pool is not None:
+            compiled_ahead(case, kind, choices, architecture(device), pool)
+        for choice in choices:
             try:
                 with table.forced({kind: choice}):
                     steps[choice] = _forcing(kind, choice, _checked(TRITON, case, problem))
@@ -354,12 +394,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = ROOT / f"benchmarks/results/tune-{report.slug(about['gpu'])}.json"
     torch.backends.cudnn.benchmark = True
     begun, found = time.time(), []
+    pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
     for case in tqdm(chosen, desc="layers", disable=None):
         if time.time() - begun > options.budget:
             tqdm.write(f"not measured: {case.name}")
             continue
         try:
-            found.append(tune(case, device, 0.5) | {"source": f"{results.stem}: {case.name}"})
+            found.append(tune(case, device, 0.5, pool) | {"source": f"{results.stem}: {case.name}"})
         except Exception as error:
             tqdm.write(f"failed: {case.name}: {type(error).__name__}: {str(error)[:200]}")
             continue

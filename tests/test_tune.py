@@ -157,14 +157,20 @@ def test_shipped_entries_say_where_they_come_from_and_name_what_there_is():
 
 
 @pytest.mark.parametrize("case", tune.layers(torch.bfloat16)[::7], ids=lambda case: case.name)
-def test_candidates_differ_in_one_parameter_and_fit(case):
+def test_candidates_differ_in_one_parameter_or_two_and_fit(case):
     kind = tune.KINDS[case.mode]
     found = tune.neighbours(RULE, case, kind)
     assert found
     for tile in found:
-        assert sum(a != b for a, b in zip(tile, RULE, strict=True)) == 1
+        assert sum(a != b for a, b in zip(tile, RULE, strict=True)) in (1, 2)
         assert tune._accumulators(tile, kind) <= tune.REGISTERS
+        assert kind == "conv3x3_wgrad" or tile.images * tile.columns >= 64, "a wgmma has 64 rows"
         assert tile.columns <= case.shape[3] * 2
+
+
+def test_more_warps_come_with_more_pixels():
+    case = next(case for case in tune.layers(torch.bfloat16) if case.mode == "inference")
+    assert RULE._replace(columns=128, warps=8) in tune.neighbours(RULE, case, "conv3x3_fwd")
 
 
 def times(**milliseconds: float) -> Times:
@@ -287,6 +293,30 @@ def model(script: str, path: Path) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+AHEAD = """
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+import torch
+from benchmarks import tune
+from benchmarks.cases import Case
+from fastunet.kernels.tiles import Tile
+
+case = Case("conv2d", (1, 16, 2, 16), torch.float16, "inference", filters=16, stats=False)
+tile = Tile(1, 1, 16, 16, 16, 4, 2)
+cache = Path({path!r}).parent
+with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    for choices in ([tile, tile._replace(warps=8), tile._replace(warps=3)], [tile]):
+        tune.compiled_ahead(case, "conv3x3_fwd", choices, "sm_90", pool)
+        print(len(list(cache.rglob("_conv3x3_fwd_kernel.cubin"))))
+"""
+
+
+def test_candidates_are_compiled_ahead_and_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert model(AHEAD, tmp_path / "tiles.json").split() == ["2", "2"], "what does not compile is left out"
 
 
 def test_what_the_table_has_does_not_change_what_the_model_says(tmp_path):
