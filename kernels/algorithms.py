@@ -9,7 +9,7 @@ from fastunet.kernels import conv_aten, winograd
 from fastunet.kernels.common import Source
 from fastunet.kernels.conv3x3 import conv3x3, conv3x3_dgrad
 from fastunet.kernels.conv3x3_wgrad import conv3x3_wgrad
-from fastunet.kernels.table import algorithm, algorithm_forced
+from fastunet.kernels.table import algorithm, algorithm_forced, place
 
 # By kind and algorithm; for a kind without an entry an algorithm is not offered.
 FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
@@ -28,6 +28,8 @@ def computing(kind: str, sources: Sequence[Source], filters: int, width: int, mi
     """The function for ``kind`` on these sources: Triton's, or if ``mixed`` what the table says is the fastest."""
     name = algorithm_forced(kind)
     if name is None:
-        channels = [source.channels for source in sources]
-        name = algorithm(kind, channels, filters, width, sources[0].x) if mixed else "triton"
+        name = "triton"
+        if mixed:
+            x = sources[0].x
+            name = algorithm(kind, tuple(source.channels for source in sources), filters, width, x.shape[0], place(x))
     return FUNCTIONS[kind, name]

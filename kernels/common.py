@@ -45,9 +45,10 @@ def element(dtype: torch.dtype) -> tl.dtype:
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 operands are multiplied: as PyTorch's own convolutions do, by torch.backends.cudnn.conv."""
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    lowered = dtype == torch.float32 and convolutions.fp32_precision == "tf32"
-    return "tf32" if lowered and torch.version.hip is None else "ieee"
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    lowered = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return "tf32" if lowered else "ieee"
 
 
 def nhwc(x: Tensor) -> Tensor:
@@ -62,9 +63,20 @@ def empty_nhwc(like: Tensor, batch: int, channels: int, height: int, width: int)
     )
 
 
+# Triton's own of both take ten times as long, and a step asks a thousand times.
+def cdiv(size: int, part: int) -> int:
+    """How many parts cover ``size``."""
+    return -(-size // part)
+
+
+def power_of_2(size: int) -> int:
+    """The least power of two that is no less than ``size``, which is positive."""
+    return 1 << (size - 1).bit_length()
+
+
 def block(size: int, most: int, least: int = 16) -> int:
     """The power of two that covers ``size``, within [least, most]."""
-    return max(least, min(most, int(triton.next_power_of_2(size))))
+    return max(least, min(most, power_of_2(size)))
 
 
 def describe(x: Tensor, block_shape: list[int], tma: bool) -> Any:
@@ -280,9 +292,9 @@ def sum_slabs(x: Tensor) -> Tensor:
     while slabs > 1:
         group = 32 if slabs <= 32 else 128
         columns = block(length, 4096 // group, 32)
-        groups = triton.cdiv(slabs, group)
+        groups = cdiv(slabs, group)
         y = torch.empty((groups, length), dtype=x.dtype, device=x.device)
-        _sum_slabs_kernel[(groups * triton.cdiv(length, columns),)](
+        _sum_slabs_kernel[(groups * cdiv(length, columns),)](
             x, y, slabs, length, GROUP=group, BLOCK=columns, **OPTIONS, num_warps=4
         )
         x, slabs = y, groups

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels.common import OPTIONS, accumulator
+from fastunet.kernels.common import OPTIONS, accumulator, cdiv, power_of_2
 from fastunet.kernels.softmax_stats import alignment, by_pixel
 
 _PROGRAMS = 1024
@@ -111,7 +111,7 @@ def _counters(classes: int, programs: int, device: torch.device) -> tuple[Tensor
 
 def _cells(classes: int) -> int:
     """The size of a histogram: C + 1 rows and a cell for what does not count."""
-    return int(triton.next_power_of_2((classes + 1) * classes + 1))
+    return power_of_2((classes + 1) * classes + 1)
 
 
 def _most_programs(classes: int) -> int:
@@ -130,9 +130,9 @@ def confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int, threshol
         labels = labels.view(torch.uint8)
     logits, (stride_xn, stride_xc, stride_xp) = by_pixel(logits)
     labels, (stride_yn, _, stride_yp) = by_pixel(labels.unsqueeze(1))
-    block_c = triton.next_power_of_2(channels)
+    block_c = power_of_2(channels)
     block_p = max(16, 2048 // block_c)
-    programs = min(triton.cdiv(pixels, block_p), max(1, _most_programs(classes) // batch))
+    programs = min(cdiv(pixels, block_p), max(1, _most_programs(classes) // batch))
     counts, choices = _counters(classes, programs * batch, logits.device)
     _confusion_matrix_kernel[(programs * batch,)](
         logits, labels, counts, pixels, programs, ignore_index, stride_xn, stride_xc, stride_yn, stride_yp,
@@ -151,7 +151,7 @@ def confusion_matrix_of_masks(mask: Tensor, labels: Tensor, classes: int, ignore
     mask, labels = (
         t.contiguous().view(torch.uint8) if t.dtype == torch.bool else t.contiguous() for t in (mask, labels)
     )
-    programs = min(triton.cdiv(pixels, _MASK_PIXELS), _most_programs(classes))
+    programs = min(cdiv(pixels, _MASK_PIXELS), _most_programs(classes))
     counts, choices = _counters(classes, programs, mask.device)
     _confusion_matrix_of_masks_kernel[(programs,)](
         mask, labels, counts, pixels, programs, ignore_index,

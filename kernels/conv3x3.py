@@ -33,6 +33,7 @@ from fastunet.kernels.common import (
     accumulator,
     add_product,
     block,
+    cdiv,
     describe,
     element,
     empty_nhwc,
@@ -517,7 +518,7 @@ def conv3x3(
     pool = pool and alone and tile.rows % 2 == 0 and min(height, width) > 1
     pooled = empty_nhwc(x, batch, filters, height // 2, width // 2) if pool else None
     scale = None if pool_scale is None else pool_scale.contiguous()
-    _conv3x3_fwd_kernel[(tiles * triton.cdiv(filters, tile.outputs), tile.shares)](
+    _conv3x3_fwd_kernel[(tiles * cdiv(filters, tile.outputs), tile.shares)](
         operand(x, tile, tile.reduction), first.affine_or_x,
         operand(second.x, tile, tile.reduction), second.affine_or_x, real_word(x.device),
         _weights(weight, tile, tile.outputs, tile.reduction), x if bias is None else bias.contiguous(),
@@ -578,7 +579,7 @@ def conv3x3_dgrad(
             dx.zero_()  # what lies outside the frame
         shape = (tiles, 3, source.channels) if source.affine is not None else 0
         gradients.append((dx, x.new_empty(shape, dtype=stats_dtype(x.dtype))))
-    blocks = sum(triton.cdiv(sources[i].channels, tile.outputs) for i in wanted)
+    blocks = sum(cdiv(sources[i].channels, tile.outputs) for i in wanted)
     if tiles * blocks:
         part = tile.outputs // 2 if tile.outputs >= 64 else tile.outputs
         (dx, partial), (dx1, partial1) = gradients[wanted[0]], gradients[wanted[-1]]

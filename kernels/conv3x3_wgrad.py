@@ -26,6 +26,7 @@ from fastunet.kernels.common import (
     Source,
     accumulator,
     add_product,
+    cdiv,
     held,
     hold,
     load_affine,
@@ -135,9 +136,9 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
     )  # fmt: skip
     grids = [
         (
-            triton.cdiv(batch, tile.images),
-            triton.cdiv(source.height, tile.rows),
-            triton.cdiv(source.width, tile.columns),
+            cdiv(batch, tile.images),
+            cdiv(source.height, tile.rows),
+            cdiv(source.width, tile.columns),
         )
         for source in (first, second)
     ]
@@ -147,11 +148,9 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
         size % part for source in sources for size, part in zip((batch, *source.x.shape[2:]), exact, strict=True)
     )
     masked = masked or any(cropped(source, (height, width)) for source in sources)
-    blocks = sum(triton.cdiv(source.channels, tile.reduction) for source in sources) * triton.cdiv(
-        filters, tile.outputs
-    )
+    blocks = sum(cdiv(source.channels, tile.reduction) for source in sources) * cdiv(filters, tile.outputs)
     # Enough programs to fill a large GPU a few times, of a few tiles each; the same on every GPU, for the same bits.
-    slabs = max(1, min(triton.cdiv(tiles, 4), triton.cdiv(264, 3 * blocks)))
+    slabs = max(1, min(cdiv(tiles, 4), cdiv(264, 3 * blocks)))
     partial = dy.new_empty((slabs, filters, 3, 3, channels), dtype=stats_dtype(dy.dtype))
     _conv3x3_wgrad_kernel[(slabs * blocks * 3,)](
         operand(first.x, tile, tile.reduction), first.affine_or_x,

@@ -28,7 +28,7 @@ from torch import Tensor
 from fastunet.aten import frame, memory_format, stats_dtype
 from fastunet.kernels.affine import affine_act_backward
 from fastunet.kernels.algorithms import computing
-from fastunet.kernels.common import OPTIONS, Source, accumulator, block, empty_nhwc, nhwc, sum_slabs
+from fastunet.kernels.common import OPTIONS, Source, accumulator, block, cdiv, empty_nhwc, nhwc, sum_slabs
 from fastunet.kernels.conv import alone, placed
 from fastunet.kernels.conv_down import conv_down_dgrad
 from fastunet.kernels.conv_image import conv_image_wgrad, serves
@@ -96,10 +96,10 @@ def _form_dy(
         return out, like.new_zeros(filters if need_sum else 0)
     block_k = block(filters, 64)
     block_m = 4096 // block_k
-    chunk = block_m * max(1, triton.cdiv(pixels, block_m * 2048))
-    programs = triton.cdiv(pixels, chunk)
+    chunk = block_m * max(1, cdiv(pixels, block_m * 2048))
+    programs = cdiv(pixels, chunk)
     sums = like.new_empty((programs, filters) if need_sum else 0, dtype=stats_dtype(like.dtype))
-    _form_dy_kernel[(programs, triton.cdiv(filters, block_k))](
+    _form_dy_kernel[(programs, cdiv(filters, block_k))](
         out if dy is None else dy, sums if dmean is None else dmean.contiguous(),
         sums if dvar is None else dvar.contiguous(), nhwc(y) if dvar is not None else out, mean.contiguous(), out, sums,
         pixels, chunk, filters,

@@ -26,6 +26,7 @@ from fastunet.kernels.common import (
     Source,
     accumulator,
     add_product,
+    cdiv,
     describe,
     element,
     empty_nhwc,
@@ -163,9 +164,7 @@ def conv_down(
     ``weight`` is (K, C, 3, 3) for stride 2, (K, C, 1, 1) for stride 1.
     """
     filters, channels, ksize = weight.shape[:3]
-    result = empty_nhwc(
-        source.x, source.x.shape[0], filters, triton.cdiv(source.height, stride), triton.cdiv(source.width, stride)
-    )
+    result = empty_nhwc(source.x, source.x.shape[0], filters, cdiv(source.height, stride), cdiv(source.width, stride))
     dtype = stats_dtype(result.dtype)
     if result.numel() == 0:
         mean = result.new_zeros(filters if stats else 0, dtype=dtype)
@@ -174,11 +173,11 @@ def conv_down(
     x, y = as_rows(source.x, ksize, stride), as_rows(result, ksize, 1)
     batch, _, height, width = y.shape
     tma, tma_w, tma_y = movable(x, stride), movable_rows(weight), movable(y)
-    tile = choose_strided(f"conv{ksize}x{ksize}_down", batch, [channels], filters, height, width, [x], tma)
+    tile = choose_strided(f"conv{ksize}x{ksize}_down", batch, channels, filters, height, width, x, tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
-    _conv_down_fwd_kernel[(tiles * triton.cdiv(filters, tile.outputs),)](
+    _conv_down_fwd_kernel[(tiles * cdiv(filters, tile.outputs),)](
         parts(x, tile, tile.reduction, stride, tma), source.affine_or_x, real_word(x.device),
         describe(weight, [tile.outputs, 1, tile.reduction], tma_w),
         x if bias is None else bias.contiguous(), parts(y, tile, tile.outputs, 1, tma_y), *partials, counts,
@@ -208,12 +207,12 @@ def conv_down_dgrad(dy: Tensor, weight: Tensor, source: Source, stride: int) -> 
     filters = dy.shape[1]
     batch, _, height, width = x.shape
     tma, tma_w, tma_x = movable(dy, wide), movable_rows(weight), movable(x) and movable(dx)
-    tile = choose_strided(f"conv{ksize}x{ksize}_down_dgrad", batch, [filters], channels, height, width, [dy], tma)
+    tile = choose_strided(f"conv{ksize}x{ksize}_down_dgrad", batch, filters, channels, height, width, dy, tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     partial = x.new_empty((tiles, 3, channels) if source.affine is not None else 0, dtype=dtype)
     part = tile.outputs // 2 if tile.outputs >= 64 else tile.outputs
     first, second = (tile.outputs, tile.reduction) if ksize > 1 else (tile.reduction, tile.outputs)
-    _conv_down_dgrad_kernel[(tiles * triton.cdiv(channels, tile.outputs),)](
+    _conv_down_dgrad_kernel[(tiles * cdiv(channels, tile.outputs),)](
         parts(dy, tile, tile.reduction, wide, tma),
         describe(weight, [first, 1, second], tma_w),
         parts(x, tile, part, 1, tma_x), source.affine_or_x, parts(dx, tile, part, 1, tma_x), partial,

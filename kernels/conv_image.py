@@ -23,6 +23,7 @@ from fastunet.kernels.common import (
     Source,
     accumulator,
     block,
+    cdiv,
     empty_nhwc,
     load_affine,
     nhwc,
@@ -145,10 +146,10 @@ def conv_image(
         return y, mean, mean.clone()
     pixels = y.numel() // filters
     block_m, block_t, block_k, warps = _blocks(x, filters)
-    tiles = triton.cdiv(pixels, block_m)
+    tiles = cdiv(pixels, block_m)
     partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
-    _conv_image_fwd_kernel[(tiles, triton.cdiv(filters, block_k))](
+    _conv_image_fwd_kernel[(tiles, cdiv(filters, block_k))](
         x, nhwc(weight), x if bias is None else bias.contiguous(),
         x if affine is None else affine.contiguous(), y, *partials, counts,
         pixels, source.height, source.width, source.channels, filters,
@@ -165,10 +166,10 @@ def conv_image_wgrad(dy: Tensor, source: Source) -> Tensor:
     pixels = dy.numel() // filters
     block_m, block_t, block_k, warps = _blocks(x, filters)
     # At most 512 slabs of whole blocks, the same on every GPU, for the same bits.
-    per_slab = block_m * triton.cdiv(triton.cdiv(pixels, block_m), 512)
-    slabs = triton.cdiv(pixels, per_slab)
+    per_slab = block_m * cdiv(cdiv(pixels, block_m), 512)
+    slabs = cdiv(pixels, per_slab)
     partial = dy.new_empty((slabs, filters, 3, 3, source.channels), dtype=stats_dtype(dy.dtype))
-    _conv_image_wgrad_kernel[(slabs, triton.cdiv(filters, block_k))](
+    _conv_image_wgrad_kernel[(slabs, cdiv(filters, block_k))](
         dy, x, partial, pixels, per_slab, source.height, source.width, source.channels, filters,
         BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
         ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype), **OPTIONS, num_warps=warps, num_stages=2,

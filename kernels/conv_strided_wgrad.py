@@ -25,6 +25,7 @@ from fastunet.kernels.common import (
     Source,
     accumulator,
     add_product,
+    cdiv,
     held,
     hold,
     load_affine,
@@ -122,13 +123,13 @@ def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> 
     channels, filters, (batch, _, height, width) = x.shape[1], dy.shape[1], (x if up else dy).shape
     tma_x, tma_y = movable(x, 1 if up else wide), movable(dy, wide if up else 1)
     kind = f"conv{ksize}x{ksize}_{'up' if up else 'down'}_wgrad"
-    tile = choose_strided(kind, batch, [channels], filters, height, width, [x], tma_x and tma_y)
+    tile = choose_strided(kind, batch, channels, filters, height, width, x, tma_x and tma_y)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     masked = batch % tile.images or width % tile.columns or x.shape[2] != height * (1 if up else stride)
     masked = masked or x.shape[3] != width * (1 if up else wide)
-    blocks = triton.cdiv(channels, tile.reduction) * triton.cdiv(filters, tile.outputs) * (2 * wide - 1)
+    blocks = cdiv(channels, tile.reduction) * cdiv(filters, tile.outputs) * (2 * wide - 1)
     # Enough programs to fill a large GPU a few times, of a few tiles each; the same on every GPU, for the same bits.
-    slabs = max(1, min(triton.cdiv(tiles, 4), triton.cdiv(264, blocks)))
+    slabs = max(1, min(cdiv(tiles, 4), cdiv(264, blocks)))
     partial = dy.new_empty((slabs, weight.shape[0], ksize, ksize, weight.shape[1]), dtype=stats_dtype(dy.dtype))
     _conv_strided_wgrad_kernel[(slabs * blocks,)](
         parts(x, tile, tile.reduction, 1 if up else wide, tma_x), source.affine_or_x, real_word(dy.device),

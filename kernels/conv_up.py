@@ -27,6 +27,7 @@ from fastunet.kernels.common import (
     Source,
     accumulator,
     add_product,
+    cdiv,
     describe,
     element,
     empty_nhwc,
@@ -203,12 +204,12 @@ def conv_up(source: Source, weight: Tensor, bias: Tensor | None, stats: bool) ->
     batch, _, height, width = x.shape
     outputs = y.shape[1]
     tma = movable(x) and movable_rows(weight) and movable(y, ksize - 1)
-    tile = choose_strided(f"conv{ksize}x{ksize}_up", batch, [channels], outputs, height, width, [x], tma)
+    tile = choose_strided(f"conv{ksize}x{ksize}_up", batch, channels, outputs, height, width, x, tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     tiles *= ksize - 1  # rows of y
     partials = [x.new_empty((tiles, outputs) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
-    _conv_up_fwd_kernel[(tiles * triton.cdiv(outputs, tile.outputs),)](
+    _conv_up_fwd_kernel[(tiles * cdiv(outputs, tile.outputs),)](
         operand(x, tile, tile.reduction), source.affine_or_x, real_word(x.device),
         describe(weight, [tile.reduction, 1, tile.outputs], tma),
         x if bias is None else bias.contiguous(), parts(y, tile, tile.outputs, ksize - 1, tma),
@@ -237,12 +238,12 @@ def conv_up_dgrad(dy: Tensor, weight: Tensor, source: Source) -> tuple[Tensor, T
     weight = taps(weight)
     batch, filters, height, width = dy.shape
     tma, tma_x = movable(dy) and movable_rows(weight), movable(x, 2) and movable(dx, 2)
-    tile = choose_strided("conv3x3_up_dgrad", batch, [filters], channels, height, width, [dy], tma)
+    tile = choose_strided("conv3x3_up_dgrad", batch, filters, channels, height, width, dy, tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     tiles *= 2  # rows of dx
     partial = x.new_empty((tiles, 3, channels) if source.affine is not None else 0, dtype=dtype)
     part = tile.outputs // 2 if tile.outputs >= 64 else tile.outputs
-    _conv_up_dgrad_kernel[(tiles * triton.cdiv(channels, tile.outputs),)](
+    _conv_up_dgrad_kernel[(tiles * cdiv(channels, tile.outputs),)](
         operand(dy, tile, tile.reduction),
         describe(weight, [tile.reduction, 1, tile.outputs], tma),
         parts(x, tile, part, 2, tma_x), source.affine_or_x, parts(dx, tile, part, 2, tma_x), partial,

@@ -34,6 +34,7 @@ from fastunet.kernels.common import (
     Source,
     accumulator,
     block,
+    cdiv,
     load_affine,
     normalise,
     precision,
@@ -282,7 +283,7 @@ def head_stats(
         return x.new_zeros((batch, classes, 7), dtype=stats_dtype(x.dtype))
     labels, pixel_weight_or_labels, strides, about = _statistics(labels, pixel_weight, mode, wanted)
     choices = _choices(source, weight, bias, classes, 8 if all(wanted) else 16, 32)
-    programs = min(triton.cdiv(pixels, choices["BLOCK_P"] * _TILES), max(1, _PROGRAMS // batch))
+    programs = min(cdiv(pixels, choices["BLOCK_P"] * _TILES), max(1, _PROGRAMS // batch))
     partial = x.new_empty((programs, batch, classes, 7), dtype=stats_dtype(x.dtype))
     _head_stats_kernel[(programs * batch,)](
         *_operands(source, weight, bias), labels, pixel_weight_or_labels, partial, batch, pixels, programs,
@@ -310,7 +311,7 @@ def head_stats_backward(
     batch, classes, pixels = x.shape[0], weight.shape[0], source.height * source.width
     dtype = stats_dtype(x.dtype)
     choices = _choices(source, weight, bias, classes, 8, 16, 64 if classes <= 64 else 32)
-    programs = min(triton.cdiv(pixels, choices["BLOCK_P"] * _TILES), max(1, _PROGRAMS // max(batch, 1)))
+    programs = min(cdiv(pixels, choices["BLOCK_P"] * _TILES), max(1, _PROGRAMS // max(batch, 1)))
     need_source, need_filters = mask[0], mask[1] or mask[2]
     slabs = programs * batch if classes > 0 else 0
     dx = torch.empty_like(source.x if need_source else x.new_empty(0))
@@ -319,7 +320,7 @@ def head_stats_backward(
     dbias = x.new_empty((slabs, classes) if need_filters else 0, dtype=dtype)
     if slabs * source.channels > 0:
         labels, pixel_weight_or_labels, strides, about = _statistics(labels, pixel_weight, mode, wanted)
-        _head_stats_backward_kernel[(slabs, triton.cdiv(source.channels, choices["BLOCK_C"]))](
+        _head_stats_backward_kernel[(slabs, cdiv(source.channels, choices["BLOCK_C"]))](
             dstats.contiguous(), *_operands(source, weight, bias), labels, pixel_weight_or_labels,
             dx, daffine, dweight, dbias, batch, pixels, programs, ignore_index, *strides,
             SOURCE=need_source, FILTERS=need_filters, **about, **choices,
@@ -362,7 +363,7 @@ def head_predict(
         )  # fmt: skip
     if out.numel() > 0:
         choices = _choices(source, weight, bias, classes, 16, 32)
-        _head_predict_kernel[(triton.cdiv(pixels, choices["BLOCK_P"]),)](
+        _head_predict_kernel[(cdiv(pixels, choices["BLOCK_P"]),)](
             *_operands(source, weight, bias), out, pixels, OUTPUT=output, THRESHOLD=threshold, **choices
         )
     return out

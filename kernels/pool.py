@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.kernels.affine import dense, tile
-from fastunet.kernels.common import OPTIONS, accumulator, empty_nhwc, nhwc
+from fastunet.kernels.common import OPTIONS, accumulator, cdiv, empty_nhwc, nhwc
 
 _ACCESSES = 1  # 16-byte accesses per thread and pixel of a window
 
@@ -164,8 +164,8 @@ def max_pool2x2(x: Tensor, affine: Tensor | None) -> Tensor:
     p = empty_nhwc(x, batch, channels, height // 2, width // 2)
     if p.numel() > 0:
         block_w, block_c = tile(channels, x.element_size(), _ACCESSES)
-        blocks = triton.cdiv(width // 2, block_w)
-        _max_pool2x2_fwd_kernel[(batch * (height // 2) * blocks, triton.cdiv(channels, block_c))](
+        blocks = cdiv(width // 2, block_w)
+        _max_pool2x2_fwd_kernel[(batch * (height // 2) * blocks, cdiv(channels, block_c))](
             nhwc(x), dense(affine), p, height, width, channels, blocks,
             HAS_AFFINE=affine is not None, **OPTIONS, ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
@@ -195,9 +195,9 @@ def pool_backward(
     batch, channels, height, width = x.shape
     if x.numel() > 0:
         block_w, block_c = tile(channels, x.element_size(), _ACCESSES)
-        blocks = triton.cdiv((width + 1) // 2, block_w)
+        blocks = cdiv((width + 1) // 2, block_w)
         dmean, dvar, mean = (None, None, None) if stats is None else stats
-        _max_pool2x2_bwd_kernel[(batch * ((height + 1) // 2) * blocks, triton.cdiv(channels, block_c))](
+        _max_pool2x2_bwd_kernel[(batch * ((height + 1) // 2) * blocks, cdiv(channels, block_c))](
             x, dense(scale), nhwc(dp), None if dskip is None else nhwc(dskip), dense(dmean), dense(dvar), dense(mean),
             dx, batch * height * width, height, width, channels, blocks,
             HAS_AFFINE=scale is not None, HAS_SKIP=dskip is not None, STATS=stats is not None, **OPTIONS,

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import memory_format, stats_dtype
-from fastunet.kernels.common import OPTIONS, PROPAGATE_ALL, accumulator, sum_slabs
+from fastunet.kernels.common import OPTIONS, PROPAGATE_ALL, accumulator, cdiv, power_of_2, sum_slabs
 
 _PROGRAMS = 1024  # of the forward pass; a constant, so that the order of summation is the same on every GPU
 
@@ -272,7 +272,7 @@ def _tile(classes: int, itemsize: int) -> tuple[int, int, int]:
 
     4 warps, up to 8 if a tile is to have 32 bytes of each class; more warps leave a thread too few registers.
     """
-    block_c = triton.next_power_of_2(classes)
+    block_c = power_of_2(classes)
     work = max(2, 16 // itemsize)
     block_p = min(max(32 // itemsize, 128 * work // block_c), 256 * work // block_c)
     return block_p, block_c, block_p * block_c // (32 * work)
@@ -306,7 +306,7 @@ def softmax_stats(
         return logits.new_zeros((batch, classes, 7), dtype=dtype)
     operands, strides, compiled = _operands(logits, labels, pixel_weight)
     choices = _choices(logits, pixel_weight, mode, wanted)
-    programs = min(triton.cdiv(pixels, choices["BLOCK_P"]), max(1, _PROGRAMS // batch))
+    programs = min(cdiv(pixels, choices["BLOCK_P"]), max(1, _PROGRAMS // batch))
     partial = logits.new_empty((programs, batch, classes, 7), dtype=dtype)
     _softmax_stats_kernel[(programs * batch,)](
         *operands, partial, batch, pixels, programs, ignore_index, *strides, **compiled, **choices
@@ -331,7 +331,7 @@ def softmax_stats_backward(
         return dlogits
     operands, strides, compiled = _operands(logits, labels, pixel_weight)
     choices = _choices(logits, pixel_weight, mode, wanted)
-    tiles = triton.cdiv(pixels, choices["BLOCK_P"])
+    tiles = cdiv(pixels, choices["BLOCK_P"])
     _, (stride_dn, stride_dc, stride_dp) = by_pixel(dlogits)
     _softmax_stats_backward_kernel[(tiles * batch,)](
         dstats.contiguous(), *operands, dlogits, pixels, tiles, ignore_index, *strides, stride_dn, stride_dc,

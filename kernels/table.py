@@ -20,18 +20,43 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple
 
-import triton
+import torch
 from torch import Tensor
 
 from fastunet.architecture import architecture
-from fastunet.kernels.common import precision
+from fastunet.kernels.common import power_of_2, precision
 
 PATH = Path(__file__).parent / "tiles.json"
-P = ParamSpec("P")
-T = TypeVar("T")
 Key = tuple[str, str, str, str, str, int, int, int]
+_DIFFERENT = 4096  # calls whose tiles are remembered: a network asks for a hundred, each step the same
+
+
+class Place(NamedTuple):
+    """What of a tensor decides, beside sizes."""
+
+    architecture: str
+    dtype: str
+    precision: str
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it is of 16 bits."""
+        return self.dtype == "16-bit"
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is float32, multiplied as such."""
+        return self.dtype == "float32" and self.precision == "ieee"
+
+
+def place(x: Tensor) -> Place:
+    """The place of a tensor that is multiplied."""
+    return Place(architecture(x.device), _NAMES[x.dtype], precision(x.dtype))
+
+
+_NAMES = {torch.float16: "16-bit", torch.bfloat16: "16-bit", torch.float32: "float32", torch.float64: "float64"}
 
 
 class Entry(NamedTuple):
@@ -69,12 +94,9 @@ def forced(choices: Mapping[str, Any]) -> Iterator[None]:
         _forced.update(kept)
 
 
-def key(kind: str, sources: Sequence[int], filters: int, width: int, operand: Tensor) -> Key:
-    """What an entry is found by; ``sources`` are the channels of each, ``operand`` one that is multiplied."""
-    dtype = "16-bit" if operand.element_size() == 2 else str(operand.dtype).removeprefix("torch.")
-    place = (architecture(operand.device), dtype, precision(operand.dtype))
-    sizes = (filters, int(triton.next_power_of_2(width)), int(triton.next_power_of_2(operand.shape[0])))
-    return kind, *place, "+".join(map(str, sources)), *sizes
+def key(kind: str, sources: Sequence[int], filters: int, width: int, batch: int, where: Place) -> Key:
+    """What an entry is found by; ``sources`` are the channels of each."""
+    return kind, *where, "+".join(map(str, sources)), filters, power_of_2(width), power_of_2(batch)
 
 
 @functools.cache
@@ -95,9 +117,10 @@ def _entry(wanted: Key) -> Entry | None:
     return near[min(near, key=lambda other: max(batch / other, other / batch))] if near else None
 
 
-def algorithm(kind: str, sources: Sequence[int], filters: int, width: int, operand: Tensor) -> str:
+@functools.lru_cache(_DIFFERENT)
+def algorithm(kind: str, sources: tuple[int, ...], filters: int, width: int, batch: int, where: Place) -> str:
     """The algorithm that backend "auto" takes: one of :data:`fastunet.kernels.algorithms.FUNCTIONS`."""
-    entry = _entry(key(kind, sources, filters, width, operand))
+    entry = _entry(key(kind, sources, filters, width, batch, where))
     return "triton" if entry is None else entry.algorithm
 
 
@@ -107,23 +130,39 @@ def algorithm_forced(kind: str) -> str | None:
     return choice if choice is None or isinstance(choice, str) else "triton"
 
 
-def overruled(rule: Callable[P, T]) -> Callable[P, T]:
-    """``rule`` (see ``tiles.py``), overruled wherever the table has a tile that fits the call."""
+def overruled(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """``rule`` (kind, batch, sources, filters, height, width, place, tma), overruled wherever the table has a tile that
+    fits the call."""
 
-    @functools.wraps(rule)
-    def choose(*args: P.args, **kwargs: P.kwargs) -> T:
-        tile: Any = rule(*args, **kwargs)
-        kind, batch, sources, filters, _, width, operands, *_ = cast(Any, args)
-        wanted = key(kind, sources, filters, width, operands[0])
-        if _asked is not None:
-            _asked[kind] = wanted, tile
-        if isinstance(_forced.get(kind), tuple):
-            return cast(T, _forced[kind])
+    @functools.lru_cache(_DIFFERENT)
+    def both(*args: Any) -> tuple[Key, Any, Any]:
+        """The key, the rule's tile, and the table's."""
+        tile = rule(*args)
+        kind, batch, sources, filters, _, width, where, _ = args
+        wanted = key(kind, sources, filters, width, batch, where)
         entry = _entry(wanted)
         if entry is None or entry.tile is None:
-            return cast(T, tile)
+            return wanted, tile, tile
         found = type(tile)(*entry.tile)
         # Without TMA now, or with it only now; or more pictures a program than there are.
-        return cast(T, found if found.tma == tile.tma and found.images <= batch else tile)
+        return wanted, tile, found if found.tma == tile.tma and found.images <= batch else tile
 
+    @functools.wraps(rule)
+    def choose(kind: str, *args: Any) -> Any:
+        wanted, tile, found = both(kind, *args)
+        if _asked is not None:
+            _asked[kind] = wanted, tile
+        choice = _forced.get(kind)
+        return choice if isinstance(choice, tuple) else found
+
+    _REMEMBERED.append(both)
     return choose
+
+
+_REMEMBERED: list[Any] = [entries, algorithm]
+
+
+def forget() -> None:
+    """Read ``tiles.json`` again."""
+    for function in _REMEMBERED:
+        function.cache_clear()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import triton
 from torch import Tensor
 
 from fastunet.architecture import architecture
-from fastunet.kernels.common import block, precision
-from fastunet.kernels.table import overruled
+from fastunet.kernels.common import block, cdiv
+from fastunet.kernels.table import Place, overruled, place
 
 
 class Tile(NamedTuple):
@@ -29,8 +29,8 @@ class Tile(NamedTuple):
 
     def grid(self, batch: int, height: int, width: int) -> tuple[int, int, int]:
         """Tiles in all, along the height, along the width."""
-        tiles_h, tiles_w = triton.cdiv(height, self.rows), triton.cdiv(width, self.columns)
-        return triton.cdiv(batch, self.images) * tiles_h * tiles_w, tiles_h, tiles_w
+        tiles_h, tiles_w = cdiv(height, self.rows), cdiv(width, self.columns)
+        return cdiv(batch, self.images) * tiles_h * tiles_w, tiles_h, tiles_w
 
 
 # Multiprocessors of the largest common GPU of an architecture.
@@ -38,40 +38,40 @@ PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 1
 PROCESSORS |= {"gfx942": 304, "gfx950": 256}
 
 
-@overruled
 def choose(
     kind: str, batch: int, sources: Sequence[int], filters: int, height: int, width: int, operands: Sequence[Tensor],
     pointers: bool = False,
 ) -> Tile:  # fmt: skip
     """The tile of a 3×3 convolution of sources of so many channels each, for so many filters."""
-    tile = _choose(kind, batch, sources, filters, height, width, operands, pointers)
+    tma = not pointers and all(map(movable, operands))
+    return _choose(kind, batch, tuple(sources), filters, height, width, place(operands[0]), tma)
+
+
+@overruled
+def _choose(
+    kind: str, batch: int, sources: Sequence[int], filters: int, height: int, width: int, where: Place, tma: bool
+) -> Tile:
+    tile = _unshared(kind, batch, sources, filters, width, where, tma)
     if kind == "conv3x3_wgrad":
         return tile
     reduced, kept = (sources, [filters]) if kind == "conv3x3_fwd" else ([filters], sources)
-    programs = tile.grid(batch, height, width)[0] * sum(triton.cdiv(each, tile.outputs) for each in kept)
-    steps = sum(triton.cdiv(each, tile.reduction) for each in reduced)
-    places = PROCESSORS.get(architecture(operands[0].device), 0) * 8 // tile.warps
+    programs = tile.grid(batch, height, width)[0] * sum(cdiv(each, tile.outputs) for each in kept)
+    steps = sum(cdiv(each, tile.reduction) for each in reduced)
+    places = PROCESSORS.get(where.architecture, 0) * 8 // tile.warps
     # A share that is too small has more sums to store than products to form.
     most = min(places // max(programs, 1), steps // 2, 8)
     return tile._replace(shares=1 << most.bit_length() - 1 if most > 1 else 1)
 
 
-def _choose(
-    kind: str, batch: int, sources: Sequence[int], filters: int, height: int, width: int, operands: Sequence[Tensor],
-    pointers: bool,
-) -> Tile:  # fmt: skip
+def _unshared(kind: str, batch: int, sources: Sequence[int], filters: int, width: int, where: Place, tma: bool) -> Tile:
     channels, outputs = max(sources), filters
     if kind == "conv3x3_dgrad":
         channels, outputs = outputs, channels
-    like = operands[0]
-    tma = not pointers and all(movable(x) for x in operands)
-    narrow = like.element_size() == 2
-    exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
+    narrow, exact, name = where.narrow, where.exact, where.architecture
     wgrad = kind == "conv3x3_wgrad"
-    name = architecture(like.device)
-    # wgmma multiplies 64 rows; what lies outside the picture is left out. wgrad sums over pixels, and of few channels
-    # three programs share a processor.
-    pixels = 32 if wgrad and name == "sm_90" and channels <= 64 else 64
+    # wgmma multiplies 64 rows; what lies outside the picture is left out. wgrad sums over pixels: of few columns it
+    # takes more rows.
+    pixels = 32 if wgrad and name == "sm_90" else 64
     columns = block(width, pixels)
     images = min(pixels // columns, block(batch, pixels, 1))
     columns = pixels // images
@@ -93,24 +93,27 @@ def _choose(
         reduction = block(channels, 128, 64)
         # sm_100 has the accumulators in its tensor memory: the registers of 4 warps are enough.
         warps = reduction // 16 if name == "sm_90" else 4
-        return Tile(images, 4, columns, block(outputs, 64), reduction, warps, 2, True)
+        return Tile(images, 4 * rows, columns, block(outputs, 64), reduction, warps, 2, True)
     if outputs > 64 and batch * block(width, 128) >= 128:  # else most of a wider tile would lie outside the picture
         images = min(128 // block(width, 128), block(batch, 128, 1))
         return Tile(images, rows, 128 // images, 128, block(channels, 64), 8, 2, True)
     return Tile(images, 2 * rows, columns, block(outputs, 64), block(channels, 64), 4, 2, True)
 
 
-@overruled
 def choose_strided(
-    kind: str, batch: int, sources: Sequence[int], outputs: int, height: int, width: int, operands: Sequence[Tensor],
-    tma: bool,
-) -> Tile:  # fmt: skip
+    kind: str, batch: int, channels: int, outputs: int, height: int, width: int, operand: Tensor, tma: bool
+) -> Tile:
     """The tile of another convolution, of one source and for so many outputs, with TMA or without."""
-    (channels,), like = sources, operands[0]
-    narrow = like.element_size() == 2
-    exact = like.element_size() == 4 and precision(like.dtype) == "ieee"
+    return _choose_strided(kind, batch, (channels,), outputs, height, width, place(operand), tma)
+
+
+@overruled
+def _choose_strided(
+    kind: str, batch: int, sources: Sequence[int], outputs: int, height: int, width: int, where: Place, tma: bool
+) -> Tile:
+    (channels,) = sources
+    narrow, exact, name = where.narrow, where.exact, where.architecture
     three, wgrad, dgrad = kind.startswith("conv3x3"), kind.endswith("wgrad"), kind.endswith("dgrad")
-    name = architecture(like.device)
     # 128 accumulators a thread leave registers for the epilogue on Hopper only.
     large = tma and name == "sm_90"
     pixels = 128 if narrow else 32
@@ -148,16 +151,24 @@ def choose_strided(
 
 def movable(x: Tensor, wide: int = 1) -> bool:
     """Whether the tensor memory accelerator can move every ``wide``-th column of an NHWC tensor."""
-    return movable_rows(x.permute(0, 2, 3, 1)) and x.shape[3] % wide == 0
+    return _movable(x, x.shape[1]) and x.shape[3] % wide == 0
 
 
 def movable_rows(x: Tensor) -> bool:
-    """Whether the tensor memory accelerator can move a tensor that is dense in the order of its dimensions.
+    """Whether the tensor memory accelerator can move a tensor that is dense in the order of its dimensions."""
+    return _movable(x, x.shape[-1])
 
-    Its rows must have a multiple of 16 bytes. sm_120 has one, but the shared memory and the matrix instructions of the
-    chips without: the tiles for those suit it.
+
+def _movable(x: Tensor, row: int) -> bool:
+    """Rows must have a multiple of 16 bytes.
+
+    sm_120 has the accelerator, but the shared memory and the matrix instructions of the chips without: the tiles for
+    those suit it.
     """
-    name = architecture(x.device)
-    datacentre = name.startswith("sm_") and 90 <= int(name[3:]) < 120
     size = x.element_size()
-    return datacentre and size != 4 and x.shape[-1] * size % 16 == 0 and x.data_ptr() % 16 == 0
+    return size != 4 and row * size % 16 == 0 and _moves(architecture(x.device)) and x.data_ptr() % 16 == 0
+
+
+@functools.cache
+def _moves(name: str) -> bool:
+    return name.startswith("sm_") and 90 <= int(name[3:]) < 120

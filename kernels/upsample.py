@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastunet.aten import stats_dtype
 from fastunet.kernels.affine import dense, source_backward, source_gradient, store_affine_gradient, tile
-from fastunet.kernels.common import OPTIONS, accumulator, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
+from fastunet.kernels.common import OPTIONS, accumulator, cdiv, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
 
 _ACCESSES = 1  # 16-byte accesses per thread and tap
 _ROUNDS = 4  # tiles of one row per program of the backward, which share a slab of sums
@@ -279,8 +279,8 @@ def upsample_concat(
     first_h, first_w = (-top - 1) // 2, (-left - 1) // 2
     cells_h, cells_w = (y_height - top) // 2 - first_h, (y_width - left) // 2 - first_w
     block_w, block_c = _tile(x, channels, skip_channels)
-    blocks = triton.cdiv(cells_w, block_w)
-    groups = triton.cdiv(channels, block_c) + triton.cdiv(skip_channels, block_c)
+    blocks = cdiv(cells_w, block_w)
+    groups = cdiv(channels, block_c) + cdiv(skip_channels, block_c)
     _upsample_concat_fwd_kernel[(batch * cells_h * blocks, groups)](
         nhwc(x), dense(affine), None if skip is None else nhwc(skip), dense(skip_affine), y, channels, skip_channels,
         height, width, y_height, y_width, top, left, first_h, first_w, cells_h, blocks,
@@ -310,11 +310,11 @@ def upsample_concat_backward(
     y_height, y_width, top, left = _frame(x, skip)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     block_w, block_c = _tile(x, channels, skip_channels)
-    segments = triton.cdiv(width, block_w * _ROUNDS)
+    segments = cdiv(width, block_w * _ROUNDS)
     slabs = batch * height * segments
     partial = x.new_empty(0 if affine is None else (slabs, 3, channels), dtype=stats_dtype(x.dtype))
     if x.numel() > 0:
-        _upsample_bwd_kernel[(slabs, triton.cdiv(channels, block_c))](
+        _upsample_bwd_kernel[(slabs, cdiv(channels, block_c))](
             dy[:, skip_channels:] if skip_first else dy[:, :channels], x, dense(affine), dx, partial,
             channels, dy.shape[1],
             height, width, y_height, y_width, top, left, segments,

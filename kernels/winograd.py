@@ -39,6 +39,7 @@ from fastunet.kernels.common import (
     Source,
     accumulator,
     block,
+    cdiv,
     empty_nhwc,
     load_affine,
     nhwc,
@@ -292,14 +293,14 @@ def _factor(dtype: torch.dtype) -> float:
 
 def _patches(batch: int, size: Sequence[int]) -> tuple[int, int, int]:
     """Patches of 2×2 outputs in all, along the height, along the width."""
-    rows, columns = triton.cdiv(size[0], 2), triton.cdiv(size[1], 2)
+    rows, columns = cdiv(size[0], 2), cdiv(size[1], 2)
     return batch * rows * columns, rows, columns
 
 
 def _grid(patches: int, channels: int) -> tuple[int, int, int]:
     """Programs along the patches and along the channels, and channels a program."""
     block_c = block(channels, _BLOCK_C)
-    return triton.cdiv(patches, _BLOCK_T), triton.cdiv(channels, block_c), block_c
+    return cdiv(patches, _BLOCK_T), cdiv(channels, block_c), block_c
 
 
 def _products(sources: Sequence[Source], size: Sequence[int], weight: Tensor, mirrored: bool, columns: slice) -> Tensor:
@@ -321,7 +322,7 @@ def _products(sources: Sequence[Source], size: Sequence[int], weight: Tensor, mi
     u = weight.new_empty((16, filters, channels))
     block_k = 32 // weight.element_size()
     _, across, block_c = _grid(filters, channels)
-    _winograd_weight_kernel[(triton.cdiv(filters, block_k), across)](
+    _winograd_weight_kernel[(cdiv(filters, block_k), across)](
         nhwc(weight), u, channels, filters, MIRRORED=mirrored,
         BLOCK_K=block_k, BLOCK_C=block_c, ACC=accumulator(x.dtype), **OPTIONS, num_warps=4,
     )  # fmt: skip

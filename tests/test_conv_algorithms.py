@@ -111,17 +111,17 @@ def test_auto_takes_what_the_table_says_and_triton_is_triton(
     inputs = draw(case, device)
     monkeypatch.delenv("FASTUNET_BACKEND", raising=False)
     monkeypatch.setattr(table, "PATH", tmp_path / "tiles.json")
-    keys = [table.key(kind, (3, 2), 2, 5, inputs.x0) for kind in KINDS]
+    keys = [table.key(kind, (3, 2), 2, 5, len(inputs.x0), table.place(inputs.x0)) for kind in KINDS]
     table.PATH.write_text(json.dumps([{"key": key, "algorithm": "cudnn", "source": "modelled"} for key in keys]))
     calls = []
     for name in ("_placed", "_backward"):
         function = getattr(conv_aten, name)
         monkeypatch.setattr(conv_aten, name, lambda *given, f=function, n=name: calls.append(n) or f(*given))
-    table.entries.cache_clear()
+    table.forget()
     try:
         gradients(run(case, inputs, backend), inputs.leaves)
     finally:
-        table.entries.cache_clear()
+        table.forget()
     assert sorted(calls) == (["_backward", "_backward", "_placed", "_placed"] if taken else [])
 
 

@@ -33,9 +33,9 @@ def tiles(tmp_path, monkeypatch):
     path = tmp_path / "tiles.json"
     path.write_text("[]")
     monkeypatch.setattr(table, "PATH", path)
-    table.entries.cache_clear()
+    table.forget()
     yield path
-    table.entries.cache_clear()
+    table.forget()
 
 
 def entry(
@@ -63,7 +63,7 @@ def test_a_measured_tile_is_taken_for_its_shape(tiles):
     rule = chosen()
     better = rule._replace(stages=3)
     tune.write(tiles, [entry(better)])
-    table.entries.cache_clear()
+    table.forget()
     assert chosen() == better
     assert chosen(width=13) == better, "up to the next power of two"
     assert chosen(width=32).stages == rule.stages
@@ -73,7 +73,7 @@ def test_a_measured_tile_is_taken_for_its_shape(tiles):
 def test_an_entry_holds_for_the_batches_that_are_nearest(tiles):
     rule = chosen()
     tune.write(tiles, [entry(rule._replace(stages=3)), entry(rule._replace(stages=4), batch=16)])
-    table.entries.cache_clear()
+    table.forget()
     assert [chosen(batch=batch).stages for batch in (1, 2, 3, 7, 8, 16, 17, 64)] == [3, 3, 3, 4, 4, 4, 4, 4]
 
 
@@ -99,7 +99,7 @@ def test_programs_share_a_tile_only_where_there_are_few(tiles):
 
 def test_a_tile_of_more_pictures_than_there_are_is_not_taken(tiles):
     tune.write(tiles, [entry(chosen()._replace(images=4, stages=3))])
-    table.entries.cache_clear()
+    table.forget()
     assert chosen(batch=2).stages != 3
     assert chosen(batch=4).stages == 3
 
@@ -107,13 +107,13 @@ def test_a_tile_of_more_pictures_than_there_are_is_not_taken(tiles):
 def test_a_measured_tile_of_a_strided_convolution_is_taken(tiles):
     def chosen_strided(kind: str) -> Tile:
         x = torch.empty((2, 16, 8, 16), dtype=torch.float16, device="meta")
-        return choose_strided(kind, 2, [16], 32, 8, 16, [x], False)
+        return choose_strided(kind, 2, 16, 32, 8, 16, x, False)
 
     rule = chosen_strided("conv3x3_down")
-    key = table.key("conv3x3_down", [16], 32, 16, torch.empty((2, 16, 8, 16), dtype=torch.float16, device="meta"))
+    key = table.key("conv3x3_down", [16], 32, 16, 2, table.place(torch.empty(0, dtype=torch.float16)))
     better = rule._replace(stages=rule.stages + 1)
     tune.write(tiles, [entry(better, rule) | {"key": list(key)}])
-    table.entries.cache_clear()
+    table.forget()
     assert chosen_strided("conv3x3_down") == better
     assert chosen_strided("conv3x3_up") != better
 
@@ -273,7 +273,7 @@ from fastunet.kernels import table
 table.PATH = Path({path!r})
 for _ in range(2):
     tune.main(["--model", "--only", "1x128x128x128-bfloat16-inference-k128"])
-    table.entries.cache_clear()
+    table.forget()
     print("TABLE", table.PATH.read_text().replace("\\n", " "))
 """
 
