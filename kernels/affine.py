@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import stats_dtype
-from fastunet.kernels.common import OPTIONS, accumulator, block, cdiv, load_affine, nhwc, normalise, sum_slabs
+from fastunet.kernels.common import OPTIONS, accumulator, block, cdiv, launch, load_affine, nhwc, normalise, sum_slabs
 
 _ACCESSES = 2  # 16-byte accesses per thread, tensor and step: bytes enough in flight without crowding the registers
 _ROUNDS = 4  # steps per program of the backward: the sums it writes stay below 2 % of its traffic
@@ -193,7 +193,8 @@ def affine_act(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
     channels = x.shape[1]
     pixels = x.numel() // channels
     block_p, block_c = tile(channels, x.element_size(), _ACCESSES)
-    _affine_act_fwd_kernel[(cdiv(pixels, block_p), cdiv(channels, block_c))](
+    launch(
+        _affine_act_fwd_kernel, (cdiv(pixels, block_p), cdiv(channels, block_c)),
         x, dense(affine), z, pixels, channels,
         HAS_AFFINE=affine is not None, RELU=relu, **OPTIONS,
         ACC=accumulator(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
@@ -219,7 +220,8 @@ def source_gradient(dz: Tensor, dz_stride: int, x: Tensor, affine: Tensor | None
     slabs = cdiv(pixels, block_p * _ROUNDS)
     partial = x.new_empty(0 if affine is None else (slabs, 3, channels), dtype=stats_dtype(x.dtype))
     if x.numel() > 0:
-        _affine_act_bwd_kernel[(slabs, cdiv(channels, block_c))](
+        launch(
+            _affine_act_bwd_kernel, (slabs, cdiv(channels, block_c)),
             dz, x, dense(affine), dx, partial, pixels, channels, dz_stride,
             HAS_AFFINE=affine is not None, RELU=relu, **OPTIONS,
             ACC=accumulator(x.dtype), ROUNDS=_ROUNDS,
@@ -235,7 +237,8 @@ def _bn_affine(
     channels = mean.shape[0]
     affine = mean.new_empty((3, channels))
     if channels:
-        _bn_affine_fwd_kernel[(cdiv(channels, _BN_BLOCK),)](
+        launch(
+            _bn_affine_fwd_kernel, (cdiv(channels, _BN_BLOCK),),
             mean.contiguous(), var.contiguous(), dense(weight), dense(bias), *running, affine, channels, count,
             MOMENTUM=momentum, EPS=eps, **OPTIONS, ACC=accumulator(mean.dtype), BLOCK_C=_BN_BLOCK,
         )  # fmt: skip
@@ -274,7 +277,8 @@ def bn_affine_backward(
     channels = var.shape[0]
     dmean, dvar, dweight, dbias = (daffine.new_empty(channels) for _ in range(4))
     if channels:
-        _bn_affine_bwd_kernel[(cdiv(channels, _BN_BLOCK),)](
+        launch(
+            _bn_affine_bwd_kernel, (cdiv(channels, _BN_BLOCK),),
             daffine.contiguous(), var.contiguous(), dense(weight), dmean, dvar, dweight, dbias, channels,
             EPS=eps, **OPTIONS, ACC=accumulator(var.dtype), BLOCK_C=_BN_BLOCK,
         )  # fmt: skip

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels.common import OPTIONS, accumulator, cdiv, power_of_2
+from fastunet.kernels.common import OPTIONS, accumulator, cdiv, launch, power_of_2
 from fastunet.kernels.softmax_stats import alignment, by_pixel
 
 _PROGRAMS = 1024
@@ -134,7 +134,8 @@ def confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int, threshol
     block_p = max(16, 2048 // block_c)
     programs = min(cdiv(pixels, block_p), max(1, _most_programs(classes) // batch))
     counts, choices = _counters(classes, programs * batch, logits.device)
-    _confusion_matrix_kernel[(programs * batch,)](
+    launch(
+        _confusion_matrix_kernel, (programs * batch,),
         logits, labels, counts, pixels, programs, ignore_index, stride_xn, stride_xc, stride_yn, stride_yp,
         stride_xp=stride_xp, C=channels, ALIGN=alignment(stride_xn, channels), THRESHOLD=threshold,
         ACC=accumulator(logits.dtype), **choices, BLOCK_P=block_p, BLOCK_C=block_c,
@@ -153,7 +154,8 @@ def confusion_matrix_of_masks(mask: Tensor, labels: Tensor, classes: int, ignore
     )
     programs = min(cdiv(pixels, _MASK_PIXELS), _most_programs(classes))
     counts, choices = _counters(classes, programs, mask.device)
-    _confusion_matrix_of_masks_kernel[(programs,)](
+    launch(
+        _confusion_matrix_of_masks_kernel, (programs,),
         mask, labels, counts, pixels, programs, ignore_index,
         C=classes, **choices, BLOCK_P=_MASK_PIXELS, **OPTIONS, num_warps=4,
     )  # fmt: skip

@@ -40,6 +40,7 @@ from fastunet.kernels.common import (
     halves,
     held,
     hold,
+    launch,
     load_affine,
     load_channels,
     load_tap,
@@ -465,12 +466,14 @@ def cropped(source: Source, frame: Sequence[int]) -> bool:
 
 def operand(x: Tensor, tile: Tile, channels: int, pooled: int = 1) -> Any:
     """An NHWC activation as the kernels read and write it, ``channels`` at a time; 2×2-``pooled`` if that is 2."""
-    return describe(x.permute(0, 2, 3, 1), [tile.images, 1, tile.columns // pooled, channels], tile.tma)
+    batch, depth, height, width = x.shape
+    blocks = tile.images, 1, tile.columns // pooled, channels
+    return describe(x, (batch, height, width, depth), blocks, tile.tma)
 
 
 def _weights(weight: Tensor, tile: Tile, first: int, second: int) -> Any:
     """Weights (K,9,C) as the kernels read them: ``first`` filters and ``second`` channels at a time."""
-    return describe(weight.permute(0, 2, 3, 1).flatten(1, 2), [first, 1, second], tile.tma)
+    return describe(weight, (weight.shape[0], 9, weight.shape[1]), (first, 1, second), tile.tma)
 
 
 def conv3x3(
@@ -518,7 +521,8 @@ def conv3x3(
     pool = pool and alone and tile.rows % 2 == 0 and min(height, width) > 1
     pooled = empty_nhwc(x, batch, filters, height // 2, width // 2) if pool else None
     scale = None if pool_scale is None else pool_scale.contiguous()
-    _conv3x3_fwd_kernel[(tiles * cdiv(filters, tile.outputs), tile.shares)](
+    launch(
+        _conv3x3_fwd_kernel, (tiles * cdiv(filters, tile.outputs), tile.shares),
         operand(x, tile, tile.reduction), first.affine_or_x,
         operand(second.x, tile, tile.reduction), second.affine_or_x, real_word(x.device),
         _weights(weight, tile, tile.outputs, tile.reduction), x if bias is None else bias.contiguous(),
@@ -584,7 +588,8 @@ def conv3x3_dgrad(
         part = tile.outputs // 2 if tile.outputs >= 64 else tile.outputs
         (dx, partial), (dx1, partial1) = gradients[wanted[0]], gradients[wanted[-1]]
         out, out1 = (operand(dx, tile, part), operand(dx1, tile, part)) if alone else (sums, sums)
-        _conv3x3_dgrad_kernel[(tiles * blocks, tile.shares)](
+        launch(
+            _conv3x3_dgrad_kernel, (tiles * blocks, tile.shares),
             operand(dy, tile, tile.reduction), _weights(weight, tile, tile.reduction, tile.outputs),
             operand(first.x, tile, part), first.affine_or_x, out, partial,
             operand(second.x, tile, part), second.affine_or_x, out1, partial1,

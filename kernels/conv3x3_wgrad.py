@@ -29,6 +29,7 @@ from fastunet.kernels.common import (
     cdiv,
     held,
     hold,
+    launch,
     load_affine,
     precision,
     real_word,
@@ -152,7 +153,8 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
     # Enough programs to fill a large GPU a few times, of a few tiles each; the same on every GPU, for the same bits.
     slabs = max(1, min(cdiv(tiles, 4), cdiv(264, 3 * blocks)))
     partial = dy.new_empty((slabs, filters, 3, 3, channels), dtype=stats_dtype(dy.dtype))
-    _conv3x3_wgrad_kernel[(slabs * blocks * 3,)](
+    launch(
+        _conv3x3_wgrad_kernel, (slabs * blocks * 3,),
         operand(first.x, tile, tile.reduction), first.affine_or_x,
         operand(second.x, tile, tile.reduction), second.affine_or_x, real_word(dy.device),
         operand(dy, tile, tile.outputs), partial,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastunet.aten import aten, frame, stats_dtype
 from fastunet.kernels.affine import source_gradient, tile
-from fastunet.kernels.common import OPTIONS, Source, accumulator, cdiv, empty_nhwc, load_affine, nhwc, normalise
+from fastunet.kernels.common import OPTIONS, Source, accumulator, cdiv, empty_nhwc, launch, load_affine, nhwc, normalise
 from fastunet.kernels.statistics import batch_stats
 
 
@@ -63,7 +63,8 @@ def _placed(sources: Sequence[Source], size: Sequence[int]) -> Tensor:
     for source in sources:
         if pixels and source.channels:
             block_p, block_c = tile(source.channels, z.element_size(), 2)
-            _place_kernel[(cdiv(pixels, block_p), cdiv(source.channels, block_c))](
+            launch(
+                _place_kernel, (cdiv(pixels, block_p), cdiv(source.channels, block_c)),
                 source.x, source.affine_or_x, z, pixels, source.height, source.width, source.top, source.left, *size,
                 source.channels, start, total,
                 AFFINE=source.affine is not None, RELU=source.relu, BLOCK_P=block_p, BLOCK_C=block_c,

@@ -28,7 +28,7 @@ from torch import Tensor
 from fastunet.aten import frame, memory_format, stats_dtype
 from fastunet.kernels.affine import affine_act_backward
 from fastunet.kernels.algorithms import computing
-from fastunet.kernels.common import OPTIONS, Source, accumulator, block, cdiv, empty_nhwc, nhwc, sum_slabs
+from fastunet.kernels.common import OPTIONS, Source, accumulator, block, cdiv, empty_nhwc, launch, nhwc, sum_slabs
 from fastunet.kernels.conv import alone, placed
 from fastunet.kernels.conv_down import conv_down_dgrad
 from fastunet.kernels.conv_image import conv_image_wgrad, serves
@@ -99,7 +99,8 @@ def _form_dy(
     chunk = block_m * max(1, cdiv(pixels, block_m * 2048))
     programs = cdiv(pixels, chunk)
     sums = like.new_empty((programs, filters) if need_sum else 0, dtype=stats_dtype(like.dtype))
-    _form_dy_kernel[(programs, cdiv(filters, block_k))](
+    launch(
+        _form_dy_kernel, (programs, cdiv(filters, block_k)),
         out if dy is None else dy, sums if dmean is None else dmean.contiguous(),
         sums if dvar is None else dvar.contiguous(), nhwc(y) if dvar is not None else out, mean.contiguous(), out, sums,
         pixels, chunk, filters,

@@ -32,6 +32,7 @@ from fastunet.kernels.common import (
     empty_nhwc,
     held,
     hold,
+    launch,
     load_affine,
     load_tap,
     precision,
@@ -177,9 +178,10 @@ def conv_down(
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
-    _conv_down_fwd_kernel[(tiles * cdiv(filters, tile.outputs),)](
+    launch(
+        _conv_down_fwd_kernel, (tiles * cdiv(filters, tile.outputs),),
         parts(x, tile, tile.reduction, stride, tma), source.affine_or_x, real_word(x.device),
-        describe(weight, [tile.outputs, 1, tile.reduction], tma_w),
+        describe(weight, tuple(weight.shape), (tile.outputs, 1, tile.reduction), tma_w),
         x if bias is None else bias.contiguous(), parts(y, tile, tile.outputs, 1, tma_y), *partials, counts,
         batch, x.shape[2], x.shape[3], height, width, channels, filters, tiles_h, tiles_w,
         KSIZE=ksize, STRIDE=stride, AFFINE=source.affine is not None, RELU=source.relu,
@@ -212,9 +214,10 @@ def conv_down_dgrad(dy: Tensor, weight: Tensor, source: Source, stride: int) -> 
     partial = x.new_empty((tiles, 3, channels) if source.affine is not None else 0, dtype=dtype)
     part = tile.outputs // 2 if tile.outputs >= 64 else tile.outputs
     first, second = (tile.outputs, tile.reduction) if ksize > 1 else (tile.reduction, tile.outputs)
-    _conv_down_dgrad_kernel[(tiles * cdiv(channels, tile.outputs),)](
+    launch(
+        _conv_down_dgrad_kernel, (tiles * cdiv(channels, tile.outputs),),
         parts(dy, tile, tile.reduction, wide, tma),
-        describe(weight, [first, 1, second], tma_w),
+        describe(weight, tuple(weight.shape), (first, 1, second), tma_w),
         parts(x, tile, part, 1, tma_x), source.affine_or_x, parts(dx, tile, part, 1, tma_x), partial,
         batch, dy.shape[2], dy.shape[3], height, width, channels, filters, tiles_h, tiles_w,
         KSIZE=ksize, STRIDE=stride, AFFINE=source.affine is not None, RELU=source.relu,

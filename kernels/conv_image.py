@@ -25,6 +25,7 @@ from fastunet.kernels.common import (
     block,
     cdiv,
     empty_nhwc,
+    launch,
     load_affine,
     nhwc,
     normalise,
@@ -149,7 +150,8 @@ def conv_image(
     tiles = cdiv(pixels, block_m)
     partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
-    _conv_image_fwd_kernel[(tiles, cdiv(filters, block_k))](
+    launch(
+        _conv_image_fwd_kernel, (tiles, cdiv(filters, block_k)),
         x, nhwc(weight), x if bias is None else bias.contiguous(),
         x if affine is None else affine.contiguous(), y, *partials, counts,
         pixels, source.height, source.width, source.channels, filters,
@@ -169,7 +171,8 @@ def conv_image_wgrad(dy: Tensor, source: Source) -> Tensor:
     per_slab = block_m * cdiv(cdiv(pixels, block_m), 512)
     slabs = cdiv(pixels, per_slab)
     partial = dy.new_empty((slabs, filters, 3, 3, source.channels), dtype=stats_dtype(dy.dtype))
-    _conv_image_wgrad_kernel[(slabs, cdiv(filters, block_k))](
+    launch(
+        _conv_image_wgrad_kernel, (slabs, cdiv(filters, block_k)),
         dy, x, partial, pixels, per_slab, source.height, source.width, source.channels, filters,
         BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
         ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype), **OPTIONS, num_warps=warps, num_stages=2,

@@ -28,6 +28,7 @@ from fastunet.kernels.common import (
     cdiv,
     held,
     hold,
+    launch,
     load_affine,
     precision,
     real_word,
@@ -131,7 +132,8 @@ def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> 
     # Enough programs to fill a large GPU a few times, of a few tiles each; the same on every GPU, for the same bits.
     slabs = max(1, min(cdiv(tiles, 4), cdiv(264, blocks)))
     partial = dy.new_empty((slabs, weight.shape[0], ksize, ksize, weight.shape[1]), dtype=stats_dtype(dy.dtype))
-    _conv_strided_wgrad_kernel[(slabs * blocks,)](
+    launch(
+        _conv_strided_wgrad_kernel, (slabs * blocks,),
         parts(x, tile, tile.reduction, 1 if up else wide, tma_x), source.affine_or_x, real_word(dy.device),
         parts(dy, tile, tile.outputs, wide if up else 1, tma_y), partial,
         batch, x.shape[2], x.shape[3], dy.shape[2], dy.shape[3], channels, filters, tiles, tiles_h, tiles_w, slabs,

@@ -33,6 +33,7 @@ from fastunet.kernels.common import (
     empty_nhwc,
     held,
     hold,
+    launch,
     load_affine,
     load_tap,
     precision,
@@ -209,9 +210,10 @@ def conv_up(source: Source, weight: Tensor, bias: Tensor | None, stats: bool) ->
     tiles *= ksize - 1  # rows of y
     partials = [x.new_empty((tiles, outputs) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
-    _conv_up_fwd_kernel[(tiles * cdiv(outputs, tile.outputs),)](
+    launch(
+        _conv_up_fwd_kernel, (tiles * cdiv(outputs, tile.outputs),),
         operand(x, tile, tile.reduction), source.affine_or_x, real_word(x.device),
-        describe(weight, [tile.reduction, 1, tile.outputs], tma),
+        describe(weight, tuple(weight.shape), (tile.reduction, 1, tile.outputs), tma),
         x if bias is None else bias.contiguous(), parts(y, tile, tile.outputs, ksize - 1, tma),
         *partials, counts,
         batch, height, width, channels, outputs, tiles_h, tiles_w,
@@ -243,9 +245,10 @@ def conv_up_dgrad(dy: Tensor, weight: Tensor, source: Source) -> tuple[Tensor, T
     tiles *= 2  # rows of dx
     partial = x.new_empty((tiles, 3, channels) if source.affine is not None else 0, dtype=dtype)
     part = tile.outputs // 2 if tile.outputs >= 64 else tile.outputs
-    _conv_up_dgrad_kernel[(tiles * cdiv(channels, tile.outputs),)](
+    launch(
+        _conv_up_dgrad_kernel, (tiles * cdiv(channels, tile.outputs),),
         operand(dy, tile, tile.reduction),
-        describe(weight, [tile.reduction, 1, tile.outputs], tma),
+        describe(weight, tuple(weight.shape), (tile.reduction, 1, tile.outputs), tma),
         parts(x, tile, part, 2, tma_x), source.affine_or_x, parts(dx, tile, part, 2, tma_x), partial,
         batch, height, width, source.height, source.width, channels, filters, tiles_h, tiles_w,
         KSIZE=3, AFFINE=source.affine is not None, RELU=source.relu, TMA=tma, TMA_X=tma_x, HELD=held(dy),

@@ -35,6 +35,7 @@ from fastunet.kernels.common import (
     accumulator,
     block,
     cdiv,
+    launch,
     load_affine,
     normalise,
     precision,
@@ -285,7 +286,8 @@ def head_stats(
     choices = _choices(source, weight, bias, classes, 8 if all(wanted) else 16, 32)
     programs = min(cdiv(pixels, choices["BLOCK_P"] * _TILES), max(1, _PROGRAMS // batch))
     partial = x.new_empty((programs, batch, classes, 7), dtype=stats_dtype(x.dtype))
-    _head_stats_kernel[(programs * batch,)](
+    launch(
+        _head_stats_kernel, (programs * batch,),
         *_operands(source, weight, bias), labels, pixel_weight_or_labels, partial, batch, pixels, programs,
         ignore_index, *strides, **about, **choices,
     )  # fmt: skip
@@ -320,7 +322,8 @@ def head_stats_backward(
     dbias = x.new_empty((slabs, classes) if need_filters else 0, dtype=dtype)
     if slabs * source.channels > 0:
         labels, pixel_weight_or_labels, strides, about = _statistics(labels, pixel_weight, mode, wanted)
-        _head_stats_backward_kernel[(slabs, cdiv(source.channels, choices["BLOCK_C"]))](
+        launch(
+            _head_stats_backward_kernel, (slabs, cdiv(source.channels, choices["BLOCK_C"])),
             dstats.contiguous(), *_operands(source, weight, bias), labels, pixel_weight_or_labels,
             dx, daffine, dweight, dbias, batch, pixels, programs, ignore_index, *strides,
             SOURCE=need_source, FILTERS=need_filters, **about, **choices,
@@ -363,7 +366,14 @@ def head_predict(
         )  # fmt: skip
     if out.numel() > 0:
         choices = _choices(source, weight, bias, classes, 16, 32)
-        _head_predict_kernel[(cdiv(pixels, choices["BLOCK_P"]),)](
-            *_operands(source, weight, bias), out, pixels, OUTPUT=output, THRESHOLD=threshold, **choices
+        launch(
+            _head_predict_kernel,
+            (cdiv(pixels, choices["BLOCK_P"]),),
+            *_operands(source, weight, bias),
+            out,
+            pixels,
+            OUTPUT=output,
+            THRESHOLD=threshold,
+            **choices,
         )
     return out

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.kernels.affine import dense, tile
-from fastunet.kernels.common import OPTIONS, accumulator, cdiv, empty_nhwc, nhwc
+from fastunet.kernels.common import OPTIONS, accumulator, cdiv, empty_nhwc, launch, nhwc
 
 _ACCESSES = 1  # 16-byte accesses per thread and pixel of a window
 
@@ -165,7 +165,8 @@ def max_pool2x2(x: Tensor, affine: Tensor | None) -> Tensor:
     if p.numel() > 0:
         block_w, block_c = tile(channels, x.element_size(), _ACCESSES)
         blocks = cdiv(width // 2, block_w)
-        _max_pool2x2_fwd_kernel[(batch * (height // 2) * blocks, cdiv(channels, block_c))](
+        launch(
+            _max_pool2x2_fwd_kernel, (batch * (height // 2) * blocks, cdiv(channels, block_c)),
             nhwc(x), dense(affine), p, height, width, channels, blocks,
             HAS_AFFINE=affine is not None, **OPTIONS, ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
@@ -197,7 +198,8 @@ def pool_backward(
         block_w, block_c = tile(channels, x.element_size(), _ACCESSES)
         blocks = cdiv((width + 1) // 2, block_w)
         dmean, dvar, mean = (None, None, None) if stats is None else stats
-        _max_pool2x2_bwd_kernel[(batch * ((height + 1) // 2) * blocks, cdiv(channels, block_c))](
+        launch(
+            _max_pool2x2_bwd_kernel, (batch * ((height + 1) // 2) * blocks, cdiv(channels, block_c)),
             x, dense(scale), nhwc(dp), None if dskip is None else nhwc(dskip), dense(dmean), dense(dvar), dense(mean),
             dx, batch * height * width, height, width, channels, blocks,
             HAS_AFFINE=scale is not None, HAS_SKIP=dskip is not None, STATS=stats is not None, **OPTIONS,

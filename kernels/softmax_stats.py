@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import memory_format, stats_dtype
-from fastunet.kernels.common import OPTIONS, PROPAGATE_ALL, accumulator, cdiv, power_of_2, sum_slabs
+from fastunet.kernels.common import OPTIONS, PROPAGATE_ALL, accumulator, cdiv, launch, power_of_2, sum_slabs
 
 _PROGRAMS = 1024  # of the forward pass; a constant, so that the order of summation is the same on every GPU
 
@@ -308,8 +308,18 @@ def softmax_stats(
     choices = _choices(logits, pixel_weight, mode, wanted)
     programs = min(cdiv(pixels, choices["BLOCK_P"]), max(1, _PROGRAMS // batch))
     partial = logits.new_empty((programs, batch, classes, 7), dtype=dtype)
-    _softmax_stats_kernel[(programs * batch,)](
-        *operands, partial, batch, pixels, programs, ignore_index, *strides, **compiled, **choices
+    launch(
+        _softmax_stats_kernel,
+        (programs * batch,),
+        *operands,
+        partial,
+        batch,
+        pixels,
+        programs,
+        ignore_index,
+        *strides,
+        **compiled,
+        **choices,
     )
     return sum_slabs(partial)
 
@@ -333,7 +343,8 @@ def softmax_stats_backward(
     choices = _choices(logits, pixel_weight, mode, wanted)
     tiles = cdiv(pixels, choices["BLOCK_P"])
     _, (stride_dn, stride_dc, stride_dp) = by_pixel(dlogits)
-    _softmax_stats_backward_kernel[(tiles * batch,)](
+    launch(
+        _softmax_stats_backward_kernel, (tiles * batch,),
         dstats.contiguous(), *operands, dlogits, pixels, tiles, ignore_index, *strides, stride_dn, stride_dc,
         stride_dp=stride_dp, ALIGN_D=alignment(stride_dn, classes), **compiled, **choices,
     )  # fmt: skip

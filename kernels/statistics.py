@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import stats_dtype
-from fastunet.kernels.common import OPTIONS, accumulator, block, cdiv
+from fastunet.kernels.common import OPTIONS, accumulator, block, cdiv, launch
 
 
 @triton.jit
@@ -93,7 +93,8 @@ def _batch_stats(y: Tensor, sums: Tensor | None, bias: Tensor | None, stats: boo
     tiles = cdiv(pixels, rows * block_p)
     mean, m2 = (y.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2))
     counts = y.new_empty(tiles if stats else 0, dtype=dtype)
-    _batch_stats_kernel[(tiles, cdiv(filters, block_k))](
+    launch(
+        _batch_stats_kernel, (tiles, cdiv(filters, block_k)),
         y, y if sums is None else sums, y if bias is None else bias.contiguous(), mean, m2, counts, pixels, filters,
         0 if sums is None else sums.shape[0], SHARED=sums is not None, BIAS=bias is not None, STATS=stats,
         ROWS=rows, BLOCK_P=block_p, BLOCK_K=block_k, ACC=accumulator(y.dtype), **OPTIONS, num_warps=4,
@@ -136,7 +137,8 @@ def merge_stats(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor
     while True:
         groups = cdiv(tiles, group)
         merged = mean.new_empty((groups, filters)), mean.new_empty((groups, filters)), mean.new_empty(groups)
-        _merge_stats_kernel[(groups, cdiv(filters, block_k))](
+        launch(
+            _merge_stats_kernel, (groups, cdiv(filters, block_k)),
             mean, m2, count, *merged, tiles, filters,
             GROUP=group, BLOCK_K=block_k, LAST=groups == 1, **OPTIONS, num_warps=4,
         )  # fmt: skip

@@ -14,10 +14,9 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastunet.kernels.affine import source_backward, store_affine_gradient
-from fastunet.kernels.common import halves, load_affine, load_channels, nhwc, normalise_real
+from fastunet.kernels.common import describe, halves, load_affine, load_channels, nhwc, normalise_real
 from fastunet.kernels.tiles import Tile
 
 MOST_COLUMNS = 2**30
@@ -146,9 +145,7 @@ def taps(weight: Tensor) -> Tensor:
 
 def parts(x: Tensor, tile: Tile, channels: int, wide: int, tma: bool) -> Any:
     """An NHWC activation as the kernels read and write it, ``channels`` at a time."""
-    if not tma:
-        return x
     batch, depth, height, width = x.shape
-    strides = [height * width * depth, width * depth, depth, wide * depth, 1]
-    block = [tile.images, 1, 1, tile.columns, channels]
-    return TensorDescriptor(x, [batch, height, wide, width // wide, depth], strides, block)
+    strides = height * width * depth, width * depth, depth, wide * depth, 1
+    blocks = tile.images, 1, 1, tile.columns, channels
+    return describe(x, (batch, height, wide, width // wide, depth), blocks, tma, strides)

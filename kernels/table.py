@@ -26,11 +26,10 @@ import torch
 from torch import Tensor
 
 from fastunet.architecture import architecture
-from fastunet.kernels.common import power_of_2, precision
+from fastunet.kernels.common import MOST_REMEMBERED, power_of_2, precision
 
 PATH = Path(__file__).parent / "tiles.json"
 Key = tuple[str, str, str, str, str, int, int, int]
-_DIFFERENT = 4096  # calls whose tiles are remembered: a network asks for a hundred, each step the same
 
 
 class Place(NamedTuple):
@@ -117,7 +116,7 @@ def _entry(wanted: Key) -> Entry | None:
     return near[min(near, key=lambda other: max(batch / other, other / batch))] if near else None
 
 
-@functools.lru_cache(_DIFFERENT)
+@functools.lru_cache(MOST_REMEMBERED)
 def algorithm(kind: str, sources: tuple[int, ...], filters: int, width: int, batch: int, where: Place) -> str:
     """The algorithm that backend "auto" takes: one of :data:`fastunet.kernels.algorithms.FUNCTIONS`."""
     entry = _entry(key(kind, sources, filters, width, batch, where))
@@ -134,7 +133,7 @@ def overruled(rule: Callable[..., Any]) -> Callable[..., Any]:
     """``rule`` (kind, batch, sources, filters, height, width, place, tma), overruled wherever the table has a tile that
     fits the call."""
 
-    @functools.lru_cache(_DIFFERENT)
+    @functools.lru_cache(MOST_REMEMBERED)
     def both(*args: Any) -> tuple[Key, Any, Any]:
         """The key, the rule's tile, and the table's."""
         tile = rule(*args)

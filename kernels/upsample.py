@@ -26,7 +26,17 @@ from torch import Tensor
 
 from fastunet.aten import stats_dtype
 from fastunet.kernels.affine import dense, source_backward, source_gradient, store_affine_gradient, tile
-from fastunet.kernels.common import OPTIONS, accumulator, cdiv, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
+from fastunet.kernels.common import (
+    OPTIONS,
+    accumulator,
+    cdiv,
+    empty_nhwc,
+    launch,
+    load_affine,
+    nhwc,
+    normalise,
+    sum_slabs,
+)
 
 _ACCESSES = 1  # 16-byte accesses per thread and tap
 _ROUNDS = 4  # tiles of one row per program of the backward, which share a slab of sums
@@ -281,7 +291,8 @@ def upsample_concat(
     block_w, block_c = _tile(x, channels, skip_channels)
     blocks = cdiv(cells_w, block_w)
     groups = cdiv(channels, block_c) + cdiv(skip_channels, block_c)
-    _upsample_concat_fwd_kernel[(batch * cells_h * blocks, groups)](
+    launch(
+        _upsample_concat_fwd_kernel, (batch * cells_h * blocks, groups),
         nhwc(x), dense(affine), None if skip is None else nhwc(skip), dense(skip_affine), y, channels, skip_channels,
         height, width, y_height, y_width, top, left, first_h, first_w, cells_h, blocks,
         HAS_AFFINE=affine is not None, RELU=relu, HAS_SKIP=skip is not None, SKIP_AFFINE=skip_affine is not None,
@@ -314,7 +325,8 @@ def upsample_concat_backward(
     slabs = batch * height * segments
     partial = x.new_empty(0 if affine is None else (slabs, 3, channels), dtype=stats_dtype(x.dtype))
     if x.numel() > 0:
-        _upsample_bwd_kernel[(slabs, cdiv(channels, block_c))](
+        launch(
+            _upsample_bwd_kernel, (slabs, cdiv(channels, block_c)),
             dy[:, skip_channels:] if skip_first else dy[:, :channels], x, dense(affine), dx, partial,
             channels, dy.shape[1],
             height, width, y_height, y_width, top, left, segments,

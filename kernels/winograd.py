@@ -41,6 +41,7 @@ from fastunet.kernels.common import (
     block,
     cdiv,
     empty_nhwc,
+    launch,
     load_affine,
     nhwc,
     normalise,
@@ -312,7 +313,8 @@ def _products(sources: Sequence[Source], size: Sequence[int], weight: Tensor, mi
     first = 0
     for source in sources:
         along, across, block_c = _grid(patches, source.channels)
-        _winograd_input_kernel[(along, across)](
+        launch(
+            _winograd_input_kernel, (along, across),
             source.x, source.affine_or_x, v, patches, source.height, source.width, source.top, source.left, *size,
             patches_h, patches_w, source.channels, first, total,
             AFFINE=source.affine is not None, RELU=source.relu, FACTOR=_factor(x.dtype),
@@ -322,7 +324,8 @@ def _products(sources: Sequence[Source], size: Sequence[int], weight: Tensor, mi
     u = weight.new_empty((16, filters, channels))
     block_k = 32 // weight.element_size()
     _, across, block_c = _grid(filters, channels)
-    _winograd_weight_kernel[(cdiv(filters, block_k), across)](
+    launch(
+        _winograd_weight_kernel, (cdiv(filters, block_k), across),
         nhwc(weight), u, channels, filters, MIRRORED=mirrored,
         BLOCK_K=block_k, BLOCK_C=block_c, ACC=accumulator(x.dtype), **OPTIONS, num_warps=4,
     )  # fmt: skip
@@ -351,7 +354,8 @@ def conv3x3(
     along, across, block_k = _grid(patches, filters)
     mean, m2 = (x.new_empty((along, filters) if stats else 0, dtype=dtype) for _ in range(2))
     counts = x.new_empty(along if stats else 0, dtype=dtype)
-    _winograd_output_kernel[(along, across)](
+    launch(
+        _winograd_output_kernel, (along, across),
         m, x if bias is None else bias.contiguous(), y, mean, m2, counts, patches, *size, patches_h, patches_w, filters,
         BIAS=bias is not None, STATS=stats, FACTOR=1 / _factor(x.dtype),
         BLOCK_T=_BLOCK_T, BLOCK_K=block_k, ACC=accumulator(x.dtype), **OPTIONS, num_warps=4,
@@ -385,7 +389,8 @@ def conv3x3_dgrad(
         along, across, block_c = _grid(patches, wanted)
         partial = dy.new_empty(0 if source.affine is None else (along, 3, wanted), dtype=dtype)
         if dy.numel():
-            _winograd_gradient_kernel[(along, across)](
+            launch(
+                _winograd_gradient_kernel, (along, across),
                 m, source.x, source.affine_or_x, dx, partial, patches, source.height, source.width, source.top,
                 source.left, *size, patches_h, patches_w, wanted, first, total,
                 AFFINE=source.affine is not None, RELU=source.relu, FACTOR=1 / _factor(dy.dtype),

@@ -1,0 +1,112 @@
+"""What a step costs the process that issues it, all but the GPU's part: it bounds small pictures and small batches.
+
+``python -m benchmarks.host`` needs no GPU: it times steps of a U-Net of few channels on tiny pictures on the CPU, with
+launches that do nothing. What the driver adds to each launch is not in it; what ATen computes on the tiny tensors is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.runtime.jit import JITFunction
+
+import fastunet
+from benchmarks import traffic
+from fastunet import ops
+from fastunet.architecture import as_if_on
+from fastunet.kernels import common
+
+BASE, SIZE, BATCH = 8, 64, 2
+
+
+class _Nothing:
+    """A kernel as if it was compiled, which counts how often it is launched."""
+
+    launches = 0
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *args: Any) -> None:
+        _Nothing.launches += 1
+
+
+@contextmanager
+def launching_nothing(architecture: str = "sm_90") -> Iterator[None]:
+    """Inside, tensors on the CPU count as lying on a GPU, and kernels are launched there that do nothing."""
+
+    def run(kernel: Any, *args: Any, **options: Any) -> _Nothing:
+        _Nothing.launches += 1
+        return _Nothing()
+
+    with (
+        as_if_on(architecture),
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(ops, "triton_unavailable", return_value=None),
+        mock.patch.object(common, "_compiled", {}),
+    ):
+        yield
+
+
+def milliseconds(step: Callable[[], Any], seconds: float) -> tuple[float, int]:
+    """The least time of ``step()``, since other processes can only add to it; and its launches."""
+    for _ in range(3):  # shapes become known
+        step()
+    before = _Nothing.launches
+    step()
+    launches = _Nothing.launches - before
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < 5 or time.perf_counter() - begun < seconds:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return 1e3 * min(times), launches
+
+
+def steps(bilinear: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A training step and an inference, by name."""
+    model = fastunet.UNet(3, 2, bilinear, BASE).bfloat16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(BATCH, 3, SIZE, SIZE, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+
+    def train() -> None:
+        y = model(x)
+        torch.autograd.grad(y, list(model.parameters()), torch.ones_like(y))
+
+    def infer() -> None:
+        with torch.no_grad():
+            model(x)
+
+    yield "training", train
+    model.eval()
+    yield "inference", infer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=3, help="for each step; 3")
+    options = parser.parse_args(arguments)
+    if ops.interpreting():
+        parser.error("expected compiled kernels, got TRITON_INTERPRET=1: unset it")
+    torch.set_num_threads(1)
+    lines = [("step", "up", "ms", "launches")]
+    with launching_nothing():
+        for bilinear in (False, True):
+            for name, step in steps(bilinear):
+                took, launches = milliseconds(step, options.seconds)
+                lines.append((name, "bilinear" if bilinear else "transposed", f"{took:.2f}", str(launches)))
+    print(f"UNet, base {BASE}, {BATCH}×3×{SIZE}×{SIZE}, bf16, on one CPU core, launches that do nothing")
+    print(traffic.aligned(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

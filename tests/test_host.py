@@ -1,0 +1,118 @@
+"""What is launched again goes a shorter way than Triton's with the same arguments; and what a step costs the host."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+
+# In a process of its own, whose kernels are not the interpreter's. Nothing is compiled: what Triton would be given is
+# what its own binding of the arguments says.
+SHORTER = """
+from unittest import mock
+import torch
+from triton.runtime.jit import JITFunction
+from benchmarks.cases import CASES
+from fastunet import kernels
+from fastunet.architecture import as_if_on
+from fastunet.kernels import common
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *args: shorter.append((self.kernel, tuple(grid)[:3], args))
+
+def run(kernel, *args, grid, warmup, **options):
+    bound = kernel.signature.bind(*args, **{k: v for k, v in options.items() if k in kernel.arg_names})
+    assert list(bound.arguments) == kernel.arg_names, kernel
+    triton.append((kernel, (*grid, 1, 1)[:3], tuple(bound.arguments.values())))
+    return Compiled(kernel)
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+    if hasattr(a, "base"):
+        return all(same(value, vars(b)[name]) for name, value in vars(a).items()) and len(vars(a)) == len(vars(b))
+    return type(a) is type(b) and a == b
+
+launched = set()
+for name in ("sm_80", "sm_90"):
+    for case in dict.fromkeys(CASES):
+        triton, shorter = [], []
+        patched = mock.patch.object(JITFunction, "run", run), mock.patch.object(common, "_compiled", {})
+        with as_if_on(name), patched[0], patched[1]:
+            case.launch(kernels)
+            first = [*triton]
+            assert len(first) > 0 or case.algorithm
+            before = len(shorter)
+            case.launch(kernels)
+        again = shorter[before:]
+        # Only what is not aligned goes through Triton twice; what was alike in the first run went the shorter way.
+        unaligned = [x[0] for x in triton[len(first):]]
+        assert len(unaligned) + len(again) == len(first) + before
+        assert all(kernel.__name__.startswith("_upsample") for kernel in unaligned), case
+        for kernel, grid, args in first:
+            if kernel in unaligned:
+                continue
+            assert any(k is kernel and g == grid and len(a) == len(args) and all(map(same, args, a))
+                       for k, g, a in again), (case, kernel)
+        launched |= {x[0].__name__ for x in first}
+print(len(launched))
+
+# What differs in one integer, dtype, option or device, or is not aligned, is not the same.
+kernel = common._sum_slabs_kernel
+x, y = torch.zeros(4096 + 8), torch.zeros(64)
+triton, shorter = [], []
+with mock.patch.object(JITFunction, "run", run), mock.patch.object(common, "_compiled", {}):
+    def launch(x=x[:4096], slabs=64, block=64, **more):
+        common.launch(kernel, (1,), x, y.to(x.device), slabs, 64, GROUP=64, BLOCK=block, **more)
+    for _ in range(2):
+        launch(), launch(slabs=48), launch(block=32), launch(num_warps=4)
+        launch(x[:4096].double()), launch(x.to("meta"))
+    assert (len(triton), len(shorter)) == (6, 6)
+    launch(x[1:4097]), launch(x[1:4097])
+    assert (len(triton), len(shorter)) == (8, 6)
+    launch(x[4:4100])
+    assert (len(triton), len(shorter)) == (8, 7)
+    assert len(common._compiled) == 6
+print("ok")
+"""
+
+
+def python(*command: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_what_is_launched_again_gets_the_arguments_that_triton_would_give():
+    kernels, ok = python("-c", SHORTER).split()
+    assert int(kernels) >= 25
+    assert ok == "ok"
+
+
+def test_the_host_time_of_steps_is_told():
+    said = python("-m", "benchmarks.host", "--seconds", "0").splitlines()
+    rows = [line.split() for line in said[2:]]
+    assert [row[:2] for row in rows] == [
+        [step, up] for up in ("transposed", "bilinear") for step in ("training", "inference")
+    ]
+    assert all(float(row[2]) > 0 and int(row[3]) > 30 for row in rows)
