@@ -117,7 +117,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     Triton examines every argument at every launch: of a convolution for 31 µs, 14 here. What was launched before with
     the same integers, options and types, and pointers as well aligned, is launched as it was compiled then.
     """
-    if not isinstance(kernel, JITFunction):  # the interpreter's
+    # The interpreter's kernels; and those of AMD, whose addresses have 32 bits where a tensor is small.
+    if not isinstance(kernel, JITFunction) or torch.version.hip is not None:
         kernel[grid](*args, **options)
         return
     key = [kernel.fn, *options, *options.values()]
@@ -137,7 +138,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     known = (device, *key)
     compiled, constants = _compiled.get(known, (None, ()))
     if compiled is not None and address % 16 == 0:
-        compiled[(*grid, 1, 1)](*args, *constants)
+        three = *grid, 1, 1  # dimensions, or more: the first three count
+        compiled[three](*args, *constants)
         return
     compiled = kernel[grid](*args, **options)
     if compiled is not None and address % 16 == 0:

@@ -44,7 +44,8 @@ def choose(
 ) -> Tile:  # fmt: skip
     """The tile of a 3×3 convolution of sources of so many channels each, for so many filters."""
     tma = not pointers and all(map(movable, operands))
-    return _choose(kind, batch, tuple(sources), filters, height, width, place(operands[0]), tma)
+    tile: Tile = _choose(kind, batch, tuple(sources), filters, height, width, place(operands[0]), tma)
+    return tile
 
 
 @overruled
@@ -104,7 +105,8 @@ def choose_strided(
     kind: str, batch: int, channels: int, outputs: int, height: int, width: int, operand: Tensor, tma: bool
 ) -> Tile:
     """The tile of another convolution, of one source and for so many outputs, with TMA or without."""
-    return _choose_strided(kind, batch, (channels,), outputs, height, width, place(operand), tma)
+    tile: Tile = _choose_strided(kind, batch, (channels,), outputs, height, width, place(operand), tma)
+    return tile
 
 
 @overruled

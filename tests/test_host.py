@@ -1,4 +1,4 @@
-"""What is launched again goes a shorter way than Triton's with the same arguments; and what a step costs the host."""
+"""The shorter ways to a launch and to an operator end where the long ones do; and what a step costs the host."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+from torch._dynamo import compiled_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+
+from fastunet import ops
 
 pytest.importorskip("triton")
 
@@ -116,3 +123,82 @@ def test_the_host_time_of_steps_is_told():
         [step, up] for up in ("transposed", "bilinear") for step in ("training", "inference")
     ]
     assert all(float(row[2]) > 0 and int(row[3]) > 30 for row in rows)
+
+
+# ---- operators ---------------------------------------------------------------------------------------------------
+
+
+def rectified(x: Tensor, backend: str) -> Tensor:
+    affine = torch.tensor([[1.5, -2.0], [0.1, 0.3], [0.2, -0.4]], device=x.device)
+    z: Tensor = ops.call(ops.affine_act, x, affine, True, backend)
+    return z
+
+
+@pytest.fixture
+def x(device: str) -> Tensor:
+    return torch.randn(1, 2, 3, 4, device=device)
+
+
+def test_a_view_with_a_sign_is_its_value(x: Tensor, backend: str) -> None:
+    negative = torch._neg_view(x)
+    assert negative.is_neg()
+    torch.testing.assert_close(rectified(negative, backend), rectified(-x, backend))
+    labels = torch.zeros(1, 3, 4, dtype=torch.int64, device=x.device)
+    found = [
+        ops.call(ops.softmax_stats, each, labels, None, "softmax", -1, [True, True, True], backend)
+        for each in (negative, -x)
+    ]
+    torch.testing.assert_close(*found)
+
+
+def test_gradients_in_batches(x: Tensor, backend: str) -> None:
+    z = rectified(x.requires_grad_(), backend)
+    incoming = torch.randn(3, *z.shape, device=x.device)
+    (together,) = torch.autograd.grad(z, x, incoming, retain_graph=True, is_grads_batched=True)
+    alone = [torch.autograd.grad(z, x, each, retain_graph=True)[0] for each in incoming]
+    torch.testing.assert_close(together, torch.stack(alone))
+
+
+def test_compiled_autograd_sees_one_graph(x: Tensor) -> None:
+    z = rectified(x.requires_grad_(), "torch")
+    (expected,) = torch.autograd.grad(z, x, torch.ones_like(z), retain_graph=True)
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        z.backward(torch.ones_like(z))
+    torch.testing.assert_close(x.grad, expected)
+
+
+class Watching(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_who_watches_sees_operators(x: Tensor, backend: str) -> None:
+    with torch.no_grad(), Watching() as mode:
+        rectified(x, backend)
+    assert "fastunet.affine_act.default" in mode.seen
+    with torch.no_grad():
+        graph = make_fx(lambda x: rectified(x, backend), pre_dispatch=True)(x)
+    assert "fastunet.affine_act.default" in {str(node.target) for node in graph.graph.nodes}
+    with torch.profiler.profile() as profile:
+        rectified(x, backend)
+    assert "fastunet::affine_act" in {event.name for event in profile.events()}
+
+
+def test_nobody_else_waits_for_the_dispatcher(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ops._IMPLEMENTATIONS, ops.affine_act, lambda x, *rest: x + 7)
+    torch.testing.assert_close(rectified(x, "torch"), x + 7)
+    with torch.inference_mode():
+        torch.testing.assert_close(rectified(x.clone(), "torch"), x + 7)
+    with Watching():
+        assert rectified(x, "torch").min() >= 0
+
+
+def test_what_is_plain(x: Tensor) -> None:
+    assert all(map(ops._plain, [x, torch.nn.Parameter(x), None, True, 1, 0.5, "auto", [1, 2], (3,), x.shape, x.dtype]))
+    odd = [x.to("meta"), torch._neg_view(x), torch._efficientzerotensor(3), x.to_sparse()]
+    assert not any(map(ops._plain, odd))
