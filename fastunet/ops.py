@@ -218,7 +218,7 @@ def _run(operator: Callable[..., Any], *args: Any) -> Any:
     if torch.compiler.is_dynamo_compiling():  # which knows operators, and not what follows
         return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
-        if _unseen() and all(map(_plain, args)):
+        if _unseen() and _plain(args):
             return _IMPLEMENTATIONS[operator](*args)
         return operator(*args)
 
@@ -246,11 +246,15 @@ _ORDINARY = _ordinary("CPU") | _ordinary("CUDA")
 _PLAIN = {type(None), bool, int, float, str, list, tuple, torch.Size, torch.dtype}
 
 
-def _plain(x: Any) -> bool:
-    """Whether an argument is what it seems: no subclass, no view with a sign, no symbol, nothing batched or fake."""
-    if isinstance(x, Tensor):
-        return torch._C._dispatch_keys(x).raw_repr() in _ORDINARY
-    return type(x) in _PLAIN
+def _plain(args: Sequence[Any]) -> bool:
+    """Whether arguments are what they seem: no subclass, no view with a sign, no symbol, nothing batched or fake."""
+    for x in args:
+        if isinstance(x, Tensor):
+            if torch._C._dispatch_keys(x).raw_repr() not in _ORDINARY:
+                return False
+        elif type(x) not in _PLAIN:
+            return False
+    return True
 
 
 def _given(gradient: Tensor, wanted: bool) -> Tensor | None:

@@ -199,6 +199,6 @@ def test_nobody_else_waits_for_the_dispatcher(x: Tensor, monkeypatch: pytest.Mon
 
 
 def test_what_is_plain(x: Tensor) -> None:
-    assert all(map(ops._plain, [x, torch.nn.Parameter(x), None, True, 1, 0.5, "auto", [1, 2], (3,), x.shape, x.dtype]))
-    odd = [x.to("meta"), torch._neg_view(x), torch._efficientzerotensor(3), x.to_sparse()]
-    assert not any(map(ops._plain, odd))
+    assert ops._plain([x, torch.nn.Parameter(x), None, True, 1, 0.5, "auto", [1, 2], (3,), x.shape, x.dtype])
+    for odd in (x.to("meta"), torch._neg_view(x), torch._efficientzerotensor(3), x.to_sparse(), object()):
+        assert not ops._plain([x, odd])
