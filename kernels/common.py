@@ -354,16 +354,8 @@ def sum_slabs(x: Tensor) -> Tensor:
         groups = cdiv(slabs, group)
         y = torch.empty((groups, length), dtype=x.dtype, device=x.device)
         launch(
-            _sum_slabs_kernel,
-            (groups * cdiv(length, columns),),
-            x,
-            y,
-            slabs,
-            length,
-            GROUP=group,
-            BLOCK=columns,
-            **OPTIONS,
-            num_warps=4,
-        )
+            _sum_slabs_kernel, (groups * cdiv(length, columns),), x, y, slabs, length,
+            GROUP=group, BLOCK=columns, **OPTIONS, num_warps=4,
+        )  # fmt: skip
         x, slabs = y, groups
     return x.reshape(shape)

@@ -367,13 +367,7 @@ def head_predict(
     if out.numel() > 0:
         choices = _choices(source, weight, bias, classes, 16, 32)
         launch(
-            _head_predict_kernel,
-            (cdiv(pixels, choices["BLOCK_P"]),),
-            *_operands(source, weight, bias),
-            out,
-            pixels,
-            OUTPUT=output,
-            THRESHOLD=threshold,
-            **choices,
-        )
+            _head_predict_kernel, (cdiv(pixels, choices["BLOCK_P"]),),
+            *_operands(source, weight, bias), out, pixels, OUTPUT=output, THRESHOLD=threshold, **choices,
+        )  # fmt: skip
     return out

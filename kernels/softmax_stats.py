@@ -309,18 +309,9 @@ def softmax_stats(
     programs = min(cdiv(pixels, choices["BLOCK_P"]), max(1, _PROGRAMS // batch))
     partial = logits.new_empty((programs, batch, classes, 7), dtype=dtype)
     launch(
-        _softmax_stats_kernel,
-        (programs * batch,),
-        *operands,
-        partial,
-        batch,
-        pixels,
-        programs,
-        ignore_index,
-        *strides,
-        **compiled,
-        **choices,
-    )
+        _softmax_stats_kernel, (programs * batch,),
+        *operands, partial, batch, pixels, programs, ignore_index, *strides, **compiled, **choices,
+    )  # fmt: skip
     return sum_slabs(partial)
 
 

@@ -19,7 +19,7 @@ from fastunet.kernels.affine import source_backward, store_affine_gradient
 from fastunet.kernels.common import describe, halves, load_affine, load_channels, nhwc, normalise_real
 from fastunet.kernels.tiles import Tile
 
-MOST_COLUMNS = 2**30
+MOST_COLUMNS = 2**30  # of a picture, whose columns 32 bits number, those of a last tile beyond it too
 
 
 @triton.jit

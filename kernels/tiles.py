@@ -70,8 +70,8 @@ def _unshared(kind: str, batch: int, sources: Sequence[int], filters: int, width
         channels, outputs = outputs, channels
     narrow, exact, name = where.narrow, where.exact, where.architecture
     wgrad = kind == "conv3x3_wgrad"
-    # wgmma multiplies 64 rows; what lies outside the picture is left out. wgrad sums over pixels: of few columns it
-    # takes more rows.
+    # wgmma multiplies 64 rows; what lies outside the picture is left out. wgrad sums over pixels, 256 a step: with
+    # fewer columns more rows share what lies above and below.
     pixels = 32 if wgrad and name == "sm_90" else 64
     columns = block(width, pixels)
     images = min(pixels // columns, block(batch, pixels, 1))
@@ -94,7 +94,7 @@ def _unshared(kind: str, batch: int, sources: Sequence[int], filters: int, width
         reduction = block(channels, 128, 64)
         # sm_100 has the accumulators in its tensor memory: the registers of 4 warps are enough.
         warps = reduction // 16 if name == "sm_90" else 4
-        return Tile(images, 4 * rows, columns, block(outputs, 64), reduction, warps, 2, True)
+        return Tile(images, 256 // pixels, columns, block(outputs, 64), reduction, warps, 2, True)
     if outputs > 64 and batch * block(width, 128) >= 128:  # else most of a wider tile would lie outside the picture
         images = min(128 // block(width, 128), block(batch, 128, 1))
         return Tile(images, rows, 128 // images, 128, block(channels, 64), 8, 2, True)

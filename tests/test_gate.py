@@ -6,38 +6,19 @@ It runs in processes of its own, because here Triton may already be in interpret
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from processes import ROOT, python
 
 pytest.importorskip("triton", reason="compiling needs Triton, which is part of pip install 'fastunet[test]' on Linux")
 
 from benchmarks.gate_file import regressions
 from benchmarks.gate_limits import LIMITS
 
-ROOT = Path(__file__).parent.parent
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=900,
-    )
-
 
 def test_kernels_pass():
-    done = run("-m", "benchmarks.gate", "--json")
+    done = python("-m", "benchmarks.gate", "--json")
     assert done.returncode == 0, done.stderr
     entries = json.loads(done.stdout)
     chips = {entry["chip"] for entry in entries}
@@ -62,7 +43,7 @@ def test_limits_are_about_something(pattern):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    done = run(str(ROOT / "tests" / "planted_kernels.py"), str(tmp_path_factory.mktemp("gate")))
+    done = python(str(ROOT / "tests" / "planted_kernels.py"), str(tmp_path_factory.mktemp("gate")))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from processes import python
 from torch import Tensor
 from torch._dynamo import compiled_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -17,8 +13,6 @@ from torch.overrides import TorchFunctionMode
 from fastunet import ops
 
 pytest.importorskip("triton")
-
-ROOT = Path(__file__).parent.parent
 
 # In a process of its own, whose kernels are not the interpreter's. Nothing is compiled: what Triton would be given is
 # what its own binding of the arguments says.
@@ -95,29 +89,20 @@ print("ok")
 """
 
 
-def python(*command: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=600,
-    )
+def printed(*command: str) -> str:
+    done = python(*command, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_what_is_launched_again_gets_the_arguments_that_triton_would_give():
-    kernels, ok = python("-c", SHORTER).split()
+    kernels, ok = printed("-c", SHORTER).split()
     assert int(kernels) >= 25
     assert ok == "ok"
 
 
 def test_the_host_time_of_steps_is_told():
-    said = python("-m", "benchmarks.host", "--seconds", "0").splitlines()
+    said = printed("-m", "benchmarks.host", "--seconds", "0").splitlines()
     rows = [line.split() for line in said[2:]]
     assert [row[:2] for row in rows] == [
         [step, up] for up in ("transposed", "bilinear") for step in ("training", "inference")

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT, python
 from torch import nn
 
 from benchmarks import cases, engines, loss_cases, nets, peers, report, suite, traffic
@@ -22,7 +20,6 @@ from benchmarks.nets import NetCase
 from benchmarks.suite import Job, Order
 from fastunet import aten, verify
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 TINY_NET = NetCase(base=4, size=32, batch=2, dtype="fp32")
 TINY_LOSS = replace(loss_cases.SMALL_CASES[0], shape=(2, 4, 8, 8))
@@ -219,7 +216,7 @@ print(json.dumps([{name: suite._traffic(row, [9, 0]) for name, row in rows.items
 
 def test_a_network_moves_the_bytes_that_the_ledger_counts():
     pytest.importorskip("triton")
-    done = python("-c", TRAFFIC)
+    done = python("-c", TRAFFIC, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     found, others = json.loads(done.stdout)
     eager, _ = traffic.eager_cost(traffic.Net("unet", True, 4, 32, 2, torch.float32, 2), "inference")
@@ -381,21 +378,8 @@ def test_a_crash_before_the_gate_has_passed_is_red():
 # ---- commands ----------------------------------------------------------------------------------------------------
 
 
-def python(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=600,
-    )
-
-
 def test_dry_run_checks_every_provider_and_prints_the_plan():
-    done = python("-m", "benchmarks.suite", "--dry-run", "--only", "conv2d-8x64x512x512")
+    done = python("-m", "benchmarks.suite", "--dry-run", "--only", "conv2d-8x64x512x512", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "conv2d-8x64x512x512-bfloat16-dgrad-k64: eager, fastunet-torch, fastunet-triton, eager-bare" in done.stdout
     checked = re.search(r"(\d+) small ones checked, 0 wrong", done.stdout)
@@ -409,7 +393,7 @@ def test_kernels_are_compiled_ahead(tmp_path):
         "from benchmarks import cases, suite\n"
         "print(suite.precompile([case for case in cases.CASES if case.op == 'max_pool2x2'][2:], 'sm_90'))"
     )
-    done = python("-c", code, TRITON_CACHE_DIR=str(tmp_path))
+    done = python("-c", code, TRITON_CACHE_DIR=str(tmp_path), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.rglob("*.cubin"))) == int(done.stdout) > 0
 
@@ -424,7 +408,7 @@ def test_a_checkout_that_is_not_installed_has_its_kernels():
         "torch.testing.assert_close(*(ops.affine_act(x, a, True, backend) for backend in ('torch', 'triton')))"
     )
     pytest.importorskip("triton")
-    done = python("-c", code, PYTHONPATH=str(ROOT), TRITON_INTERPRET="1")
+    done = python("-c", code, PYTHONPATH=str(ROOT), TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
 
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from textwrap import dedent
 
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import python
 
 import fastunet
 from benchmarks import traffic
@@ -25,31 +23,15 @@ from benchmarks.trace import trace
 from benchmarks.traffic import Net, eager_cost
 from fastunet import reference
 
-ROOT = Path(__file__).parent.parent
 NEEDS_TRITON = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
     reason="launches need Triton, which is part of pip install 'fastunet[test]' on Linux",
 )
 
 
-def python(*command: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=600,
-    )
-
-
 def answer(script: str, interpret: bool = False):
     """What ``script`` prints, as JSON."""
-    done = python("-c", dedent(script), interpret=interpret)
+    done = python("-c", dedent(script), **({"TRITON_INTERPRET": "1"} if interpret else {}))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

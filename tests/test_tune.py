@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 
 pytest.importorskip("triton")
 
@@ -239,15 +237,7 @@ def test_a_candidate_with_wrong_numbers_is_none(measured_as, tiles, monkeypatch)
 
 
 def test_dry_run_checks_candidates_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.tune", "--dry-run", "--only", "512x512"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=300,
-    )
+    done = python("-m", "benchmarks.tune", "--dry-run", "--only", "512x512", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "small candidates checked, 0 wrong" in done.stdout
 
@@ -281,16 +271,7 @@ for _ in range(2):
 def model(script: str, path: Path) -> str:
     """What ``script`` prints, which writes a table that is empty before; compiled, not interpreted."""
     path.write_text("[]")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", script.format(path=str(path))],
-        cwd=ROOT,
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=300,
-    )
+    done = python("-c", script.format(path=str(path)))
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
