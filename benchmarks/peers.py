@@ -498,7 +498,7 @@ def _conv_norm_relu(
     """A convolution of plain sources, batch norm by running statistics, ReLU, and pooling or a 1×1 convolution."""
     y = F.conv2d(x0 if x1 is None else torch.cat([x0, x1], 1), weight, bias, 1, 1)
     scale, shift, centre = affine
-    z = F.relu(F.batch_norm(y, centre, torch.ones_like(centre), scale, shift, eps=0.0))
+    z = F.relu(torch.batch_norm(y, scale, shift, centre, torch.ones_like(centre), False, 0.0, 0.0, True))
     if head_weight is not None:
         return [F.conv2d(z, head_weight)]
     return [z, F.max_pool2d(z, 2)] if pool else [z]

@@ -57,6 +57,12 @@ def affine_act_backward(dz: Tensor, x: Tensor, affine: Tensor | None, relu: bool
     return channels_last(dz.clone() if dx is dz else dx), daffine
 
 
+def _scaled(x: Tensor, scale: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
+    """scale·(x − centre) + shift per channel, in one pass; F.batch_norm would do, but refuses eps = 0 in torch 2.11."""
+    one = torch.ones_like(centre)
+    return torch.batch_norm(x, scale, shift, centre, one, False, 0.0, 0.0, torch.backends.cudnn.enabled)
+
+
 def _normalise(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
     """The value of a source; a plain one is returned as it is."""
     if affine is None:
@@ -64,7 +70,7 @@ def _normalise(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
     if x.numel() == 0:
         return torch.empty_like(x)
     scale, shift, centre = affine.contiguous().unbind(0)
-    z = F.batch_norm(x, centre, torch.ones_like(centre), scale, shift, False, 0.0, 0.0)
+    z = _scaled(x, scale, shift, centre)
     return z.relu_() if relu else z
 
 
@@ -154,7 +160,7 @@ def _form_dy(dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, y: Te
     slope = torch.zeros_like(mean) if dvar is None else dvar * (2.0 / count)
     level = torch.zeros_like(mean) if dmean is None else dmean / count
     wide = y.to(mean.dtype)  # one rounding, at the end
-    total = F.batch_norm(wide, mean, torch.ones_like(mean), slope, level, False, 0.0, 0.0)
+    total = _scaled(wide, slope, level, mean)
     if dy is not None:
         total += dy
     return total.to(y.dtype)

@@ -343,7 +343,8 @@ def _rounded(exact: Tensors, dtype: torch.dtype, form: torch.memory_format | Non
 
 
 def _outputs_and_gradients(function: Function, inputs: Tensors, backward: bool = True) -> dict[str, list[Tensor]]:
-    outputs = function(inputs)
+    with torch.set_grad_enabled(backward):
+        outputs = function(inputs)
     outputs = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
     outputs = [y for y in outputs if y.numel()]
     if not backward:

@@ -228,7 +228,8 @@ def _upsample_bwd_kernel(
             end = tl.where((yh >= first_h) & (yh < end_h), end_w, 0)  # a row outside has no columns
             row = tl.zeros([BLOCK_W, BLOCK_C], ACC)
             for s in tl.static_range(4):
-                if ALIGN_CORNERS is not None or (0 < r < 3 and 0 < s < 3):  # nearest: 2×2 outputs of weight 1
+                # Nearest: 2×2 outputs of weight 1. Triton 3.6 knows no chain of comparisons.
+                if ALIGN_CORNERS is not None or ((r == 1 or r == 2) and (s == 1 or s == 2)):
                     ow = 2 * w - 1 + s
                     yw = ow + left
                     at = ((n * YH + yh) * YW + yw)[:, None] * dy_stride + c[None, :]
