@@ -75,10 +75,11 @@ def _affine_act_bwd_kernel(
     x_ptr,
     affine_ptr,
     dx_ptr,
+    z_ptr,
     partial_ptr,
     pixels,
     C,
-    dz_stride,
+    stride,
     HAS_AFFINE: tl.constexpr,
     RELU: tl.constexpr,
     ACC: tl.constexpr,
@@ -95,10 +96,13 @@ def _affine_act_bwd_kernel(
         p = (slab * ROUNDS + i) * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = (p < pixels)[:, None] & (c < C)[None, :]
         at = p[:, None] * C + c[None, :]
-        dz = tl.load(dz_ptr + p[:, None] * dz_stride + c[None, :], mask=inside, other=0.0)
+        value = p[:, None] * stride + c[None, :]
+        dz = tl.load(dz_ptr + value, mask=inside, other=0.0)
         x = tl.load(x_ptr + at, mask=inside, other=0.0)
         dx, gx, g = source_backward(dz, x, scale, shift, centre, HAS_AFFINE, RELU, ACC)
         tl.store(dx_ptr + at, dx, mask=inside)
+        if z_ptr is not None:
+            tl.store(z_ptr + value, normalise(x, scale, shift, centre, HAS_AFFINE, RELU, ACC), mask=inside)
         if HAS_AFFINE:
             sum_gx += gx
             sum_g += g
@@ -209,9 +213,11 @@ def affine_act_backward(dz: Tensor, x: Tensor, affine: Tensor | None, relu: bool
     return source_gradient(nhwc(dz), x.shape[1], x, affine, relu)
 
 
-def source_gradient(dz: Tensor, dz_stride: int, x: Tensor, affine: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
-    """(dx, daffine) of a source from the gradient ``dz`` of its value, whose pixels lie ``dz_stride`` elements apart:
-    dz is an NHWC tensor, or a slice of the channels of one."""
+def source_gradient(
+    dz: Tensor, stride: int, x: Tensor, affine: Tensor | None, relu: bool, z: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(dx, daffine) of a source from the gradient ``dz`` of its value, an NHWC tensor or some channels of one, whose
+    pixels lie ``stride`` elements apart. ``z``, laid out as dz, is filled with the value itself."""
     x = nhwc(x)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     channels = x.shape[1]
@@ -222,7 +228,7 @@ def source_gradient(dz: Tensor, dz_stride: int, x: Tensor, affine: Tensor | None
     if x.numel() > 0:
         launch(
             _affine_act_bwd_kernel, (slabs, cdiv(channels, block_c)),
-            dz, x, dense(affine), dx, partial, pixels, channels, dz_stride,
+            dz, x, dense(affine), dx, z, partial, pixels, channels, stride,
             HAS_AFFINE=affine is not None, RELU=relu, **OPTIONS,
             ACC=accumulator(x.dtype), ROUNDS=_ROUNDS,
             BLOCK_P=block_p, BLOCK_C=block_c,

@@ -64,7 +64,7 @@ def conv2d(
     if len(sources) == 1 and stride == 1 and serves(sources[0], size, weight):
         y, mean, var = conv_image(sources[0], weight, bias, stats)
     elif weight.shape[-1] == 3 and stride == 1:
-        compute = computing("conv3x3_fwd", sources, weight.shape[0], size[1], mixed)
+        compute, sources = computing("conv3x3_fwd", sources, weight.shape[0], size[1], mixed)
         if compute is conv3x3:
             y, mean, var, pooled = conv3x3(sources, size, weight, bias, stats, pool, pool_scale)
         else:
@@ -100,12 +100,14 @@ def conv2d_act(
     head = None if head_weight is None else (head_weight, head_bias)
     if len(sources) == 1 and serves(sources[0], size, weight):
         z, _, _ = conv_image(sources[0], weight, bias, False, affine, relu)
-    elif (compute := computing("conv3x3_fwd", sources, weight.shape[0], size[1], mixed)) is conv3x3:
-        z, _, _, pooled = conv3x3(sources, size, weight, bias, False, pool, None, affine, relu, head)
-        head = None
     else:
-        y, _, _ = compute(sources, size, weight, bias, False)
-        z = affine_act(y, affine, relu)
+        compute, sources = computing("conv3x3_act", sources, weight.shape[0], size[1], mixed)
+        if compute is conv3x3:
+            z, _, _, pooled = conv3x3(sources, size, weight, bias, False, pool, None, affine, relu, head)
+            head = None
+        else:
+            y, _, _ = compute(sources, size, weight, bias, False)
+            z = affine_act(y, affine, relu)
     if pooled is None:
         pooled = max_pool2x2(z, None) if pool else x0.new_empty(0)
     if head is not None:
@@ -121,7 +123,7 @@ def placed(
     affine1: Tensor | None,
     relu1: bool,
     offset: Sequence[int],
-) -> list[Source]:
+) -> Sequence[Source]:
     """One or two sources, each at its (top, left) of ``offset``."""
     first = Source(x0, affine0, relu0, offset[0], offset[1])
     return [first] if x1 is None else [first, Source(x1, affine1, relu1, offset[2], offset[3])]

@@ -51,10 +51,15 @@ def _fills(source: Source, size: Sequence[int]) -> bool:
     return [source.top, source.left, source.height, source.width] == [0, 0, *size]
 
 
+def _plain(source: Source, size: Sequence[int]) -> bool:
+    """Whether a source's memory is its values in the frame."""
+    return source.affine is None and not source.relu and _fills(source, size)
+
+
 def _placed(sources: Sequence[Source], size: Sequence[int]) -> Tensor:
     """z (N, C, *size), the sources' values side by side; a plain source that fills the frame is its own."""
     first = sources[0]
-    if len(sources) == 1 and first.affine is None and not first.relu and _fills(first, size):
+    if len(sources) == 1 and _plain(first, size):
         return first.x
     batch, total = first.x.shape[0], sum(source.channels for source in sources)
     z = empty_nhwc(first.x, batch, total, *size)
@@ -97,9 +102,12 @@ def _backward(dy: Tensor, z: Tensor, weight: Tensor, mask: list[bool]) -> list[T
         torch.backends.cudnn.deterministic = kept
 
 
-def split_gradient(g: Tensor, sources: Sequence[Source], mask: Sequence[bool]) -> list[tuple[Tensor, Tensor]]:
+def split_gradient(
+    g: Tensor, sources: Sequence[Source], mask: Sequence[bool], z: Tensor | None = None
+) -> list[tuple[Tensor, Tensor]]:
     """(dx, daffine) of each source that ``mask`` asks for, empty tensors for the others, from the gradient ``g`` of the
-    values of those asked for, side by side."""
+    values of those asked for, side by side. ``z``, like g, is filled with those values, of sources that fill the frame.
+    """
     total, size = g.shape[1], list(g.shape[2:])
     gradients = []
     start = 0
@@ -107,16 +115,21 @@ def split_gradient(g: Tensor, sources: Sequence[Source], mask: Sequence[bool]) -
         if not wanted:
             gradients.append((g.new_empty(0), g.new_empty(0, dtype=stats_dtype(g.dtype))))
             continue
-        part = g[:, start : start + source.channels]
+        share = slice(start, start + source.channels)
+        part, value = g[:, share], None if z is None else z[:, share]
         start += source.channels
-        if source.channels == total and source.affine is None and not source.relu and _fills(source, size):
+        if z is None and source.channels == total and _plain(source, size):
             gradients.append((g, g.new_empty(0, dtype=stats_dtype(g.dtype))))
         elif _fills(source, size):
-            gradients.append(source_gradient(part, total, source.x, source.affine, source.relu))
+            gradients.append(source_gradient(part, total, source.x, source.affine, source.relu, value))
         else:
             part = nhwc(frame(part, (source.height, source.width), -source.top, -source.left))
             gradients.append(source_gradient(part, source.channels, source.x, source.affine, source.relu))
     return gradients
+
+
+def _input_gradient(dy: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+    return nhwc(_backward(dy, z, weight, [True, False, False])[0])
 
 
 def conv3x3_dgrad(
@@ -127,10 +140,21 @@ def conv3x3_dgrad(
     first = 0 if mask[0] else sources[0].channels
     total = sum(source.channels for source, wanted in zip(sources, mask, strict=False) if wanted)
     z = empty_nhwc(dy, batch, total, *size)  # for its shape
-    g = nhwc(_backward(dy, z, weight[:, first : first + total], [True, False, False])[0])
-    return split_gradient(g, sources, mask)
+    return split_gradient(_input_gradient(dy, z, weight[:, first : first + total]), sources, mask)
 
 
 def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tensor:
     """See :func:`fastunet.kernels.conv3x3_wgrad.conv3x3_wgrad`; dW in the weight's dtype."""
     return _backward(dy, _placed(sources, dy.shape[2:]), weight, [False, True, False])[1]
+
+
+def conv3x3_backward(
+    dy: Tensor, weight: Tensor, sources: Sequence[Source]
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """What both give, for every source; of sources that fill the frame z is written by the pass that masks g."""
+    size, everything = dy.shape[2:], [True] * len(sources)
+    if (len(sources) == 1 and _plain(sources[0], size)) or not all(_fills(source, size) for source in sources):
+        return conv3x3_dgrad(dy, weight, sources, everything), conv3x3_wgrad(dy, weight, sources)
+    z = empty_nhwc(dy, dy.shape[0], weight.shape[1], *size)
+    gradients = split_gradient(_input_gradient(dy, z, weight), sources, everything, z)
+    return gradients, _backward(dy, z, weight, [False, True, False])[1]

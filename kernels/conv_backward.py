@@ -26,8 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import frame, memory_format, stats_dtype
+from fastunet.kernels import conv_aten
 from fastunet.kernels.affine import affine_act_backward
-from fastunet.kernels.algorithms import computing
+from fastunet.kernels.algorithms import chosen, computing
 from fastunet.kernels.common import OPTIONS, Source, accumulator, block, cdiv, empty_nhwc, launch, nhwc, sum_slabs
 from fastunet.kernels.conv import alone, placed
 from fastunet.kernels.conv_down import conv_down_dgrad
@@ -110,6 +111,28 @@ def _form_dy(
     return out, sum_slabs(sums) if need_sum else sums
 
 
+def _backward3x3(
+    dy: Tensor, weight: Tensor, sources: Sequence[Source], size: Sequence[int], mask: Sequence[bool], mixed: bool
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Gradients of the sources, and dW in stats_dtype or the weight's, of a 3×3 convolution of stride 1."""
+    about = weight.shape[0], size[1], mixed
+    asked = [source for source, wanted in zip(sources, mask, strict=False) if wanted]
+    weighed = mask[2] and dy.numel() > 0
+    whole = weighed and len(asked) == len(sources)
+    if whole and all(chosen(kind, sources, *about) == "cudnn" for kind in ("conv3x3_dgrad", "conv3x3_wgrad")):
+        return conv_aten.conv3x3_backward(dy, weight, sources)
+    pairs = [_nothing(source.x) for source in sources]
+    if asked:
+        dgrad, _ = computing("conv3x3_dgrad", asked, *about)
+        pairs = dgrad(dy, weight, sources, mask)
+    if not weighed:
+        return pairs, weight.new_empty(0)
+    if len(sources) == 1 and serves(sources[0], size, weight):
+        return pairs, conv_image_wgrad(dy, sources[0])
+    wgrad, sources = computing("conv3x3_wgrad", sources, *about)
+    return pairs, wgrad(dy, weight, sources)
+
+
 def _down_backward(
     dy: Tensor, weight: Tensor, sources: Sequence[Source], size: Sequence[int], stride: int, mask: Sequence[bool]
 ) -> tuple[list[Tensor], Tensor]:
@@ -173,20 +196,9 @@ def conv2d_backward(
         if stats is not None:
             dmean, dvar = None, None
     dy, dbias = _form_dy(dy, dmean, dvar, y, mean, mask[3])
-    grads: list[Tensor] = []
-    dweight = weight.new_empty(0)
     if weight.shape[-1] == 3 and stride == 1:
-        if mask[0] or mask[1]:
-            asked = [source for source, wanted in zip(sources, mask, strict=False) if wanted]
-            compute = computing("conv3x3_dgrad", asked, weight.shape[0], size[1], mixed)
-            for pair in compute(dy, weight, sources, mask):
-                grads += pair
-        else:
-            grads += [empty for _ in sources for empty in _nothing(x0)]
-        if mask[2] and dy.numel():
-            picture = len(sources) == 1 and serves(sources[0], size, weight)
-            compute = computing("conv3x3_wgrad", sources, weight.shape[0], size[1], mixed)
-            dweight = conv_image_wgrad(dy, sources[0]) if picture else compute(dy, weight, sources)
+        pairs, dweight = _backward3x3(dy, weight, sources, size, mask, mixed)
+        grads = [gradient for pair in pairs for gradient in pair]
     else:
         grads, dweight = _down_backward(dy, weight, sources, size, stride, mask)
     if x1 is None:

@@ -5,8 +5,9 @@ batch): it holds for one kernel ("conv3x3_fwd", "conv3x3_dgrad", "conv3x3_wgrad"
 launchers ask ``choose_strided`` for, by the sizes that they ask with), for 16-bit tensors of either dtype, for pictures
 of that width, up to the next power of two, and for the batches that no other entry is nearer to. What it says:
 
-- ``algorithm``, of 3×3 convolutions of stride 1: what backend "auto" takes. "triton", if it is left out; "cudnn",
-  ATen's matrix products between edges in Triton; "winograd", only where a measured row says so.
+- ``algorithm``, of 3×3 convolutions of stride 1: what backend "auto" takes. "triton", if it is left out; "stored",
+  Triton's kernel on sources normalised in a pass before it; "cudnn", ATen's matrix products between edges in Triton;
+  "winograd", only where a measured row says so.
 - ``tile``: what Triton takes wherever it serves, instead of the rule in ``tiles.py``.
 - ``source``: "modelled" (``python -m benchmarks.tune --model``), or the row of measurements that proved it.
 
@@ -66,6 +67,13 @@ class Entry(NamedTuple):
     source: str
 
 
+class Choice(NamedTuple):
+    """An algorithm, and a tile for the kernels of it that are Triton's."""
+
+    algorithm: str
+    tile: Any
+
+
 _forced: dict[str, Any] = {}
 _asked: dict[str, tuple[Key, Any]] | None = None
 
@@ -83,7 +91,8 @@ def observed() -> Iterator[dict[str, tuple[Key, Any]]]:
 
 @contextmanager
 def forced(choices: Mapping[str, Any]) -> Iterator[None]:
-    """Inside, convolutions of these kinds are Triton's with the tile chosen, or by the algorithm of the name chosen."""
+    """Inside, convolutions of these kinds are Triton's with the tile chosen, or by the algorithm of the name chosen, or
+    both as a :class:`Choice` says."""
     kept = dict(_forced)
     _forced.update(choices)
     try:
@@ -126,6 +135,8 @@ def algorithm(kind: str, sources: tuple[int, ...], filters: int, width: int, bat
 def algorithm_forced(kind: str) -> str | None:
     """The algorithm that every backend takes inside :func:`forced`."""
     choice = _forced.get(kind)
+    if isinstance(choice, Choice):
+        return choice.algorithm
     return choice if choice is None or isinstance(choice, str) else "triton"
 
 
@@ -152,6 +163,8 @@ def overruled(rule: Callable[..., Any]) -> Callable[..., Any]:
         if _asked is not None:
             _asked[kind] = wanted, tile
         choice = _forced.get(kind)
+        if isinstance(choice, Choice):
+            return choice.tile
         return choice if isinstance(choice, tuple) else found
 
     _REMEMBERED.append(both)
