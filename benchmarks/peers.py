@@ -314,7 +314,10 @@ def _compiled(provider: Provider, function: Callable[..., Any]) -> Callable[...,
 
 
 def _graphed(step: Step) -> Step:
-    """``step`` captured in a CUDA graph, after three runs on a stream of their own."""
+    """``step`` captured in a CUDA graph, after three runs on a stream of their own.
+
+    The graph reads the step's weights and inputs where they lay: they live as long as the replay does.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -325,7 +328,7 @@ def _graphed(step: Step) -> Step:
     with torch.cuda.graph(graph):
         results = step()
 
-    def replay() -> list[Tensor]:
+    def replay(kept: Step = step) -> list[Tensor]:
         graph.replay()
         return results
 

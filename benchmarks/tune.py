@@ -1,14 +1,13 @@
-"""The tuner: which tile each convolution of a U-Net takes on the GPU that is here, by measuring.
+"""The tuner: which algorithm and tile each convolution of a U-Net takes on the GPU that is here, by measuring.
 
-``python -m benchmarks.tune`` walks over the layers of the U-Net (forward, dgrad and wgrad apart). From the rule's tile
-it changes one parameter, or two that go together, compiles the candidates on all cores, checks the numbers of each
-against float64, times all of them and the torch backend in turn, and goes on from the fastest. A tile that beats the
-rule's by more than the noise becomes an entry of ``kernels/tiles.json``, which is data, reviewed in a diff; entries for
-other GPUs are kept. What was measured for every layer, the torch backend included, goes to
-``benchmarks/results/tune-<gpu>.json``.
-
-Of 3×3 convolutions of stride 1 the other algorithms (see ``kernels/algorithms.py``) are timed beside the tiles, and an
-entry names one that beats them.
+``python -m benchmarks.tune`` walks over the layers of the U-Net (forward, dgrad and wgrad apart), those with the most
+work first. Of 3×3 convolutions of stride 1 it times every algorithm (see ``kernels/algorithms.py``) and the torch
+backend. Where Triton's kernels are not far behind, it changes one parameter of the rule's tile, or two that go
+together, compiles the candidates on all cores, checks the numbers of each against float64, times all of them in turn,
+and goes on from the fastest. What beats the rule by more than the noise becomes an entry of ``kernels/tiles.json``,
+which is data, reviewed in a diff; entries for other GPUs are kept. What was measured for every layer goes to
+``tune-<gpu>.json`` in ``--results``. Both files are written after every layer; a layer that crashes or hangs costs its
+own entry.
 
 Two things need no GPU. ``--model`` writes the entries of layers to which the model (``benchmarks/model.py``) gives
 another algorithm than Triton's, or another tile than the rule's that compiles as the gate wants it, marked "modelled";
@@ -25,7 +24,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -40,14 +39,19 @@ from tqdm import tqdm
 
 from benchmarks import cases, peers, report, traffic
 from benchmarks.cases import Case
-from benchmarks.measure import ROOT, Times, interleaved, machine
+from benchmarks.isolation import LostError, Message, give_up_if_poisoned, messages
+from benchmarks.measure import Times, interleaved, machine
 from benchmarks.model import LAUNCH
 from benchmarks.peers import PROVIDERS, Step
+from benchmarks.report import RESULTS
 from benchmarks.trace import trace
 
 KINDS = {"inference": "conv3x3_fwd", "dgrad": "conv3x3_dgrad", "wgrad": "conv3x3_wgrad"}
+ACT = "conv3x3_act"  # the forward's kernel with the result normalised: a choice of algorithm, and the forward's tile
 GAIN = 1.02  # a tile must be this much faster than the rule's, and outside its spread
 ROUNDS = 2  # changes of one parameter, one after the other
+REACH = 1.25  # where Triton takes longer than that beside another algorithm, no tile is tried
+PATIENCE = 60  # seconds a layer may be silent
 MODEL_GAIN = 1.03  # a model must see that much between two algorithms or tiles
 MODELLED = "modelled"  # the source of an entry that was not measured
 MODELLED_GPUS = ("a100", "h200")
@@ -61,6 +65,12 @@ def layers(dtype: torch.dtype, base: int = 64, size: int = 512, batch: int = 8) 
     """The 3×3 convolutions of the U-Net in every direction, the largest pictures first; the image's has one tile."""
     found = cases.unet_layers(base, size, batch, dtype=dtype)
     return [case for case in found if case.op == "conv2d" and case.kernel == 3 and not case.image]
+
+
+def normalising_layers(dtype: torch.dtype) -> list[Case]:
+    """The same as inference asks for them: plain sources, and a result that is normalised before it is stored."""
+    forward = [case for case in layers(dtype) if case.mode == "inference"]
+    return [replace(case, op="conv2d_act", affine=False, stats=False, pool=not case.skip) for case in forward]
 
 
 def strided_layers(dtype: torch.dtype, base: int = 64, size: int = 512, batch: int = 8) -> list[Case]:
@@ -154,42 +164,58 @@ def _compile(case: Case, kind: str, choice: Any, architecture: str) -> None:
 def tune(case: Case, device: torch.device, seconds: float, pool: Executor | None = None) -> dict[str, Any]:
     """Measure one layer: the key of its entry, the rule's tile, the best one, the best algorithm, and milliseconds."""
     from fastunet.architecture import architecture
-    from fastunet.kernels import table
+    from fastunet.kernels.table import Choice
 
     problem = peers.pose(case, device)
     key, rule = ruled(case, problem)
     kind = key[0]
+    if case.op == "conv2d_act":
+        kind, key = ACT, (ACT, *key[1:])
     steps: dict[Any, Step] = {"torch": _checked(TORCH, case, problem)}
-    best = rule
-    times: dict[Any, Times] = {}
-    for _ in range(ROUNDS):
-        choices = [c for c in (best, *algorithms(kind), *neighbours(best, case, kind)) if c not in steps]
-        if pool is not None:
-            compiled_ahead(case, kind, choices, architecture(device), pool)
+
+    def add(choices: Iterable[Any]) -> None:
         for choice in choices:
             try:
-                with table.forced({kind: choice}):
-                    steps[choice] = _forcing(kind, choice, _checked(TRITON, case, problem))
-            except Exception as error:  # out of shared memory or registers, or numbers that are wrong: not a candidate
-                if choice == rule:
+                steps[choice] = _forcing(kind, choice, case, problem)
+            except Exception as error:  # out of memory or registers, or wrong numbers: not a candidate
+                if choice == Choice("triton", rule):
                     raise
                 said = choice if isinstance(choice, str) else tuple(choice)
                 tqdm.write(f"  {case.name}: {said}: {type(error).__name__}: {str(error)[:120]}")
-        times = interleaved(steps, device, seconds, head_start=True)
-        fastest = min((tile for tile in steps if not isinstance(tile, str)), key=lambda tile: times[tile].p50)
-        if fastest == best:
-            break
-        best = fastest
-    if not _faster(times[best], times[rule]):
-        best = rule
-    other = min(
-        (name for name in algorithms(kind) if name in times), key=lambda name: times[name].p50, default="triton"
-    )
-    algorithm = other if other != "triton" and _faster(times[other], times[best]) else "triton"
-    milliseconds = {f"{name}_ms": times[name].p50 for name in ("torch", *algorithms(kind)) if name in times}
+
+    triton = [name for name in ("triton", "stored") if name == "triton" or name in algorithms(kind)]
+    others = [name for name in algorithms(kind) if name not in triton]
+    add([*(Choice(name, rule) for name in triton), *others])
+    times = interleaved(steps, device, seconds, head_start=True)
+    base = min((Choice(name, rule) for name in triton if Choice(name, rule) in times), key=lambda one: times[one].p50)
+    best = base
+    other = min((name for name in others if name in times), key=lambda name: times[name].p50, default=None)
+    if kind != ACT and (other is None or times[base].p50 <= REACH * times[other].p50):
+        for _ in range(ROUNDS):
+            choices = [Choice(base.algorithm, tile) for tile in neighbours(best.tile, case, kind)]
+            choices = [choice for choice in choices if choice not in steps]
+            if pool is not None:
+                compiled_ahead(case, kind, choices, architecture(device), pool)
+            add(choices)
+            times = interleaved(steps, device, seconds, head_start=True)
+            tiles = [choice for choice in steps if isinstance(choice, Choice) and choice.algorithm == base.algorithm]
+            fastest = min(tiles, key=lambda choice: times[choice].p50)
+            if fastest == best:
+                break
+            best = fastest
+    if not _faster(times[best], times[base]):
+        best = base
+    algorithm = best.algorithm
+    if algorithm != "triton" and not _faster(times[best], times[Choice("triton", rule)]):
+        algorithm = "triton"
+    if other is not None and _faster(times[other], times[Choice(algorithm, best.tile)]):
+        algorithm = other
+    measured = {name: times[name].p50 for name in ("torch", *others) if name in times}
+    measured |= {name: times[Choice(name, rule)].p50 for name in triton if Choice(name, rule) in times}
     return {
-        "case": case.name, "key": list(key), "rule": list(rule), "tile": list(best), "algorithm": algorithm,
-        "rule_ms": times[rule].p50, "ms": times[best].p50, **milliseconds, "candidates": len(steps) - 1,
+        "case": case.name, "key": list(key), "rule": list(rule), "tile": list(best.tile), "algorithm": algorithm,
+        "rule_ms": times[base].p50, "ms": times[best].p50, **{f"{name}_ms": ms for name, ms in measured.items()},
+        "candidates": len(steps) - 1,
     }  # fmt: skip
 
 
@@ -215,8 +241,12 @@ def _checked(provider: peers.Provider, case: Case, problem: peers.Problem) -> St
     return step
 
 
-def _forcing(kind: str, choice: Any, step: Step) -> Step:
+def _forcing(kind: str, choice: Any, case: Case, problem: peers.Problem) -> Step:
+    """The step that takes ``choice``, checked."""
     from fastunet.kernels import table
+
+    with table.forced({kind: choice}):
+        step = _checked(TRITON, case, problem)
 
     def run() -> Any:
         with table.forced({kind: choice}):
@@ -369,50 +399,96 @@ def dry_run(chosen: Sequence[Case]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
+    from fastunet.kernels import table
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="no layer is begun after it; 480")
     parser.add_argument("--only", default="", metavar="TEXT", help="only layers whose name contains TEXT")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="for tune-<gpu>.json")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="which to complete; kernels/tiles.json")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: print the layers, check some candidates")
     parser.add_argument("--model", action="store_true", help="no GPU: write the entries that the model gives")
     options = parser.parse_args(arguments)
     if options.model:
         return model_entries(options.only)
     dtype = getattr(torch, options.dtype)
-    chosen = [case for case in layers(dtype) + strided_layers(dtype) if options.only in case.name]
+    everything = layers(dtype) + normalising_layers(dtype) + strided_layers(dtype)
+    chosen = [case for case in everything if options.only in case.name]
     if not chosen:
         parser.error(f"no layer's name contains '{options.only}'; --dry-run prints all names")
     if options.dry_run:
         return dry_run(chosen)
     if not torch.cuda.is_available():
         parser.error("tuning needs a CUDA GPU; --model and --dry-run do not")
-    from fastunet.kernels import table
+    chosen.sort(key=lambda case: -case.flops)
+    return measure(chosen, time.time() + options.budget, options.results, options.table or table.PATH)
 
+
+# ---- measuring, in a process of its own ----------------------------------------------------------------------------
+
+
+def work(chosen: Sequence[Case]) -> Iterator[Message]:
+    """Tune layers, telling how it goes: the machine; for every layer its case, and what was found or went wrong."""
     device = torch.device("cuda")
-    about = machine(device)
-    print(report.machine_text(about))
-    results = ROOT / f"benchmarks/results/tune-{report.slug(about['gpu'])}.json"
+    yield "machine", machine(device)
     torch.backends.cudnn.benchmark = True
-    begun, found = time.time(), []
     pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
-    for case in tqdm(chosen, desc="layers", disable=None):
-        if time.time() - begun > options.budget:
-            tqdm.write(f"not measured: {case.name}")
-            continue
+    for case in chosen:
+        yield "layer", case
         try:
-            found.append(tune(case, device, 0.5, pool) | {"source": f"{results.stem}: {case.name}"})
+            yield "found", tune(case, device, 0.2, pool)
         except Exception as error:
-            tqdm.write(f"failed: {case.name}: {type(error).__name__}: {str(error)[:200]}")
-            continue
-        one = found[-1]
-        others = ", ".join(f"{name.removesuffix('_ms')} {one[name]:.3f}" for name in one if name.endswith("_ms"))
-        tqdm.write(f"{case.name}: {one['ms']:.3f} ms with {one['tile']}; {others}")
-        write(table.PATH, found)
-        _write(results, json.dumps([about, *found], indent=1))
+            yield "failed", f"{type(error).__name__}: {str(error)[:200]}"
+            give_up_if_poisoned(device)
+
+
+def measure(chosen: Sequence[Case], deadline: float, results: Path, path: Path) -> int:
+    """Tune ``chosen`` until the deadline, and write what is found after every layer."""
+    about: dict[str, Any] = {}
+    found: list[dict[str, Any]] = []
+    left = list(chosen)
+    bar = tqdm(total=len(chosen), desc="layers", disable=None)
+    patience = lambda: (min(PATIENCE, deadline - time.time()), f"for {PATIENCE} s, or in time")  # noqa: E731
+    while left and time.time() < deadline:
+        case = left[0]
+        try:
+            with contextlib.closing(messages(work, list(left), patience)) as stream:
+                for what, value in stream:
+                    if what == "machine":
+                        if not about:
+                            print(report.machine_text(value), flush=True)
+                        about = value
+                    elif what == "layer" and time.time() > deadline:
+                        break
+                    elif what == "layer":
+                        case = value
+                        left.remove(case)
+                        bar.update()
+                    elif what == "failed":
+                        tqdm.write(f"failed: {case.name}: {value}")
+                    else:
+                        file = results / f"tune-{report.slug(about['gpu'])}.json"
+                        found.append(value | {"source": f"{file.stem}: {case.name}"})
+                        tqdm.write(_line(value))
+                        write(path, found)
+                        _write(file, json.dumps([about, *found], indent=1))
+                break
+        except LostError as error:
+            tqdm.write(f"failed: {case.name}: {error}")
+            left = [each for each in left if each != case]
+    for case in left:
+        tqdm.write(f"not measured: {case.name}")
     better = sum(one["tile"] != one["rule"] for one in found)
     other = sum(one["algorithm"] != "triton" for one in found)
     print(f"{len(found)} layers measured, {better} tiles better than the rule's, {other} layers for another algorithm")
     return 0
+
+
+def _line(one: dict[str, Any]) -> str:
+    """What was found of one layer, in a line."""
+    others = ", ".join(f"{name.removesuffix('_ms')} {one[name]:.3f}" for name in one if name.endswith("_ms"))
+    return f"{one['case']}: {one['algorithm']}, {one['ms']:.3f} ms with {tuple(one['tile'])}; {others}"
 
 
 if __name__ == "__main__":

@@ -5,13 +5,13 @@ batch): it holds for one kernel ("conv3x3_fwd", "conv3x3_dgrad", "conv3x3_wgrad"
 launchers ask ``choose_strided`` for, by the sizes that they ask with), for 16-bit tensors of either dtype, for pictures
 of that width, up to the next power of two, and for the batches that no other entry is nearer to. What it says:
 
-- ``algorithm``, of 3×3 convolutions of stride 1: what backend "auto" takes. "triton", if it is left out; "stored",
+- ``algorithm``, of 3×3 convolutions of stride 1: what backend "auto" takes. "triton", where it is left out; "stored",
   Triton's kernel on sources normalised in a pass before it; "cudnn", ATen's matrix products between edges in Triton;
   "winograd", only where a measured row says so.
 - ``tile``: what Triton takes wherever it serves, instead of the rule in ``tiles.py``.
 - ``source``: "modelled" (``python -m benchmarks.tune --model``), or the row of measurements that proved it.
 
-No entry for any batch: Triton, with the rule's tile.
+No entry for any batch: the algorithm that :func:`_rule` gives, and the rule's tile.
 """
 
 from __future__ import annotations
@@ -129,7 +129,20 @@ def _entry(wanted: Key) -> Entry | None:
 def algorithm(kind: str, sources: tuple[int, ...], filters: int, width: int, batch: int, where: Place) -> str:
     """The algorithm that backend "auto" takes: one of :data:`fastunet.kernels.algorithms.FUNCTIONS`."""
     entry = _entry(key(kind, sources, filters, width, batch, where))
-    return "triton" if entry is None else entry.algorithm
+    return _rule(kind, sources, filters, where) if entry is None else entry.algorithm
+
+
+def _rule(kind: str, sources: Sequence[int], filters: int, where: Place) -> str:
+    """What is the fastest where nothing was measured, by what was: on an H200 cuDNN's products reach twice the rate of
+    Triton's from 128 channels on, and of fewer the passes around them cost more than they save."""
+    if where.architecture != "sm_90" or not where.narrow:
+        return "triton"
+    wide = min(*sources, filters) >= 128
+    if kind == "conv3x3_act":  # the fused epilogue saves a pass, and two sources a concatenation
+        return "cudnn" if wide and len(sources) == 1 else "triton"
+    if kind == "conv3x3_dgrad" or wide:
+        return "cudnn"
+    return "stored" if kind == "conv3x3_fwd" else "triton"
 
 
 def algorithm_forced(kind: str) -> str | None:
