@@ -54,6 +54,7 @@ def _affine_act_fwd_kernel(
     z_ptr,
     pixels,
     C,
+    z_stride,
     HAS_AFFINE: tl.constexpr,
     RELU: tl.constexpr,
     ACC: tl.constexpr,
@@ -66,7 +67,8 @@ def _affine_act_fwd_kernel(
     at = p[:, None] * C + c[None, :]
     scale, shift, centre = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)
     x = tl.load(x_ptr + at, mask=inside, other=0.0)
-    tl.store(z_ptr + at, normalise(x, scale, shift, centre, HAS_AFFINE, RELU, ACC), mask=inside)
+    z = normalise(x, scale, shift, centre, HAS_AFFINE, RELU, ACC)
+    tl.store(z_ptr + p[:, None] * z_stride + c[None, :], z, mask=inside)
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -192,18 +194,24 @@ def affine_act(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
     """z = act(scale·(x − centre) + shift) for x (N, C, H, W): a new channels_last tensor of x's dtype."""
     if (affine is None and not relu) or x.numel() == 0:
         return x.clone(memory_format=torch.channels_last)
-    x = nhwc(x)
     z = torch.empty_like(x, memory_format=torch.channels_last)
-    channels = x.shape[1]
-    pixels = x.numel() // channels
-    block_p, block_c = tile(channels, x.element_size(), _ACCESSES)
-    launch(
-        _affine_act_fwd_kernel, (cdiv(pixels, block_p), cdiv(channels, block_c)),
-        x, dense(affine), z, pixels, channels,
-        HAS_AFFINE=affine is not None, RELU=relu, **OPTIONS,
-        ACC=accumulator(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
-    )  # fmt: skip
+    store_value(z, x.shape[1], x, affine, relu)
     return z
+
+
+def store_value(z: Tensor, stride: int, x: Tensor, affine: Tensor | None, relu: bool) -> None:
+    """Fill ``z``, an NHWC tensor or some channels of one, whose pixels lie ``stride`` elements apart, with a source's
+    value."""
+    channels = x.shape[1]
+    pixels = x.numel() // max(channels, 1)
+    if pixels:
+        block_p, block_c = tile(channels, x.element_size(), _ACCESSES)
+        launch(
+            _affine_act_fwd_kernel, (cdiv(pixels, block_p), cdiv(channels, block_c)),
+            nhwc(x), dense(affine), z, pixels, channels, stride,
+            HAS_AFFINE=affine is not None, RELU=relu, **OPTIONS,
+            ACC=accumulator(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
+        )  # fmt: skip
 
 
 def affine_act_backward(dz: Tensor, x: Tensor, affine: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import aten, frame, stats_dtype
-from fastunet.kernels.affine import source_gradient, tile
+from fastunet.kernels.affine import source_gradient, store_value, tile
 from fastunet.kernels.common import OPTIONS, Source, accumulator, cdiv, empty_nhwc, launch, load_affine, nhwc, normalise
 from fastunet.kernels.statistics import batch_stats
 
@@ -66,7 +66,9 @@ def _placed(sources: Sequence[Source], size: Sequence[int]) -> Tensor:
     pixels = batch * size[0] * size[1]
     start = 0
     for source in sources:
-        if pixels and source.channels:
+        if _fills(source, size):
+            store_value(z[:, start : start + source.channels], total, source.x, source.affine, source.relu)
+        elif pixels and source.channels:
             block_p, block_c = tile(source.channels, z.element_size(), 2)
             launch(
                 _place_kernel, (cdiv(pixels, block_p), cdiv(source.channels, block_c)),

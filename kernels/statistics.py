@@ -40,35 +40,65 @@ def store_stats(
     tl.store(count_ptr + tile, count.to(ACC))
 
 
-@triton.jit(do_not_specialize=["pixels", "shares"])
-def _batch_stats_kernel(
-    y_ptr, sums_ptr, bias_ptr, mean_ptr, m2_ptr, count_ptr, pixels, K, shares,
-    SHARED: tl.constexpr, BIAS: tl.constexpr, STATS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+@triton.jit
+def _formed(
+    y_ptr, sums_ptr, bias, m, k, pixels, K, shares, SHARED: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """The statistics of a tile of ROWS·BLOCK_P pixels of y (pixels, K), which is formed first if it is SHARED."""
+    """y at pixels ``m`` [BLOCK_P] and channels ``k`` [BLOCK_K] as it is or will be stored; where; and what exists."""
+    mask = (m < pixels)[:, None] & (k < K)[None, :]
+    place = m[:, None] * K + k[None, :]
+    if SHARED:
+        total = tl.load(sums_ptr + place, mask=mask, other=0.0)
+        for share in range(1, shares):
+            total += tl.load(sums_ptr + share * pixels.to(tl.int64) * K + place, mask=mask, other=0.0)
+        y = (total + bias[None, :]).to(y_ptr.dtype.element_ty)
+    else:
+        y = tl.load(y_ptr + place, mask=mask, other=0.0)
+    return y, place, mask
+
+
+@triton.jit(do_not_specialize=["pixels", "shares", "rounds"])
+def _batch_stats_kernel(
+    y_ptr, sums_ptr, bias_ptr, mean_ptr, m2_ptr, count_ptr, pixels, K, shares, rounds,
+    SHARED: tl.constexpr, BIAS: tl.constexpr, STATS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The statistics of a tile of rounds·2·BLOCK_P pixels of y (pixels, K), which is formed first if it is SHARED.
+
+    Sums are taken of the difference to the mean of the first pixels: what is subtracted from the sum of squares is then
+    no larger than what remains.
+    """
     tile = tl.program_id(0)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    m = tile.to(tl.int64) * (ROWS * BLOCK_P) + tl.arange(0, BLOCK_P)
+    first = tile.to(tl.int64) * rounds * (2 * BLOCK_P)
+    m = first + tl.arange(0, BLOCK_P)
     bias = tl.zeros([BLOCK_K], ACC)
     if BIAS:
         bias += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)
-    ys = ()
-    for i in tl.static_range(ROWS):
-        mask = (m + i * BLOCK_P < pixels)[:, None] & (k < K)[None, :]
-        place = (m + i * BLOCK_P)[:, None] * K + k[None, :]
-        if SHARED:
-            total = tl.load(sums_ptr + place, mask=mask, other=0.0)
-            for share in range(1, shares):
-                total += tl.load(sums_ptr + share * pixels.to(tl.int64) * K + place, mask=mask, other=0.0)
-            y = (total + bias[None, :]).to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + place, y, mask=mask)
-        else:
-            y = tl.load(y_ptr + place, mask=mask, other=0.0)
-        ys = ys + (y,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
+    pivot = tl.zeros([BLOCK_K], ACC)
     if STATS:
-        rows = tl.maximum(tl.minimum(tl.cdiv(pixels - m, BLOCK_P), ROWS), 0).to(tl.int32)
-        store_stats(ys, rows, tile, k, K, mean_ptr, m2_ptr, count_ptr, ROWS, BLOCK_K, ACC)
+        y, _, mask = _formed(y_ptr, sums_ptr, bias, m, k, pixels, K, shares, SHARED, ACC)
+        some = tl.minimum(pixels - first, BLOCK_P).to(ACC)
+        pivot = tl.sum(tl.where(mask, y.to(ACC), 0.0), 0) / some
+    total = tl.zeros([BLOCK_P, BLOCK_K], ACC)
+    squares = tl.zeros([BLOCK_P, BLOCK_K], ACC)
+    for _ in range(rounds):
+        for _ in tl.static_range(2):  # loads of both are in flight at once
+            y, place, mask = _formed(y_ptr, sums_ptr, bias, m, k, pixels, K, shares, SHARED, ACC)
+            if SHARED:
+                tl.store(y_ptr + place, y, mask=mask)
+            if STATS:
+                apart = tl.where(mask, y.to(ACC) - pivot[None, :], 0.0)
+                total += apart
+                squares += apart * apart
+            m += BLOCK_P
+    if STATS:
+        count = tl.maximum(tl.minimum(pixels - first, rounds * (2 * BLOCK_P)), 1).to(ACC)
+        apart = tl.sum(total, 0)
+        out = tile.to(tl.int64) * K + k
+        tl.store(mean_ptr + out, pivot + apart / count, mask=k < K)
+        tl.store(m2_ptr + out, tl.maximum(tl.sum(squares, 0) - apart * (apart / count), 0.0), mask=k < K)
+        tl.store(count_ptr + tile, count)
 
 
 def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,16 +118,18 @@ def add_shares(sums: Tensor, y: Tensor, bias: Tensor | None, stats: bool) -> tup
 def _batch_stats(y: Tensor, sums: Tensor | None, bias: Tensor | None, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
     filters, dtype = y.shape[1], stats_dtype(y.dtype)
     pixels = y.numel() // filters
-    rows, block_k = 4, block(filters, 64)
+    block_k = block(filters, 64)
     block_p = 64 // y.element_size()
-    tiles = cdiv(pixels, rows * block_p)
+    # Programs enough for a large GPU, of a few pixels each; the same on every GPU, for the same bits.
+    rounds = max(1, min(8, pixels * cdiv(filters, block_k) // (2 * block_p * 2048)))
+    tiles = cdiv(pixels, rounds * 2 * block_p)
     mean, m2 = (y.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2))
     counts = y.new_empty(tiles if stats else 0, dtype=dtype)
     launch(
         _batch_stats_kernel, (tiles, cdiv(filters, block_k)),
         y, y if sums is None else sums, y if bias is None else bias.contiguous(), mean, m2, counts, pixels, filters,
-        0 if sums is None else sums.shape[0], SHARED=sums is not None, BIAS=bias is not None, STATS=stats,
-        ROWS=rows, BLOCK_P=block_p, BLOCK_K=block_k, ACC=accumulator(y.dtype), **OPTIONS, num_warps=4,
+        0 if sums is None else sums.shape[0], rounds, SHARED=sums is not None, BIAS=bias is not None, STATS=stats,
+        BLOCK_P=block_p, BLOCK_K=block_k, ACC=accumulator(y.dtype), **OPTIONS, num_warps=4,
     )  # fmt: skip
     return (y, *merge_stats(mean, m2, counts)) if stats else (y, mean, m2)
 
