@@ -422,8 +422,9 @@ def _narrow_gradient(
     image = n + pixel // COLUMNS
     w = q + pixel % COLUMNS - left
     c = c_first + tl.arange(0, BLOCK_C)
-    sum_gx = tl.zeros([BLOCK_C], ACC)
-    sum_g = tl.zeros([BLOCK_C], ACC)
+    # Rows are added where they lie: each sum over warps goes through shared memory.
+    sum_gx = tl.zeros([IMAGES * COLUMNS, BLOCK_C], ACC)
+    sum_g = tl.zeros([IMAGES * COLUMNS, BLOCK_C], ACC)
     for i in tl.static_range(ROWS):
         h = p + i - top
         w_stop = tl.where((p + i < P) & (h >= 0) & (h < H), tl.minimum(W, Q - left), 0)
@@ -441,15 +442,15 @@ def _narrow_gradient(
                 value = tl.load(x + place, mask=mask, other=0.0)
             g, gx, masked = source_backward(g, value, scale, shift, centre, AFFINE, RELU, ACC)
             if AFFINE:
-                sum_gx += tl.sum(gx, 0)
-                sum_g += tl.sum(masked, 0)
+                sum_gx += gx
+                sum_g += masked
         if TMA:
             dx.store([n, h, q - left, c_first], g.to(DTYPE).reshape(IMAGES, 1, COLUMNS, BLOCK_C))
         else:
             tl.store(dx + place, g.to(DTYPE), mask=mask)
     if AFFINE:
         scale, _, _ = load_affine(affine_ptr, c, C, AFFINE, ACC)
-        store_affine_gradient(partial_ptr, tile, c, C, scale, sum_gx, sum_g)
+        store_affine_gradient(partial_ptr, tile, c, C, scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------------

@@ -26,14 +26,16 @@ def store_stats(
     """Mean and M2 of a tile: ys are its ROWS rows [pixels, BLOCK_K], of which the first ``rows`` [pixels] exist."""
     count = tl.sum(tl.minimum(rows, ROWS), 0)
     n = tl.maximum(count, 1).to(ACC)  # a parity may have no pixel in the tile
-    total = tl.zeros([BLOCK_K], ACC)
-    for i in tl.static_range(ROWS):
-        total += tl.sum(tl.where((rows > i)[:, None], ys[i].to(ACC), 0.0), 0)
-    mean = total / n
-    m2 = tl.zeros([BLOCK_K], ACC)
+    # Rows are added where they lie, and what warps hold once: each sum over warps goes through shared memory.
+    total = tl.where((rows > 0)[:, None], ys[0].to(ACC), 0.0)
+    for i in tl.static_range(1, ROWS):
+        total += tl.where((rows > i)[:, None], ys[i].to(ACC), 0.0)
+    mean = tl.sum(total, 0) / n
+    squares = tl.zeros([rows.shape[0], BLOCK_K], ACC)
     for i in tl.static_range(ROWS):
         apart = tl.where((rows > i)[:, None], ys[i].to(ACC) - mean[None, :], 0.0)
-        m2 += tl.sum(apart * apart, 0)
+        squares += apart * apart
+    m2 = tl.sum(squares, 0)
     place = tile.to(tl.int64) * K + k
     tl.store(mean_ptr + place, mean, mask=k < K)
     tl.store(m2_ptr + place, m2, mask=k < K)

@@ -315,3 +315,25 @@ def test_the_model_gives_deep_layers_to_cudnn_and_wide_ones_to_triton(tmp_path):
     cudnn = {(line["key"][4], line["key"][6]) for line in written if "algorithm" in line}
     assert cudnn == {("512", 64), ("512+512", 64)}
     assert "8x64x512x512-bfloat16-inference-k64 " in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "sources", "filters", "chosen"),
+    [
+        ("conv3x3_fwd", (64,), 64, "stored"),
+        ("conv3x3_fwd", (64,), 128, "stored"),
+        ("conv3x3_fwd", (128, 128), 128, "cudnn"),
+        ("conv3x3_act", (256,), 256, "cudnn"),
+        ("conv3x3_act", (256, 256), 256, "triton"),
+        ("conv3x3_dgrad", (64,), 64, "cudnn"),
+        ("conv3x3_wgrad", (64, 64), 64, "triton"),
+        ("conv3x3_wgrad", (256,), 512, "cudnn"),
+    ],
+    ids=str,
+)
+def test_what_nobody_measured_goes_by_what_an_h200_showed(tiles, kind, sources, filters, chosen):
+    hopper = table.Place("sm_90", "16-bit", "ieee")
+    assert table.algorithm(kind, sources, filters, 256, 8, hopper) == chosen
+    for other in (hopper._replace(architecture="sm_80"), hopper._replace(dtype="float32")):
+        assert table.algorithm(kind, sources, filters, 256, 8, other) == "triton"
+    assert (kind, chosen) in FUNCTIONS
