@@ -71,7 +71,7 @@ def _conv_few_bwd_kernel(
     SOURCE: tl.constexpr, FILTERS: tl.constexpr, BIAS: tl.constexpr,
     ROUNDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx if SOURCE of ``each`` pixels and BLOCK_C channels; their shares of daffine, dW if FILTERS and dbias if BIAS."""
+    """dx if SOURCE of ``each`` pixels × BLOCK_C channels; their shares of daffine, dW if FILTERS and dbias if BIAS."""
     slab = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale, shift, centre = load_affine(affine_ptr, c, C, AFFINE, ACC)
