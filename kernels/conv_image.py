@@ -87,7 +87,9 @@ def _conv_image_fwd_kernel(
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     place = k.to(tl.int64)[None, :] * (9 * C) + t[:, None]
     weights = tl.load(w_ptr + place, mask=(t < 9 * C)[:, None] & (k < K)[None, :], other=0.0)
-    for tile in tl.range(tl.program_id(0) * each, tl.minimum(tl.program_id(0) * each + each, tiles)):
+    start = tl.program_id(0) * each
+    for i in tl.range(0, tl.minimum(each, tiles - start)):
+        tile = start + i
         first = tile * BLOCK_M
         m = first + tl.arange(0, BLOCK_M)
         x = _gather(x_ptr, first, t, pixels, H, W, C, BLOCK_M)

@@ -580,6 +580,20 @@ def test_pixels_too_many_for_one_row(case: Conv, device: str, monkeypatch: pytes
     )
 
 
+@pytest.mark.parametrize("name", ["image", "1x1-head"])
+def test_a_program_of_many_tiles(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of pictures with millions of pixels: a program walks several tiles, of which the last is not full."""
+    for module, constant in (("image", "_PROGRAMS"), ("image", "_SLABS"), ("few", "_PROGRAMS"), ("few", "_ROUNDS")):
+        monkeypatch.setattr(pytest.importorskip(f"fastunet.kernels.conv_{module}"), constant, 1)
+    inputs = draw(CASES[name], device)
+    exact = inputs.to(torch.float64)
+    truth, own, result = (run(CASES[name], *of) for of in ((exact, None), (inputs, None), (inputs, "triton")))
+    assert_near(result, truth, own, torch.float32)
+    assert_near(
+        gradients(result, inputs.leaves), gradients(truth, exact.leaves), gradients(own, inputs.leaves), torch.float32
+    )
+
+
 def test_statistics_without_a_gradient_stay_so(backend: str, device: str) -> None:
     case = CASES["relu-without-affine"]
     inputs = draw(case, device)
