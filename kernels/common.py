@@ -349,8 +349,8 @@ def sum_slabs(x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[1:])
     shape = x.shape[1:]
     while slabs > 1:
-        group = 32 if slabs <= 32 else 128
-        columns = block(length, 4096 // group, 32)
+        group = block(slabs, 128, 2)  # rows that are not there take as long as others
+        columns = block(length, min(4096 // group, 1024), 32)
         groups = cdiv(slabs, group)
         y = torch.empty((groups, length), dtype=x.dtype, device=x.device)
         launch(

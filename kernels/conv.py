@@ -17,12 +17,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastunet.aten import frame
+from fastunet.aten import frame, stats_dtype
 from fastunet.kernels.affine import affine_act
 from fastunet.kernels.algorithms import computing
 from fastunet.kernels.common import Source
 from fastunet.kernels.conv3x3 import conv3x3
 from fastunet.kernels.conv_down import conv_down
+from fastunet.kernels.conv_few import conv_few
+from fastunet.kernels.conv_few import serves as few
 from fastunet.kernels.conv_image import conv_image, serves
 from fastunet.kernels.conv_up import conv_up
 from fastunet.kernels.pool import max_pool2x2
@@ -69,6 +71,9 @@ def conv2d(
             y, mean, var, pooled = conv3x3(sources, size, weight, bias, stats, pool, pool_scale)
         else:
             y, mean, var = compute(sources, size, weight, bias, stats)
+    elif few(weight) and not stats:
+        y = conv_few(alone(sources, size), weight, bias)
+        mean, var = (x0.new_empty(0, dtype=stats_dtype(x0.dtype)) for _ in range(2))
     else:
         y, mean, var = conv_down(alone(sources, size), weight, bias, stats, stride)
     if pooled is None:
@@ -111,7 +116,8 @@ def conv2d_act(
     if pooled is None:
         pooled = max_pool2x2(z, None) if pool else x0.new_empty(0)
     if head is not None:
-        z, _, _ = conv_down(Source(z, None, False), *head, False, 1)
+        source = Source(z, None, False)
+        z = conv_few(source, *head) if few(head[0]) else conv_down(source, *head, False, 1)[0]
     return z, pooled
 
 

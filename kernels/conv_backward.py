@@ -32,6 +32,8 @@ from fastunet.kernels.algorithms import chosen, computing
 from fastunet.kernels.common import OPTIONS, Source, accumulator, block, cdiv, empty_nhwc, launch, nhwc, sum_slabs
 from fastunet.kernels.conv import alone, placed
 from fastunet.kernels.conv_down import conv_down_dgrad
+from fastunet.kernels.conv_few import conv_few_backward
+from fastunet.kernels.conv_few import serves as few
 from fastunet.kernels.conv_image import conv_image_wgrad, serves
 from fastunet.kernels.conv_strided_wgrad import conv_strided_wgrad
 from fastunet.kernels.conv_up import conv_up_dgrad
@@ -95,8 +97,8 @@ def _form_dy(
     out = empty_nhwc(like, *like.shape) if forms or dy is None else dy
     if like.numel() == 0:
         return out, like.new_zeros(filters if need_sum else 0)
-    block_k = block(filters, 64)
-    block_m = 4096 // block_k
+    block_k = block(filters, 64, 1)
+    block_m = min(4096 // block_k, 1024)
     chunk = block_m * max(1, cdiv(pixels, block_m * 2048))
     programs = cdiv(pixels, chunk)
     sums = like.new_empty((programs, filters) if need_sum else 0, dtype=stats_dtype(like.dtype))
@@ -134,22 +136,28 @@ def _backward3x3(
 
 
 def _down_backward(
-    dy: Tensor, weight: Tensor, sources: Sequence[Source], size: Sequence[int], stride: int, mask: Sequence[bool]
-) -> tuple[list[Tensor], Tensor]:
-    """Gradients of the sources, and dW in stats_dtype, of a convolution that is not 3×3 of stride 1."""
+    dy: Tensor, dbias: Tensor, weight: Tensor, sources: Sequence[Source], size: Sequence[int], stride: int,
+    mask: Sequence[bool],
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """Gradients of the sources, and dW and dbias in stats_dtype, of a convolution that is not 3×3 of stride 1."""
     source = alone(sources, size)
-    dweight = conv_strided_wgrad(dy, weight, source, False) if mask[2] and dy.numel() else weight.new_empty(0)
+    dweight = weight.new_empty(0)
+    if few(weight):
+        dz, daffine, dweight, dbias = conv_few_backward(dy, weight, source, (mask[0] or mask[1], mask[2], mask[3]))
+    elif mask[2] and dy.numel():
+        dweight = conv_strided_wgrad(dy, weight, source, False)
     if not (mask[0] or mask[1]):
-        return [empty for _ in sources for empty in _nothing(source.x)], dweight
-    dz, daffine = conv_up_dgrad(dy, weight, source) if stride == 2 else conv_down_dgrad(dy, weight, source, 1)
+        return [empty for _ in sources for empty in _nothing(source.x)], dweight, dbias
+    if not few(weight):
+        dz, daffine = conv_up_dgrad(dy, weight, source) if stride == 2 else conv_down_dgrad(dy, weight, source, 1)
     if source is sources[0]:
-        return [dz, daffine], dweight
+        return [dz, daffine], dweight, dbias
     grads: list[Tensor] = []
     shares = dz.split([each.channels for each in sources], 1)
     for each, share, wanted in zip(sources, shares, mask, strict=False):
         part = frame(share, (each.height, each.width), -each.top, -each.left)
         grads += affine_act_backward(part, each.x, each.affine, each.relu) if wanted else _nothing(each.x)
-    return grads, dweight
+    return grads, dweight, dbias
 
 
 def _like(dweight: Tensor, weight: Tensor, wanted: bool) -> Tensor:
@@ -195,12 +203,12 @@ def conv2d_backward(
         dy = pool_backward(y, pool_scale, dp, dy, stats)
         if stats is not None:
             dmean, dvar = None, None
-    dy, dbias = _form_dy(dy, dmean, dvar, y, mean, mask[3])
+    dy, dbias = _form_dy(dy, dmean, dvar, y, mean, mask[3] and not few(weight))
     if weight.shape[-1] == 3 and stride == 1:
         pairs, dweight = _backward3x3(dy, weight, sources, size, mask, mixed)
         grads = [gradient for pair in pairs for gradient in pair]
     else:
-        grads, dweight = _down_backward(dy, weight, sources, size, stride, mask)
+        grads, dweight, dbias = _down_backward(dy, dbias, weight, sources, size, stride, mask)
     if x1 is None:
         grads += _nothing(x0)
     return grads[0], grads[1], grads[2], grads[3], _like(dweight, weight, mask[2]), dbias.to(weight.dtype)

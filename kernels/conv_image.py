@@ -35,6 +35,9 @@ from fastunet.kernels.common import (
 from fastunet.kernels.statistics import merge_stats, store_stats
 
 _MOST_TAPS = 64
+# Constants, so that the order of summation is the same on every GPU.
+_PROGRAMS = 2048
+_SLABS = 512
 
 
 @triton.jit
@@ -51,11 +54,11 @@ def _divide(n, size):
 
 
 @triton.jit
-def _gather(x_ptr, first, t, pixels, H, W, C, BLOCK_M: tl.constexpr):
+def _gather(x_ptr, first, t, pixels, H, W, C: tl.constexpr, BLOCK_M: tl.constexpr):
     """x[m,t] of BLOCK_M pixels from number ``first`` on: [pixels, taps]; zero outside the picture and beyond 9·C.
 
-    A bit for each way out of the picture: it is taken where the pixel lies at that edge and the tap goes over it. So an
-    element costs an AND and an addition.
+    A bit for each way out of the picture: it is taken where the pixel lies at that edge and the tap goes over it. C is
+    a constant and offsets have 64 bits so that all that depends on the tap alone is a constant of the instruction.
     """
     i = tl.arange(0, BLOCK_M)
     m = first + i
@@ -66,42 +69,47 @@ def _gather(x_ptr, first, t, pixels, H, W, C, BLOCK_M: tl.constexpr):
     s = tap % 3
     at_edge = _bits(w == 0, w == W - 1, h == 0, h == H - 1) + tl.where(m < pixels, 16, 48)
     over_edge = _bits(s == 0, s == 2, r == 0, r == 2) + tl.where(t < 9 * C, 32, 48)
-    near = (i * C)[:, None] + (((r - 1) * W + s - 1) * C + t % C)[None, :]  # 32 bits: a few rows
     mask = (at_edge[:, None] & over_edge[None, :]) == 0
-    return tl.load(x_ptr + first.to(tl.int64) * C + near, mask=mask, other=0.0)
+    pixel_ptr = x_ptr + m.to(tl.int64)[:, None] * C
+    tap_ptr = pixel_ptr + ((r - 1).to(tl.int64) * W * C)[None, :] + ((s - 1) * C + t % C).to(tl.int64)[None, :]
+    return tl.load(tap_ptr, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["pixels", "H", "W"])
+@triton.jit(do_not_specialize=["pixels", "tiles", "each", "H", "W"])
 def _conv_image_fwd_kernel(
-    x_ptr, w_ptr, bias_ptr, affine_ptr, y_ptr, mean_ptr, m2_ptr, count_ptr, pixels, H, W, C, K,
-    BIAS: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, STATS: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, affine_ptr, y_ptr, mean_ptr, m2_ptr, count_ptr, pixels, tiles, each, H, W, K,
+    C: tl.constexpr, BIAS: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, STATS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    first = tile * BLOCK_M
-    m = first + tl.arange(0, BLOCK_M)
+    """``each`` tiles of BLOCK_M pixels, for which the weights are loaded once."""
     t = tl.arange(0, BLOCK_T)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    x = _gather(x_ptr, first, t, pixels, H, W, C, BLOCK_M)
     place = k.to(tl.int64)[None, :] * (9 * C) + t[:, None]
     weights = tl.load(w_ptr + place, mask=(t < 9 * C)[:, None] & (k < K)[None, :], other=0.0)
-    acc = tl.dot(x, weights, input_precision=PRECISION, out_dtype=ACC)
-    if BIAS:
-        acc += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
-    if AFFINE or RELU:
-        scale, shift, centre = load_affine(affine_ptr, k, K, AFFINE, ACC)
-        acc = normalise(acc, scale, shift, centre, AFFINE, RELU, ACC)
-    y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + m.to(tl.int64)[:, None] * K + k[None, :], y, mask=(m < pixels)[:, None] & (k < K)[None, :])
-    if STATS:
-        store_stats((y,), (m < pixels).to(tl.int32), tile, k, K, mean_ptr, m2_ptr, count_ptr, 1, BLOCK_K, ACC)
+    start = tl.program_id(0) * each
+    for i in tl.range(0, tl.minimum(each, tiles - start)):
+        tile = start + i
+        first = tile * BLOCK_M
+        m = first + tl.arange(0, BLOCK_M)
+        x = _gather(x_ptr, first, t, pixels, H, W, C, BLOCK_M)
+        acc = tl.dot(x, weights, input_precision=PRECISION, out_dtype=ACC)
+        if BIAS:
+            acc += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
+        if AFFINE or RELU:
+            scale, shift, centre = load_affine(affine_ptr, k, K, AFFINE, ACC)
+            acc = normalise(acc, scale, shift, centre, AFFINE, RELU, ACC)
+        y = acc.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + m.to(tl.int64)[:, None] * K + k[None, :], y, mask=(m < pixels)[:, None] & (k < K)[None, :])
+        if STATS:
+            store_stats((y,), (m < pixels).to(tl.int32), tile, k, K, mean_ptr, m2_ptr, count_ptr, 1, BLOCK_K, ACC)
 
 
 @triton.jit(do_not_specialize=["pixels", "per_slab", "H", "W"])
 def _conv_image_wgrad_kernel(
-    dy_ptr, x_ptr, partial_ptr, pixels, per_slab, H, W, C, K,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    dy_ptr, x_ptr, partial_ptr, pixels, per_slab, H, W, K,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     slab = tl.program_id(0)
     t = tl.arange(0, BLOCK_T)
@@ -131,7 +139,7 @@ def serves(source: Source, frame: Sequence[int], weight: Tensor) -> bool:
 def _blocks(x: Tensor, filters: int) -> tuple[int, int, int, int]:
     """Pixels, taps and outputs a program, and its warps."""
     narrow = x.element_size() == 2
-    return 64 if narrow else 32, block(9 * x.shape[1], _MOST_TAPS), block(filters, 64 if narrow else 32), 4
+    return 128 if narrow else 32, block(9 * x.shape[1], _MOST_TAPS), block(filters, 64 if narrow else 32), 4
 
 
 def conv_image(
@@ -148,14 +156,15 @@ def conv_image(
     pixels = y.numel() // filters
     block_m, block_t, block_k, warps = _blocks(x, filters)
     tiles = cdiv(pixels, block_m)
+    each = cdiv(tiles, _PROGRAMS)
     partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
     counts = x.new_empty(tiles if stats else 0, dtype=dtype)
     launch(
-        _conv_image_fwd_kernel, (tiles, cdiv(filters, block_k)),
+        _conv_image_fwd_kernel, (cdiv(tiles, each), cdiv(filters, block_k)),
         x, nhwc(weight), x if bias is None else bias.contiguous(),
         x if affine is None else affine.contiguous(), y, *partials, counts,
-        pixels, source.height, source.width, source.channels, filters,
-        BIAS=bias is not None, AFFINE=affine is not None, RELU=relu, STATS=stats,
+        pixels, tiles, each, source.height, source.width, filters,
+        C=source.channels, BIAS=bias is not None, AFFINE=affine is not None, RELU=relu, STATS=stats,
         BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
         ACC=accumulator(x.dtype), PRECISION=precision(x.dtype), **OPTIONS, num_warps=warps,
     )  # fmt: skip
@@ -167,14 +176,13 @@ def conv_image_wgrad(dy: Tensor, source: Source) -> Tensor:
     x, filters = source.x, dy.shape[1]
     pixels = dy.numel() // filters
     block_m, block_t, block_k, warps = _blocks(x, filters)
-    # At most 512 slabs of whole blocks, the same on every GPU, for the same bits.
-    per_slab = block_m * cdiv(cdiv(pixels, block_m), 512)
+    per_slab = block_m * cdiv(cdiv(pixels, block_m), _SLABS)  # whole blocks
     slabs = cdiv(pixels, per_slab)
     partial = dy.new_empty((slabs, filters, 3, 3, source.channels), dtype=stats_dtype(dy.dtype))
     launch(
         _conv_image_wgrad_kernel, (slabs, cdiv(filters, block_k)),
-        dy, x, partial, pixels, per_slab, source.height, source.width, source.channels, filters,
-        BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
+        dy, x, partial, pixels, per_slab, source.height, source.width, filters,
+        C=source.channels, BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
         ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype), **OPTIONS, num_warps=warps, num_stages=2,
     )  # fmt: skip
     return sum_slabs(partial).permute(0, 3, 1, 2)

@@ -56,6 +56,7 @@ CASES = {
     "stride-2-odd": Conv((2, 6, 7, 5), 9, stride=2, bias=True),
     "stride-2-even": Conv((1, 5, 4, 6), 3, stride=2),
     "1x1-head": Conv((2, 20, 4, 3), 3, kernel=1, bias=True, stats=False),
+    "1x1-many-channels": Conv((1, 70, 3, 5), 4, kernel=1, bias=True, stats=False),
     "skip-then-up-padded": Conv((2, 5, 7, 9), 6, x1=(2, 4, 6, 8), offset=(0, 0, 0, 0)),
     "padded-on-all-sides": Conv((1, 3, 9, 9), 4, x1=(1, 2, 6, 5), offset=(0, 0, 1, 2), bias=True),
     "up-then-skip-cropped": Conv((1, 4, 8, 9), 3, x1=(1, 5, 6, 5), size=(6, 5), offset=(-1, -2, 0, 0)),
@@ -303,7 +304,7 @@ def test_gradient_of_one_output_alone(which: int, backend: str, device: str) -> 
     assert_near(*results, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["lazy-17-to-20", "padded-on-all-sides", "transposed-3x3"])
+@pytest.mark.parametrize("name", ["lazy-17-to-20", "padded-on-all-sides", "transposed-3x3", "1x1-head"])
 def test_only_the_gradients_asked_for(name: str, backend: str, device: str) -> None:
     case = CASES[name]
     inputs = draw(case, device)
@@ -566,13 +567,27 @@ def test_operands_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("case", [CASES["1x1-head"], CASES["few-pixels-of-many-images"]], ids=["head", "many-images"])
+@pytest.mark.parametrize("case", [EVEN["1x1"], CASES["few-pixels-of-many-images"]], ids=["1x1", "many-images"])
 def test_pixels_too_many_for_one_row(case: Conv, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More pixels than 32 bits number stay where they are, in rows and pictures."""
     monkeypatch.setattr(pytest.importorskip("fastunet.kernels.strided"), "MOST_COLUMNS", 10)
     inputs = draw(case, device)
     exact = inputs.to(torch.float64)
     truth, own, result = run(case, exact, None), run(case, inputs, None), run(case, inputs, "triton")
+    assert_near(result, truth, own, torch.float32)
+    assert_near(
+        gradients(result, inputs.leaves), gradients(truth, exact.leaves), gradients(own, inputs.leaves), torch.float32
+    )
+
+
+@pytest.mark.parametrize("name", ["image", "1x1-head"])
+def test_a_program_of_many_tiles(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of pictures with millions of pixels: a program walks several tiles, of which the last is not full."""
+    for module, constant in (("image", "_PROGRAMS"), ("image", "_SLABS"), ("few", "_PROGRAMS"), ("few", "_ROUNDS")):
+        monkeypatch.setattr(pytest.importorskip(f"fastunet.kernels.conv_{module}"), constant, 1)
+    inputs = draw(CASES[name], device)
+    exact = inputs.to(torch.float64)
+    truth, own, result = (run(CASES[name], *of) for of in ((exact, None), (inputs, None), (inputs, "triton")))
     assert_near(result, truth, own, torch.float32)
     assert_near(
         gradients(result, inputs.leaves), gradients(truth, exact.leaves), gradients(own, inputs.leaves), torch.float32

@@ -1,0 +1,182 @@
+"""1×1 convolutions for a few filters, most often the classes of a segmentation, and their gradients.
+
+    y[m,k] = bias[k] + Σ_c z[m,c]·W[k,c],    z = act(scale·(x − centre) + shift),    m a pixel of the batch
+    g[m,c] = Σ_k dY[m,k]·W[k,c]    dW[k,c] = Σ_m dY[m,k]·z[m,c]    dbias[k] = Σ_m dY[m,k]
+    dx and daffine from g as in affine.py
+
+A matrix product would have to pad the filters to 16. Multiply-adds on the values just loaded take less time than
+memory does, so one pass over x gives all gradients.
+
+Layout: activations NHWC, W a matrix (K, C). Bytes: forward reads x and writes y; backward reads dY and x and writes dx.
+Accumulation: float32 (float64 for float64); a program keeps a sum per element of its tile while it walks its pixels,
+and sum_slabs adds up the programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastunet.aten import stats_dtype
+from fastunet.kernels.affine import source_backward, store_affine_gradient
+from fastunet.kernels.common import (
+    OPTIONS,
+    Source,
+    accumulator,
+    block,
+    cdiv,
+    empty_nhwc,
+    launch,
+    load_affine,
+    normalise,
+    sum_slabs,
+)
+from fastunet.kernels.conv3x3 import replace
+
+FEW = 4  # filters: of each the backward keeps a sum and a weight per channel in registers
+_ROUNDS = 4  # tiles whose loads are under way at a time
+_PROGRAMS = 2048  # a constant, so that the order of summation is the same on every GPU
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def _conv_few_fwd_kernel(
+    x_ptr, affine_ptr, w_ptr, bias_ptr, y_ptr, pixels, C,
+    K: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, BIAS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    ys = (tl.zeros([BLOCK_P], ACC),) * K
+    for first in tl.range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        x = tl.load(x_ptr + m[:, None] * C + c[None, :], mask=(m < pixels)[:, None] & (c < C)[None, :], other=0.0)
+        scale, shift, centre = load_affine(affine_ptr, c, C, AFFINE, ACC)
+        z = normalise(x, scale, shift, centre, AFFINE, RELU, ACC)
+        for k in tl.static_range(K):
+            w = tl.load(w_ptr + k * C + c, mask=c < C, other=0.0).to(ACC)
+            ys = replace(ys, k, ys[k] + tl.sum(z * w[None, :], 1))
+    for k in tl.static_range(K):
+        y = ys[k]
+        if BIAS:
+            y += tl.load(bias_ptr + k).to(ACC)
+        tl.store(y_ptr + m * K + k, y, mask=m < pixels)
+
+
+@triton.jit(do_not_specialize=["pixels", "each"])
+def _conv_few_bwd_kernel(
+    dy_ptr, x_ptr, affine_ptr, w_ptr, dx_ptr, daffine_ptr, dw_ptr, dbias_ptr, pixels, each, C,
+    K: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr,
+    SOURCE: tl.constexpr, FILTERS: tl.constexpr, BIAS: tl.constexpr,
+    ROUNDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dx if SOURCE of ``each`` pixels × BLOCK_C channels; their shares of daffine, dW if FILTERS and dbias if BIAS."""
+    slab = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    scale, shift, centre = load_affine(affine_ptr, c, C, AFFINE, ACC)
+    sum_gx = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    sum_g = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+    ws = ()
+    for k in tl.static_range(K):
+        w = tl.load(w_ptr + k * C + c, mask=c < C, other=0.0).to(ACC)
+        ws = ws + (w,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
+    dws = (tl.zeros([BLOCK_P, BLOCK_C], ACC),) * K
+    dbs = (tl.zeros([BLOCK_P], ACC),) * K
+    for start in tl.range(0, each, ROUNDS * BLOCK_P):
+        first = slab.to(tl.int64) * each + start + tl.arange(0, BLOCK_P)
+        xs = ()
+        dys = ()
+        for i in tl.static_range(ROUNDS):
+            m = first + i * BLOCK_P
+            x = tl.load(x_ptr + m[:, None] * C + c[None, :], mask=(m < pixels)[:, None] & (c < C)[None, :], other=0.0)
+            xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005
+            for k in tl.static_range(K):
+                dy = tl.load(dy_ptr + m * K + k, mask=m < pixels, other=0.0)
+                dys = dys + (dy,)  # type: ignore[assignment]  # noqa: RUF005
+        for i in tl.static_range(ROUNDS):
+            m = first + i * BLOCK_P
+            x = xs[i]
+            g = tl.zeros([BLOCK_P, BLOCK_C], ACC)
+            for k in tl.static_range(K):
+                dy = dys[i * K + k].to(ACC)
+                g += dy[:, None] * ws[k][None, :]
+                if FILTERS:
+                    z = normalise(x, scale, shift, centre, AFFINE, RELU, ACC)
+                    dws = replace(dws, k, dws[k] + dy[:, None] * z)
+                if BIAS:
+                    dbs = replace(dbs, k, dbs[k] + dy)
+            if SOURCE:
+                dx, gx, g = source_backward(g, x, scale, shift, centre, AFFINE, RELU, ACC)
+                mask = (m < pixels)[:, None] & (c < C)[None, :]
+                tl.store(dx_ptr + m[:, None] * C + c[None, :], dx, mask=mask)
+                if AFFINE:
+                    sum_gx += gx
+                    sum_g += g
+    if SOURCE and AFFINE:
+        store_affine_gradient(daffine_ptr, slab, c, C, scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
+    for k in tl.static_range(K):
+        if FILTERS:
+            tl.store(dw_ptr + (slab.to(tl.int64) * K + k) * C + c, tl.sum(dws[k], 0), mask=c < C)
+        if BIAS:
+            tl.store(dbias_ptr + slab * K + k, tl.sum(dbs[k], 0), mask=tl.program_id(1) == 0)
+
+
+# ---- launchers ---------------------------------------------------------------------------------------------------
+
+
+def serves(weight: Tensor) -> bool:
+    """Whether a convolution is one of a few 1×1 filters."""
+    return weight.shape[-1] == 1 and weight.shape[0] <= FEW
+
+
+def _tile(x: Tensor, channels: int, accesses: int) -> tuple[int, int]:
+    """Pixels and channels that 4 warps load in ``accesses`` 16-byte accesses a thread; at least 4 channels."""
+    block_c = block(channels, 64, 4)
+    return min(accesses * 128 * 16 // x.element_size() // block_c, 128), block_c
+
+
+def conv_few(source: Source, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y (N, K, H, W) of a convolution with W (K, C, 1, 1)."""
+    x, filters, channels = source.x, weight.shape[0], source.channels
+    y = empty_nhwc(x, x.shape[0], filters, source.height, source.width)
+    if y.numel():
+        pixels = y.numel() // filters
+        block_p, block_c = _tile(x, channels, 4)
+        launch(
+            _conv_few_fwd_kernel, (cdiv(pixels, block_p),),
+            x, source.affine_or_x, weight.contiguous(), x if bias is None else bias.contiguous(), y, pixels, channels,
+            K=filters, AFFINE=source.affine is not None, RELU=source.relu, BIAS=bias is not None,
+            BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(x.dtype), **OPTIONS, num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+def conv_few_backward(
+    dy: Tensor, weight: Tensor, source: Source, mask: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, daffine, dW, dbias) from dY (N, K, H, W) in NHWC memory, the last three in stats_dtype.
+
+    ``mask`` says which are wanted of dx with daffine, dW and dbias. What is not is empty, as is daffine without affine.
+    """
+    x, filters, channels = source.x, weight.shape[0], source.channels
+    wanted, affine = dict(zip(("SOURCE", "FILTERS", "BIAS"), mask, strict=True)), source.affine is not None
+    pixels = x.numel() // max(channels, 1)
+    block_p, block_c = _tile(x, channels, 1)
+    step = block_p * _ROUNDS
+    each = step * cdiv(cdiv(pixels, step), _PROGRAMS)
+    slabs = cdiv(pixels, max(each, 1))
+    dx = empty_nhwc(x, *x.shape) if mask[0] else x.new_empty(0)
+    dtype = stats_dtype(x.dtype)
+    daffine = x.new_empty((slabs, 3, channels) if mask[0] and affine else 0, dtype=dtype)
+    dweight = x.new_empty((slabs, *weight.shape) if mask[1] else 0, dtype=dtype)
+    dbias = x.new_empty((slabs, filters) if mask[2] else 0, dtype=dtype)
+    if slabs:
+        launch(
+            _conv_few_bwd_kernel, (slabs, cdiv(channels, block_c)),
+            dy, x, source.affine_or_x, weight.contiguous(), dx, daffine, dweight, dbias, pixels, each, channels,
+            K=filters, AFFINE=affine, RELU=source.relu, **wanted,
+            ROUNDS=_ROUNDS, BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(x.dtype), **OPTIONS, num_warps=4,
+        )  # fmt: skip
+    daffine, dweight, dbias = (sum_slabs(each) if each.dim() > 1 else each for each in (daffine, dweight, dbias))
+    return dx, daffine, dweight, dbias
