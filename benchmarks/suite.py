@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import statistics
@@ -61,8 +62,8 @@ PATIENCE = 45  # seconds a process may be silent; and while it prepares a provid
 IN_TIME = f"{GRACE} s after the deadline"
 LATE = f"did not answer {IN_TIME}"  # the failure of who may just have been slow: it is no fault
 
-# Of the budget, and in seconds at most, from its beginning on.
-SHARES = {"roofs": (0.2, 60), "kernels": (0.2, 60), "checks": (0.3, 90), "networks": (0.45, 240)}
+# Of the budget, and in seconds at most, from a stage's beginning on; of networks and extras from the run's.
+SHARES = {"roofs": (0.2, 60), "kernels": (0.2, 60), "checks": (0.3, 90), "networks": (0.5, 240), "extras": (0.36, 180)}
 
 # Seconds to prepare and check a step, until rows of the same GPU say better: an H200's, inductor's cache being warm.
 EXPECTED = {
@@ -473,10 +474,13 @@ class Run:
             self.say(f"compiling ahead: {error}")
 
     def check(self, jobs: Sequence[Job]) -> None:
-        """Every operation, small; which of them are wrong."""
+        """Every operation, small: Triton's kernels first, and for a while what is left; which of them are wrong."""
         wanted = checks.checks([job.case for job in jobs], self.device)
+        first = tuple(check for check in wanted if check.provider == wanted[0].provider)
+        orders = [(checks.Order(self.device.type, first, networks=False), self.until("checks"))]
+        orders.append((checks.Order(self.device.type, wanted[len(first) :]), self.until("extras", self.begun)))
         self.red, done = [], 0
-        for verdict in checks.verdicts(checks.Order(self.device.type, wanted), self.until("checks")):
+        for verdict in itertools.chain.from_iterable(itertools.starmap(checks.verdicts, orders)):
             print(verdict, flush=True)
             done += verdict.provider != checks.VERIFY
             if verdict.problem is None:
