@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -25,20 +25,30 @@ class LostError(Exception):
 
 def messages(
     work: Callable[[Any], Iterator[Message]], order: Any, patience: Callable[[], tuple[float, str]]
-) -> Iterator[Message]:
-    """What ``work(order)`` yields, (what, value) each, in a process of its own, ended when the caller stops listening.
+) -> Generator[Message]:
+    """What ``work(order)`` yields, (what, value) each, in a process of its own, which begins now and is ended when the
+    caller closes the stream.
 
     ``patience()`` says for how many seconds it may be silent from now on, and how that is called.
 
     Raises:
         LostError: the process ended before ``work`` did, or was silent for longer.
     """
+    stream = _messages(work, order, patience)
+    next(stream)
+    return stream
+
+
+def _messages(
+    work: Callable[[Any], Iterator[Message]], order: Any, patience: Callable[[], tuple[float, str]]
+) -> Generator[Message]:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_all, args=(work, order, sender), daemon=False)
     process.start()
     sender.close()
     try:
+        yield "begun", None  # from here on, closing the stream ends the process
         while True:
             seconds, called = patience()
             if not receiver.poll(max(1.0, seconds)):

@@ -13,7 +13,8 @@ seed002                 a loss by seed 002's formulas, as written
 monai, torchmetrics     their loss and their score
 onnxruntime, tensorrt   a frozen network as ONNX (:mod:`.engines`); ONNX Runtime has no bfloat16 convolution
 cudnn-graph             cuDNN's fusion of scale, bias, ReLU, convolution and the sums of its result
-fastunet                backend="auto"; fastunet-torch and -triton: that backend; fastunet-graph: in a CUDA graph
+fastunet                backend="auto", of an operation too: what it chose; fastunet-torch and -triton: that backend;
+                        fastunet-graph: in a CUDA graph
 ======================  ============================================================================================
 """
 
@@ -24,7 +25,7 @@ import functools
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -75,13 +76,13 @@ PROVIDERS = {
     for provider in [
         Provider("eager", ("net", "op")),
         Provider("seed002", ("loss",)),
-        Provider("fastunet", ("net", "loss"), backend="auto"),
-        Provider("fastunet-torch", _ALL, backend="torch"),
-        Provider("fastunet-triton", _ALL, backend="triton"),
+        Provider("fastunet", _ALL, backend="auto"),
         Provider("fastunet-graph", ("net",), backend="auto", graph=True),
-        Provider("eager-nchw", ("net",), layout=torch.contiguous_format),
-        Provider("eager-bare", ("op",)),
         Provider("eager-graph", ("net",), graph=True),
+        Provider("fastunet-triton", _ALL, backend="triton"),
+        Provider("fastunet-torch", _ALL, backend="torch"),
+        Provider("eager-bare", ("op",)),
+        Provider("eager-nchw", ("net",), layout=torch.contiguous_format),
         Provider("monai", ("loss",)),
         Provider("torchmetrics", ("loss",)),
         Provider("cudnn-graph", ("op",), engine=True),
@@ -109,6 +110,8 @@ def _serves(provider: Provider, case: AnyCase) -> bool:
         if case.function == "confusion_matrix":
             return provider.name in ("torchmetrics", "fastunet")
         return provider.name != "torchmetrics" and (provider.name != "monai" or case.function == "dice_ce")
+    if case.algorithm and provider.backend == "auto":
+        return False  # the case has chosen
     if provider.engine:
         plain = not (case.skip or case.bias or case.pool or case.algorithm) and case.layout == "channels_last"
         fused = case.op == "conv2d" and case.mode == "inference" and case.affine and case.stats
@@ -175,7 +178,6 @@ class Problem:
     truth: list[Tensor]
     forward: int  # the first results are the forward's, the others are gradients
     allowed: tuple[float, float]  # of the forward and of the gradients
-    together: bool = False  # results are judged as one vector instead of one by one
 
     @property
     def device(self) -> torch.device:
@@ -185,7 +187,7 @@ class Problem:
         """The error of the forward's results and of the gradients, each as far as there are any."""
         pairs = list(zip(found, self.truth, strict=False))
         parts = {"forward": pairs[: self.forward], "gradient": pairs[self.forward :]}
-        return {part: _error(of, self.together) for part, of in parts.items() if of}
+        return {part: self._error(of) for part, of in parts.items() if of}
 
     def check(self, found: Sequence[Tensor], compared: int | None) -> dict[str, float]:
         """The errors of the first ``compared`` of ``found``, if they are allowed; None: of all, and all must be there.
@@ -201,20 +203,19 @@ class Problem:
                 raise WrongNumbersError(f"{part}: relative error {errors[part]:.1e}, allowed {allowed:.1e}")
         return errors
 
+    def _error(self, pairs: list[tuple[Tensor, Tensor]]) -> float:
+        """The largest of the tensors' errors in the Euclidean norm, each relative to its truth. Of integers, classes
+        and counts, it is the share that differs."""
+        if any(found.shape != truth.shape for found, truth in pairs):
+            return math.inf
+        if not pairs[0][1].is_floating_point():
+            return max(float((found != truth).float().mean()) for found, truth in pairs)
+        errors = [_difference(found, truth).norm() / truth.norm().clamp_min(1e-12) for found, truth in pairs]
+        return float(torch.stack(errors).max())  # max() of a NaN is NaN
 
-def _error(pairs: list[tuple[Tensor, Tensor]], together: bool) -> float:
-    """The largest of the tensors' errors in the Euclidean norm, each relative to its truth; or, ``together``, the error
-    of all as one long vector, to which a gradient that is zero in truth adds little. Of integers, classes and counts,
-    it is the share that differs."""
-    if any(found.shape != truth.shape for found, truth in pairs):
-        return math.inf
-    if not pairs[0][1].is_floating_point():
-        return max(float((found != truth).float().mean()) for found, truth in pairs)
-    differences = torch.stack([(found.detach().to(truth.dtype) - truth).norm() for found, truth in pairs])
-    norms = torch.stack([truth.norm() for _, truth in pairs])
-    if together:
-        return float(differences.norm() / norms.norm())
-    return float((differences / norms.clamp_min(1e-12)).max())  # max() of a NaN is NaN
+
+def _difference(found: Tensor, truth: Tensor) -> Tensor:
+    return found.detach().to(truth.dtype) - truth
 
 
 def pose(case: AnyCase, device: torch.device) -> Problem:
@@ -241,9 +242,90 @@ class _NetData:
     weights: dict[str, Tensor]
 
 
+@dataclass
+class _NetProblem(Problem):
+    """A network's step. The gradients of a whole network are ill-conditioned, and 16-bit PyTorch's own error is the
+    measure: by how much it grows from layer to layer is much the same whoever rounds."""
+
+    names: list[str] = field(default_factory=list)  # of the parameters
+    scales: list[Tensor] = field(default_factory=list)  # of each gradient
+    plain: list[tuple[float, float]] = field(default_factory=list)  # error and shift of each in plain PyTorch
+    slack: float = 0.0
+
+    def _error(self, pairs: list[tuple[Tensor, Tensor]]) -> float:
+        """The error of all as one long vector, to which a gradient that is zero in truth adds little."""
+        if any(found.shape != truth.shape for found, truth in pairs):
+            return math.inf
+        differences = torch.stack([_difference(found, truth).norm() for found, truth in pairs])
+        return float(differences.norm() / torch.stack([truth.norm() for _, truth in pairs]).norm())
+
+    def check(self, found: Sequence[Tensor], compared: int | None) -> dict[str, float]:
+        """The same, and the gradient of each parameter by itself: one wrong layer is lost among all."""
+        errors = super().check(found, compared)
+        each = zip(self.names, self.truth[self.forward :], self.judged(found), self.plain, strict=False)
+        for name, truth, (error, shift), (plain, plain_shift) in each:
+            allowed = 2 * plain + self.slack
+            if not error <= allowed:
+                raise WrongNumbersError(f"gradient of {name}: relative error {error:.1e}, allowed {allowed:.1e}")
+            shift = abs(shift - plain_shift)
+            allowed = (0.2 + 1.5 / math.sqrt(truth.numel())) * plain + self.slack
+            if not shift <= allowed:
+                raise WrongNumbersError(f"gradient of {name}: its size is off by {shift:.1e}, allowed {allowed:.1e}")
+        return errors
+
+    def judged(self, found: Sequence[Tensor]) -> list[tuple[float, float]]:
+        """Of each gradient its error, relative to its scale, and of that the part along the truth.
+
+        Noise is nearly at right angles to the truth: the shift is small where the error is not, and sees a factor.
+        """
+        pairs = []
+        for gradient, truth, scale in zip(found[self.forward :], self.truth[self.forward :], self.scales, strict=False):
+            difference = _difference(gradient, truth)
+            pairs.append(torch.stack([difference.norm() / scale, (difference * truth).sum() / scale.square()]))
+        return [(error, shift) for error, shift in torch.stack(pairs).tolist()] if pairs else []
+
+
+# Relative error granted beyond plain PyTorch's: of the forward, of all gradients together, and of one of them, which a
+# ReLU that rounding turns changes by a leap.
+_SLACK = {
+    "fp32": (1e-5, 1e-4, 1e-2), "tf32": (2e-3, 2e-2, 2e-2), "fp16": (4e-3, 2e-2, 2e-2), "bf16": (3e-2, 5e-2, 5e-2),
+}  # fmt: skip
+
+
 def _pose_net(case: NetCase, device: torch.device) -> Problem:
-    """Truth is float32 without TF32. Gradients of a whole network are ill-conditioned: 16-bit PyTorch's error is the
-    measure, and a provider may err twice as much."""
+    """Truth is float32 without TF32. The error of plain PyTorch in the case's dtype, the worse of two layouts, is the
+    measure: a provider may err twice as much."""
+    data = _net_data(case, device)
+    with precision("fp32"):
+        step = _net_step(PROVIDERS["eager-nchw"], case, data, exact=True)
+        truth = [t.clone() for t in step()]
+    forward, gradients, slack = _SLACK[case.dtype]
+    names = [name for name, _ in case.plain().named_parameters()] if case.mode == "training" else []
+    problem = _NetProblem(data, truth, 1, (math.inf, math.inf), names, _scales(names, truth[1:]), slack=slack)
+    runs = [_net_step(PROVIDERS[name], case, data)() for name in ("eager", "eager-nchw")]
+    errors = [problem.errors(run) for run in runs]
+    worst = [max(error.get(part, 0) for error in errors) for part in ("forward", "gradient")]
+    problem.allowed = (2 * worst[0] + forward, 2 * worst[1] + gradients)
+    judged = [problem.judged(run) for run in runs]
+    problem.plain = [(max(a[0], b[0]), (a[1] + b[1]) / 2) for a, b in zip(*judged, strict=True)]
+    return problem
+
+
+def _scales(names: list[str], gradients: list[Tensor]) -> list[Tensor]:
+    """What the error of each gradient is relative to: its own size. A convolution's bias in front of a batch norm has
+    no gradient but what rounding makes of it: there it is the size of the weight's."""
+    sizes = {name: g.norm() / math.sqrt(g.numel()) for name, g in zip(names, gradients, strict=True)}
+    scales = []
+    for name, gradient in zip(names, gradients, strict=True):
+        size = sizes[name]
+        weight = name.removesuffix("bias") + "weight"
+        if name.endswith("bias") and weight in sizes and gradients[names.index(weight)].dim() == 4:
+            size = torch.where(size < 0.1 * sizes[weight], sizes[weight], size)
+        scales.append((size * math.sqrt(gradient.numel())).clamp_min(1e-30))
+    return scales
+
+
+def _net_data(case: NetCase, device: torch.device) -> _NetData:
     model = case.plain()
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
@@ -251,14 +333,12 @@ def _pose_net(case: NetCase, device: torch.device) -> Problem:
         elif name.endswith("running_var"):
             buffer.uniform_(0.5, 1.5)
     weights = {name: value.to(device) for name, value in model.state_dict().items()}
-    data = _NetData(*case.data(device), weights)
-    with precision("fp32"):
-        step = _net_step(PROVIDERS["eager-nchw"], case, data, exact=True)
-        problem = Problem(data, [t.clone() for t in step()], 1, (math.inf, math.inf), together=True)
-    eager = problem.errors(_net_step(PROVIDERS["eager"], case, data)())
-    slack = {"fp32": 1e-5, "tf32": 2e-3, "fp16": 4e-3, "bf16": 3e-2}[case.dtype]
-    problem.allowed = (2 * eager["forward"] + slack, 2 * eager.get("gradient", 0) + 10 * slack)
-    return problem
+    return _NetData(*case.data(device), weights)
+
+
+def once(provider: Provider, case: NetCase, device: torch.device) -> None:
+    """Run a step of a network once: compilers then find it in their caches."""
+    _net_step(provider, case, _net_data(case, device))()
 
 
 def _net_step(provider: Provider, case: NetCase, data: _NetData, exact: bool = False) -> Step:

@@ -31,8 +31,10 @@ python -m benchmarks.suite --row ID    # one row again, the old beside the new
 python -m benchmarks.report            # rewrite this section from the rows
 ```
 
-The suite times nothing before every operation's results and gradients agree with float64. On a machine without a GPU,
-`--dry-run` checks everything small and prints the plan."""
+The suite compiles ahead, checks every operation small against float64, twice, and times what matters most first. No
+provider is timed before its own results and gradients agree with the truth. What is wrong, crashes or hangs stops
+nothing else; it is printed last, with a command that repeats it, and the rows of networks name the operations that were
+wrong. On a machine without a GPU, `--dry-run` checks everything small and prints the plan."""
 
 NOTHING = "Nothing has been measured on a GPU yet, so this page states no speed."
 
@@ -66,6 +68,10 @@ def line(row: Row) -> str:
     """One row as one line."""
     units = ("ms", "", "GB/s", "TFLOP/s", "GB")
     cells = [f"{cell} {unit}".strip() for cell, unit in zip(_cells(row)[1:], units, strict=False) if cell]
+    if row.get("gbs") and row["roofs"] and not row["flops"]:
+        cells.append(f"{row['gbs'] / row['roofs']['copy_gbs']:.0%} of a copy's rate")
+    if row.get("red"):
+        cells.append(f"with {len(row['red'])} wrong operations")
     return f"{row['id']}  {row['case']}  {row['provider']}: {', '.join(cells)}"
 
 

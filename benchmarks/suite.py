@@ -1,15 +1,21 @@
-"""The GPU suite: one command that turns what is modelled into rows of measurements.
+"""The GPU suite: one command that turns what is modelled into rows of measurements, on a GPU never seen before.
 
-``python -m benchmarks.suite`` prints the machine, checks every case's kernels forward and backward against float64 and
-stops if one is wrong, measures the machine's own roofs, then times every case against every peer (interleaved, L2 cold,
-CUDA events; peak memory too), the most important first, until ``--budget`` seconds are over. It appends one row per
-case and provider to ``benchmarks/results/<gpu>.jsonl`` as it goes, and ends with a table and a list of what it did not
-reach. ``--row ID`` repeats one row; ``--dry-run`` builds and checks everything small, with no GPU, and prints the plan.
+``python -m benchmarks.suite`` goes through stages, each in a process of its own, until ``--budget`` seconds are over:
+
+1. the machine, and its own roofs;
+2. Triton's kernels and torch.compile's networks, compiled ahead on all cores;
+3. every operation, small, forward and backward, against float64, and twice: a line each;
+4. times of every case against every peer (interleaved, L2 cold, CUDA events; peak memory too), the most important
+   first. It appends one row per case and provider to ``benchmarks/results/<gpu>.jsonl`` as it goes.
+
+Nothing that is wrong, crashes or hangs stops the others: it costs an operation its check or a provider its row. No
+provider is timed before its own results and gradients agree with the truth; a network whose operations are not all
+right is timed all the same, and its row names them ("red"). What failed is printed last, with a command that repeats
+it, and the exit status is then 1. ``--row ID`` repeats one row; ``--dry-run`` builds and checks everything small, with
+no GPU, and prints the plan.
 
 GB/s are of the bytes an operation moves at least; of a network, of the bytes that the ledger counts for the provider
 (``benchmarks/traffic.py``; training and inference of the first networks, eager and fastunet).
-
-Measuring is done in a process of its own: one that crashes or hangs costs its provider a row with the error in it.
 """
 
 from __future__ import annotations
@@ -18,24 +24,19 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
-import math
-import multiprocessing
 import os
-import signal
 import statistics
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -45,34 +46,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastunet
-from benchmarks import cases, loss_cases, nets, peers, report, traffic
+from benchmarks import ahead, cases, checks, loss_cases, nets, peers, report, traffic
 from benchmarks.cases import Case
+from benchmarks.checks import describe
+from benchmarks.isolation import LostError, Message, give_up_if_poisoned, messages
 from benchmarks.loss_cases import LossCase
-from benchmarks.measure import (
-    DTYPES,
-    ROOT,
-    Memory,
-    interleaved,
-    layout_conversions,
-    machine,
-    nvidia_smi,
-    precision,
-    roofs,
-)
+from benchmarks.measure import DTYPES, ROOT, Memory, interleaved, layout_conversions, machine, precision, roofs
 from benchmarks.nets import NetCase
 from benchmarks.peers import PROVIDERS, AnyCase, Provider, Step
-from fastunet import reference, verify
+from fastunet import reference
 
 RESULTS = ROOT / "benchmarks" / "results"
-GRACE = 20  # seconds after the deadline until a process that does not answer is ended
-PATIENCE = 120  # seconds a process may be silent before the deadline; and while it prepares a provider, 4 × as expected
-POISONED = 3  # exit status of a process whose CUDA context an error made useless
+GRACE = 15  # seconds after the deadline until a process that does not answer is ended
+PATIENCE = 45  # seconds a process may be silent; and while it prepares a provider, 4 × as expected
+IN_TIME = f"{GRACE} s after the deadline"
+LATE = f"did not answer {IN_TIME}"  # the failure of who may just have been slow: it is no fault
 
-# Seconds to prepare and check a step, until rows of the same GPU say better.
+# Of the budget, and in seconds at most, from a stage's beginning on; of networks and extras from the run's.
+SHARES = {"roofs": (0.2, 60), "kernels": (0.2, 60), "checks": (0.3, 90), "networks": (0.5, 240), "extras": (0.36, 180)}
+
+# Seconds to prepare and check a step, until rows of the same GPU say better: an H200's, inductor's cache being warm.
 EXPECTED = {
-    "op": {"compile": 8.0, "cudnn-graph": 2.0, "": 0.7},
-    "loss": {"compile": 10.0, "": 1.0},
-    "net": {"compile": 45.0, "compile-max-autotune": 150.0, "fastunet-triton": 6.0, "": 3.0}
+    "op": {"compile": 8.0, "cudnn-graph": 2.0, "": 0.2},
+    "loss": {"compile": 10.0, "": 0.5},
+    "net": {"compile": 6.0, "compile-max-autotune": 150.0, "fastunet-triton": 3.0, "": 2.0}
     | {"onnxruntime": 20.0, "tensorrt": 60.0},
 }
 TIMED = {"op": 0.3, "loss": 0.5, "net": 1.5}  # seconds to time the providers of a case
@@ -93,28 +90,37 @@ class Job:
 def plan(device: torch.device) -> list[Job]:
     """Every job, most important first. Compilers come in jobs of their own, beside eager PyTorch and fastunet."""
     if device.type != "cuda":
-        small: list[AnyCase] = [*nets.SMALL_CASES, *loss_cases.SMALL_CASES, *cases.SMALL_CASES]
+        small: list[AnyCase] = [*_unfrozen(nets.SMALL_CASES), *loss_cases.SMALL_CASES, *cases.SMALL_CASES]
         jobs = [*map(_quick, small), _dear(small[0], "compile"), *(_dear(case, "onnxruntime") for case in small)]
         return [job for job in jobs if job.providers]
-    headline, others = nets.HEADLINE, [case for case in nets.CASES if case not in nets.HEADLINE]
-    steps, inferences = headline[:2], headline[2:]
-    layers = [case for case in cases.unet_layers() if case not in cases.CASES]
+    headline = _unfrozen(nets.HEADLINE)
+    others = [case for case in _unfrozen(nets.CASES) if case not in headline]
+    frozen = [case for case in headline if case.mode == "frozen"]
+    first = [case for case in headline if case.net == headline[0].net and case not in frozen]
+    second = [case for case in headline if case.net != headline[0].net and case not in frozen]
+    ops = list(dict.fromkeys([*cases.unet_layers(), *sorted(cases.CASES, key=lambda case: case.flops > 0)]))
     jobs = [
-        *map(_quick, headline),
-        *(_dear(case, "compile") for case in steps),
-        *(_dear(case, "tensorrt") for case in inferences),
-        _dear(steps[0], "compile-max-autotune"),
+        *(_dear(case, "compile") for case in first),
+        *map(_quick, first),
+        *(_dear(case, "compile") for case in second),
+        *map(_quick, frozen),
+        *map(_quick, [case for case in ops if case.op.startswith("conv")]),
         *map(_quick, loss_cases.CASES),
-        *map(_quick, cases.CASES),
-        *(_dear(case, "compile") for case in inferences),
-        *map(_quick, layers),
-        *(_dear(case, "compile-max-autotune") for case in headline[1:]),
+        *map(_quick, [case for case in ops if not case.op.startswith("conv")]),
+        *map(_quick, second),
+        *(_dear(case, name) for name in DEAR for case in frozen),
+        *(_dear(case, "compile-max-autotune") for case in first + second),
         *(_dear(case, "compile") for case in loss_cases.CASES),
         *map(_quick, others),
-        *(_dear(case, "compile") for case in cases.CASES + layers),
+        *(_dear(case, "compile") for case in ops),
         *(_dear(case, name) for name in DEAR for case in others),
     ]
     return [job for job in jobs if job.providers]
+
+
+def _unfrozen(networks: Sequence[NetCase]) -> list[NetCase]:
+    """Without ``fastunet.freeze`` a frozen network is nothing but inference."""
+    return [case for case in networks if case.mode != "frozen" or hasattr(fastunet, "freeze")]
 
 
 def _quick(case: AnyCase) -> Job:
@@ -134,7 +140,11 @@ def available(jobs: Sequence[Job], device: torch.device) -> tuple[list[Job], dic
     reasons = {name: peers.unavailable(provider, device) for name, provider in PROVIDERS.items()}
     if device.type == "cpu":
         reasons["fastunet-triton"] = "the interpreter is checked and not timed"
-    kept = [Job(job.case, tuple(name for name in job.providers if reasons[name] is None)) for job in jobs]
+    kept = [
+        Job(job.case, tuple(name for name in job.providers if reasons[name] is None))
+        for job in jobs
+        if not any(reasons[name] for name in job.providers if name in DEAR)  # the others have a job of their own
+    ]
     wanted = {name for job in jobs for name in job.providers}
     return [job for job in kept if job.providers], {n: why for n, why in reasons.items() if why and n in wanted}
 
@@ -149,47 +159,15 @@ def expected_seconds(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], fl
     return guessed | {key: statistics.median(seconds) for key, seconds in found.items()}
 
 
-# ---- the correctness gate ----------------------------------------------------------------------------------------
-
-
-def gate(device: torch.device, chosen: Sequence[AnyCase]) -> Iterator[tuple[str, str | None]]:
-    """What is checked, each time with None before, and if it is wrong once more with a sentence that says how.
-
-    Checked against float64 are ``fastunet verify`` on the torch backend, which has every network, and each operation
-    among ``chosen`` with its own kernels, on a small picture.
-    """
-    with precision("fp32"):
-        for row in verify.rows(device, "torch", quick=True):
-            what = f"verify: {row.name} {row.shape} {row.dtype} {row.part}"
-            yield what, None if row.passed else f"relative error {row.error:.1e}, allowed {row.allowed:.1e}"
-    small = dict.fromkeys(_small_picture(case) for case in chosen if isinstance(case, Case))
-    for case in tqdm(small, desc="gate", disable=None, leave=False):
-        for name in ("fastunet-torch", "fastunet-triton"):
-            if peers.unavailable(PROVIDERS[name], device) is None:
-                what = f"{name}: {case.name}"
-                yield what, None
-                try:
-                    problem = peers.pose(case, device)
-                    problem.check(peers.prepare(PROVIDERS[name], case, problem)(), None)
-                except Exception as error:
-                    yield what, _describe(error)
-
-
-def _small_picture(case: Case) -> Case:
-    """The same kernels in every direction; 24 × 40 has whole tiles and parts of tiles."""
-    mode: Literal["inference", "training"] = "training"
-    if not case.differentiable or (case.mode == "inference" and not case.stats):
-        mode = "inference"
-    height, width = (min(size, most) for size, most in zip(case.shape[2:], (24, 40), strict=True))
-    return replace(case, shape=(min(case.shape[0], 2), case.shape[1], height, width), mode=mode)
-
-
-def _describe(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
-
-
 # ---- measuring, in a process of its own --------------------------------------------------------------------------
+
+
+def look(order: tuple[str, bool]) -> Iterator[Message]:
+    """The machine, and its roofs if they are wanted."""
+    device = torch.device(order[0])
+    yield "machine", machine(device)
+    if order[1]:
+        yield "roofs", roofs(device)
 
 
 @dataclass(frozen=True)
@@ -200,44 +178,19 @@ class Order:
     jobs: tuple[Job, ...]
     deadline: float  # seconds since the epoch
     expected: dict[tuple[str, str], float] = field(default_factory=dict)
-    check: bool = True
-    roofs: bool = True
 
     def seconds(self, job: Job, name: str) -> float:
         """What preparing provider ``name`` is expected to take."""
         return self.expected[job.case.kind, name]
 
 
-Message = tuple[str, Any]
-
-
 def work(order: Order) -> Iterator[Message]:
-    """Do it, telling how it goes: (what, value), as :func:`main` reads them."""
+    """Do it, telling how it goes: (what, value), as :class:`Run` reads them."""
     device = torch.device(order.device)
-    chosen = [job.case for job in order.jobs]
-    if device.type == "cuda" and order.check:
-        yield "doing", "compiling the kernels"
-        try:
-            precompile(chosen)
-        except Exception as error:  # they are compiled where they are used
-            yield "doing", f"compiling ahead failed: {_describe(error)}"
-    yield "machine", machine(device)
-    if order.check:
-        yield "doing", "checking every operation and network, forward and backward, against float64"
-        wrong = []
-        for what, problem in gate(device, chosen):
-            yield "checking", what
-            if problem is not None:
-                wrong.append(f"{what}: {problem}")
-        yield "gate", wrong
-    if order.roofs:
-        yield "doing", "measuring the machine's roofs"
-        yield "roofs", roofs(device)
     torch.backends.cudnn.benchmark = True  # the peers' convolutions take the fastest algorithm
     for number, job in enumerate(order.jobs):
         yield "job", number
         yield from _measure(order, job, device)
-    yield "done", None
 
 
 def _measure(order: Order, job: Job, device: torch.device) -> Iterator[Message]:
@@ -256,8 +209,8 @@ def _measure(order: Order, job: Job, device: torch.device) -> Iterator[Message]:
             problem = peers.pose(job.case, device)
         except Exception as error:
             for name in names:
-                yield "row", _row(job.case, name, failure=f"no truth: {_describe(error)}")
-            _give_up_if_poisoned(device)
+                yield "row", _row(job.case, name, failure=f"no truth: {describe(error)}")
+            give_up_if_poisoned(device)
             return
         for name in names:
             if time.time() + order.seconds(job, name) >= order.deadline:
@@ -266,15 +219,15 @@ def _measure(order: Order, job: Job, device: torch.device) -> Iterator[Message]:
             try:
                 steps[name], rows[name] = _prepared(PROVIDERS[name], job.case, problem, device)
             except Exception as error:
-                yield "row", _row(job.case, name, failure=_describe(error))
-                _give_up_if_poisoned(device)
+                yield "row", _row(job.case, name, failure=describe(error))
+                give_up_if_poisoned(device)
         yield "provider", None
         try:
             times = interleaved(steps, device, TIMED[job.case.kind], head_start=job.case.kind != "net") if steps else {}
         except Exception as error:
             for name in rows:
-                yield "row", _row(job.case, name, failure=f"timing: {_describe(error)}")
-            _give_up_if_poisoned(device)
+                yield "row", _row(job.case, name, failure=f"timing: {describe(error)}")
+            give_up_if_poisoned(device)
             return
     for name, row in rows.items():
         yield "row", row | _rates(job.case, times[name].p50) | {"ms": asdict(times[name]), "group": group}
@@ -340,151 +293,55 @@ def _layouts(found: Sequence[Tensor]) -> dict[str, int]:
     return counts
 
 
-def _give_up_if_poisoned(device: torch.device) -> None:
-    """After an error that leaves CUDA unusable, let another process go on."""
-    if device.type == "cuda":
-        try:
-            torch.cuda.synchronize()
-            torch.empty(1, device=device).item()
-        except Exception:
-            sys.stdout.flush()
-            os._exit(POISONED)
-
-
-# ---- compiling ahead ---------------------------------------------------------------------------------------------
-
-
-def precompile(chosen: Sequence[AnyCase], architecture: str | None = None) -> int:
-    """Compile the kernels of ``chosen`` into Triton's cache, on all cores, before this process touches the GPU.
-
-    Returns how many there were; 0 where it is not known what GPU it is (``architecture``, as "sm_90").
-    """
-    if architecture is None:
-        found = nvidia_smi("compute_cap")
-        architecture = f"sm_{found[0].replace('.', '')}" if found else None
-    if architecture is None:
-        return 0
-    from triton.backends.compiler import GPUTarget
-
-    from benchmarks.recorder import specialise
-
-    global _wanted
-    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    launches = {launch.key: launch for launch in _launches(chosen, architecture)}
-    wanted = [specialise(launch, target) for launch in launches.values()]
-    _wanted = list({str((x.name, x.signature, x.constants, x.attributes, x.options)): x for x in wanted}.values())
-    # A compiler that crashes breaks the pool: the rest is then compiled where it is used.
-    forked = multiprocessing.get_context("fork")
-    with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(os.cpu_count(), forked) as pool:
-        for _ in tqdm(
-            pool.map(_compile_number, range(len(_wanted))),
-            total=len(_wanted), desc="compiling", disable=None, leave=False,
-        ):  # fmt: skip
-            pass
-    return len(_wanted)
-
-
-_wanted: list[Any] = []  # inherited by the forked workers: jit functions do not pickle
-
-
-def _compile_number(number: int) -> None:
-    with contextlib.suppress(Exception):  # what does not compile fails where it is used, and is a row
-        _wanted[number].compile()
-
-
-def _launches(chosen: Sequence[AnyCase], architecture: str) -> Iterator[Any]:
-    from benchmarks.recorder import record
-    from benchmarks.trace import traced
-    from fastunet import kernels
-    from fastunet.architecture import as_if_on
-
-    ops = [case for case in chosen if isinstance(case, Case)]
-    for case in dict.fromkeys([*map(_small_picture, ops), *ops]):
-        with as_if_on(architecture), record() as launches:
-            case.launch(kernels)
-        yield from launches
-    for net in [case for case in dict.fromkeys(chosen) if isinstance(case, NetCase)][: len(nets.HEADLINE)]:
-        for call in traced(functools.partial(_meta_step, net), architecture):
-            yield from call.launches
-
-
-def _meta_step(case: NetCase) -> None:
-    # On the meta device autocast does nothing: the weights take its part.
-    model = case.ours("auto").to(DTYPES[case.dtype]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x, labels = case.data("meta")
-    x = x.to(DTYPES[case.dtype]).contiguous(memory_format=torch.channels_last)
-    if case.mode == "training":
-        nets.our_loss(case, "auto")(model(x), labels).backward()
-    else:
-        with torch.no_grad():
-            model.eval()(x)
-
-
 # ---- the parent --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Watch:
+    """How far a measuring process has come, and for how long it may be silent now."""
+
+    order: Order
+    number: int | None = None  # of the job
+    provider: str | None = None  # who is being prepared
+    done: set[str] = field(default_factory=set)  # who has a row of the job
+
+    def see(self, what: str, value: Any) -> None:
+        if what == "job":
+            self.number, self.provider, self.done = value, None, set()
+        elif what == "provider":
+            self.provider = value
+        elif what == "row":
+            self.done.add(value["provider"])
+
+    def patience(self) -> tuple[float, str]:
+        seconds = float(PATIENCE)
+        if self.number is not None and self.provider is not None:
+            seconds += 4 * self.order.seconds(self.order.jobs[self.number], self.provider)
+        left = self.order.deadline + GRACE - time.time()
+        return min(left, seconds), IN_TIME if left <= seconds else f"for {seconds:.0f} s"
 
 
 def isolated(order: Order) -> Iterator[Message]:
     """:func:`work` in a process of its own, begun anew without the culprit when it dies, and ended when it hangs."""
-    while True:
-        receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
-        process = multiprocessing.get_context("spawn").Process(target=_send_all, args=(order, sender), daemon=False)
-        process.start()
-        sender.close()
-        number: int | None = None
-        provider: str | None = None
-        stage = "starting"
-        patience = math.inf  # compiling everything takes its time
-        done: set[str] = set()
-        reason = ""
+    while any(job.providers for job in order.jobs):
+        watch = _Watch(order)
         try:
-            while True:
-                left_over = order.deadline + GRACE - time.time()
-                if not receiver.poll(max(1.0, min(left_over, patience))):
-                    late = left_over <= patience
-                    reason = f"did not answer {f'{GRACE} s after the deadline' if late else f'for {patience:.0f} s'}"
-                    break
-                what, value = receiver.recv()
-                if what == "machine":
-                    patience = PATIENCE
-                elif what == "job":
-                    number, provider, done = value, None, set()
-                elif what == "provider":
-                    provider = value
-                    patience = PATIENCE
-                    if value is not None and number is not None:
-                        patience += 4 * order.seconds(order.jobs[number], value)
-                elif what == "row":
-                    done.add(value["provider"])
-                elif what == "gate":
-                    order = replace(order, check=False)
-                elif what == "roofs":
-                    order = replace(order, roofs=False)
-                stage = value if what in ("doing", "checking") else stage
-                yield what, value
-                if what == "done":
-                    process.join(GRACE)
-                    return
-        except EOFError:
-            process.join(GRACE)
-            reason = f"the process ended with status {process.exitcode}"
-        finally:
-            _end(process)
-            receiver.close()
-        if order.check:
-            yield "gate", [f"{stage}: {reason}"]
+            with contextlib.closing(messages(work, order, watch.patience)) as stream:
+                for what, value in stream:
+                    watch.see(what, value)
+                    yield what, value
             return
-        if number is None:  # it will not begin next time either
-            yield "doing", f"giving up: {stage}: {reason}"
-            yield "done", None
-            return
-        job = order.jobs[number]
-        failed, again = _after(job, done, provider)
-        for name in failed:
-            yield "row", _row(job.case, name, failure=reason)
-        order = replace(order, roofs=False, jobs=(Job(job.case, again), *order.jobs[number + 1 :]))
-        if time.time() > order.deadline or not any(job.providers for job in order.jobs):
-            yield "done", None
-            return
+        except LostError as error:
+            if watch.number is None:  # it will not begin next time either
+                yield "lost", str(error)
+                return
+            job = order.jobs[watch.number]
+            failed, again = _after(job, watch.done, watch.provider)
+            for name in failed:
+                yield "row", _row(job.case, name, failure=str(error))
+            order = replace(order, jobs=(Job(job.case, again), *order.jobs[watch.number + 1 :]))
+            if time.time() > order.deadline:
+                return
 
 
 def _after(job: Job, done: set[str], provider: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -495,21 +352,6 @@ def _after(job: Job, done: set[str], provider: str | None) -> tuple[tuple[str, .
     left = tuple(name for name in job.providers if name not in done)
     failed = tuple(name for name in left if provider in (None, name))
     return failed, tuple(name for name in left if name not in failed)
-
-
-def _end(process: multiprocessing.process.BaseProcess) -> None:
-    """End ``process`` and the compilers that it has begun, which lead a group of their own."""
-    assert process.pid
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.join()
-
-
-def _send_all(order: Order, sender: Connection) -> None:
-    os.setsid()  # a group of its own: see _end
-    for message in work(order):
-        sender.send(message)
 
 
 class Ledger:
@@ -555,30 +397,133 @@ def _step_bytes(case: NetCase, package: ModuleType, architecture: str) -> int:
     return traffic.account(traffic.run(net, mode, package, architecture), traffic.made).bytes
 
 
-def measure(order: Order, folder: Path) -> tuple[int, list[dict[str, Any]]]:
-    """Carry out ``order``, printing how it goes; the exit status, and the rows added to the ledger in ``folder``."""
-    ledger: Ledger | None = None
-    about: dict[str, Any] = {"roofs": None}
-    for what, value in isolated(order) if order.device == "cuda" else work(order):
-        if what == "doing":
-            print(f"  … {value}", flush=True)
-        elif what == "machine" and ledger is None:
-            print(report.machine_text(value), flush=True)
-            ledger, about = Ledger(folder, value["gpu"]), {**value, **about}
-        elif what == "gate":
-            for problem in value:
-                print(f"WRONG {problem}")
-            print(f"gate: {len(value)} wrong; nothing is timed" if value else "gate: all right", flush=True)
-            if value:
-                return 1, []
-        elif what == "roofs":
-            print("roofs: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in value.items()), flush=True)
-            about["roofs"] = value
-        elif what == "row" and ledger is not None:
-            with contextlib.suppress(Exception):  # what the ledger cannot say must not cost the row
-                value |= _traffic(value, about["capability"])
-            print(report.line(ledger.add(value, about)), flush=True)
-    return 0, ledger.added if ledger else []
+class Run:
+    """One run of the suite, a method a stage: it prints how it goes, writes rows, and remembers what failed."""
+
+    def __init__(self, device: torch.device, folder: Path, budget: float, begun: float) -> None:
+        self.device, self.folder, self.budget, self.begun = device, folder, budget, begun
+        self.deadline = begun + budget - GRACE  # nothing is begun after it
+        self.about: dict[str, Any] = {"roofs": None}
+        self.red: list[str] | None = None  # the operations that are wrong; None: not checked
+        self.failed: dict[str, list[str]] = {}  # by the command that repeats it
+        self.ledger: Ledger | None = None
+
+    def say(self, text: str) -> None:
+        print(f"[{time.time() - self.begun:4.0f} s] {text}", flush=True)
+
+    def fail(self, name: str, text: str, command: str = "python -m benchmarks.suite --only {}") -> None:
+        """Remember that ``text`` went wrong with the case ``name``."""
+        found = self.failed.setdefault(command.format(name), [])
+        if text not in found:
+            found.append(text)
+
+    def until(self, stage: str, begun: float | None = None) -> float:
+        """When a stage that begins now, or then, is over."""
+        share, most = SHARES[stage]
+        return min((begun or time.time()) + min(share * self.budget, most), self.deadline)
+
+    def look(self, with_roofs: bool = True) -> bool:
+        """The machine, and its roofs; False where there is none to measure on."""
+        limit = self.until("roofs")
+        try:
+            with contextlib.closing(messages(look, (self.device.type, with_roofs), _before(limit))) as stream:
+                for what, value in stream:
+                    if what == "machine":
+                        print(report.machine_text(value), flush=True)
+                        self.ledger, self.about = Ledger(self.folder, value["gpu"]), {**value, **self.about}
+                    else:
+                        self.about["roofs"] = value
+                        self.say("roofs: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in value.items()))
+        except LostError as error:
+            self.say(f"the machine: {error}")
+            self.fail("", f"the machine and its roofs: {error}", "nvidia-smi")
+        return self.ledger is not None
+
+    @contextlib.contextmanager
+    def compiling_networks(self, jobs: Sequence[Job]) -> Iterator[None]:
+        """Inside, torch.compile fills its cache; at the end of the block it is waited for."""
+        compiled = tuple(dict.fromkeys(job.case for job in jobs if "compile" in job.providers))
+        chosen = tuple(case for case in compiled if case in (*nets.HEADLINE, *nets.SMALL_CASES))
+        limit = self.until("networks", self.begun)
+        if not chosen:
+            yield
+            return
+        stream = messages(ahead.networks, ahead.Wanted(chosen, limit, device=self.device.type), _before(limit))
+        with contextlib.closing(stream):
+            yield
+            try:
+                for what, (name, value) in stream:
+                    self.say(f"torch.compile ahead: {name}: {f'{value:.0f} s' if what == 'ready' else value}")
+            except LostError as error:  # it is compiled where it is timed
+                self.say(f"torch.compile ahead: {error}")
+
+    def compile_kernels(self, jobs: Sequence[Job]) -> None:
+        """Triton's kernels and launchers into its cache."""
+        limit = self.until("kernels")
+        chosen = tuple(dict.fromkeys(job.case for job in jobs))
+        try:
+            order = ahead.Wanted(chosen, limit, device=self.device.type)
+            with contextlib.closing(messages(ahead.kernels, order, _before(limit + GRACE))) as stream:
+                for what, value in stream:
+                    if what == "failed":
+                        self.say(f"WRONG does not compile: {': '.join(value)}")
+                        self.fail(value[0], f"does not compile: {value[1]}")
+                    else:
+                        self.say("compiled ahead: {} of {} kernels".format(*value))
+        except LostError as error:  # they are compiled where they are used
+            self.say(f"compiling ahead: {error}")
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Every operation, small: Triton's kernels first, and for a while what is left; which of them are wrong."""
+        wanted = checks.checks([job.case for job in jobs], self.device)
+        first = tuple(check for check in wanted if check.provider == wanted[0].provider)
+        orders = [(checks.Order(self.device.type, first, networks=False), self.until("checks"))]
+        orders.append((checks.Order(self.device.type, wanted[len(first) :]), self.until("extras", self.begun)))
+        self.red, done = [], 0
+        for verdict in itertools.chain.from_iterable(itertools.starmap(checks.verdicts, orders)):
+            print(verdict, flush=True)
+            done += verdict.provider != checks.VERIFY
+            if verdict.problem is None:
+                continue
+            text = f"{verdict.provider}: {verdict.problem}"
+            if verdict.provider == checks.VERIFY:
+                self.fail("", f"{verdict.name}: {text}", "python -m fastunet verify --backend torch")
+            else:
+                self.fail(verdict.name, text)
+                self.red += [verdict.name] * (verdict.name not in self.red)
+        self.say(f"checked {done} of {len(wanted)} operations, {len(self.red)} wrong")
+
+    def measure(self, jobs: Sequence[Job], expected: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
+        """Time the jobs; the rows, which are in the ledger."""
+        assert self.ledger is not None
+        order = Order(self.device.type, tuple(jobs), self.deadline, expected)
+        for what, value in isolated(order):
+            if what == "doing":
+                self.say(value)
+            elif what == "lost":
+                self.say(f"nothing is timed: {value}")
+                self.fail(order.jobs[0].case.name, f"nothing is timed: {value}")
+            elif what == "row":
+                with contextlib.suppress(Exception):  # what the ledger cannot say must not cost the row
+                    value |= _traffic(value, self.about["capability"])
+                value |= {"red": self.red} if value["kind"] == "net" else {}
+                print(report.line(self.ledger.add(value, self.about)), flush=True)
+                if value["failure"] not in (None, LATE):
+                    self.fail(value["case"], f"{value['provider']}: {value['failure']}")
+        return self.ledger.added
+
+    def conclude(self) -> int:
+        """Print what failed and how to repeat it; the exit status."""
+        for command, texts in self.failed.items():
+            for text in texts:
+                print(f"FAILED {text}")
+            print(f"       {command}")
+        return 1 if self.failed else 0
+
+
+def _before(limit: float) -> Any:
+    """The patience of who may be silent until then."""
+    return lambda: (limit - time.time(), "in time")
 
 
 def dry_run(jobs: Sequence[Job], expected: dict[tuple[str, str], float]) -> int:
@@ -592,12 +537,14 @@ def dry_run(jobs: Sequence[Job], expected: dict[tuple[str, str], float]) -> int:
         print(f"{seconds:8.1f} {total:7.0f}  {job.case.name}: {', '.join(job.providers)}")
     device = torch.device("cpu")
     reasons = {name: peers.unavailable(provider, device) for name, provider in PROVIDERS.items()}
-    checks = dict.fromkeys((_tiny(job.case), name) for job in jobs for name in job.providers if not reasons[name])
     # Networks through the interpreter take minutes: `fastunet verify` does that, and fastunet-torch is checked here.
-    checks = {(c, n): None for c, n in checks if not (isinstance(c, NetCase) and n in ("fastunet", "fastunet-triton"))}
+    # Of operations "fastunet" is fastunet-triton here.
+    left_out = {"net": ("fastunet", "fastunet-triton"), "op": ("fastunet",), "loss": ()}
+    pairs = [(_tiny(job.case), name) for job in jobs for name in job.providers if not reasons[name]]
+    small = dict.fromkeys((case, name) for case, name in pairs if name not in left_out[case.kind])
     wrong = 0
     posed: dict[AnyCase, peers.Problem] = {}
-    for case, name in tqdm(checks, desc="checking", disable=None, leave=False):
+    for case, name in tqdm(small, desc="checking", disable=None, leave=False):
         provider = PROVIDERS[name]
         if provider.compiled:
             provider = replace(provider, compiled="trace")
@@ -607,11 +554,11 @@ def dry_run(jobs: Sequence[Job], expected: dict[tuple[str, str], float]) -> int:
             posed[case].check(peers.prepare(provider, case, posed[case])(), peers.compared(provider, case))
         except Exception as error:
             wrong += 1
-            print(f"WRONG {name}: {case.name}: {_describe(error)}")
+            print(f"WRONG {name}: {case.name}: {describe(error)}")
     for name, why in reasons.items():
         if why:
             print(f"not checked here: {name}: {why}")
-    print(f"{len(jobs)} jobs, {total:.0f} s expected; {len(checks)} small ones checked, {wrong} wrong")
+    print(f"{len(jobs)} jobs, {total:.0f} s expected; {len(small)} small ones checked, {wrong} wrong")
     return 1 if wrong else 0
 
 
@@ -659,20 +606,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs, reasons = available(jobs, device)
     for name, why in reasons.items():
         print(f"not available: {name}: {why}")
-    status, rows = measure(Order(device.type, tuple(jobs), begun + options.budget, expected), options.results)
-    if status == 0:
-        measured = {(row["case"], row["provider"]) for row in rows}
-        missed: dict[str, dict[str, None]] = {}
-        for job in jobs:
-            for name in job.providers:
-                if (job.case.name, name) not in measured:
-                    missed.setdefault(job.case.name, {})[name] = None
-        for case, names in missed.items():
-            print(f"not measured: {case}: {', '.join(names)}")
-        print(report.table(rows))
-        _draw(options.results, rows)
-        print(f"{len(rows)} rows in {time.time() - begun:.0f} s, {len(missed)} cases not complete")
-    return status
+    run = Run(device, options.results, options.budget, begun)
+    if not run.look():
+        return run.conclude()
+    with run.compiling_networks(jobs):
+        run.compile_kernels(jobs)
+        run.check(jobs)
+    rows = run.measure(jobs, expected)
+    measured = {(row["case"], row["provider"]) for row in rows}
+    missed: dict[str, dict[str, None]] = {}
+    for job in jobs:
+        for name in job.providers:
+            if (job.case.name, name) not in measured:
+                missed.setdefault(job.case.name, {})[name] = None
+    for case, names in missed.items():
+        print(f"not measured: {case}: {', '.join(names)}")
+    print(report.table(rows))
+    _draw(options.results, rows)
+    print(f"{len(rows)} rows in {time.time() - begun:.0f} s, {len(missed)} cases not complete")
+    return run.conclude()
 
 
 def _draw(results: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -692,11 +644,10 @@ def _again(
             f"no row in {options.results} has the id '{wanted}'; the last column of a table has them", file=sys.stderr
         )
         return 2
-    job = Job(rebuilt(old), (old["provider"],))
-    order = Order(device.type, (job,), time.time() + max(options.budget, 600), expected, check=False, roofs=False)
-    status, rows = measure(order, options.results)
+    run = Run(device, options.results, max(options.budget, 600), time.time())
+    rows = run.measure([Job(rebuilt(old), (old["provider"],))], expected) if run.look(with_roofs=False) else []
     print(report.table([old, *rows], every=True))
-    return status
+    return run.conclude()
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def rows(device: torch.device, backend: str, quick: bool) -> Iterator[Row]:
         if case.quick or not quick:
             for dtype in dtypes:
                 yield from _compare(case, dtype, device, backend)
-    yield from _networks(device, backend, quick)
+    yield from networks(device, backend, quick)
 
 
 # ---- operations --------------------------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module], di
 }
 
 
-def _networks(device: torch.device, backend: str, quick: bool) -> Iterator[Row]:
+def networks(device: torch.device, backend: str, quick: bool) -> Iterator[Row]:
     """Every network in float64 through the lazy path in ATen; then through the kernels.
 
     Kernels take float64 in the interpreter only. On a GPU they run in float32, where the gradients of a whole network

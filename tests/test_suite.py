@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import time
+import weakref
 from dataclasses import dataclass, replace
 from functools import partial
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from processes import ROOT, python
+from test_checks import plant
 from torch import nn
 
-from benchmarks import cases, engines, loss_cases, nets, peers, report, suite, traffic
+from benchmarks import ahead, cases, checks, engines, loss_cases, nets, peers, report, suite, traffic
 from benchmarks.measure import Times, interleaved, machine
 from benchmarks.nets import NetCase
 from benchmarks.suite import Job, Order
@@ -27,8 +31,8 @@ TINY_POOL = replace(cases.SMALL_CASES[3], shape=(1, 4, 8, 8))
 NO_COST = {(kind, name): 0.0 for kind in suite.EXPECTED for name in peers.PROVIDERS}
 
 
-def order(*jobs: Job, seconds: float = 300, **settings: bool) -> Order:
-    return Order("cpu", jobs, time.time() + seconds, NO_COST, **{"check": False, "roofs": False, **settings})
+def order(*jobs: Job, seconds: float = 300) -> Order:
+    return Order("cpu", jobs, time.time() + seconds, NO_COST)
 
 
 def rows_of(*jobs: Job, seconds: float = 300) -> dict[str, dict]:
@@ -36,63 +40,49 @@ def rows_of(*jobs: Job, seconds: float = 300) -> dict[str, dict]:
 
 
 @pytest.fixture
-def quick_verify(monkeypatch):
-    """`fastunet verify` has tests of its own, and takes longer than all of these."""
-    monkeypatch.setattr(verify, "rows", lambda *args, **settings: iter(()))
+def in_this_process(monkeypatch):
+    """So that what a test plants is there; `fastunet verify` has tests of its own."""
+    for module in (suite, checks):
+        monkeypatch.setattr(module, "messages", lambda work, order, patience: work(order))
+    monkeypatch.setattr(verify, "networks", lambda *args, **settings: iter(()))
 
 
 # ---- wrong numbers -----------------------------------------------------------------------------------------------
 
 
-def plant(monkeypatch, module, name: str) -> None:
-    """Make ``module.name`` err by one percent."""
-    sound = getattr(module, name)
-
-    def wrong(*args):
-        results = sound(*args)
-        return results * 1.01 if isinstance(results, torch.Tensor) else tuple(y * 1.01 for y in results)
-
-    monkeypatch.setattr(module, name, wrong)
-
-
-def wrong(chosen) -> list[str]:
-    return [f"{what}: {problem}" for what, problem in suite.gate(CPU, chosen) if problem is not None]
-
-
-def test_sound_kernels_pass_the_gate(quick_verify):
-    assert wrong([TINY_POOL]) == []
+def test_a_wrong_operation_stops_nothing_and_is_named_in_rows(monkeypatch, in_this_process, tmp_path, capsys):
+    monkeypatch.setenv("FASTUNET_BACKEND", "torch")
+    plant(monkeypatch, aten, "max_pool2x2_backward")
+    jobs = [Job(TINY_NET, ("eager",)), Job(TINY_POOL, ("eager", "fastunet-torch"))]
+    monkeypatch.setattr(suite, "plan", lambda device: jobs)
+    assert suite.main(["--device", "cpu", "--results", str(tmp_path)]) == 1
+    network, ours, eager = report.read(tmp_path)
+    assert network["red"] == [TINY_POOL.name]
+    assert network["ms"]["p50"] > 0
+    assert eager["ms"]["p50"] > 0
+    assert ours["failure"].startswith("WrongNumbersError: gradient: relative error 1.0e-02")
+    *_, failed, command = capsys.readouterr().out.splitlines()
+    assert failed.startswith("FAILED fastunet-torch: WrongNumbersError: gradient: relative error 1.0e-02")
+    assert command.strip() == f"python -m benchmarks.suite --only {TINY_POOL.name}"
 
 
-@pytest.mark.parametrize("op", [case.op for case in cases.SMALL_CASES if case.mode == "inference"])
-def test_the_gate_takes_operations_without_a_backward(op, quick_verify, monkeypatch):
-    monkeypatch.setattr(peers.ops, "triton_unavailable", lambda *args: "checked by tests of its own")
-    small = [replace(case, shape=(2, min(case.shape[1], 4), 8, 8)) for case in cases.CASES if case.op == op]
-    assert small
-    assert wrong(small) == []
+def test_what_crashes_or_is_late_stops_nothing(monkeypatch, in_this_process, tmp_path, capsys):
+    jobs = [Job(TINY_LOSS, ("seed002",)), Job(TINY_NET, ("eager", "compile"))]
+    monkeypatch.setattr(suite, "plan", lambda device: jobs)
+    monkeypatch.setattr(suite.nets, "SMALL_CASES", [TINY_NET])
 
+    def lost(work, order, patience):
+        if work in (ahead.kernels, ahead.networks):
+            raise suite.LostError("planted")
+            yield
+        yield from work(replace(order, jobs=order.jobs[:1]) if work is suite.work else order)
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_wrong_numbers_only_in_backward_turn_the_gate_red(backend, monkeypatch, quick_verify):
-    module = aten if backend == "torch" else pytest.importorskip("fastunet.kernels")
-    plant(monkeypatch, module, "max_pool2x2_backward")
-    (problem,) = wrong([TINY_POOL])
-    assert problem.startswith(f"fastunet-{backend}: max_pool2x2")
-    assert "gradient: relative error 1.0e-02" in problem
-
-
-def test_nothing_is_timed_when_the_gate_is_red(monkeypatch, quick_verify, tmp_path, capsys):
-    plant(monkeypatch, aten, "affine_act_backward")
-    arguments = ["--device", "cpu", "--only", "affine_act", "--results", str(tmp_path)]
-    assert suite.main(arguments) == 1
-    assert "WRONG fastunet-torch: affine_act" in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
-
-
-def test_gate_has_the_rows_of_verify(monkeypatch):
-    row = verify.Row("conv2d", "2×3", "float32", "backward", float("nan"), 1e-6)
-    monkeypatch.setattr(verify, "rows", lambda *args, **settings: iter([row]))
-    (problem,) = wrong([])
-    assert problem.startswith("verify: conv2d 2×3 float32 backward: relative error nan")
+    monkeypatch.setattr(suite, "messages", lost)
+    assert suite.main(["--device", "cpu", "--results", str(tmp_path)]) == 0
+    assert [row["provider"] for row in report.read(tmp_path)] == ["seed002"]
+    printed = capsys.readouterr().out
+    assert "compiling ahead: planted" in printed
+    assert "torch.compile ahead: planted" in printed
 
 
 def test_a_provider_with_wrong_numbers_is_not_timed(monkeypatch):
@@ -101,6 +91,50 @@ def test_a_provider_with_wrong_numbers_is_not_timed(monkeypatch):
     assert found["fastunet-torch"]["failure"].startswith("WrongNumbersError: gradient")
     assert found["fastunet-torch"]["ms"] is None
     assert found["seed002"]["ms"]["p50"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["unet", "unet-bilinear"])
+def test_one_wrong_layer_of_a_network_is_seen(name, dtype):
+    case = NetCase(name, base=8, size=48, batch=2, dtype=dtype)
+    problem = peers.pose(case, CPU)
+    sound = peers.prepare(peers.PROVIDERS["fastunet-torch"], case, problem)()
+    problem.check(sound, None)
+    for number, parameter in enumerate(problem.names, 1):
+        for factor in (1.3, 0.0) if problem.truth[number].dim() == 4 else (0.0,):
+            wrong = [y * factor if i == number else y for i, y in enumerate(sound)]
+            with pytest.raises(peers.WrongNumbersError, match=f"gradient(: | of {parameter})"):
+                problem.check(wrong, None)
+
+
+def test_a_bias_in_front_of_a_batch_norm_is_judged_by_its_layers_weight():
+    case = NetCase("strided", base=8, size=48, batch=2, dtype="bf16")
+    problem = peers.pose(case, CPU)
+    sound = peers.prepare(peers.PROVIDERS["fastunet-torch"], case, problem)()
+    problem.check(sound, None)
+    number = 1 + problem.names.index("d1.Conv_BN_ReLU_2.3.bias")
+    weight = problem.truth[problem.names.index("d1.Conv_BN_ReLU_2.3.weight") + 1]
+    assert problem.truth[number].norm() < 1e-3 * weight.norm(), "zero but for rounding"
+    wrong = [y + weight.square().mean().sqrt() if i == number else y for i, y in enumerate(sound)]
+    with pytest.raises(peers.WrongNumbersError, match="of d1"):
+        problem.check(wrong, None)
+
+
+def test_a_graph_keeps_what_it_reads_alive(monkeypatch):
+    for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+
+    weights = torch.ones(2)
+
+    def step():
+        return [weights]
+
+    alive = weakref.ref(step)
+    replay = peers._graphed(step)
+    del step
+    gc.collect()
+    assert alive() is not None
+    assert replay()[0].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("name", sorted(nets.NETWORKS))
@@ -166,7 +200,7 @@ def test_peers_agree_with_the_seed_formulas(package):
 # ---- rows --------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_says_what_it_depends_on_and_can_be_measured_again(tmp_path, capsys, monkeypatch, quick_verify):
+def test_a_row_says_what_it_depends_on_and_can_be_measured_again(tmp_path, capsys, monkeypatch, in_this_process):
     monkeypatch.setenv("FASTUNET_BACKEND", "torch")  # of "fastunet": here "auto" would be the interpreter
     arguments = ["--device", "cpu", "--results", str(tmp_path)]
     assert suite.main([*arguments, "--only", "soft_miou"]) == 0
@@ -240,7 +274,7 @@ def test_a_provider_that_fails_is_a_row(monkeypatch):
     assert found["fastunet-torch"]["failure"] is None
 
 
-def test_what_does_not_fit_in_the_budget_is_listed(tmp_path, capsys, quick_verify):
+def test_what_does_not_fit_in_the_budget_is_listed(tmp_path, capsys, in_this_process):
     assert suite.main(["--device", "cpu", "--only", "dice_ce", "--budget", "0", "--results", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "not measured: dice_ce-2x22x64x64-float32: seed002, fastunet" in printed
@@ -257,13 +291,45 @@ def test_expected_seconds_are_learned():
 
 def test_plan_begins_with_what_matters_and_misses_nothing():
     jobs = suite.plan(torch.device("cuda"))
-    assert jobs[0].case.name == "unet-base64-8x512x512-bf16-training"
+    training, inference = (f"base64-8x512x512-bf16-{mode}" for mode in ("training", "inference"))
+    first = ("eager", "fastunet", "compile")
+    second = ("eager", "fastunet", "fastunet-graph", "eager-graph", "fastunet-triton", "fastunet-torch")
+    assert [(job.case.name, job.providers[: len(second)]) for job in jobs[:6]] == [
+        (f"unet-{training}", first),
+        (f"unet-{inference}", first),
+        (f"unet-{training}", second),
+        (f"unet-{inference}", second),
+        (f"unet-bilinear-{training}", first),
+        (f"unet-bilinear-{inference}", first),
+    ]
+    layers = [job for job in jobs if job.case in cases.unet_layers()][:20]
+    assert jobs[6:26] == layers
+    assert all({"eager", "fastunet", "fastunet-triton", "fastunet-torch"} <= set(job.providers) for job in layers)
     planned = {(job.case.name, name) for job in jobs for name in job.providers}
-    everything = [*nets.CASES, *loss_cases.CASES, *cases.CASES, *cases.unet_layers()]
+    everything = [*suite._unfrozen(nets.CASES), *loss_cases.CASES, *cases.CASES, *cases.unet_layers()]
     assert planned >= {(case.name, provider.name) for case in everything for provider in peers.serving(case)}
     for job in jobs:
         if set(job.providers) & set(suite.DEAR):
             assert job.providers[0] in ("eager", "seed002"), "a compiled peer is timed beside what it is compared with"
+
+
+def test_frozen_networks_are_timed_when_there_is_freeze(monkeypatch):
+    def frozen() -> set[str]:
+        jobs = suite.plan(torch.device("cuda"))
+        return {job.case.name for job in jobs if isinstance(job.case, NetCase) and job.case.mode == "frozen"}
+
+    monkeypatch.delattr(suite.fastunet, "freeze", raising=False)
+    assert not frozen()
+    monkeypatch.setattr(suite.fastunet, "freeze", None, raising=False)
+    assert frozen() == {case.name for case in nets.CASES if case.mode == "frozen"}
+
+
+def test_a_job_whose_dear_provider_is_absent_is_left_out(monkeypatch):
+    monkeypatch.setattr(peers, "unavailable", lambda provider, device: "no" if provider.name == "compile" else None)
+    jobs = [Job(TINY_NET, ("eager", "fastunet-torch", "eager-nchw")), Job(TINY_NET, ("eager", "fastunet", "compile"))]
+    kept, reasons = suite.available(jobs, torch.device("cuda"))
+    assert kept == jobs[:1], "its others have a job of their own"
+    assert reasons == {"compile": "no"}
 
 
 # ---- time --------------------------------------------------------------------------------------------------------
@@ -324,7 +390,6 @@ def test_a_crash_costs_its_provider_a_row_and_nobody_else():
     found = {value["provider"]: value["failure"] for what, value in messages if what == "row"}
     assert found.pop("fastunet-torch") == "the process ended with status 7"
     assert found == {"eager": None, "eager-nchw": None, "seed002": None}
-    assert messages[-1] == ("done", None)
 
 
 def test_a_hang_ends_after_the_deadline(monkeypatch):
@@ -342,7 +407,7 @@ def test_a_hang_before_the_deadline_costs_its_provider_alone(monkeypatch):
     jobs = [Job(of_same_size(HangingNet), ("eager", "fastunet-torch")), Job(TINY_LOSS, ("seed002",))]
     found = {}
     for what, value in suite.isolated(order(*jobs)):
-        if what == "provider" and "fastunet-torch" not in found:  # patience with the one that hangs alone
+        if (what, value) == ("provider", "fastunet-torch"):  # patience with the one that hangs alone
             monkeypatch.setattr(suite, "PATIENCE", 1)
         elif what == "row":
             monkeypatch.undo()
@@ -363,16 +428,8 @@ def test_only_the_culprit_is_not_tried_again(done, provider, failed, again):
 
 
 def test_a_process_that_cannot_begin_is_not_begun_again():
-    messages = list(suite.isolated(replace(order(Job(TINY_LOSS, ("seed002",))), device="no device")))
-    assert messages[-1] == ("done", None)
-    assert messages[-2][1].startswith("giving up: starting: the process ended with status 1")
-
-
-def test_a_crash_before_the_gate_has_passed_is_red():
-    job = Job(of_same_size(HangingNet), ("fastunet-torch",))
-    # The gate's process cannot find its device, and ends.
-    (gate,) = [v for what, v in suite.isolated(replace(order(job, check=True), device="no device")) if what == "gate"]
-    assert "the process ended with status 1" in gate[0]
+    (message,) = suite.isolated(replace(order(Job(TINY_LOSS, ("seed002",))), device="no device"))
+    assert message == ("lost", "the process ended with status 1")
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------
@@ -381,21 +438,11 @@ def test_a_crash_before_the_gate_has_passed_is_red():
 def test_dry_run_checks_every_provider_and_prints_the_plan():
     done = python("-m", "benchmarks.suite", "--dry-run", "--only", "conv2d-8x64x512x512", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "conv2d-8x64x512x512-bfloat16-dgrad-k64: eager, fastunet-torch, fastunet-triton, eager-bare" in done.stdout
+    providers = "eager, fastunet, fastunet-triton, fastunet-torch, eager-bare"
+    assert f"conv2d-8x64x512x512-bfloat16-dgrad-k64: {providers}" in done.stdout
     checked = re.search(r"(\d+) small ones checked, 0 wrong", done.stdout)
     assert checked, done.stdout
     assert int(checked[1]) > 20
-
-
-def test_kernels_are_compiled_ahead(tmp_path):
-    pytest.importorskip("triton")
-    code = (
-        "from benchmarks import cases, suite\n"
-        "print(suite.precompile([case for case in cases.CASES if case.op == 'max_pool2x2'][2:], 'sm_90'))"
-    )
-    done = python("-c", code, TRITON_CACHE_DIR=str(tmp_path), CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.rglob("*.cubin"))) == int(done.stdout) > 0
 
 
 def test_a_checkout_that_is_not_installed_has_its_kernels():

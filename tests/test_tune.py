@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ pytest.importorskip("triton")
 
 from benchmarks import peers, tune
 from benchmarks.cases import Case
-from benchmarks.measure import Times
+from benchmarks.measure import Times, machine
 from fastunet.architecture import as_if_on
 from fastunet.kernels import table
 from fastunet.kernels.algorithms import FUNCTIONS
@@ -235,6 +237,29 @@ def test_a_candidate_with_wrong_numbers_is_none(measured_as, tiles, monkeypatch)
     found = tune.tune(TINY, CPU, 0.0)
     assert found["tile"] == found["rule"]
     assert found["candidates"] == 1
+
+
+def test_a_lost_process_costs_one_layer_and_what_was_found_is_kept(tiles, tmp_path, monkeypatch, capsys):
+    layers = [replace(TINY, filters=16 << number) for number in range(3)]
+    begun = []
+
+    def messages(work, left, patience):
+        begun.append([case.filters for case in left])
+        yield "machine", machine(CPU)
+        for case in left:
+            yield "layer", case
+            if case.filters == 32:
+                raise tune.LostError("did not answer for 60 s")
+            better = entry(RULE._replace(stages=3), width=case.filters)
+            yield "found", better | {"case": case.name, "ms": 1.0, "rule_ms": 2.0}
+
+    monkeypatch.setattr(tune, "messages", messages)
+    assert tune.measure(layers, time.time() + 60, tmp_path / "results", tiles) == 0
+    assert begun == [[16, 32, 64], [64]]
+    _, *found = json.loads((tmp_path / "results" / "tune-cpu.json").read_text())
+    assert [one["case"] for one in found] == [layers[0].name, layers[2].name]
+    assert [line["key"][6] for line in json.loads(tiles.read_text())] == [16, 64]
+    assert f"failed: {layers[1].name}: did not answer for 60 s" in capsys.readouterr().out
 
 
 def test_dry_run_checks_candidates_in_the_interpreter():
