@@ -171,12 +171,13 @@ def tune(case: Case, device: torch.device, seconds: float, pool: Executor | None
     kind = key[0]
     if case.op == "conv2d_act":
         kind, key = ACT, (ACT, *key[1:])
-    steps: dict[Any, Step] = {"torch": _checked(TORCH, case, problem)}
+    steps: dict[Any, Step] = {}
 
     def add(choices: Iterable[Any]) -> None:
         for choice in choices:
             try:
-                steps[choice] = _forcing(kind, choice, case, problem)
+                torch_step = choice == "torch"
+                steps[choice] = _checked(TORCH, case, problem) if torch_step else _forcing(kind, choice, case, problem)
             except Exception as error:  # out of memory or registers, or wrong numbers: not a candidate
                 if choice == Choice("triton", rule):
                     raise
@@ -185,7 +186,7 @@ def tune(case: Case, device: torch.device, seconds: float, pool: Executor | None
 
     triton = [name for name in ("triton", "stored") if name == "triton" or name in algorithms(kind)]
     others = [name for name in algorithms(kind) if name not in triton]
-    add([*(Choice(name, rule) for name in triton), *others])
+    add(["torch", *(Choice(name, rule) for name in triton), *others])
     times = interleaved(steps, device, seconds, head_start=True)
     base = min((Choice(name, rule) for name in triton if Choice(name, rule) in times), key=lambda one: times[one].p50)
     best = base
@@ -215,7 +216,7 @@ def tune(case: Case, device: torch.device, seconds: float, pool: Executor | None
     return {
         "case": case.name, "key": list(key), "rule": list(rule), "tile": list(best.tile), "algorithm": algorithm,
         "rule_ms": times[base].p50, "ms": times[best].p50, **{f"{name}_ms": ms for name, ms in measured.items()},
-        "candidates": len(steps) - 1,
+        "candidates": sum(choice != "torch" for choice in steps),
     }  # fmt: skip
 
 
@@ -472,7 +473,7 @@ def measure(chosen: Sequence[Case], deadline: float, results: Path, path: Path) 
                         found.append(value | {"source": f"{file.stem}: {case.name}"})
                         tqdm.write(_line(value))
                         write(path, found)
-                        _write(file, json.dumps([about, *found], indent=1))
+                        _record(file, about, found[-1])
                 break
         except LostError as error:
             tqdm.write(f"failed: {case.name}: {error}")
@@ -483,6 +484,13 @@ def measure(chosen: Sequence[Case], deadline: float, results: Path, path: Path) 
     other = sum(one["algorithm"] != "triton" for one in found)
     print(f"{len(found)} layers measured, {better} tiles better than the rule's, {other} layers for another algorithm")
     return 0
+
+
+def _record(file: Path, about: dict[str, Any], one: dict[str, Any]) -> None:
+    """Put ``one`` into ``file``, a list that begins with the machine; of each case what was measured last is kept."""
+    kept = json.loads(file.read_text())[1:] if file.exists() else []
+    kept = [other for other in kept if other["case"] != one["case"]]
+    _write(file, json.dumps([about, *kept, one], indent=1) + "\n")
 
 
 def _line(one: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ from fastunet.kernels.common import (
 from fastunet.kernels.conv3x3 import replace
 
 FEW = 4  # filters: of each the backward keeps a sum and a weight per channel in registers
-_ROUNDS = 4  # tiles whose loads are under way at a time
+_ROUNDS = 2  # tiles whose loads are under way at a time
 _PROGRAMS = 2048  # a constant, so that the order of summation is the same on every GPU
 
 

@@ -133,14 +133,14 @@ def algorithm(kind: str, sources: tuple[int, ...], filters: int, width: int, bat
 
 
 def _rule(kind: str, sources: Sequence[int], filters: int, where: Place) -> str:
-    """What is the fastest where nothing was measured, by what was: on an H200 cuDNN's products reach twice the rate of
-    Triton's from 128 channels on, and of fewer the passes around them cost more than they save."""
+    """What is the fastest where nothing was measured, by what was: on an H200 cuDNN's products reach up to twice the
+    rate of Triton's, and for few channels the passes around them cost more than that saves."""
     if where.architecture != "sm_90" or not where.narrow:
         return "triton"
-    wide = min(*sources, filters) >= 128
+    narrowest = min(*sources, filters)
     if kind == "conv3x3_act":  # the fused epilogue saves a pass, and two sources a concatenation
-        return "cudnn" if wide and len(sources) == 1 else "triton"
-    if kind == "conv3x3_dgrad" or wide:
+        return "cudnn" if narrowest >= 128 * len(sources) else "triton"
+    if kind == "conv3x3_dgrad" or (narrowest >= 64 and filters >= 128):
         return "cudnn"
     return "stored" if kind == "conv3x3_fwd" else "triton"
 
