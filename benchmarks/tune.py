@@ -77,7 +77,7 @@ def strided_layers(dtype: torch.dtype, base: int = 64, size: int = 512, batch: i
     """The other convolutions of the networks in every direction: 2×2 transposed; of the strided U-Net, 3×3 of stride 2
     and transposed; and the 1×1 head."""
     shape = (batch, base, size, size)
-    found = [Case("conv2d", shape, dtype, filters=2, kernel=1, stats=False, bias=True)]
+    found = [Case("conv2d", shape, dtype, filters=22, kernel=1, stats=False, bias=True)]
     for level in range(4):
         channels, side = base << level, size >> level
         above, below = (batch, channels, side, side), (batch, 2 * channels, side // 2, side // 2)
