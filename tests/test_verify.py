@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import python
 from torch import Tensor
 
 from fastunet import verify
@@ -69,6 +70,28 @@ def test_a_planted_fault_fails(part: str, monkeypatch: pytest.MonkeyPatch, capsy
     assert all(line.startswith("bn_affine") for line in failed)
     if part == "backward":
         assert all("backward" in line for line in failed)
+
+
+def test_the_command_compares_every_case() -> None:
+    """As a user runs it, with nothing left out."""
+    done = python("-m", "fastunet", "verify", "--backend", "torch", "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    for case in verify.CASES:
+        if case.quick:
+            printed = [line for line in lines if line.startswith(f"{case.name:<18}{case.shape:<34}")]
+            assert len(printed) == 3 * (1 + case.backward), case  # float32, float16 and bfloat16
+    for name in verify.NETWORKS:
+        assert any(line.startswith(name) and "float64" in line for line in lines)
+
+
+@pytest.mark.parametrize("case", verify.CASES, ids=lambda case: f"{case.name}, {case.shape}")
+def test_the_kernels_pass_every_case(case: verify.Case, device: str) -> None:
+    pytest.importorskip("triton", reason="the kernels need Triton, part of pip install 'fastunet[test]' on Linux")
+    found = list(verify._compare(case, torch.float32, torch.device(device), "triton"))
+    assert len(found) == 1 + case.backward
+    for row in found:
+        assert row.passed, row
 
 
 def test_every_operator_is_compared() -> None:
