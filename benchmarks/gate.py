@@ -45,7 +45,7 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks import gate_limits
-from benchmarks.cases import CASES, Case
+from benchmarks.cases import CASES, UNTIMED, Case
 from benchmarks.gate_file import FILE, Numbers, load, numbers, regressions, save
 from benchmarks.machine_code import CHIPS, Resources, read
 from benchmarks.recorder import Launch, Specialisation, find_kernels, record, specialise
@@ -329,7 +329,7 @@ def table(groups: Mapping[str, list[Entry]]) -> str:
 
 def main(
     arguments: Sequence[str] | None = None,
-    cases: Sequence[Case] = CASES,
+    cases: Sequence[Case] = (*CASES, *UNTIMED),
     networks: Networks = NETWORKS,
     backend: ModuleType = kernels,
     file: Path = FILE,
