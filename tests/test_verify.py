@@ -94,6 +94,32 @@ def test_the_kernels_pass_every_case(case: verify.Case, device: str) -> None:
         assert row.passed, row
 
 
+@pytest.mark.parametrize("name", verify.NETWORKS)
+def test_one_wrong_layer_of_a_network_fails(name: str, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """In float32, where gradients vary most: no parameter's may be off by a fiftieth, whatever the others do."""
+    seen: dict[str, tuple[Any, ...]] = {}
+
+    def judge(found: Any, truth: Any, own: Any, dtype: torch.dtype) -> tuple[float, float, str]:
+        seen["backward" if len(found) == parameters else "other"] = found, truth, own, dtype
+        return original(found, truth, own, dtype)
+
+    original = verify._judge
+    _, theirs, settings, _ = verify.NETWORKS[name]
+    parameters = len(list(theirs(**settings).parameters()))
+    monkeypatch.setattr(verify, "_judge", judge)
+    rows = list(verify._network(name, torch.device(device), "torch", torch.float32))
+    assert all(row.passed for row in rows), rows
+    found, truth, own, dtype = seen["backward"]
+    for wrong in found:
+        if truth[wrong].abs().max() > 1e-6:  # else it is zero in truth, and so is its fiftieth
+            changed = found | {wrong: found[wrong] * 1.02}
+            error, allowed, of = original(changed, truth, own, dtype)
+            assert error > allowed, wrong
+            assert of == wrong
+    missing = found | {wrong: torch.full_like(found[wrong], torch.nan)}
+    assert not verify.Row(name, "", "", "backward", *original(missing, truth, own, dtype)).passed
+
+
 def test_every_operator_is_compared() -> None:
     """An operator without a case would be unverified."""
     called = {
