@@ -1,4 +1,4 @@
-"""What the oldest PyTorch and Triton refuse stands in no source. make test-oldest runs the tests on those themselves."""
+"""What the oldest PyTorch and Triton refuse is in no source; make test-oldest runs the tests on those themselves."""
 
 from __future__ import annotations
 
