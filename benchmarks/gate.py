@@ -16,6 +16,9 @@ variant too. It prints a table, the worst of each kernel on each chip, and exits
 - the main loop keeps within benchmarks/gate_limits.py (benchmarks/main_loop.py says how it is found and counted);
 - benchmarks/gate.json has an entry for each launch, and under the Triton that wrote it no number is worse than there.
   ``--update`` rewrites the file.
+
+Another Triton than the file's makes other machine code. What spills there, and main loops beyond the limits, are named
+and break no rule.
 """
 
 from __future__ import annotations
@@ -125,11 +128,12 @@ def _is_tile(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """What one binary costs, and which rules it breaks."""
+    """What one binary costs, and which rules it breaks: those that hold for every Triton, and those about costs."""
 
     task: Task
     resources: Resources | None
     problems: list[str]
+    costly: list[str]
 
     @property
     def numbers(self) -> Numbers:
@@ -139,7 +143,7 @@ class Entry:
     def as_json(self) -> dict[str, Any]:
         task = self.task
         about = {"entry": task.name, "kernel": task.wanted.name, "chip": task.chip, "origin": task.origin}
-        return about | {"numbers": self.numbers, "problems": self.problems}
+        return about | {"numbers": self.numbers, "problems": self.problems + self.costly}
 
 
 # ---- what there is to compile ------------------------------------------------------------------------------------
@@ -245,17 +249,15 @@ def judge(task: Task, before: Numbers | None) -> Entry:
     try:
         found = read(task.wanted.compile(), CHIPS[task.chip])
     except Exception as error:
-        return Entry(task, None, [f"does not compile: {type(error).__name__}: {error}"])
+        return Entry(task, None, [f"does not compile: {type(error).__name__}: {error}"], [])
     problems = list(_broken_rules(found, task))
     if before is not None:
         problems += [f"{text}: see the change, then --update" for text in regressions(numbers(found), before)]
-    return Entry(task, found, problems)
+    return Entry(task, found, problems, list(_costs(found, task)))
 
 
 def _broken_rules(found: Resources, task: Task) -> Iterator[str]:
     limit = CHIPS[task.chip].shared_limit
-    if found.spilled_bytes:
-        yield f"spills {found.spilled_bytes} bytes a thread"
     if found.shared_bytes > limit:
         yield f"wants {found.shared_bytes} bytes of shared memory and the chip has {limit}"
     elif not found.blocks:
@@ -272,6 +274,11 @@ def _broken_rules(found: Resources, task: Task) -> Iterator[str]:
             yield f"loads {_accesses(found.loads)} where 16 bytes at a time are possible"
         if 2 in found.stores:  # wider but short of 16: sums in float32, which the code does not tell apart
             yield f"stores {_accesses(found.stores)} where 16 bytes at a time are possible"
+
+
+def _costs(found: Resources, task: Task) -> Iterator[str]:
+    if found.spilled_bytes:
+        yield f"spills {found.spilled_bytes} bytes a thread"
     for held in gate_limits.LIMITS:
         if (loop := found.loop) and re.search(held.pattern, task.name):
             slots = loop.issue_slots or 0
@@ -300,9 +307,9 @@ def run(tasks: list[Task], before: Mapping[str, Numbers], jobs: int) -> list[Ent
 _work: list[tuple[Task, Numbers | None]] = []  # inherited by the forked workers: jit functions do not pickle
 
 
-def _judge_number(number: int) -> tuple[Resources | None, list[str]]:
+def _judge_number(number: int) -> tuple[Resources | None, list[str], list[str]]:
     entry = judge(*_work[number])
-    return entry.resources, entry.problems
+    return entry.resources, entry.problems, entry.costly
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -369,7 +376,12 @@ def main(
     before = recorded.entries if comparing else {}
     entries = run(chosen, before, options.jobs)
 
-    problems = [f"{entry.task.variant} ({entry.task.origin}) {text}" for entry in entries for text in entry.problems]
+    known = recorded.comparable or not recorded.entries or options.update
+    problems = [
+        f"{entry.task.variant} ({entry.task.origin}) {text}"
+        for entry in entries
+        for text in entry.problems + (entry.costly if known else [])
+    ]
     reached = {task.wanted.name for task in found.values()}
     missed = sorted(find_kernels(modules_of(backend)).keys() - reached)
     problems += [f"{name} is launched by no case or network: add a case to benchmarks/cases.py" for name in missed]
@@ -394,6 +406,10 @@ def main(
         for line in _news(entries, before, stale):
             print(f"{line}; --update writes it to {file.name}", file=sys.stderr)
     elif not recorded.comparable and not options.update:
+        if not known:
+            for entry in entries:
+                for text in entry.costly:
+                    print(f"{entry.task.variant} ({entry.task.origin}) {text}", file=sys.stderr)
         print(f"{file.name} is not of Triton {triton.__version__}: only the rules count", file=sys.stderr)
     print(f"{len(entries)} of {len(found)} binaries, {len(problems)} broken rules", file=sys.stderr)
     return 1 if problems else 0

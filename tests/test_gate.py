@@ -118,3 +118,12 @@ def test_numbers_of_another_triton_are_not_compared(planted):
     status, _, complaints = planted["other Triton"]
     assert status == 0
     assert "only the rules count" in complaints
+
+
+def test_what_spills_with_another_triton_is_named_and_breaks_nothing(planted):
+    status, _, complaints = planted["other Triton spills"]
+    assert status == 0
+    assert "spills" in complaints
+    status, _, complaints = planted["other Triton breaks"]
+    assert status == 1
+    assert "FAILED _broken_kernel" in complaints
