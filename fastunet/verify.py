@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ class Row:
     part: str
     error: float
     allowed: float
-    of: str = ""  # which of several tensors
+    of: str = ""  # which of several tensors, or what was raised
 
     @property
     def passed(self) -> bool:
@@ -120,8 +121,20 @@ def rows(device: torch.device, backend: str, quick: bool) -> Iterator[Row]:
     for case in CASES:
         if case.quick or not quick:
             for dtype in dtypes:
-                yield from _compare(case, dtype, device, backend)
+                with _told() as raised:
+                    yield from _compare(case, dtype, device, backend)
+                yield from (Row(case.name, case.shape, _short(dtype), "error", math.inf, 0.0, said) for said in raised)
     yield from _networks(device, backend, quick)
+
+
+@contextmanager
+def _told() -> Iterator[list[str]]:
+    """What is raised inside, told in a list: one operation that fails keeps nobody from comparing the others."""
+    raised: list[str] = []
+    try:
+        yield raised
+    except Exception as error:
+        raised.append(f"{type(error).__name__}: {error}")
 
 
 # ---- operations --------------------------------------------------------------------------------------------------
@@ -407,12 +420,14 @@ def _networks(device: torch.device, backend: str, quick: bool) -> Iterator[Row]:
     Each tensor may err VARIATIONS times as much as it does in PyTorch, in the worst of both layouts on pictures that
     are a rounding apart; one number for all of them would let a wrong layer pass.
     """
-    for name in NETWORKS:
-        yield from _network(name, device, "torch", torch.float64)
+    asked = [(name, "torch", torch.float64) for name in NETWORKS]
     if backend == "triton":
         dtype = torch.float32 if device.type == "cuda" else torch.float64
-        for name in ["UNet"] if quick else NETWORKS:
-            yield from _network(name, device, backend, dtype)
+        asked += [(name, backend, dtype) for name in (["UNet"] if quick else NETWORKS)]
+    for name, through, dtype in asked:
+        with _told() as raised:
+            yield from _network(name, device, through, dtype)
+        yield from (Row(name, through, _short(dtype), "error", math.inf, 0.0, said) for said in raised)
 
 
 def _network(name: str, device: torch.device, backend: str, dtype: torch.dtype) -> Iterator[Row]:

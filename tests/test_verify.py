@@ -13,6 +13,8 @@ from torch import Tensor
 from fastunet import verify
 from fastunet.cli import main
 
+CASES = {case.name: case for case in verify.CASES}
+
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +94,26 @@ def test_the_kernels_pass_every_case(case: verify.Case, device: str) -> None:
     assert len(found) == 1 + case.backward
     for row in found:
         assert row.passed, row
+
+
+def test_what_raises_is_told_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(ours: Any) -> Any:
+        def call(inputs: Any, backend: str) -> Tensor:
+            raise RuntimeError("no such kernel")
+
+        return call
+
+    plant(monkeypatch, wrong)
+    monkeypatch.setattr(verify, "CASES", [*verify.CASES, CASES["max_pool2x2"]])
+    monkeypatch.setattr(verify, "NETWORKS", {"PlainUNet": (*verify.NETWORKS["PlainUNet"][:2], {"no": 1}, (1, 3, 8, 8))})
+    assert main(["verify", "--backend", "torch"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("FAILED RuntimeError: no such kernel") == 3  # dtypes
+    assert "FAILED TypeError" in printed
+    assert "max_pool2x2" in printed
+    assert "4 failed" in printed
 
 
 @pytest.mark.parametrize("name", verify.NETWORKS)
