@@ -26,9 +26,11 @@ class Spill:
 
 
 SPILLS = (
-    # float32 of odd channels: two sources under a head, and every statistic of a head at once.
+    # float32 of odd channels: two sources under a head, every statistic of a head at once, exact products of stride 2.
     Spill(r"^_conv3x3_fwd_kernel fp32 HEAD=16 IMAGES=1 ROWS=1 COLUMNS=64 .* PRECISION=tf32 .* sm_90$", 24),
+    Spill(r"^_conv3x3_fwd_kernel fp32 HEAD=16 IMAGES=1 ROWS=1 COLUMNS=64 .* PRECISION=tf32 .* sm_80$", 56),
     Spill(r"^_head_stats_backward_kernel fp32 .*C=17 K=3 .* PRECISION=tf32 .* sm_90$", 16),
+    Spill(r"^_conv_down_fwd_kernel fp32 KSIZE=3 STRIDE=2 IMAGES=1 COLUMNS=32 .* PRECISION=ieee .* sm_80$", 8),
 )
 
 
