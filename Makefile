@@ -1,5 +1,6 @@
 # make demo     train a small U-Net and draw what it learned
 # make test     lint, types, tests
+# make test-oldest   the tests on the oldest PyTorch and Triton that are served, in a virtual environment of their own
 # make verify   every operation against float64 truth, on this machine
 # make gate     compile every kernel for every GPU, with no GPU, and read the machine code
 # make bench    time fastunet against plain PyTorch
@@ -25,7 +26,7 @@ endif
 BIN := $(VENV)/bin
 TYPES := build/types
 
-.PHONY: demo test lint types unit verify gate bench clean
+.PHONY: demo test test-oldest lint types unit verify gate bench clean
 
 demo: $(VENV)/.fastunet
 	$(BIN)/python -m fastunet demo $(ARGS)
@@ -47,6 +48,15 @@ types: $(VENV)/.fastunet-test
 unit: $(VENV)/.fastunet-test
 	$(BIN)/pytest -n $(JOBS) $(ARGS)
 
+# What goes together: PyTorch, the Triton that it pins, and the NumPy that this Triton's interpreter takes. From the
+# default package index this PyTorch is the CUDA build, some gigabytes to download: it is fetched once, into PAIR_VENV.
+# Another pair goes the same way: make test-oldest PAIR="torch==2.14.0 triton==3.8.0" PAIR_VENV=.venv-2.14
+PAIR ?= torch==2.11.0 triton==3.6.0 'numpy<2.4'
+PAIR_VENV ?= .venv-oldest
+
+test-oldest:
+	$(MAKE) unit VENV=$(PAIR_VENV) TORCH="$(PAIR)"
+
 verify: $(VENV)/.fastunet-test
 	$(BIN)/python -m fastunet verify $(ARGS)
 
@@ -57,7 +67,7 @@ bench: $(VENV)/.fastunet-test
 	$(BIN)/pytest benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(PAIR_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # ---- the virtual environment -------------------------------------------------------------------------------------
 

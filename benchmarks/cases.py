@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fastunet import losses, ops
 from fastunet.aten import stats_dtype
 
 Operands = tuple[Any, ...]
@@ -48,6 +49,7 @@ class Case:
     output: str = "argmax"  # head_predict
     algorithm: str = ""  # 3×3 convolutions: another one than the Triton backend's (see fastunet.kernels.table)
     wanted: tuple[bool, bool, bool] = (False, True, False)  # softmax_stats: squares, cross-entropy, label smoothing
+    changes: tuple[tuple[str, Any], ...] = ()  # arguments of the operator or its backward, by name, that are otherwise
 
     @property
     def name(self) -> str:
@@ -56,6 +58,7 @@ class Case:
         for key, text in _SUFFIXES.items():
             if (value := getattr(self, key)) != getattr(Case, key):
                 parts.append(text.format(str(value).removeprefix("torch.")))
+        parts += [f"{argument}={str(value).removeprefix('torch.')}" for argument, value in self.changes]
         return "-".join(parts)
 
     @property
@@ -93,11 +96,17 @@ class Case:
 
     def operands(self, device: str | torch.device) -> Operands:
         """The operator's arguments without ``backend``: random numbers on ``device``."""
-        return _OPERANDS[self.op](self, device)
+        return self._changed(self.op, _OPERANDS[self.op](self, device))
 
     def backward_operands(self, operands: Operands, results: Operands) -> Operands:
         """The arguments of the ``…_backward`` operator, with random incoming gradients."""
-        return _BACKWARD[self.op](self, operands, results)
+        return self._changed(f"{self.op}_backward", _BACKWARD[self.op](self, operands, results))
+
+    def _changed(self, operator: str, operands: Operands) -> Operands:
+        if not self.changes:
+            return operands
+        changes = dict(self.changes)
+        return tuple(changes.get(a.name, value) for a, value in zip(_arguments(operator), operands, strict=True))
 
     def launch(self, backend: ModuleType, device: str | torch.device = "meta") -> None:
         """Call the functions of ``backend`` (:mod:`fastunet.kernels` or :mod:`fastunet.aten`) as this case needs."""
@@ -162,6 +171,11 @@ _SUFFIXES = {
 }
 
 
+def _arguments(operator: str) -> list[Any]:
+    """What the schema says of each argument, without ``backend``."""
+    return list(getattr(ops, operator)._schema.arguments[:-1])
+
+
 def _results(results: Any) -> Operands:
     return (results,) if isinstance(results, Tensor) else tuple(results)
 
@@ -186,6 +200,12 @@ def _bn_affine(case: Case, device: Any) -> Operands:
     return mean, var, weight, bias, 1e-5
 
 
+def _bn_affine_running(case: Case, device: Any) -> Operands:
+    mean, var, weight, bias, eps = _bn_affine(case, device)
+    batch, _, height, width = case.shape
+    return mean, var, weight, bias, mean.clone(), var.clone(), batch * height * width, 0.1, eps
+
+
 def _bn_affine_backward(case: Case, operands: Operands, results: Operands) -> Operands:
     _, var, weight, *_, eps = operands
     return torch.randn_like(results[0]), var, weight, eps
@@ -204,15 +224,22 @@ def _conv2d(case: Case, device: Any) -> Operands:
 def _conv2d_act(case: Case, device: Any) -> Operands:
     *sources, weight, bias, _, size, offset, _, _, pool, _ = _conv2d(case, device)
     affine = case.random_affine(case.filters, device)
-    head = case.random_weight((case.head, case.filters, 1, 1), case.filters, device) if case.head else None
-    return *sources, weight, bias, size, offset, affine, True, pool, head, None
+    head, head_bias = None, None
+    if case.head:
+        head = case.random_weight((case.head, case.filters, 1, 1), case.filters, device)
+        head_bias = torch.randn(case.head, dtype=case.dtype, device=device) if case.bias else None
+    return *sources, weight, bias, size, offset, affine, True, pool, head, head_bias
+
+
+def _gradients(y: Tensor, mean: Tensor, var: Tensor) -> list[Tensor | None]:
+    return [*map(torch.randn_like, (y, mean, var))] if mean.numel() else [y, None, None]
 
 
 def _conv2d_backward(case: Case, operands: Operands, results: Operands) -> Operands:
     *sources, weight, bias, stride, size, offset, _, _, _, scale = operands
     y, mean, var, z, pooled = results
-    gradients = [torch.randn_like(y), torch.randn_like(mean), torch.randn_like(var)] if case.stats else [y, None, None]
-    gradients.append(torch.randn_like(pooled) if case.pool else None)
+    gradients = _gradients(y, mean, var)
+    gradients.append(torch.randn_like(pooled) if pooled.numel() else None)
     inputs, weights = case.mode != "wgrad", case.mode != "dgrad"
     mask = [inputs and not case.image, inputs and case.skip > 0, weights, weights and bias is not None]
     return *gradients, y, mean, scale, *sources, weight, z, stride, size, offset, mask
@@ -228,7 +255,7 @@ def _conv_transpose2d(case: Case, device: Any) -> Operands:
 def _conv_transpose2d_backward(case: Case, operands: Operands, results: Operands) -> Operands:
     *source, weight, bias, _ = operands
     y, mean, var = results
-    gradients = [torch.randn_like(y), torch.randn_like(mean), torch.randn_like(var)] if case.stats else [y, None, None]
+    gradients = _gradients(y, mean, var)
     inputs, weights = case.mode != "wgrad", case.mode != "dgrad"
     return *gradients, y, mean, *source, weight, [inputs, weights, weights and bias is not None]
 
@@ -295,6 +322,7 @@ def _head_predict(case: Case, device: Any) -> Operands:
 _OPERANDS: dict[str, Callable[[Case, Any], Operands]] = {
     "affine_act": _affine_act,
     "bn_affine": _bn_affine,
+    "bn_affine_running": _bn_affine_running,
     "conv2d": _conv2d,
     "conv2d_act": _conv2d_act,
     "conv_transpose2d": _conv_transpose2d,
@@ -417,6 +445,112 @@ def _directions(case: Case) -> list[Case]:
     modes: list[Any] = ["inference", "wgrad"] if case.image else ["inference", "dgrad", "wgrad"]
     return [replace(case, mode=mode) for mode in modes]
 
+
+def _everything(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Case]:
+    """Every operator, with every argument that may be left out, and in every form that has kernels of its own."""
+    height, width = shape[2:]
+    conv = Case("conv2d", shape, dtype, filters=shape[1], bias=True)
+    two = replace(conv, skip=shape[1])
+    act = replace(two, op="conv2d_act", mode="inference", stats=False)
+    yield from (replace(conv, pool=True), two, replace(act, pool=True), replace(act, head=3))
+    yield replace(two, changes=(("size", (height - 2, width - 1)), ("offset", (-1, 0, -1, -1))))
+    yield replace(two, changes=(("size", (height + 1, width + 2)), ("offset", (0, 1, 1, 2))))
+    for form in (conv, two):
+        yield from (replace(form, stride=2, pool=True), replace(form, kernel=1, pool=True))
+    up = Case("conv_transpose2d", shape, dtype, filters=shape[1], bias=True)
+    yield from (replace(up, kernel=2), replace(up, kernel=3))
+    yield from (Case(op, shape, dtype) for op in ("affine_act", "bn_affine", "max_pool2x2"))
+    yield Case("bn_affine_running", shape, dtype, mode="inference")
+    yield Case("upsample_concat", shape, dtype, skip=shape[1])
+    for mode in losses.MODES:
+        stats = Case("softmax_stats", shape, dtype, loss=mode, weighted=True, wanted=(True, True, True))
+        head = replace(stats, op="head_stats", filters=3, kernel=1)
+        yield from (stats, replace(stats, layout="contiguous"), head)
+        yield replace(head, changes=(("mask", (True, False, False)),))
+    yield Case("head_predict", shape, dtype, filters=3, kernel=1, mode="inference")
+    yield from (Case(f"confusion_matrix{what}", shape, dtype, mode="inference") for what in ("", "_of_masks"))
+
+
+def variations(case: Case) -> Iterator[Case]:
+    """The case; and for each argument of its operator, or of the backward, cases in which that is otherwise.
+
+    A tensor that may be left out is, a switch is thrown, a word or dtype is another one, a gradient is not wanted. What
+    the operator refuses is left out.
+    """
+    yield case
+    operands = case.operands("meta")
+    told = {argument.name: (argument, x) for argument, x in zip(_arguments(case.op), operands, strict=True)}
+    if case.mode != "inference":
+        results = _results(getattr(ops, case.op)(*operands, "torch"))
+        given = case.backward_operands(operands, results)
+        told |= {
+            argument.name: (argument, x) for argument, x in zip(_arguments(f"{case.op}_backward"), given, strict=True)
+        }
+    for name, (argument, value) in told.items():
+        for other in _others(argument, value):
+            changed = replace(case, changes=(*case.changes, (name, other)))
+            try:
+                getattr(ops, case.op)(*changed.operands("meta"), "torch")
+            except (ValueError, TypeError):
+                continue
+            yield changed
+
+
+def _others(argument: Any, value: Any) -> Iterator[Any]:
+    """Other values of an argument, of those that decide what is compiled."""
+    kind = str(argument.type)
+    if kind == "Optional[Tensor]" and value is not None:
+        yield None
+    elif kind in ("bool", "Optional[bool]"):
+        yield from (x for x in (True, False, *([None] if kind != "bool" else [])) if x is not value)
+    elif kind == "List[bool]":
+        yield from (tuple(x and i != j for j, x in enumerate(value)) for i, wanted in enumerate(value) if wanted)
+    elif kind == "str":
+        yield from (x for x in WORDS[argument.name] if x != value)
+    elif isinstance(value, torch.dtype):
+        yield from (x for x in DTYPES if x != value)
+
+
+# What arguments of the type str may say, and which dtypes the kernels take on a GPU.
+WORDS = {"mode": losses.MODES, "output": ops.OUTPUTS}
+DTYPES = (torch.bfloat16, FP16, FP32)
+
+
+def _untimed() -> Iterator[Case]:
+    wide, odd, deep = (2, 64, 64, 64), (2, 17, 37, 53), (1, 512, 16, 16)
+    for shape, dtype in ((wide, torch.bfloat16), (odd, FP16)):
+        for case in _everything(shape, dtype):
+            yield from variations(case)
+    for shape in (wide, odd):
+        yield from _everything(shape, FP32)
+    # pictures so small that several programs share a tile, and other algorithms
+    for case in [
+        case for case in _everything(deep, torch.bfloat16) if case.op.startswith("conv2d") and case.kernel == 3
+    ]:
+        yield from variations(case) if case.stride == 1 and not case.changes else (case,)
+    for algorithm in ("cudnn", "winograd"):
+        for skip in (0, 64):
+            case = Case("conv2d", wide, filters=64, skip=skip, bias=True, algorithm=algorithm)
+            yield from variations(case)
+    for labels in losses.LABEL_DTYPES:
+        for op, filters, modes in (("softmax_stats", 0, losses.MODES), ("head_stats", 3, losses.MODES)):
+            yield from (Case(op, wide, filters=filters, kernel=1, labels=labels, loss=mode) for mode in modes)
+        for what in ("", "_of_masks"):
+            yield Case(f"confusion_matrix{what}", wide, labels=labels, mode="inference")
+    for channels in (1, 3, 5):  # of pictures, and as few filters and classes
+        picture = Case("conv2d", (2, channels, 37, 53), FP16, filters=channels, affine=False, bias=True, image=True)
+        yield from variations(picture)
+        yield replace(picture, image=False)
+        yield from variations(replace(picture, op="conv2d_act", mode="inference", stats=False, pool=True))
+        yield replace(picture, affine=True, skip=channels, image=False)
+        for kernel in (2, 3):
+            yield Case("conv_transpose2d", picture.shape, FP16, filters=channels, kernel=kernel)
+        yield Case("head_stats", wide, filters=channels, kernel=1)
+        yield Case("head_predict", wide, filters=channels, kernel=1, mode="inference")
+
+
+# What else the public surface can launch: for the gate, and for the first day on a new GPU. Nobody times it.
+UNTIMED = list(dict.fromkeys(_untimed()))
 
 # What a CPU times in a few seconds: the same operations, small and in float32.
 SMALL_CASES = [

@@ -1,13 +1,13 @@
 """fastunet: the U-Net people already use, made fast; verified against plain PyTorch (:mod:`fastunet.reference`)."""
 
-import importlib.util
 from pathlib import Path
 
 from fastunet import functional, losses, metrics, reference
 from fastunet.models import BrainUNet, PlainUNet, StridedUNet, UNet
 
-# In a checkout that is not installed, kernels/ lies beside this folder instead of inside it.
-if importlib.util.find_spec("fastunet.kernels") is None and (Path(__path__[0]).parent / "kernels").is_dir():
+# In a checkout kernels/ lies beside this folder instead of inside it. It is this package's, whichever checkout is the
+# installed one; the tiles tell it from Hugging Face's package of that name, beside which a wheel is installed.
+if (Path(__path__[0]).parent / "kernels" / "tiles.json").is_file():
     __path__.append(str(Path(__path__[0]).parent))
 
 __version__ = "0.1.0"

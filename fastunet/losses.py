@@ -33,7 +33,7 @@ __all__ = [
 MODES = ("softmax", "sigmoid")
 MAX_CLASSES = 256
 NEVER = -(2**63)  # the ignore_index of those who ignore nothing: no class, and no value a mask would hold
-_LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def check_labels(labels: Tensor, n_classes: int, ignore_index: int | None = -100) -> None:
@@ -72,7 +72,7 @@ def _check(
     batch, classes, height, width = shape
     if not 1 <= classes <= MAX_CLASSES:
         raise ValueError(f"expected logits with 1 to {MAX_CLASSES} classes, got {classes}")
-    if labels.dtype not in _LABEL_DTYPES and not (mode == "sigmoid" and labels.dtype == torch.bool):
+    if labels.dtype not in LABEL_DTYPES and not (mode == "sigmoid" and labels.dtype == torch.bool):
         raise TypeError(f"expected integer labels (uint8 to int64), got {labels.dtype}; convert them with .long()")
     plane = (batch, height, width)
     given = tuple(labels.shape)

@@ -1121,6 +1121,9 @@ head_stats_backward = _register(
 # ---- head_predict ------------------------------------------------------------------------------------------------
 
 
+OUTPUTS = ("argmax", "threshold", "softmax", "sigmoid")
+
+
 def _head_predict_fake(
     x: Tensor,
     affine: Tensor | None,
@@ -1149,8 +1152,8 @@ def _check_head_predict(
     dtype: torch.dtype,
 ) -> None:
     _check_head(x, affine, weight, bias)
-    if output not in ("argmax", "threshold", "softmax", "sigmoid"):
-        raise ValueError(f"expected output 'argmax', 'threshold', 'softmax' or 'sigmoid', got {output!r}")
+    if output not in OUTPUTS:
+        raise ValueError(f"expected output {', '.join(map(repr, OUTPUTS[:-1]))} or {OUTPUTS[-1]!r}, got {output!r}")
     if not dtype.is_floating_point:
         raise TypeError(f"expected a floating-point dtype for probabilities, got {dtype}")
 

@@ -86,18 +86,15 @@ def block(size: int, most: int, least: int = 16) -> int:
 _described: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
-def describe(
-    x: Tensor, shape: tuple[int, ...], block_shape: tuple[int, ...], tma: bool, strides: tuple[int, ...] | None = None
-) -> Any:
-    """x's memory as a kernel gets it: a TMA descriptor of blocks, or x itself. It is dense with this ``shape``, unless
-    there are ``strides``."""
+def describe(x: Tensor, shape: tuple[int, ...], block_shape: tuple[int, ...], tma: bool) -> Any:
+    """x's memory, dense with this ``shape``, as a kernel gets it: a TMA descriptor of blocks, or x itself."""
     if not tma:
         return x
-    key = x.dtype, shape, block_shape, strides
+    key = x.dtype, shape, block_shape
     about = _described.get(key)
     if about is None:
-        dense = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        descriptor = TensorDescriptor(x, list(shape), dense if strides is None else list(strides), list(block_shape))
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        descriptor = TensorDescriptor(x, list(shape), strides, list(block_shape))
         if len(_described) >= MOST_REMEMBERED:
             _described.clear()
         _described[key] = {name: value for name, value in vars(descriptor).items() if name != "base"}

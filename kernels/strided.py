@@ -1,7 +1,7 @@
 """What convolutions of stride 2 share: pictures read and written every second column.
 
 Kernels see a picture of width W as WIDE pictures of width W / WIDE: pixel (h, WIDE·q + b) is pixel (h, q) of part b.
-TMA sees one tensor (N, H, WIDE, W / WIDE, C).
+Where WIDE is 2, TMA sees a tensor (N, H, W / WIDE, WIDE, C), whose strides fall.
 
 A 2×2 filter of stride 2 is one of 2×1: two pixels that lie side by side in memory are one with twice the channels, and
 (C,2,2,K) weights are (C,2,1,2·K) weights. So WIDE is 2 for 3×3 filters only.
@@ -37,8 +37,11 @@ def load_pixels(
     width = tl.where((h >= 0) & (h < H), W, 0)
     real = tl.where(image < N, w, -1).to(tl.uint32) < width.to(tl.uint32)
     if TMA:
-        column = s + WIDE  # not negative
-        z = x.load([n, h, column % WIDE, q + column // WIDE - 1, c]).reshape(IMAGES * COLUMNS, BLOCK_C)
+        if WIDE == 1:
+            z = x.load([n, h, q + s, c]).reshape(IMAGES * COLUMNS, BLOCK_C)
+        else:
+            column = s + WIDE  # not negative
+            z = x.load([n, h, q + column // WIDE - 1, column % WIDE, c]).reshape(IMAGES * COLUMNS, BLOCK_C)
         if AXIS == 0:
             z = z.T
     else:
@@ -55,7 +58,10 @@ def store_pixels(
 ):  # fmt: skip
     """Store value [IMAGES·COLUMNS, BLOCK_K] at pixels (h, WIDE·(q + i) + b), as far as they exist."""
     if TMA:
-        y.store([n, h, b, q, k], value.reshape(IMAGES, 1, 1, COLUMNS, BLOCK_K))
+        if WIDE == 1:
+            y.store([n, h, q, k], value.reshape(IMAGES, 1, COLUMNS, BLOCK_K))
+        else:
+            y.store([n, h, q, b, k], value.reshape(IMAGES, 1, COLUMNS, 1, BLOCK_K))
     else:
         pixel = tl.arange(0, IMAGES * COLUMNS)
         image = n + pixel // COLUMNS
@@ -146,6 +152,7 @@ def taps(weight: Tensor) -> Tensor:
 def parts(x: Tensor, tile: Tile, channels: int, wide: int, tma: bool) -> Any:
     """An NHWC activation as the kernels read and write it, ``channels`` at a time."""
     batch, depth, height, width = x.shape
-    strides = height * width * depth, width * depth, depth, wide * depth, 1
-    blocks = tile.images, 1, 1, tile.columns, channels
-    return describe(x, (batch, height, wide, width // wide, depth), blocks, tma, strides)
+    if wide == 1:
+        return describe(x, (batch, height, width, depth), (tile.images, 1, tile.columns, channels), tma)
+    shape, blocks = (batch, height, width // wide, wide, depth), (tile.images, 1, tile.columns, 1, channels)
+    return describe(x, shape, blocks, tma)

@@ -157,6 +157,8 @@ def main(directory):
     other = doctored(file, blocks=1)
     other.write_text(other.read_text().replace(triton.__version__, "0.0"))
     found["other Triton"] = judged(loop, other)
+    found["other Triton spills"] = judged(backend(_spilling_kernel), other)
+    found["other Triton breaks"] = judged(backend(_broken_kernel), other)
     gate_limits.LIMITS = (gate_limits.Limit("^_round_trip_kernel .* sm_90$", 0.1, 0.1, 0),)
     found["limits"] = judged(loop, file)
     json.dump(found, sys.stdout)

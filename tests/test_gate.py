@@ -14,7 +14,7 @@ from processes import ROOT, python
 pytest.importorskip("triton", reason="compiling needs Triton, which is part of pip install 'fastunet[test]' on Linux")
 
 from benchmarks.gate_file import regressions
-from benchmarks.gate_limits import LIMITS
+from benchmarks.gate_limits import LIMITS, SPILLS
 
 
 def test_kernels_pass():
@@ -35,7 +35,7 @@ def test_kernels_pass():
         assert ("issue slots" in convolution) == chip.startswith("sm")
 
 
-@pytest.mark.parametrize("pattern", [limit.pattern for limit in LIMITS])
+@pytest.mark.parametrize("pattern", [limit.pattern for limit in (*LIMITS, *SPILLS)])
 def test_limits_are_about_something(pattern):
     entries = json.loads((ROOT / "benchmarks" / "gate.json").read_text())["entries"]
     assert any(re.search(pattern, name) for name in entries)
@@ -118,3 +118,12 @@ def test_numbers_of_another_triton_are_not_compared(planted):
     status, _, complaints = planted["other Triton"]
     assert status == 0
     assert "only the rules count" in complaints
+
+
+def test_what_spills_with_another_triton_is_named_and_breaks_nothing(planted):
+    status, _, complaints = planted["other Triton spills"]
+    assert status == 0
+    assert "spills" in complaints
+    status, _, complaints = planted["other Triton breaks"]
+    assert status == 1
+    assert "FAILED _broken_kernel" in complaints

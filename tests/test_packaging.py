@@ -71,6 +71,36 @@ def test_wheel_works_outside_the_checkout(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+# What `pip install -e` of the checkout argv[1] leaves behind: a finder, which is asked last.
+INSTALLED = """
+import sys
+from importlib.util import spec_from_file_location
+
+class Installed:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        folder = {"fastunet": "fastunet", "fastunet.kernels": "kernels"}.get(name)
+        return folder and spec_from_file_location(name, f"{sys.argv[1]}/{folder}/__init__.py")
+
+sys.meta_path.append(Installed)
+import fastunet
+from fastunet import kernels
+print(fastunet.__file__, kernels.__file__)
+"""
+
+
+def test_a_checkout_that_is_not_the_installed_one_runs_its_own_kernels(tmp_path):
+    for name in ("installed", "other"):
+        for folder in ("fastunet", "kernels"):
+            shutil.copytree(ROOT / folder, tmp_path / name / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, path in (("other", str(tmp_path / "other")), ("installed", "")):
+        # -S: no packages beyond those that PYTHONPATH names, so that no other checkout is installed
+        code = f"import sys; sys.path = [x for x in {sys.path!r} if x != {str(ROOT)!r}] + sys.path\n{INSTALLED}"
+        done = run(sys.executable, "-S", "-c", code, str(tmp_path / "installed"), cwd=tmp_path, PYTHONPATH=path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == [f"{tmp_path}/{name}/{folder}/__init__.py" for folder in ("fastunet", "kernels")]
+
+
 def test_kernels_refuse_to_be_a_top_level_package(tmp_path):
     done = run(sys.executable, "-c", "import kernels", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 1

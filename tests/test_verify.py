@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from processes import python
 from torch import Tensor
 
 from fastunet import verify
 from fastunet.cli import main
+
+CASES = {case.name: case for case in verify.CASES}
 
 
 @pytest.fixture
@@ -69,6 +72,74 @@ def test_a_planted_fault_fails(part: str, monkeypatch: pytest.MonkeyPatch, capsy
     assert all(line.startswith("bn_affine") for line in failed)
     if part == "backward":
         assert all("backward" in line for line in failed)
+
+
+def test_the_command_compares_every_case() -> None:
+    """As a user runs it, with nothing left out."""
+    done = python("-m", "fastunet", "verify", "--backend", "torch", "--quick")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    for case in verify.CASES:
+        if case.quick:
+            printed = [line for line in lines if line.startswith(f"{case.name:<18}{case.shape:<34}")]
+            assert len(printed) == 3 * (1 + case.backward), case  # float32, float16 and bfloat16
+    for name in verify.NETWORKS:
+        assert any(line.startswith(name) and "float64" in line for line in lines)
+
+
+@pytest.mark.parametrize("case", verify.CASES, ids=lambda case: f"{case.name}, {case.shape}")
+def test_the_kernels_pass_every_case(case: verify.Case, device: str) -> None:
+    pytest.importorskip("triton", reason="the kernels need Triton, part of pip install 'fastunet[test]' on Linux")
+    found = list(verify._compare(case, torch.float32, torch.device(device), "triton"))
+    assert len(found) == 1 + case.backward
+    for row in found:
+        assert row.passed, row
+
+
+def test_what_raises_is_told_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(ours: Any) -> Any:
+        def call(inputs: Any, backend: str) -> Tensor:
+            raise RuntimeError("no such kernel")
+
+        return call
+
+    plant(monkeypatch, wrong)
+    monkeypatch.setattr(verify, "CASES", [*verify.CASES, CASES["max_pool2x2"]])
+    monkeypatch.setattr(verify, "NETWORKS", {"PlainUNet": (*verify.NETWORKS["PlainUNet"][:2], {"no": 1}, (1, 3, 8, 8))})
+    assert main(["verify", "--backend", "torch"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("FAILED RuntimeError: no such kernel") == 3  # dtypes
+    assert "FAILED TypeError" in printed
+    assert "max_pool2x2" in printed
+    assert "4 failed" in printed
+
+
+@pytest.mark.parametrize("name", verify.NETWORKS)
+def test_one_wrong_layer_of_a_network_fails(name: str, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """In float32, where gradients vary most: no parameter's may be off by a fiftieth, whatever the others do."""
+    seen: dict[str, tuple[Any, ...]] = {}
+
+    def judge(found: Any, truth: Any, own: Any, dtype: torch.dtype) -> tuple[float, float, str]:
+        seen["backward" if len(found) == parameters else "other"] = found, truth, own, dtype
+        return original(found, truth, own, dtype)
+
+    original = verify._judge
+    _, theirs, settings, _ = verify.NETWORKS[name]
+    parameters = len(list(theirs(**settings).parameters()))
+    monkeypatch.setattr(verify, "_judge", judge)
+    rows = list(verify._network(name, torch.device(device), "torch", torch.float32))
+    assert all(row.passed for row in rows), rows
+    found, truth, own, dtype = seen["backward"]
+    for wrong in found:
+        if truth[wrong].abs().max() > 1e-6:  # else it is zero in truth, and so is its fiftieth
+            changed = found | {wrong: found[wrong] * 1.02}
+            error, allowed, of = original(changed, truth, own, dtype)
+            assert error > allowed, wrong
+            assert of == wrong
+    missing = found | {wrong: torch.full_like(found[wrong], torch.nan)}
+    assert not verify.Row(name, "", "", "backward", *original(missing, truth, own, dtype)).passed
 
 
 def test_every_operator_is_compared() -> None:

@@ -1,0 +1,156 @@
+"""The gate compiles all that the public surface can launch: each value of each argument, each switch of each kernel.
+
+The schemas tell the arguments, the operators which weights they take, and the kernels their switches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from processes import python
+
+pytest.importorskip("triton", reason="cases are launched by Triton, part of pip install 'fastunet[test]' on Linux")
+
+from benchmarks.cases import CASES, DTYPES, UNTIMED, WORDS, Case
+from fastunet import losses, ops
+
+Value = tuple[str, str, str]  # operator, argument, value
+
+OPERATORS = [
+    schema.name.partition("::")[2]
+    for schema in torch._C._jit_get_all_schemas()
+    if schema.name.startswith("fastunet::") and schema.name != "fastunet::pool_fork"  # whose launches are max_pool2x2's
+]
+
+
+def arguments(operator: str) -> list[Any]:
+    return list(getattr(ops, operator)._schema.arguments[:-1])  # the last is the backend
+
+
+def possible(operator: str, argument: Any) -> list[str]:
+    """The values of an argument that decide what is compiled."""
+    kind, name = str(argument.type), argument.name
+    if kind == "Optional[Tensor]":
+        return ["None", "a tensor"]
+    if kind in ("bool", "Optional[bool]"):
+        return ["True", "False", "None"][: 2 if kind == "bool" else 3]
+    if kind == "List[bool]":
+        count = 4 if name == "mask" and operator == "conv2d_backward" else 3
+        return [f"{i}: {wanted}" for i in range(count) for wanted in (True, False)]
+    if kind == "str":
+        return list(WORDS[name])
+    if kind == "Tensor" and name in ("labels", "mask"):
+        return [str(dtype) for dtype in losses.LABEL_DTYPES]
+    return [str(dtype) for dtype in DTYPES] if name in ("x", "x0", "logits", "dtype") else []
+
+
+def given(argument: Any, value: Any) -> list[str]:
+    """The same of a value that is given."""
+    kind = str(argument.type)
+    if kind == "Optional[Tensor]":
+        return ["None" if value is None else "a tensor"]
+    if kind == "List[bool]":
+        return [f"{i}: {wanted}" for i, wanted in enumerate(value)]
+    return [str(value.dtype if isinstance(value, torch.Tensor) else value)]
+
+
+def convolved(operator: str, operands: tuple[Any, ...]) -> str | None:
+    """What a convolution is made with."""
+    named = dict(zip([argument.name for argument in arguments(operator)], operands, strict=True))
+    if (weight := named.get("weight")) is None or weight.dim() != 4:
+        return None
+    return f"{weight.shape[2]}×{weight.shape[3]} of stride {named.get('stride')}"
+
+
+def taken(operator: str) -> Iterator[Value]:
+    """The sizes of weights, and strides, that a forward operator takes."""
+    operands = next(case for case in UNTIMED if case.op == operator).operands("meta")
+    names = [argument.name for argument in arguments(operator)]
+    if convolved(operator, operands) is None:
+        return
+    for side, stride in itertools.product(range(1, 6), range(1, 5) if "stride" in names else [None]):
+        first, second = operands[names.index("weight")].shape[:2]
+        tried = {"weight": operands[0].new_empty((first, second, side, side)), "stride": stride}
+        call = tuple(tried.get(name, x) for name, x in zip(names, operands, strict=True))
+        try:
+            getattr(ops, operator)(*call, "torch")
+        except ValueError:
+            continue
+        yield operator, "weight", str(convolved(operator, call))
+
+
+class Noting:
+    """A backend that notes what it is given."""
+
+    def __init__(self) -> None:
+        self.seen: set[Value] = set()
+
+    def __getattr__(self, operator: str) -> Any:
+        def call(*operands: Any) -> Any:
+            for argument, value in zip(arguments(operator), operands, strict=True):
+                self.seen |= {(operator, argument.name, each) for each in given(argument, value)}
+            if weight := convolved(operator, operands):
+                self.seen.add((operator, "weight", weight))
+            return getattr(ops, operator)(*operands, "torch")
+
+        return call
+
+
+def unexercised(cases: Iterable[Case]) -> list[Value]:
+    backend: Any = Noting()
+    for case in cases:
+        case.launch(backend)
+    wanted = [
+        (op, argument.name, value) for op in OPERATORS for argument in arguments(op) for value in possible(op, argument)
+    ]
+    wanted += [value for op in OPERATORS if not op.endswith("_backward") for value in taken(op)]
+    return [value for value in wanted if value not in backend.seen]
+
+
+def test_every_value_of_every_argument_is_in_a_case() -> None:
+    assert unexercised([*CASES, *UNTIMED]) == []
+
+
+def test_what_no_case_has_is_named() -> None:
+    missing = unexercised(case for case in UNTIMED if case.op != "upsample_concat" and case.kernel != 2)
+    assert ("upsample_concat", "align_corners", "None") in missing
+    assert ("upsample_concat_backward", "skip_affine", "None") in missing
+    assert ("conv_transpose2d", "weight", "2×2 of stride None") in missing
+    assert all(value[0].startswith(("upsample_concat", "conv_transpose2d")) for value in missing)
+
+
+# In a process of its own, whose kernels are not the interpreter's.
+SWITCHES = """
+import collections, json
+from benchmarks.cases import CASES, UNTIMED
+from benchmarks.recorder import record
+from fastunet import kernels
+from fastunet.architecture import as_if_on
+
+def one_way(cases):
+    seen = collections.defaultdict(set)
+    for chip in ("sm_80", "sm_90"):
+        with as_if_on(chip), record() as launches:
+            for case in cases:
+                case.launch(kernels)
+        for launch in launches:
+            for name, value in launch.kwargs.items():
+                if isinstance(value, bool) and name in launch.kernel.arg_names:
+                    seen[launch.kernel.__name__, name].add(value)
+    return [switch for switch, values in seen.items() if len(values) == 1]
+
+print(json.dumps([one_way([*CASES, *UNTIMED]), one_way(CASES)]))
+"""
+
+
+def test_every_switch_of_every_kernel_is_thrown_both_ways() -> None:
+    done = python("-c", SWITCHES)
+    assert done.returncode == 0, done.stderr
+    of_all, of_timed = json.loads(done.stdout)
+    assert of_all == []
+    assert ["_conv3x3_fwd_kernel", "HEAD_BIAS"] in of_timed
