@@ -70,6 +70,8 @@ def line(row: Row) -> str:
     cells = [f"{cell} {unit}".strip() for cell, unit in zip(_cells(row)[1:], units, strict=False) if cell]
     if row.get("gbs") and row["roofs"] and not row["flops"]:
         cells.append(f"{row['gbs'] / row['roofs']['copy_gbs']:.0%} of a copy's rate")
+    if row.get("wrong"):
+        cells.append(f"WRONG {row['wrong']}")
     if row.get("red"):
         cells.append(f"with {len(row['red'])} wrong operations")
     return f"{row['id']}  {row['case']}  {row['provider']}: {', '.join(cells)}"

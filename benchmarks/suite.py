@@ -9,8 +9,8 @@
    first. It appends one row per case and provider to ``benchmarks/results/<gpu>.jsonl`` as it goes.
 
 Nothing that is wrong, crashes or hangs stops the others: it costs an operation its check or a provider its row. No
-provider is timed before its own results and gradients agree with the truth; a network whose operations are not all
-right is timed all the same, and its row names them ("red"). What failed is printed last, with a command that repeats
+provider of an operation or a loss is timed before its own results and gradients agree with the truth. A network is
+timed all the same: its row says what of it is "wrong", and which operations are "red". What failed is printed last, with a command that repeats
 it, and the exit status is then 1. ``--row ID`` repeats one row; ``--dry-run`` builds and checks everything small, with
 no GPU, and prints the plan.
 
@@ -241,12 +241,18 @@ def _prepared(
     begun = time.perf_counter()
     step = peers.prepare(provider, case, problem)
     results = step()
-    errors = problem.check(results, peers.compared(provider, case))
+    wrong = None
+    try:
+        errors = problem.check(results, peers.compared(provider, case))
+    except peers.WrongNumbersError as error:
+        if case.kind != "net":
+            raise
+        errors, wrong = problem.errors(results), str(error)  # a step is timed all the same, and its row says so
     layouts = _layouts(results)
     del results
     for _ in range(2):
         step()
-    found: dict[str, Any] = {"error": errors, "layouts": layouts, "peak_bytes": memory.peak(step, provider.memory)}
+    found: dict[str, Any] = {"error": errors, "wrong": wrong, "layouts": layouts, "peak_bytes": memory.peak(step, provider.memory)}
     if provider.compiled and case.kind == "net":
         with contextlib.suppress(Exception):  # what the profiler cannot say must not cost the row
             found["layout_conversions"] = layout_conversions(step, device)
@@ -508,8 +514,9 @@ class Run:
                     value |= _traffic(value, self.about["capability"])
                 value |= {"red": self.red} if value["kind"] == "net" else {}
                 print(report.line(self.ledger.add(value, self.about)), flush=True)
-                if value["failure"] not in (None, LATE):
-                    self.fail(value["case"], f"{value['provider']}: {value['failure']}")
+                failure = value["failure"] or value.get("wrong")
+                if failure not in (None, LATE):
+                    self.fail(value["case"], f"{value['provider']}: {failure}")
         return self.ledger.added
 
     def conclude(self) -> int:

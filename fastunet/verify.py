@@ -3,7 +3,7 @@
 Truth is :mod:`fastunet.reference` in float64. An operation may err at most twice as much as the same reference computed
 in the operation's dtype (plain PyTorch, the worse of contiguous and channels_last), plus a few roundings of that dtype.
 Errors are the largest absolute difference over the largest absolute value, of outputs ("forward") or of gradients.
-Of a whole network each tensor is judged alone, every parameter's gradient: see :func:`_networks`.
+Of a whole network each tensor is judged alone, every parameter's gradient: see :func:`networks`.
 """
 
 from __future__ import annotations
