@@ -60,7 +60,9 @@ def _pattern(wanted: Specialisation) -> tuple[set[int], set[int], bool]:
             read |= roots[op.get_operand(0).id()]
         if name in _STORES | _UPDATES:
             written |= roots[op.get_operand(0).id()]
-    return read, written, any("dot" in name for name in names)
+    # Products with a few filters are sums of multiply-adds.
+    multiplies = wanted.name.startswith("_conv_few_") or any("dot" in name for name in names)
+    return read, written, multiplies
 
 
 def _module(wanted: Specialisation, context: Any) -> Any:

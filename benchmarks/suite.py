@@ -10,9 +10,9 @@
 
 Nothing that is wrong, crashes or hangs stops the others: it costs an operation its check or a provider its row. No
 provider of an operation or a loss is timed before its own results and gradients agree with the truth. A network is
-timed all the same: its row says what of it is "wrong", and which operations are "red". What failed is printed last, with a command that repeats
-it, and the exit status is then 1. ``--row ID`` repeats one row; ``--dry-run`` builds and checks everything small, with
-no GPU, and prints the plan.
+timed all the same: its row says what of it is "wrong", and which operations are "red". What failed is printed last,
+with a command that repeats it, and the exit status is then 1. ``--row ID`` repeats one row; ``--dry-run`` builds and
+checks everything small, with no GPU, and prints the plan.
 
 GB/s are of the bytes an operation moves at least; of a network, of the bytes that the ledger counts for the provider
 (``benchmarks/traffic.py``; training and inference of the first networks, eager and fastunet).
@@ -252,7 +252,12 @@ def _prepared(
     del results
     for _ in range(2):
         step()
-    found: dict[str, Any] = {"error": errors, "wrong": wrong, "layouts": layouts, "peak_bytes": memory.peak(step, provider.memory)}
+    found: dict[str, Any] = {
+        "error": errors,
+        "wrong": wrong,
+        "layouts": layouts,
+        "peak_bytes": memory.peak(step, provider.memory),
+    }
     if provider.compiled and case.kind == "net":
         with contextlib.suppress(Exception):  # what the profiler cannot say must not cost the row
             found["layout_conversions"] = layout_conversions(step, device)

@@ -7,7 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import model
 from benchmarks.model import CHIPS, CUDNN, SUSTAINED, UNKNOWN, cudnn_rate, triton_rate
+
+
+@pytest.fixture
+def unbounded(monkeypatch):
+    """The model alone, without what was measured."""
+    monkeypatch.setattr(model, "ATTAINED", {})
 
 
 def launch(
@@ -32,7 +39,7 @@ def launch(
 def test_cudnn_attains_more_with_more_channels_and_at_most_what_is_sustained():
     rates = [cudnn_rate(channels) for channels in (1, 3, 16, 48, 64, 96, 128, 256, 1024)]
     assert rates == sorted(rates)
-    assert rates[-1] == SUSTAINED
+    assert rates[-1] <= SUSTAINED
     assert [cudnn_rate(channels) for channels in CUDNN] == list(CUDNN.values())
     assert rates[0] > 0
 
@@ -42,12 +49,12 @@ def test_a_last_wave_of_one_program_takes_as_long_as_a_full_one():
     assert launch(programs=66) == pytest.approx(launch(programs=132) / 2)
 
 
-def test_more_bytes_from_the_l2_cache_attain_less():
+def test_more_bytes_from_the_l2_cache_attain_less(unbounded):
     assert launch(BLOCK_K=64) < launch(BLOCK_K=128)
     assert launch(ROWS=1) < launch(ROWS=2)
 
 
-def test_a_prologue_costs_where_outputs_are_few(monkeypatch):
+def test_a_prologue_costs_where_outputs_are_few(monkeypatch, unbounded):
     monkeypatch.setitem(CHIPS, "sm_90", replace(CHIPS["sm_90"], l2=1e9))
     narrow = {"ROWS": 4, "COLUMNS": 4096, "BLOCK_K": 32}  # where the weights' bytes count for nothing
     plain = launch(**narrow, AFFINE=False, RELU=False)
@@ -64,6 +71,11 @@ def test_what_a_tile_multiplies_outside_the_picture_or_the_channels_is_lost():
 @pytest.mark.parametrize("kernel", ["fwd", "dgrad", "wgrad"])
 def test_nothing_attains_more_than_is_sustained(kernel, architecture):
     assert 0 < launch(f"_conv3x3_{kernel}_kernel", architecture=architecture) <= SUSTAINED
+
+
+def test_nothing_attains_more_than_was_measured():
+    assert launch(AFFINE=False, RELU=False) == pytest.approx(model.ATTAINED["sm_90"]["fwd", False])
+    assert launch() == pytest.approx(model.ATTAINED["sm_90"]["fwd", True])
 
 
 def test_what_is_not_modelled_is_said_to_be_unknown():
