@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+# An editable install is a folder of links (pyproject.toml): what they lead to has modules that came since, too.
+__path__ = [str(Path(__file__).resolve().parent)]
+
 from fastunet import functional, losses, metrics, reference
 from fastunet.models import BrainUNet, PlainUNet, StridedUNet, UNet
 

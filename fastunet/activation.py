@@ -35,8 +35,7 @@ class Config(NamedTuple):
 
     @classmethod
     def checked(cls, backend: str, policy: str) -> Config:
-        if backend not in ops.BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
+        ops.check_backend(backend)
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         return cls(backend, policy)
@@ -192,7 +191,7 @@ def conv2d_act(
     """A 3×3 convolution of stride 1, and behind it a normalisation by running statistics and a ReLU: without gradients,
     the value itself, so that whoever reads it multiplies what is stored; or what a ``head`` makes of it."""
     x, operands = _convolved(placed, conv, config)
-    affine = None if norm is None else _affine(norm, stats_dtype(x.dtype), config)
+    affine = None if norm is None else _affine(norm, x, config)
     head_weight, head_bias = None, None
     if head is not None:
         _, head_weight, head_bias = _operands(Activation(x), head.weight, head.bias, config)
@@ -247,7 +246,8 @@ def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, config: Config) -> Acti
     """The activation BN(y), or ReLU(BN(y)); updates ``bn``'s running statistics as nn.BatchNorm2d does.
 
     Raises:
-        ValueError: batch statistics of a single value per channel, as PyTorch.
+        ValueError: batch statistics of a single value per channel, or one running statistic without the other, as
+            PyTorch; statistics on another device.
     """
     count = raw.y.shape[0] * raw.y.shape[2] * raw.y.shape[3]
     running: tuple[Any, ...] = ()
@@ -258,28 +258,63 @@ def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, config: Config) -> Acti
                 "use a larger batch or picture, or model.eval()"
             )
         mean, var = raw.mean, raw.var
-        if count and bn.training and bn.track_running_stats and bn.running_mean is not None:
-            assert bn.num_batches_tracked is not None
-            bn.num_batches_tracked.add_(1)
-            assert bn.running_var is not None
-            if bn.momentum is None:  # a momentum of its own in every step: nothing to compile into a kernel
-                momentum = 1.0 / float(bn.num_batches_tracked)
-                update_running_stats(bn.running_mean, bn.running_var, mean.detach(), var.detach(), count, momentum)
-            else:
-                running = bn.running_mean, bn.running_var, count, bn.momentum
+        if bn.training and bn.track_running_stats:
+            running = _advance(bn, raw, count)
         operator = ops.bn_affine_running if running else ops.bn_affine
         affine = ops.call(operator, mean, var, bn.weight, bn.bias, *running, bn.eps, config.backend)
     else:
-        affine = _affine(bn, stats_dtype(raw.y.dtype), config)
+        affine = _affine(bn, raw.y, config)
     return Activation(raw.y, affine, relu, raw.pooled)
 
 
-def _affine(bn: nn.BatchNorm2d, dtype: torch.dtype, config: Config) -> Tensor:
-    """The affine of a normalisation by running statistics."""
-    assert bn.running_mean is not None
-    assert bn.running_var is not None
-    mean, var = bn.running_mean.to(dtype), bn.running_var.to(dtype)
-    affine: Tensor = ops.call(ops.bn_affine, mean, var, bn.weight, bn.bias, bn.eps, config.backend)
+def _running_stats(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
+    """The running mean and variance, or None if there are neither."""
+    mean, var = bn.running_mean, bn.running_var  # each costs a look-up that modules are slow at
+    if mean is not None and var is not None:
+        return mean, var
+    if mean is not None or var is not None:
+        missing = "running_mean" if mean is None else "running_var"
+        raise ValueError(f"expected a batch norm with running_mean and running_var or with neither, got no {missing}")
+    return None
+
+
+def _advance(bn: nn.BatchNorm2d, raw: Raw, count: int) -> tuple[Any, ...]:
+    """One more batch, of ``count`` values per channel, for ``bn``'s running statistics.
+
+    What is left of it to the operator that makes the affine: its operands, or nothing.
+    """
+    stats, batches = _running_stats(bn), bn.num_batches_tracked
+    if batches is not None:
+        batches.add_(1)
+    if stats is None or count == 0:
+        return ()
+    if bn.momentum is not None:
+        return *stats, count, bn.momentum
+    if batches is None:  # nn.BatchNorm2d takes a momentum of 0
+        return ()
+    _check_place(stats[0], raw.y)
+    # The mean of all batches: a momentum of its own in every step is nothing to compile into a kernel.
+    momentum = batches.to(stats[0].dtype).reciprocal()
+    update_running_stats(*stats, raw.mean.detach(), raw.var.detach(), count, momentum)
+    return ()
+
+
+def _check_place(running_mean: Tensor, x: Tensor) -> None:
+    if running_mean.device != x.device:
+        raise ValueError(
+            f"expected the running statistics of a batch norm on {x.device}, where its input is, got them on "
+            f"{running_mean.device}; move one of them"
+        )
+
+
+def _affine(bn: nn.BatchNorm2d, x: Tensor, config: Config) -> Tensor:
+    """The affine of a normalisation of ``x`` by running statistics."""
+    stats = _running_stats(bn)
+    assert stats is not None  # or it would use the batch's
+    mean, var = stats
+    _check_place(mean, x)
+    dtype = stats_dtype(x.dtype)
+    affine: Tensor = ops.call(ops.bn_affine, mean.to(dtype), var.to(dtype), bn.weight, bn.bias, bn.eps, config.backend)
     return affine
 
 

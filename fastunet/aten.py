@@ -93,7 +93,7 @@ def _normalise_backward(
 
 
 def update_running_stats(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float | Tensor
 ) -> None:
     """running ← running + momentum·(batch − running) in place, with the unbiased variance of ``count`` values."""
     running_mean.lerp_(mean.to(running_mean.dtype), momentum)

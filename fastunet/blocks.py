@@ -8,6 +8,7 @@ they are, on stored tensors, and everything around them stays lazy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -31,25 +32,40 @@ from fastunet.activation import (
     uses_batch_stats,
 )
 
+# What PyTorch's classes call as it was when this was imported: some patch the classes.
+_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
+    kind: kind.forward
+    for kind in (nn.BatchNorm2d, nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d, nn.ReLU, nn.Sequential, nn.Upsample)
+}
+_CONV_FORWARD = nn.Conv2d._conv_forward
 
-def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether ``module`` is exactly a ``kind`` with no hook, no replaced forward and no compiled call.
+
+def untouched(module: nn.Module, kind: type[nn.Module], compiled: bool = False) -> bool:
+    """Whether ``module`` is exactly a ``kind`` with no hook, nothing replaced that its call runs and, unless it may be
+    ``compiled``, no compiled call.
 
     Only then may its computation be done without calling it.
     """
-    return (
-        type(module) is kind
-        and not (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        )
-        and "forward" not in module.__dict__
-        and module._compiled_call_impl is None
-        and not _torch_module._has_any_global_hook()
+    if type(module) is not kind:
+        return False
+    own = module.__dict__
+    return _FORWARDS.get(kind, kind.forward) is kind.forward and not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or "_call_impl" in own
+        or "_conv_forward" in own  # patched for seamless tiles
+        or "_output_padding" in own
+        or "_check_input_dim" in own
+        or not (compiled or module._compiled_call_impl is None)
+        or _torch_module._has_any_global_hook()
     )
 
 
 def _is_conv(module: nn.Module) -> bool:
-    if not untouched(module, nn.Conv2d):
+    if not untouched(module, nn.Conv2d) or nn.Conv2d._conv_forward is not _CONV_FORWARD:
         return False
     assert isinstance(module, nn.Conv2d)
     known = (((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (1, 1)), ((1, 1), (1, 1), (0, 0)))
@@ -87,6 +103,33 @@ def _is_upsample(module: nn.Module) -> bool:
     )
 
 
+def _transparent(module: nn.Module) -> bool:
+    """Whether ``module`` is known to run its children in turn and nothing else."""
+    return untouched(module, nn.Sequential) or (isinstance(module, LazyModule) and module.is_lazy())
+
+
+def first_conv(module: nn.Module) -> nn.Conv2d | None:
+    """The convolution that reads a module's input, if nothing unknown comes before it."""
+    if _is_conv(module):
+        return module  # type: ignore[return-value]
+    children = [*module.children()] if _transparent(module) else []
+    return first_conv(children[0]) if children else None
+
+
+def halving(module: nn.Module) -> int | None:
+    """By what a module divides height and width; None if something unknown is in it."""
+    if is_pool(module):
+        return 2
+    if _is_conv(module):
+        return module.stride[0]  # type: ignore[return-value,index]
+    if untouched(module, nn.BatchNorm2d) or untouched(module, nn.ReLU):
+        return 1
+    if not _transparent(module):
+        return None
+    parts = [halving(child) for child in module.children()]
+    return None if None in parts else math.prod(parts)  # type: ignore[arg-type]
+
+
 class Layer(NamedTuple):
     """A convolution and what directly follows it."""
 
@@ -117,24 +160,71 @@ def _known_before(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> bool:
     return usual and not torch.is_grad_enabled() and (norm is None or not uses_batch_stats(norm))
 
 
+def _apply(layer: Layer, placed: Placed, last: bool, config: Config) -> Activation:
+    """One layer on what is placed; ``last`` says that it gives the block's result."""
+    conv, norm, relu = layer
+    if isinstance(conv, nn.Conv2d):
+        # Pooled where it is written, if nothing but the pooling comes next and its value is not stored for it.
+        pool = config.pool and last and min(placed.size) >= 2 * conv.stride[0]
+        pool = pool and not config.stores(placed.first.x)
+        if _known_before(conv, norm):
+            return conv2d_act(placed, conv, norm, relu, pool, config.head if last else None, config)
+        raw = conv2d(placed, conv, norm, pool, config)
+    else:
+        source = placed.first if placed.second is None else Activation(placed.tensor(config))
+        raw = conv_transpose2d(source, conv, norm, config)
+    return Activation(raw.y, None, relu, raw.pooled) if norm is None else batch_norm(raw, norm, relu, config)
+
+
+class Misfit(NamedTuple):
+    """What a module and its input do not fit in: the error's attribute ``misfit``, which a network names it by."""
+
+    module: nn.Module
+    device: torch.device | None  # where the input is, if that is what does not fit
+
+
+def _of_modules(error: Exception, layer: Layer, placed: Placed) -> Exception:
+    """What an operator said of its operands, said of the modules that it was called for."""
+    conv, norm, _ = layer
+    x = placed.first.x
+    given = x.shape[1] + (0 if placed.second is None else placed.second.x.shape[1])
+    wanted = conv.weight.shape[1 if isinstance(conv, nn.Conv2d) else 0]
+    filters = conv.weight.shape[0 if isinstance(conv, nn.Conv2d) else 1]
+    told, device = error, None
+    at: nn.Module = conv
+    parts = [(m, t) for m in (conv, norm) if m is not None for t in (*m.parameters(), *m.buffers())]
+    elsewhere = [(m, t) for m, t in parts if t.dim() and t.device != x.device]
+    if elsewhere:
+        at, device = elsewhere[0][0], x.device
+        told = ValueError(
+            f"expected a {type(at).__name__} on {device}, where its input is, got one on {elsewhere[0][1].device}; "
+            "move one of them"
+        )
+    elif wanted != given:
+        told = ValueError(f"expected {wanted} channels, got {given}; change the layer or what comes before it")
+    elif norm is not None and norm.num_features != filters:
+        at = norm
+        told = ValueError(f"expected a batch norm of {filters} features, got one of {norm.num_features}")
+    elif norm is not None and (norm.running_mean is None) != (norm.running_var is None):
+        at = norm
+    elif norm is not None and torch.float64 in {p.dtype for p in norm.parameters()} - {conv.weight.dtype}:
+        at = norm
+        told = TypeError(f"expected a batch norm in float32 for an input in {x.dtype}, got one in float64; convert it")
+    told.misfit = Misfit(at, device)  # type: ignore[attr-defined]
+    return told
+
+
 def lazily(modules: list[nn.Module], placed: Placed, config: Config) -> Activation:
     """``modules`` in turn on what is placed: lazily as far as they read conv [BN] [ReLU] …, then as modules."""
     layers, rest = _split(modules)
-    for number, (conv, norm, relu) in enumerate(layers, 1):
-        if isinstance(conv, nn.Conv2d):
-            last = number == len(layers) and not rest
-            # Pooled where it is written, if nothing but the pooling comes next and its value is not stored for it.
-            pool = config.pool and last and min(placed.size) >= 2 * conv.stride[0]
-            pool = pool and not config.stores(placed.first.x)
-            if _known_before(conv, norm):
-                head = config.head if last else None
-                placed = Placed.alone(conv2d_act(placed, conv, norm, relu, pool, head, config))
-                continue
-            raw = conv2d(placed, conv, norm, pool, config)
-        else:
-            source = placed.first if placed.second is None else Activation(placed.tensor(config))
-            raw = conv_transpose2d(source, conv, norm, config)
-        act = Activation(raw.y, None, relu, raw.pooled) if norm is None else batch_norm(raw, norm, relu, config)
+    for number, layer in enumerate(layers, 1):
+        try:
+            act = _apply(layer, placed, number == len(layers) and not rest, config)
+        except (TypeError, ValueError) as error:
+            if torch.compiler.is_compiling():
+                raise
+            told = _of_modules(error, layer, placed)
+            raise told from (None if told is error else error)
         placed = Placed.alone(act)
     if not rest and placed.second is None:
         return placed.first
@@ -340,6 +430,9 @@ def strided_ascend(block: nn.Module, placed: Placed, skip: Activation, config: C
 def pool(module: nn.Module, act: Activation, config: Config) -> tuple[Activation, Activation]:
     """(``module`` applied to the activation, the activation again for its skip connection)."""
     if is_pool(module):
+        if min(act.x.shape[-2:]) < 2:
+            size = "×".join(map(str, act.x.shape[-2:]))
+            raise ValueError(f"expected at least 2×2 pixels to pool, got {size}; pad or enlarge the input")
         return pool_fork(act, config)
     z = act.tensor(config)
     return Activation(module(z)), Activation(z)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastunet import ops
 from fastunet.activation import Activation, Config, Placed, compute_dtype
 from fastunet.aten import memory_format, stats_dtype
+from fastunet.checks import check_number, check_tensor
 from fastunet.losses import StatsLoss, dice_loss, softmax_stats
 from fastunet.metrics import soft_miou as miou
 
@@ -16,15 +18,32 @@ __all__ = ["conv_bn_relu", "dice_loss", "head_loss", "miou", "softmax_stats", "u
 
 
 def _check_4d(name: str, x: Tensor) -> None:
+    check_tensor(name, x)
     if x.dim() != 4:
         raise ValueError(f"expected {name} of shape (N, C, H, W), got {tuple(x.shape)}; reshape it")
     if not x.is_floating_point():
         raise TypeError(f"expected a floating-point {name}, got {x.dtype}; convert it with .float()")
 
 
-def _check_vector(name: str, v: Tensor | None, channels: int) -> None:
-    if v is not None and v.shape != (channels,):
+def _check_places(x: Tensor, **others: Tensor | None) -> None:
+    """Every other tensor lies where x does."""
+    for name, t in others.items():
+        if t is None:
+            continue
+        check_tensor(name, t)
+        if t.device != x.device:
+            raise ValueError(f"expected {name} on {x.device}, where x is, got it on {t.device}; move one of them")
+
+
+def _check_vector(name: str, v: Tensor | None, channels: int, dtype: torch.dtype) -> None:
+    if v is None:
+        return
+    if v.shape != (channels,):
         raise ValueError(f"expected {name} of shape ({channels},), one value per filter, got {tuple(v.shape)}")
+    if not v.is_floating_point():
+        raise TypeError(f"expected {name} in floating point, got {v.dtype}; convert it with .float()")
+    if v.dtype == torch.float64 != dtype:
+        raise TypeError(f"expected {name} no wider than x, which is {dtype}, got {v.dtype}; convert one of them")
 
 
 def conv_bn_relu(
@@ -64,8 +83,17 @@ def conv_bn_relu(
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit, or one value per channel in training.
     """
+    ops.check_backend(backend)
     _check_4d("x", x)
     _check_4d("weight", weight)
+    _check_places(
+        x, weight=weight, bn_weight=bn_weight, bn_bias=bn_bias, bias=bias,
+        running_mean=running_mean, running_var=running_var,
+    )  # fmt: skip
+    check_number("momentum", momentum)
+    check_number("eps", eps)
+    if not isinstance(stride, int):
+        raise TypeError(f"expected stride as an integer, got {stride!r}")
     filters, channels, *kernel = weight.shape
     if kernel not in ([3, 3], [1, 1]) or channels != x.shape[1]:
         raise ValueError(
@@ -77,18 +105,21 @@ def conv_bn_relu(
             f"expected stride 1, or 2 for a 3×3 weight, got stride {stride} and a {kernel[0]}×{kernel[1]} one"
         )
     for name, v in (("bn_weight", bn_weight), ("bn_bias", bn_bias), ("bias", bias)):
-        _check_vector(name, v, filters)
+        _check_vector(name, v, filters, x.dtype)
     for name, v in (("running_mean", running_mean), ("running_var", running_var)):
-        _check_vector(name, v, filters)
+        _check_vector(name, v, filters, torch.float64)
+    if (running_mean is None) != (running_var is None):
+        given = "running_var" if running_mean is None else "running_mean"
+        raise ValueError(f"expected running_mean and running_var or neither, got {given} alone; pass both")
     if not training and (running_mean is None or running_var is None):
         raise ValueError("expected running_mean and running_var when training=False; pass both, or training=True")
     dtype = compute_dtype(x)
     if weight.dtype != dtype and dtype == x.dtype:
         raise TypeError(f"expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; convert one of them")
     placed = Placed.alone(Activation(x.to(dtype)))
-    y, mean, var, *_ = ops.conv2d(
-        *placed.first.source, None, None, False, weight.to(dtype), None if bias is None else bias.to(dtype), stride,
-        placed.size, placed.offset, training, True, False, None, backend,
+    y, mean, var, *_ = ops.call(
+        ops.conv2d, *placed.first.source, None, None, False, weight.to(dtype), None if bias is None else bias.to(dtype),
+        stride, placed.size, placed.offset, training, True, False, None, backend,
     )  # fmt: skip
     count = y.numel() // filters
     if training and count == 1:
@@ -101,8 +132,8 @@ def conv_bn_relu(
         assert running_var is not None
         mean, var = running_mean.to(stats_dtype(dtype)), running_var.to(stats_dtype(dtype))
     operator = ops.bn_affine_running if running else ops.bn_affine
-    affine = operator(mean, var, bn_weight, bn_bias, *running, eps, backend)
-    z: Tensor = ops.affine_act(y, affine, relu, backend)
+    affine = ops.call(operator, mean, var, bn_weight, bn_bias, *running, eps, backend)
+    z: Tensor = ops.call(ops.affine_act, y, affine, relu, backend)
     return z.contiguous(memory_format=memory_format(x, weight))
 
 
@@ -128,8 +159,10 @@ def upsample_pad_concat(
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit.
     """
+    ops.check_backend(backend)
     _check_4d("x", x)
     _check_4d("skip", skip)
+    _check_places(x, skip=skip)
     if x.shape[0] != skip.shape[0]:
         raise ValueError(f"expected x and skip of one batch size, got {x.shape[0]} and {skip.shape[0]}")
     if x.dtype != skip.dtype:
@@ -169,6 +202,7 @@ def head_loss(
         ValueError, TypeError: shapes, dtypes or labels that do not fit, or another criterion.
     """
     _check_4d("x", x)
+    _check_places(x, weight=weight, bias=bias)
     if not (isinstance(criterion, StatsLoss) and criterion.plain()):
         raise TypeError(f"expected a loss of fastunet.losses, got {type(criterion).__name__}; give it the logits")
     config = Config.checked(backend, "speed")

@@ -16,6 +16,15 @@ from torch import Tensor, nn
 from fastunet import ops
 from fastunet.activation import Activation, Config, head_stats
 from fastunet.blocks import untouched
+from fastunet.checks import (
+    LABEL_DTYPES,
+    NEVER,
+    check_in_graph,
+    check_labels,
+    check_number,
+    check_tensor,
+    checked_ignore_index,
+)
 from fastunet.weight_map import unet_weight_map
 
 __all__ = [
@@ -32,29 +41,6 @@ __all__ = [
 
 MODES = ("softmax", "sigmoid")
 MAX_CLASSES = 256
-NEVER = -(2**63)  # the ignore_index of those who ignore nothing: no class, and no value a mask would hold
-LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-def check_labels(labels: Tensor, n_classes: int, ignore_index: int | None = -100) -> None:
-    """Raise ValueError if a label is neither in 0 … n_classes − 1 nor ``ignore_index``; waits for a GPU.
-
-    The losses call this for labels on the CPU. On a GPU it would stall every step, so there a label out of range
-    counts as a pixel that belongs to no class: check a data set once, when it is loaded.
-    """
-    if labels.numel() == 0 or labels.dtype == torch.bool:
-        return
-    low, high = (int(t) for t in labels.aminmax())
-    if low >= 0 and high < n_classes:
-        return
-    wide = labels.to(torch.int64)  # uint8 would wrap a negative ignore_index around
-    wrong = wide[(wide < 0) | (wide >= n_classes)]
-    wrong = wrong if ignore_index is None else wrong[wrong != ignore_index]
-    if wrong.numel() > 0:
-        hint = "; a single channel needs sigmoid" if n_classes == 1 else "; map the mask's values to class indices"
-        raise ValueError(
-            f"expected labels from 0 to {n_classes - 1} or ignore_index={ignore_index}, got {int(wrong[0])}{hint}"
-        )
 
 
 def _check(
@@ -66,6 +52,7 @@ def _check(
     pixel_weight: Tensor | None,
 ) -> None:
     """What statistics of logits of ``shape`` (N, C, H, W) are to be made with."""
+    check_tensor("labels", labels)
     if mode not in MODES:
         raise ValueError(f"expected mode 'softmax' or 'sigmoid', got {mode!r}")
     shape = tuple(shape)
@@ -78,8 +65,12 @@ def _check(
     given = tuple(labels.shape)
     if not (mode == "sigmoid" and given == shape) and (given != plane or (mode == "sigmoid" and classes > 1)):
         expected = shape if mode == "sigmoid" else plane
-        raise ValueError(f"expected labels of shape {expected} for logits of shape {shape} in {mode} mode, got {given}")
+        hint = "; drop the channel with labels.squeeze(1)" if given == (batch, 1, height, width) else ""
+        raise ValueError(
+            f"expected labels of shape {expected} for logits of shape {shape} in {mode} mode, got {given}{hint}"
+        )
     if pixel_weight is not None:
+        check_tensor("pixel_weight", pixel_weight)
         if pixel_weight.shape != plane or not pixel_weight.is_floating_point():
             raise ValueError(
                 f"expected a floating-point pixel_weight of shape {plane}, got {pixel_weight.dtype} of shape "
@@ -90,8 +81,12 @@ def _check(
     for name, t in (("labels", labels), ("pixel_weight", pixel_weight)):
         if t is not None and t.device != device:
             raise ValueError(f"expected {name} on {device}, where the logits are, got {t.device}; move them")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_labels(labels, classes if mode == "softmax" else 2, ignore_index)
+    if labels.device.type == "cpu":
+        outcomes = classes if mode == "softmax" else 2
+        if torch.compiler.is_compiling():
+            check_in_graph(labels, outcomes, ignore_index)
+        elif ops.has_values(labels):
+            check_labels(labels, outcomes, ignore_index)
 
 
 def softmax_stats(
@@ -138,6 +133,9 @@ def softmax_stats(
         ValueError, TypeError: a wrong shape, dtype, device or mode; on the CPU also a label out of range, which
             elsewhere counts as no class (see :func:`check_labels`).
     """
+    check_tensor("logits", logits)
+    ops.check_backend(backend)
+    ignore_index = checked_ignore_index(ignore_index)
     if logits.dim() != 4:
         raise ValueError(f"expected logits of shape (N, C, H, W), got {tuple(logits.shape)}; reshape them")
     if not logits.is_floating_point():
@@ -183,13 +181,18 @@ class StatsLoss(nn.Module):
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"expected reduction 'mean', 'sum' or 'none', got {reduction!r}")
+        ops.check_backend(backend)
         if weight is not None:
-            weight = torch.as_tensor(weight, dtype=torch.float32)
-            if weight.dim() != 1 or bool((weight < 0).any()):
-                raise ValueError(f"expected weight to be one factor ≥ 0 per class, got {weight.tolist()}")
+            weight = torch.as_tensor(weight)
+            if weight.is_complex() or weight.dtype == torch.bool:
+                raise TypeError(f"expected weight to be real factors, got {weight.dtype}; convert it with .float()")
+            weight = weight.to(torch.float32)
+            # No device but the meta device has no values to look at.
+            if weight.dim() != 1 or not (weight.is_meta or bool(((weight >= 0) & weight.isfinite()).all())):
+                raise ValueError(f"expected weight to be one factor ≥ 0 per class, and finite, got {weight.tolist()}")
         self.sigmoid = sigmoid
         self.reduction = reduction
-        self.ignore_index = ignore_index
+        self.ignore_index = checked_ignore_index(ignore_index)
         self.backend = backend
         self.register_buffer("weight", weight)
 
@@ -202,7 +205,8 @@ class StatsLoss(nn.Module):
 
     def stats(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
         """The statistics (N, C, 7) that :meth:`from_stats` needs."""
-        settings = self._settings(logits.shape[1]) if logits.dim() == 4 else {}
+        check_tensor("logits", logits)
+        settings = self._settings(logits.shape[1], logits.device) if logits.dim() == 4 else {}
         return softmax_stats(logits, labels, pixel_weight=pixel_weight, **settings, backend=self.backend)
 
     def head_stats(
@@ -215,7 +219,7 @@ class StatsLoss(nn.Module):
         config: Config,
     ) -> Tensor:
         """:meth:`stats` of the logits that a 1×1 convolution makes of an activation; the logits are never stored."""
-        settings = self._settings(weight.shape[0])
+        settings = self._settings(weight.shape[0], act.x.device)
         mode, ignore_index = settings.pop("mode"), settings.pop("ignore_index")
         if pixel_weight is not None and not settings["entropy"]:
             raise ValueError(
@@ -226,8 +230,14 @@ class StatsLoss(nn.Module):
         ignored = NEVER if ignore_index is None else ignore_index
         return head_stats(act, weight, bias, labels, pixel_weight, mode, ignored, list(settings.values()), config)
 
-    def _settings(self, classes: int) -> dict[str, Any]:
-        """The arguments of :func:`softmax_stats` for logits of so many classes."""
+    def _settings(self, classes: int, device: torch.device) -> dict[str, Any]:
+        """The arguments of :func:`softmax_stats` for logits of so many classes on ``device``."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.device != device:
+                raise ValueError(
+                    f"expected {name} on {device}, where the logits are, got it on {buffer.device}; move the loss with "
+                    f".to('{device}')"
+                )
         if self.weight is not None and self.weight.shape[0] != classes:
             raise ValueError(f"expected one weight for each of the {classes} classes, got {self.weight.shape[0]}")
         mode = "sigmoid" if self._takes_sigmoid(classes) else "softmax"
@@ -236,6 +246,11 @@ class StatsLoss(nn.Module):
     def from_stats(self, stats: Tensor) -> Tensor:
         """The loss of statistics (N, C, 7) as :func:`softmax_stats` returns them."""
         raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        options = {name: value for name, value in vars(self).items() if name[0] != "_" and name != "training"}
+        options |= {name: value.tolist() for name, value in self.named_buffers()}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
     def plain(self) -> bool:
         """Whether a call is :meth:`from_stats` of :meth:`stats` and nothing else: no subclass of a user's, no hook."""
@@ -247,6 +262,13 @@ class StatsLoss(nn.Module):
 
     def _takes_sigmoid(self, classes: int) -> bool:
         return classes == 1 if self.sigmoid is None else self.sigmoid
+
+
+# What MONAI's losses are told and these need not be.
+_UNKNOWN = {
+    "softmax": ": a softmax is the default, and sigmoid=True takes its place",
+    "to_onehot_y": ": labels are integers, and nothing is converted",
+}
 
 
 class _OverlapLoss(StatsLoss):
@@ -266,8 +288,13 @@ class _OverlapLoss(StatsLoss):
         weight: Sequence[float] | Tensor | None = None,
         ignore_index: int | None = -100,
         backend: str = "auto",
+        **unknown: Any,
     ) -> None:
+        for name in unknown:
+            raise TypeError(f"expected an argument of {type(self).__name__}, got {name}{_UNKNOWN.get(name, '')}")
         super().__init__(sigmoid, reduction, weight, ignore_index, backend)
+        for name, value in (("smooth_nr", smooth_nr), ("smooth_dr", smooth_dr)):
+            check_number(name, value)
         if micro and weight is not None:
             raise ValueError("expected no weight with micro=True, which adds the classes up before it divides")
         self.include_background = include_background
@@ -398,6 +425,8 @@ class TverskyLoss(_OverlapLoss):
 
     def __init__(self, *, alpha: float = 0.5, beta: float = 0.5, gamma: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
+        for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+            check_number(name, value)
         if gamma <= 0:
             raise ValueError(f"expected gamma > 0, got {gamma}; the paper's γ = 4/3 is gamma=0.75")
         self.alpha = alpha
@@ -500,6 +529,7 @@ class CrossEntropyLoss(StatsLoss):
 def _check_entropy(reduction: str, label_smoothing: float) -> None:
     if reduction == "none":
         raise ValueError("expected reduction 'mean' or 'sum', got 'none': the statistics know no single pixel")
+    check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"expected label_smoothing from 0 to 1, got {label_smoothing}")
 
@@ -534,6 +564,8 @@ class DiceCELoss(DiceLoss):
         self, *, lambda_dice: float = 1.0, lambda_ce: float = 1.0, label_smoothing: float = 0.0, **dice: Any
     ) -> None:
         super().__init__(**dice)
+        for name, value in (("lambda_dice", lambda_dice), ("lambda_ce", lambda_ce)):
+            check_number(name, value)
         _check_entropy(self.reduction, label_smoothing)
         self.lambda_dice = lambda_dice
         self.lambda_ce = lambda_ce

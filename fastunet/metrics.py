@@ -7,6 +7,8 @@ projects' numbers, kept so that results can be compared with theirs.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 
 from fastunet import ops
 from fastunet.aten import stats_dtype
-from fastunet.losses import NEVER, check_labels, softmax_stats
+from fastunet.checks import NEVER, check_labels, check_number, check_tensor, checked_ignore_index
+from fastunet.losses import softmax_stats
 
 __all__ = ["ConfusionMatrix", "dice_coeff", "miou", "multiclass_dice_coeff", "soft_miou"]
 
@@ -51,6 +54,10 @@ def dice_coeff(input: Tensor, target: Tensor, reduce_batch_first: bool = False, 
     Raises:
         ValueError: other shapes.
     """
+    check_tensor("input", input)
+    check_tensor("target", target)
+    if input.device != target.device:
+        raise ValueError(f"expected input and target on one device, got {input.device} and {target.device}; move one")
     if input.shape != target.shape or input.dim() < 2:
         raise ValueError(
             f"expected input and target of one shape (…, H, W), got {tuple(input.shape)} and {tuple(target.shape)}"
@@ -76,6 +83,8 @@ def multiclass_dice_coeff(
     Raises:
         ValueError: tensors that differ in shape or are not 4-D.
     """
+    check_tensor("input", input)
+    check_tensor("target", target)
     if input.shape != target.shape or input.dim() != 4:
         raise ValueError(
             f"expected input and target of one shape (N, C, H, W), got {tuple(input.shape)} and {tuple(target.shape)}"
@@ -105,13 +114,46 @@ class ConfusionMatrix(nn.Module):
         self, num_classes: int, ignore_index: int | None = None, *, threshold: float = 0.0, backend: str = "auto"
     ) -> None:
         super().__init__()
+        if not isinstance(num_classes, int):
+            raise TypeError(f"expected num_classes as an integer, got {num_classes!r}")
+        check_number("threshold", threshold)
         if not 2 <= num_classes <= 256:
             raise ValueError(f"expected 2 to 256 classes, got {num_classes}; a foreground mask has 2")
+        ops.check_backend(backend)
         self.num_classes = num_classes
-        self.ignore_index = ignore_index
+        self.ignore_index = checked_ignore_index(ignore_index)
         self.threshold = float(threshold)
         self.backend = backend
-        self.register_buffer("matrix", torch.zeros(num_classes, num_classes, dtype=torch.int64), persistent=False)
+        # No buffer, which DDP would overwrite in every forward with what the first process has counted.
+        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConfusionMatrix:
+        """Where the module goes, its counts go."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.matrix = fn(self.matrix)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}matrix"] = self.matrix
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A checkpoint without counts, as all were once, leaves these as they are.
+        counts = state_dict.pop(f"{prefix}matrix", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if counts is not None:
+            if counts.shape != self.matrix.shape:
+                raise ValueError(
+                    f"expected counts of shape {tuple(self.matrix.shape)}, got {tuple(counts.shape)}; build the "
+                    "confusion matrix with that number of classes"
+                )
+            self.matrix = counts.to(self.matrix, copy=True)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_classes={self.num_classes}, ignore_index={self.ignore_index}, threshold={self.threshold}, "
+            f"backend={self.backend!r}"
+        )
 
     @torch.no_grad()
     def update(self, prediction: Tensor, labels: Tensor) -> None:
@@ -127,11 +169,16 @@ class ConfusionMatrix(nn.Module):
             ValueError: shapes that do not fit, or a class out of range in labels or mask; nothing is added.
             TypeError: floating-point labels.
         """
-        if labels.is_floating_point():
+        check_tensor("prediction", prediction)
+        check_tensor("labels", labels)
+        if labels.is_floating_point() or labels.is_complex():
             raise TypeError(f"expected integer labels, got {labels.dtype}; convert them with .long()")
         count = self._count if prediction.is_floating_point() else self._count_mask
         counts = count(prediction, labels)
-        if bool(counts[-1].any()):
+        wrong = counts[-1].any()
+        if torch.compiler.is_compiling():
+            torch._assert_async(~wrong, "expected classes in range in labels and mask, got others; map their values")
+        elif ops.has_values(wrong) and bool(wrong):
             check_labels(labels, self.num_classes, self.ignore_index)
             self._refuse(prediction, labels)
         self.matrix += counts[:-1].to(self.matrix.device)
@@ -141,9 +188,10 @@ class ConfusionMatrix(nn.Module):
         channels = logits.shape[1] if logits.dim() == 4 else 0
         fits = channels == self.num_classes or (channels == 1 and self.num_classes == 2)
         if not fits or logits.shape[:1] + logits.shape[2:] != labels.shape:
+            hint = "; drop the channel with labels.squeeze(1)" if labels.dim() == 4 and labels.shape[1] == 1 else ""
             raise ValueError(
                 f"expected logits of shape (N, {self.num_classes}, H, W) and labels (N, H, W), got "
-                f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+                f"{tuple(logits.shape)} and {tuple(labels.shape)}{hint}"
             )
         counts: Tensor = ops.confusion_matrix(logits, labels, self._ignored, self.threshold, self.backend)
         return counts

@@ -7,21 +7,26 @@ and the memory format that the plain network would give.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastunet import ops
 from fastunet.activation import Activation, Config, Placed, head_predict
-from fastunet.aten import predict
+from fastunet.aten import predict, stats_dtype
 from fastunet.blocks import (
     ConvSequence,
     DoubleConv,
     Down,
     LazyBlock,
     LazyModule,
+    Misfit,
     OutConv,
     StridedDown,
     StridedUp,
@@ -31,6 +36,8 @@ from fastunet.blocks import (
     conv_bn_relu,
     descend,
     enlarge,
+    first_conv,
+    halving,
     head_conv,
     is_pool,
     lazily,
@@ -38,6 +45,7 @@ from fastunet.blocks import (
     run,
     strided_ascend,
     strided_descend,
+    untouched,
 )
 from fastunet.losses import StatsLoss
 
@@ -45,11 +53,23 @@ from fastunet.losses import StatsLoss
 class _Network(nn.Module):
     """What the networks share: the configuration, the checks at the door, checkpointing, the output's layout."""
 
-    def __init__(self, channels: int, backend: str, policy: str):
+    _way_down: tuple[str, ...]  # names of the modules on it, in the order in which they run
+    _way_out: str  # and of the last module
+
+    def __init__(self, backend: str, policy: str, **sizes: int):
         super().__init__()
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
+                raise TypeError(f"expected {name} as an integer, got {size!r}")
+            if size < 1:
+                raise ValueError(f"expected {name} of at least 1, got {size}")
         self.config = Config.checked(backend, policy)
         self.checkpointing = False
-        self._channels = channels
+        self._channels, self._classes = list(sizes.values())[:2]
+
+    def _going_down(self) -> Iterator[nn.Module]:
+        """The modules that are on the way down: surgery may have left others there than the constructor made."""
+        return (module for name in self._way_down if (module := self._modules.get(name)) is not None)
 
     def _configure(self) -> None:
         """Hand the configuration to every block: called at the end of a constructor."""
@@ -72,21 +92,117 @@ class _Network(nn.Module):
 
     def _enter(self, x: Tensor) -> tuple[Activation, Config]:
         """The checked input, and the configuration of this forward."""
+        if not isinstance(x, Tensor):
+            hint = "use torch.export" if isinstance(x, torch.fx.Proxy) else "convert it with torch.as_tensor"
+            raise TypeError(f"expected an input that is a torch.Tensor, got {type(x).__name__}; {hint}")
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            ops.refuse_tracing()
         if x.dim() != 4:
             raise ValueError(f"expected an input of shape (N, C, H, W), got {tuple(x.shape)}; add a batch dimension?")
-        if x.shape[1] != self._channels:
-            raise ValueError(
-                f"expected {self._channels} input channels, got {x.shape[1]} in an input of shape {tuple(x.shape)}; "
-                "build the model with that number of channels or convert the pictures"
-            )
+        if x.shape[1] != self._channels:  # of the constructor: what is there now decides
+            self._check_channels(x)
         if not x.is_floating_point():
-            raise TypeError(f"expected a floating-point input, got {x.dtype}; scale it, for example x.float() / 255")
-        height, width = x.shape[-2:]
-        if height < 16 or width < 16:
-            raise ValueError(
-                f"expected height and width of at least 16, got {height}×{width}; pad or enlarge the input"
+            hint = (
+                "pass x.abs(), or both parts as channels" if x.is_complex() else "scale it, for example x.float() / 255"
             )
+            raise TypeError(f"expected a floating-point input, got {x.dtype}; {hint}")
+        height, width = x.shape[-2:]
+        if height < 16 or width < 16:  # more than any of the networks asks for as it is made
+            self._check_size(x)
         return Activation(x), self.config.like(x, self)
+
+    def _check_channels(self, x: Tensor) -> None:
+        """The channels of x, where a convolution that is known reads it."""
+        conv = first_conv(next(self._going_down(), self))
+        if conv is not None and conv.weight.shape[1] != x.shape[1]:
+            raise ValueError(
+                f"expected {conv.weight.shape[1]} input channels, got {x.shape[1]} in an input of shape "
+                f"{tuple(x.shape)}; build the model with that number of channels or convert the pictures"
+            )
+
+    def _check_size(self, x: Tensor) -> None:
+        """Height and width of x, as far down as the modules are known."""
+        least = 1
+        for module in self._going_down():
+            by = halving(module)
+            if by is None:
+                break
+            least *= by
+        height, width = x.shape[-2:]
+        if min(height, width) < least:
+            raise ValueError(
+                f"expected height and width of at least {least}, got {height}×{width}; pad or enlarge the input"
+            )
+
+    def _telling(self, function: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
+        """function(x, *rest), whose errors say which of this network's modules does not fit what it is given."""
+        try:
+            return function(x, *rest)
+        except (TypeError, ValueError) as error:
+            if torch.compiler.is_compiling() or not hasattr(error, "misfit"):
+                raise
+            raise self._named(error, error.misfit, x) from error
+        except RuntimeError:
+            if not torch.compiler.is_compiling():
+                ops.refuse_transforms()
+            raise
+
+    def _named(self, error: Exception, misfit: Misfit, x: Tensor) -> Exception:
+        if misfit.device is None:
+            self._check_channels(x)
+        devices = {p.device for p in self.parameters()}
+        if misfit.device == x.device and len(devices) == 1 and x.device not in devices:
+            where = devices.pop()
+            return ValueError(
+                f"expected an input on {where}, where the model is, got one on {x.device}; move it with x.to('{where}')"
+            )
+        name = next((name for name, module in self.named_modules() if module is misfit.module), "a layer")
+        return type(error)(f"{error} ({name})")
+
+    @property
+    def n_channels(self) -> int:
+        """Channels of the input: of the first convolution that is there."""
+        first = next(self._going_down(), self)
+        conv = next((m for m in first.modules() if isinstance(m, nn.Conv2d)), None)
+        return self._channels if conv is None else conv.in_channels
+
+    @n_channels.setter
+    def n_channels(self, channels: int) -> None:
+        self._channels = channels
+
+    @property
+    def n_classes(self) -> int:
+        """Channels of the output: of the last convolution that is there."""
+        last = self._modules.get(self._way_out)
+        convs = [] if last is None else [m for m in last.modules() if isinstance(m, nn.Conv2d)]
+        return convs[-1].out_channels if convs else self._classes
+
+    @n_classes.setter
+    def n_classes(self, classes: int) -> None:
+        self._classes = classes
+
+
+_modes = threading.Lock()
+_evaluated: dict[nn.Module, int] = {}  # modules that return to training mode, and how many predictions still need them
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` is in eval mode; its modules return to training mode when the last thread has left."""
+    with _modes:
+        changed = [module for module in model.modules() if module.training or module in _evaluated]
+        for module in changed:
+            _evaluated[module] = _evaluated.get(module, 0) + 1
+            module.training = False
+    try:
+        yield
+    finally:
+        with _modes:
+            for module in changed:
+                _evaluated[module] -= 1
+                if _evaluated[module] == 0:
+                    del _evaluated[module]
+                    module.training = True
 
 
 class _LogitNetwork(_Network):
@@ -101,8 +217,21 @@ class _LogitNetwork(_Network):
         """An :class:`OutConv`, a 1×1 convolution, or what somebody put in its place."""
         raise NotImplementedError
 
+    # Whether a call returns the logits themselves.
+    _calls_for_logits = True
+
     def forward(self, x: Tensor) -> Tensor:
+        return self._telling(self._forward, x)  # type: ignore[no-any-return]
+
+    def _forward(self, x: Tensor) -> Tensor:
         return self._logits(*self._decode(x, head_conv(self._head)))
+
+    def _called_as_is(self) -> bool:
+        """Whether a call is this class's forward and nothing else: no subclass's, no hook, no patch."""
+        kind = type(self)
+        return (
+            kind.forward in _FORWARDS and kind.__call__ is nn.Module.__call__ and untouched(self, kind, compiled=True)
+        )
 
     def _logits(self, act: Activation, config: Config) -> Tensor:
         if act.headed:
@@ -125,26 +254,37 @@ class _LogitNetwork(_Network):
         where logits are what the last convolution gives (:class:`BrainUNet` puts a sigmoid behind it). A loss of
         :mod:`fastunet.losses` is computed in one pass over the last activation, forward and backward; of 16-bit
         networks its logits are not rounded. For any other criterion, or a head that has hooks or was replaced, the
-        logits are stored as usual. The network itself is not called, so its own hooks do not run; under DDP wrap a
-        module whose forward calls this.
+        logits are stored as usual; and where a call would run more than this class's forward (a subclass's, hooks on
+        the whole network, FSDP2's), the network is called for them. Under DDP wrap a module whose forward calls this.
 
         Args:
             x: (N, C, H, W), as in a call.
             labels, pixel_weight: as ``criterion`` takes them; :func:`fastunet.losses.softmax_stats`.
 
         Raises:
-            ValueError, TypeError: as a call, or as the loss.
+            ValueError, TypeError: as a call, or as the loss; a :class:`BrainUNet` whose call is not its own, since it
+                returns probabilities.
         """
-        act, config = self._decode(x)
+        weights = () if pixel_weight is None else (pixel_weight,)
+        if not self._called_as_is():
+            if not self._calls_for_logits:
+                raise TypeError(
+                    f"expected a {type(self).__name__} with its own forward and no hooks, for the loss of its logits, "
+                    "got one to be called, which returns probabilities; use nn.BCELoss of those"
+                )
+            return criterion(self(x), labels, *weights)
+        act, config = self._telling(self._decode, x)
         conv = head_conv(self._head)
         if conv is not None and isinstance(criterion, StatsLoss) and criterion.plain():
             stats = criterion.head_stats(act, conv.weight, conv.bias, labels, pixel_weight, config)
             return criterion.from_stats(stats)
-        weights = () if pixel_weight is None else (pixel_weight,)
         return criterion(self._logits(act, config), labels, *weights)
 
     def predict(self, x: Tensor, *, sigmoid: bool | None = None, threshold: float = 0.5) -> Tensor:
         """Masks of x, in eval mode and without gradients; the model is left in the mode it was in.
+
+        Several threads may predict at once. While they do, the model is in eval mode for every thread: do not train it,
+        or call train(), at the same time. Where a call would run more than this class's forward, it is called.
 
         Args:
             x: (N, C, H, W), as in a call.
@@ -168,20 +308,33 @@ class _LogitNetwork(_Network):
     def _predict(
         self, x: Tensor, exclusive: str, independent: str, sigmoid: bool | None, threshold: float, dtype: torch.dtype
     ) -> Tensor:
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
-            act, config = self._decode(x)
-            conv = head_conv(self._head)
-            logits = None if conv is not None else self._logits(act, config)
-        finally:
-            for module in training:
-                module.training = True
+        conv: nn.Conv2d | None = None
+        logits: Tensor | None = None
+        with _evaluating(self):
+            if self._called_as_is():
+                act, config = self._telling(self._decode, x)
+                conv = head_conv(self._head)
+                logits = None if conv is not None else self._logits(act, config)
+            else:
+                logits = self._logits_called(x)
         classes = conv.out_channels if logits is None else logits.shape[1]  # type: ignore[union-attr]
         output = independent if (classes == 1 if sigmoid is None else sigmoid) else exclusive
         if logits is None:
             return head_predict(act, conv, output, threshold, dtype, config)  # type: ignore[arg-type]
         return predict(logits, output, threshold, dtype)
+
+    def _logits_called(self, x: Tensor) -> Tensor:
+        """The logits of a call."""
+        y = self(x)
+        if not isinstance(y, Tensor) or y.dim() != 4:
+            found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise TypeError(
+                f"expected a call of the model to return a tensor (N, K, H, W) to predict from, got {found}"
+            )
+        if self._calls_for_logits:
+            return y
+        dtype = stats_dtype(y.dtype)
+        return y.to(dtype).logit(torch.finfo(dtype).eps)
 
 
 class UNet(_LogitNetwork):
@@ -218,9 +371,7 @@ class UNet(_LogitNetwork):
         backend: str = "auto",
         policy: str = "speed",
     ):
-        super().__init__(n_channels, backend, policy)
-        self.n_channels = n_channels
-        self.n_classes = n_classes
+        super().__init__(backend, policy, n_channels=n_channels, n_classes=n_classes, base_c=base_c)
         self.bilinear = bilinear
         factor = 2 if bilinear else 1
         self.inc = DoubleConv(n_channels, base_c, bias=conv_bias)
@@ -234,6 +385,9 @@ class UNet(_LogitNetwork):
         self.up4 = Up(base_c * 2, base_c, bilinear, bias=conv_bias)
         self.outc = OutConv(base_c, n_classes)
         self._configure()
+
+    _way_down = ("inc", "down1", "down2", "down3", "down4")
+    _way_out = "outc"
 
     def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Config]:
         act, config = self._enter(x)
@@ -282,9 +436,7 @@ class StridedUNet(_Network):
     def __init__(
         self, n_channels: int = 3, n_classes: int = 3, base_c: int = 64, *, backend: str = "auto", policy: str = "speed"
     ):
-        super().__init__(n_channels, backend, policy)
-        self.n_channels = n_channels
-        self.n_classes = n_classes
+        super().__init__(backend, policy, n_channels=n_channels, n_classes=n_classes, base_c=base_c)
         self.d1 = StridedDown(n_channels, base_c)
         self.d2 = StridedDown(base_c, base_c * 2)
         self.d3 = StridedDown(base_c * 2, base_c * 4)
@@ -301,7 +453,13 @@ class StridedUNet(_Network):
         )
         self._configure()
 
+    _way_down = ("d1", "d2", "d3", "d4")
+    _way_out = "o"
+
     def forward(self, x: Tensor) -> Tensor:
+        return self._telling(self._forward, x)  # type: ignore[no-any-return]
+
+    def _forward(self, x: Tensor) -> Tensor:
         act, config = self._enter(x)
         placed = Placed.alone(act)
         skips = []
@@ -319,6 +477,15 @@ class StridedUNet(_Network):
             "expected a network that ends in a 1×1 convolution, got StridedUNet; use nn.BCELoss of its output"
         )
 
+    def predict(self, *operands: Any, **settings: Any) -> Tensor:
+        """Not here, as :meth:`loss`."""
+        raise TypeError(
+            "expected a network that ends in a 1×1 convolution to logits, got StridedUNet, whose call returns "
+            "probabilities; compare those with a threshold, model.eval()(x) > 0.5"
+        )
+
+    predict_proba = predict
+
 
 class _HubNetwork(_LogitNetwork):
     """Four encoders with max-pooling, a bottleneck, four decoders behind 2×2 transposed convolutions.
@@ -327,7 +494,9 @@ class _HubNetwork(_LogitNetwork):
     """
 
     def __init__(self, in_channels: int, out_channels: int, init_features: int, backend: str, policy: str):
-        super().__init__(in_channels, backend, policy)
+        super().__init__(
+            backend, policy, in_channels=in_channels, out_channels=out_channels, init_features=init_features
+        )
         features = [init_features * 2**level for level in range(5)]
         for level, width in enumerate(features[:4], 1):
             before = in_channels if level == 1 else features[level - 2]
@@ -398,6 +567,9 @@ class PlainUNet(_HubNetwork):
     ):
         super().__init__(in_channels, out_channels, init_features, backend, policy)
 
+    _way_down = ("encoder1", "pool", "encoder2", "pool", "encoder3", "pool", "encoder4", "pool", "bottleneck")
+    _way_out = "output"
+
     def _block(self, in_channels: int, out_channels: int, name: str) -> ConvSequence:
         return ConvSequence(
             nn.Conv2d(in_channels, out_channels, 3, padding=1),
@@ -449,6 +621,10 @@ class BrainUNet(_HubNetwork):
     ):
         super().__init__(in_channels, out_channels, init_features, backend, policy)
 
+    _way_down = ("encoder1", "pool1", "encoder2", "pool2", "encoder3", "pool3", "encoder4", "pool4", "bottleneck")
+    _way_out = "conv"
+    _calls_for_logits = False
+
     def _block(self, in_channels: int, out_channels: int, name: str) -> ConvSequence:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for i, channels in ((1, in_channels), (2, out_channels)):
@@ -472,3 +648,6 @@ class BrainUNet(_HubNetwork):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(super().forward(x))
+
+
+_FORWARDS = (_LogitNetwork.forward, BrainUNet.forward)  # those that loss and predict know to do without

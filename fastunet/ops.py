@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fastunet import aten
@@ -27,6 +28,7 @@ from fastunet.aten import memory_format, stats_dtype
 
 BACKENDS = ("auto", "torch", "triton")
 _LIBRARY = torch.library.Library("fastunet", "DEF")
+_C, _dispatch_keys = torch._C, torch._C._dispatch_keys  # looked up a thousand times a step
 _FUNCTIONS: dict[Callable[..., Any], type[torch.autograd.Function]] = {}
 _IMPLEMENTATIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
@@ -68,6 +70,12 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
+def check_backend(backend: str) -> None:
+    """Raise ValueError for a ``backend`` that is none, before an operator prints its schema."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; check FASTUNET_BACKEND too")
+
+
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend ("torch" or "triton") that serves tensors of ``dtype`` on ``device``.
 
@@ -80,7 +88,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     """
     backend = _wished(backend)
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; check FASTUNET_BACKEND too")
+        check_backend(backend)
     if backend == "torch":
         return backend
     reason = None if device.type == "meta" and pretending() else triton_unavailable(device.type, device.index)
@@ -148,11 +156,13 @@ def _register(
 ) -> Callable[..., Any]:
     """Define one operator from its schema; its implementation is the function of that name in the chosen backend.
 
-    ``check`` raises ValueError or TypeError for operands that do not fit together: kernels trust sizes.
+    ``check`` raises ValueError or TypeError for operands that do not fit together: kernels trust sizes. Every operator
+    checks that all its tensors lie on one device.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     operator = getattr(torch.ops.fastunet, name).default
+    names = [argument.name for argument in operator._schema.arguments]
     deciding = _deciding(name)
 
     def implementation(*args: Any) -> Any:
@@ -166,12 +176,18 @@ def _register(
                     return call(*operands)
             return call(*operands)
 
+    def dispatched(*args: Any) -> Any:
+        _check_devices(names, deciding, args)
+        _refuse_tangents(args)
+        return implementation(*args)
+
     def checked_fake(*args: Any) -> Any:
+        _check_devices(names, deciding, args)
         check(*args[:-1])
         return fake(*args)
 
-    _IMPLEMENTATIONS[operator] = implementation
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _IMPLEMENTATIONS[operator] = implementation  # for those who have made sure of what the dispatcher's way checks
+    _LIBRARY.impl(name, dispatched, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastunet::{name}", checked_fake, lib=_LIBRARY)
     if function is not None:
         _FUNCTIONS[operator] = function
@@ -179,10 +195,61 @@ def _register(
     return operator  # type: ignore[no-any-return]
 
 
+def _check_devices(names: Sequence[str], deciding: int, args: Sequence[Any]) -> None:
+    """Every tensor lies where the one does that decides the backend: kernels trust pointers, and what ATen makes of a
+    tensor on the meta device is memory that nobody wrote."""
+    device = args[deciding].device
+    for name, x in zip(names, args, strict=True):
+        if isinstance(x, Tensor) and x.device != device:
+            raise ValueError(
+                f"expected {name} on {device}, where {names[deciding]} is, got one on {x.device}; move one of them"
+            )
+
+
+def _refuse_tangents(args: Sequence[Any]) -> None:
+    """Refuse forward-mode derivatives, which would silently be zero."""
+    if forward_ad._current_level < 0:
+        return
+    for x in args:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                "expected no forward-mode derivative, got a tensor with a tangent: fastunet's operators differentiate "
+                "backward only; fastunet.reference has the same networks with both"
+            )
+
+
 def _differentiable(operator: Callable[..., Any], *args: Any) -> Any:
     if torch.is_grad_enabled():
-        return _FUNCTIONS[operator].apply(*args)
+        return _applied(_FUNCTIONS[operator], *args)
     return _run(operator, *args)
+
+
+def _applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, whose errors for what has no derivative here are a sentence of this library's."""
+    try:
+        return function.apply(*args)
+    except RuntimeError:
+        if not torch.compiler.is_compiling():
+            refuse_transforms()
+            _refuse_tangents(args)
+        raise
+
+
+def refuse_tracing() -> None:
+    """Say that torch.jit.trace is not served."""
+    raise RuntimeError(
+        "expected a call outside torch.jit.trace, which does not know fastunet's operators; use torch.export, or trace "
+        "the same computation of fastunet.reference"
+    )
+
+
+def refuse_transforms() -> None:
+    """Say why a call inside a transform of torch.func failed, if it was one."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "expected no transform of torch.func, got a call inside one: fastunet's operators have none; "
+            "fastunet.reference has the same networks for them"
+        )
 
 
 def call(operator: Callable[..., Any], *args: Any) -> Any:
@@ -212,26 +279,32 @@ def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 def _run(operator: Callable[..., Any], *args: Any) -> Any:
     """``operator(*args)`` without a derivative.
 
-    Where nobody else is to see the call, and no argument is more than it seems, it is the implementation's, without the
-    dispatcher's 20 µs.
+    Where nobody else is to see the call, no argument is more than it seems and all lie on one device, it is the
+    implementation's, without the dispatcher's 20 µs.
     """
     if torch.compiler.is_dynamo_compiling():  # which knows operators, and not what follows
         return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         if _unseen() and _plain(args):
             return _IMPLEMENTATIONS[operator](*args)
-        return operator(*args)
+        try:
+            return operator(*args)
+        except RuntimeError:
+            if torch._C._get_tracing_state():  # which fails an assertion of its own at lists of integers
+                refuse_tracing()
+            raise
 
 
 def _unseen() -> bool:
-    """Whether no mode, transform, tracer or profiler watches."""
+    """Whether no mode, transform, tracer, profiler or forward-mode derivative watches."""
     return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state()
-        or torch._C._autograd._profiler_enabled()
+        _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack()
+        or _C._dispatch_tls_is_dispatch_key_included(_C.DispatchKey.PreDispatch)
+        or _C._are_functorch_transforms_active()
+        or _C._get_tracing_state()
+        or _C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
     )
 
 
@@ -247,14 +320,31 @@ _PLAIN = {type(None), bool, int, float, str, list, tuple, torch.Size, torch.dtyp
 
 
 def _plain(args: Sequence[Any]) -> bool:
-    """Whether arguments are what they seem: no subclass, no view with a sign, no symbol, nothing batched or fake."""
+    """Whether arguments are what they seem, no subclass, no view with a sign, no symbol, nothing batched or fake, and
+    the tensors lie on one device."""
+    first = None
     for x in args:
-        if isinstance(x, Tensor):
-            if torch._C._dispatch_keys(x).raw_repr() not in _ORDINARY:
-                return False
-        elif type(x) not in _PLAIN:
+        if type(x) in _PLAIN:
+            continue
+        if not isinstance(x, Tensor) or _dispatch_keys(x).raw_repr() not in _ORDINARY:
+            return False
+        place = x.get_device()  # of the CPU −1; sooner told than x.device
+        if first is None:
+            first = place
+        elif place != first:
             return False
     return True
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether code may look at the values of ``x`` here and now: it is no fake, no batch, and nobody traces."""
+    return not (
+        torch._C._dispatch_keys(x).raw_repr() not in _ORDINARY
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
+        or torch._C._get_tracing_state()
+    )
 
 
 def _given(gradient: Tensor, wanted: bool) -> Tensor | None:
@@ -266,7 +356,7 @@ def _shape(x: Tensor) -> str:
 
 
 def _check_source(x: Tensor, affine: Tensor | None, like: Tensor) -> None:
-    """One source, beside operand ``like``: rank, batch, dtype, device, and an affine that fits it."""
+    """One source, beside operand ``like``: rank, batch, dtype, and an affine that fits it."""
     if x.dim() != 4:
         raise ValueError(f"expected a source of shape (N, C, H, W), got {_shape(x)}")
     if x.shape[0] != like.shape[0]:
@@ -284,8 +374,6 @@ def _check_source(x: Tensor, affine: Tensor | None, like: Tensor) -> None:
 def _check_kind(name: str, x: Tensor, like: Tensor) -> None:
     if x.dtype != like.dtype:
         raise TypeError(f"expected a {name} of the source's dtype {like.dtype}, got {x.dtype}")
-    if x.device != like.device:
-        raise ValueError(f"expected a {name} on the source's device {like.device}, got one on {x.device}")
 
 
 def _check_filters(
@@ -406,15 +494,26 @@ class _BnAffineRunning(torch.autograd.Function):
         return *_bn_gradients(ctx, daffine), *(None,) * 6
 
 
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_NO_WIDER = {torch.float32: (torch.float32, torch.bfloat16, torch.float16), torch.float64: _FLOATING}
+
+
 def _check_bn_affine(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *running: Tensor | float
 ) -> None:
-    vectors = {"var": var, "weight": weight, "bias": bias}
-    if len(running) > 1:
-        vectors |= dict(zip(("running_mean", "running_var"), running, strict=False))  # type: ignore[arg-type]
-    for name, vector in vectors.items():
-        if vector is not None and vector.shape != mean.shape:
+    narrow = _NO_WIDER.get(mean.dtype, ())
+    vectors: list[tuple[str, Any, tuple[torch.dtype, ...]]]
+    vectors = [("var", var, narrow), ("weight", weight, narrow), ("bias", bias, narrow)]
+    if len(running) > 1:  # what moves towards the statistics may have any dtype
+        vectors += [("running_mean", running[0], _FLOATING), ("running_var", running[1], _FLOATING)]
+    shape = mean.shape
+    for name, vector, dtypes in vectors:
+        if vector is None:
+            continue
+        if vector.shape != shape:
             raise ValueError(f"expected a {name} of the statistics' shape {_shape(mean)}, got {_shape(vector)}")
+        if vector.dtype not in dtypes:
+            raise TypeError(f"expected a {name} of {mean.dtype}, as the statistics, or narrower, got {vector.dtype}")
 
 
 bn_affine = _register(
@@ -822,7 +921,7 @@ max_pool2x2_backward = _register(
 # A pooled activation is also a skip connection: pool_fork returns (pooled, x), and its backward adds the two gradients
 # in the pass that scatters the first. x comes back as a view, which only a composite operator may return.
 _LIBRARY.define("pool_fork(Tensor(a) x, Tensor? affine, str backend) -> (Tensor, Tensor(a))")
-_LIBRARY.impl("pool_fork", _PoolFork.apply, "CompositeImplicitAutograd")
+_LIBRARY.impl("pool_fork", lambda *args: _applied(_PoolFork, *args), "CompositeImplicitAutograd")
 pool_fork = torch.ops.fastunet.pool_fork.default
 
 

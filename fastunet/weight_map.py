@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastunet.checks import check_number, check_tensor
+
 
 def unet_weight_map(
     labels: Tensor, w0: float = 10.0, sigma: float = 5.0, class_weight: tuple[float, float] = (1.0, 1.0)
@@ -32,16 +34,19 @@ def unet_weight_map(
         ValueError: another shape, or sigma ≤ 0.
         TypeError: floating-point labels.
     """
+    check_tensor("labels", labels)
     if labels.dim() not in (2, 3):
         raise ValueError(f"expected labels of shape (H, W) or (N, H, W), got {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"expected integer labels, or a bool mask, got {labels.dtype}; convert them with .long()")
+    for name, value in (("w0", w0), ("sigma", sigma)):
+        check_number(name, value)
     if sigma <= 0:
         raise ValueError(f"expected sigma > 0, got {sigma}")
     if labels.numel() == 0:
         return torch.zeros(labels.shape, device=labels.device)
     cells = labels if labels.dim() == 3 else labels.unsqueeze(0)
-    cells = _components(cells) if cells.dtype == torch.bool else cells.to(torch.int32)
+    cells = _components(cells) if cells.dtype == torch.bool else cells.to(torch.int64)
     d1, d2 = _two_nearest(cells, math.ceil(7 * sigma))  # farther, the second term is below 3e-11·w0
     border = w0 * torch.exp(-((d1.sqrt() + d2.sqrt()) ** 2) / (2 * sigma**2))
     base = torch.where(cells != 0, class_weight[1], class_weight[0])

@@ -112,27 +112,36 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """``kernel[grid](*args, **options)``, with ``args`` before all constants.
 
     Triton examines every argument at every launch: of a convolution for 31 µs, 14 here. What was launched before with
-    the same integers, options and types, and pointers as well aligned, is launched as it was compiled then.
+    the same integers, options and types, and pointers as well aligned, is launched as it was compiled then: on the
+    device of its tensors, which is one, or a host's pointer would reach the GPU unexamined.
     """
     # The interpreter's kernels; and those of AMD, whose addresses have 32 bits where a tensor is small.
     if not isinstance(kernel, JITFunction) or torch.version.hip is not None:
         kernel[grid](*args, **options)
         return
     key = [kernel.fn, *options, *options.values()]
-    address, device = 0, None
+    address, place, last = 0, None, None
     for x in args:
         kind = type(x)
         if kind is int:
             key.append(x)
-        elif kind is TensorDescriptor:
-            key += x.base.dtype, *x.block_shape
+            continue
+        if kind is TensorDescriptor:
+            last = x.base
+            key += x.block_shape
         elif isinstance(x, Tensor):
-            key.append(x.dtype)
+            last = x
             address |= x.data_ptr()
-            device = x.device
         else:
             key += kind, x
-    known = (device, *key)
+            continue
+        key.append(last.dtype)
+        here = last.get_device()  # of the CPU −1; sooner told than last.device
+        if here != place:
+            if place is not None:
+                raise ValueError(f"expected the tensors of a launch on one device, got one on {last.device} among them")
+            place = here
+    known = (None if last is None else last.device, *key)
     compiled, constants = _compiled.get(known, (None, ()))
     if compiled is not None and address % 16 == 0:
         three = *grid, 1, 1  # dimensions, or more: the first three count

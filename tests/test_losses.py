@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet.losses import (
@@ -587,3 +592,103 @@ def test_check_labels_accepts_ignored_labels_and_nothing_else() -> None:
     check_labels(torch.tensor([], dtype=torch.int64), 3)
     with pytest.raises(ValueError, match="got 156"):  # −100 in 8 bits
         check_labels(torch.tensor([0, 156], dtype=torch.uint8), 3)
+
+
+KINDS = [DiceLoss, DiceCELoss, CrossEntropyLoss, TverskyLoss, GeneralizedDiceLoss]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_are_not_looked_at_while_somebody_traces(kind: type[torch.nn.Module]) -> None:
+    loss = kind(backend="torch")
+    expected = loss(LOGITS, LABELS)
+    with FakeTensorMode() as mode:
+        fake = loss(mode.from_tensor(LOGITS), mode.from_tensor(LABELS))
+        assert fake.shape == expected.shape
+    for options in ({}, {"tracing_mode": "fake"}, {"pre_dispatch": True}):
+        graph = make_fx(lambda x, y: loss(x, y), **options)(LOGITS, LABELS)
+        torch.testing.assert_close(graph(LOGITS, LABELS), expected)
+    with torch.no_grad():
+        each = torch.vmap(lambda x, y: loss(x, y))(LOGITS.unsqueeze(1), LABELS.unsqueeze(1))
+    torch.testing.assert_close(each[0], loss(LOGITS[:1], LABELS[:1]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_losses_refuse_labels_out_of_range(kind: type[torch.nn.Module]) -> None:
+    loss = kind(backend="torch", ignore_index=255)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    labels = LABELS.to(torch.uint8)
+    labels[0, 0, 0] = 255
+    torch.testing.assert_close(compiled(LOGITS, labels), loss(LOGITS, labels))
+    wrong = torch.full_like(labels, 10)
+    with pytest.raises(ValueError, match="expected labels from 0 to 2 or ignore_index=255, got 10"):
+        loss(LOGITS, wrong)
+    with pytest.raises(RuntimeError, match="expected labels from 0 to 2 or ignore_index=255, got others"):
+        compiled(LOGITS, wrong)
+
+
+def test_options_are_told() -> None:
+    assert repr(DiceLoss(weight=[1.0, 3.0], ignore_index=255, jaccard=True)) == (
+        "DiceLoss(sigmoid=False, reduction='mean', ignore_index=255, backend='auto', include_background=True, "
+        "smooth_nr=1e-05, smooth_dr=1e-05, batch=True, micro=False, ignore_absent=False, squared_pred=False, "
+        "jaccard=True, log=False, weight=[1.0, 3.0])"
+    )
+    for kind, option in (
+        (CrossEntropyLoss, "label_smoothing=0.5"), (DiceCELoss, "lambda_ce=0.5"), (TverskyLoss, "beta=0.5"),
+    ):  # fmt: skip
+        name, _, value = option.partition("=")
+        assert option in repr(kind(**{name: float(value)}))
+    assert "w_type='simple'" in repr(GeneralizedDiceLoss(w_type="simple"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DiceLoss(weight=[1.0, math.nan]), "expected weight to be one factor ≥ 0 per class, and finite"),
+        (
+            lambda: CrossEntropyLoss(weight=[1.0, math.inf]),
+            "expected weight to be one factor ≥ 0 per class, and finite",
+        ),
+        (lambda: DiceCELoss(weight=torch.ones(2, dtype=torch.complex64)), "expected weight to be real factors"),
+        (lambda: TverskyLoss(weight=[True, False]), "expected weight to be real factors"),
+        (lambda: TverskyLoss(gamma=math.nan), "expected gamma to be finite, got nan"),
+        (lambda: TverskyLoss(gamma=math.inf), "expected gamma to be finite, got inf"),
+        (lambda: TverskyLoss(alpha=math.nan), "expected alpha to be finite, got nan"),
+        (lambda: DiceLoss(smooth_nr=None), "expected smooth_nr as a number, got None"),
+        (lambda: GeneralizedDiceLoss(smooth_dr=math.nan), "expected smooth_dr to be finite, got nan"),
+        (lambda: DiceCELoss(lambda_ce=math.nan), "expected lambda_ce to be finite, got nan"),
+        (lambda: CrossEntropyLoss(label_smoothing=True), "expected label_smoothing as a number, got True"),
+        (lambda: DiceLoss(ignore_index=1.5), r"expected ignore_index as an integer or None, got 1\.5"),
+        (lambda: DiceLoss(ignore_index=True), "expected ignore_index as an integer or None, got True"),
+        (lambda: DiceLoss(backend=None), "backend must be one of auto, torch, triton, got None"),
+        (lambda: DiceLoss(softmax=True), "expected an argument of DiceLoss, got softmax: a softmax is the default"),
+        (lambda: DiceCELoss(to_onehot_y=True), "expected an argument of DiceCELoss, got to_onehot_y: labels are"),
+        (lambda: TverskyLoss(wieght=[1.0]), "expected an argument of TverskyLoss, got wieght$"),
+        (lambda: softmax_stats(LOGITS, LABELS, backend=None), "backend must be one of auto, torch, triton, got None"),
+        (lambda: softmax_stats(LOGITS, LABELS, ignore_index=0.5), "expected ignore_index as an integer or None"),
+        (lambda: DiceLoss()(LOGITS.numpy(), LABELS), "expected logits as a torch.Tensor, got ndarray"),
+        (lambda: DiceLoss()(LOGITS, LABELS.numpy()), "expected labels as a torch.Tensor, got ndarray"),
+        (lambda: CrossEntropyLoss()(LOGITS, LABELS, [1.0]), "expected pixel_weight as a torch.Tensor, got list"),
+        (lambda: DiceLoss()(LOGITS, LABELS.unsqueeze(1)), r"drop the channel with labels\.squeeze\(1\)"),
+    ],
+)
+def test_refusals_are_a_sentence(make: Callable[[], object], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+    assert "_OverlapLoss" not in str(error.value)
+
+
+def test_integers_of_numpy_are_an_ignore_index() -> None:
+    loss = DiceLoss(ignore_index=np.int64(1))
+    torch.testing.assert_close(loss(LOGITS, LABELS), DiceLoss(ignore_index=1)(LOGITS, LABELS))
+    assert type(loss.ignore_index) is int
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_labels_are_checked(dtype: torch.dtype) -> None:
+    check_labels(torch.tensor([0, 2]).to(dtype), 3)
+    with pytest.raises(ValueError, match="got 7;"):
+        check_labels(torch.tensor([0, 7]).to(dtype), 3)
+    if dtype == torch.uint64:
+        with pytest.raises(ValueError, match=f"got {2**64 - 100};"):
+            check_labels(torch.tensor([-100]).to(dtype), 3, ignore_index=255)

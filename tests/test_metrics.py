@@ -245,3 +245,96 @@ def test_dice_coeff_refuses_other_shapes(shapes: tuple[tuple[int, ...], tuple[in
         dice_coeff(torch.zeros(shapes[0]), torch.zeros(shapes[1]), pooled)
     with pytest.raises(ValueError, match="expected"):
         multiclass_dice_coeff(torch.zeros(shapes[0]), torch.zeros(shapes[1]).sum(0), pooled)
+
+
+def test_its_state_and_its_options_are_told() -> None:
+    matrix = ConfusionMatrix(2, ignore_index=255, threshold=0.5, backend="torch")
+    assert repr(matrix) == "ConfusionMatrix(num_classes=2, ignore_index=255, threshold=0.5, backend='torch')"
+    matrix.update(torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0, 1, 0]]]))
+    holder = torch.nn.ModuleDict({"score": matrix})
+    assert {name: value.tolist() for name, value in holder.state_dict().items()} == {"score.matrix": [[1, 1], [0, 1]]}
+    other = torch.nn.ModuleDict({"score": ConfusionMatrix(2)})
+    other.load_state_dict(holder.state_dict())
+    assert torch.equal(other["score"].matrix, matrix.matrix)
+    other["score"].reset()
+    assert matrix.matrix.sum() == 3  # a copy
+    other.load_state_dict({})  # of a checkpoint that was written without counts
+    with pytest.raises(ValueError, match=r"expected counts of shape \(3, 3\), got \(2, 2\)"):
+        ConfusionMatrix(3).load_state_dict(matrix.state_dict())
+    assert matrix.half().matrix.dtype == torch.int64
+    assert matrix.to("meta").matrix.device.type == "meta"
+
+
+class _Scored(torch.nn.Module):
+    """A module with a score inside, as Lightning's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(1, 1)
+        self.score = ConfusionMatrix(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y
+
+
+def _score_in_ddp(rank: int, store: str, result: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = torch.nn.parallel.DistributedDataParallel(_Scored())
+    score = model.module.score
+    for _ in range(3):
+        model(torch.ones(1, 1))
+        score.update(torch.full((1, 1, 4), rank), torch.zeros(1, 1, 4, dtype=torch.int64))
+    total = score.all_reduce()
+    if rank == 0:
+        torch.save(total.matrix, result)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this build of PyTorch has no torch.distributed")
+def test_counts_inside_a_ddp_module_are_those_of_their_process(tmp_path: Path) -> None:
+    result = tmp_path / "matrix.pt"
+    torch.multiprocessing.spawn(_score_in_ddp, (str(tmp_path / "store"), str(result)), nprocs=2)
+    assert torch.load(result).tolist() == [[12, 12], [0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_labels(dtype: torch.dtype) -> None:
+    mask, labels = torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0, 1, 0]]]).to(dtype)
+    matrix = ConfusionMatrix(2)
+    matrix.update(mask, labels)
+    assert matrix.matrix.tolist() == [[1, 1], [0, 1]]
+    with pytest.raises(ValueError, match="expected labels from 0 to 1 or ignore_index=None, got 7"):
+        matrix.update(mask, (labels.long() + 7).to(dtype))
+    with pytest.raises(ValueError, match="expected classes from 0 to 1 in the mask, got 7"):
+        matrix.update((mask + 7).to(dtype), labels)
+
+
+def test_batches_of_what_is_no_tensor_or_has_a_channel_too_many() -> None:
+    matrix, labels = ConfusionMatrix(3), torch.zeros(2, 4, 5, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"expected prediction as a torch\.Tensor, got ndarray"):
+        matrix.update(torch.zeros(2, 3, 4, 5).numpy(), labels)
+    with pytest.raises(TypeError, match=r"expected labels as a torch\.Tensor, got list"):
+        matrix.update(torch.zeros(2, 3, 4, 5), labels.tolist())
+    with pytest.raises(ValueError, match=r"drop the channel with labels\.squeeze\(1\)"):
+        matrix.update(torch.zeros(2, 3, 4, 5), labels.unsqueeze(1))
+    with pytest.raises(TypeError, match=r"expected ignore_index as an integer or None, got 1\.5"):
+        ConfusionMatrix(3, ignore_index=1.5)
+    with pytest.raises(ValueError, match="backend must be one of"):
+        ConfusionMatrix(3, backend=None)
+    with pytest.raises(TypeError, match=r"expected num_classes as an integer, got 3\.0"):
+        ConfusionMatrix(3.0)
+    with pytest.raises(TypeError, match="expected threshold as a number, got None"):
+        ConfusionMatrix(3, threshold=None)
+    with pytest.raises(TypeError, match=r"expected input as a torch\.Tensor, got ndarray"):
+        dice_coeff(torch.zeros(4, 5).numpy(), torch.zeros(4, 5))
+
+
+def test_a_compiled_update_counts_and_refuses_labels_out_of_range() -> None:
+    matrix, prediction = ConfusionMatrix(3, backend="torch"), torch.randn(2, 3, 4, 5)
+    labels = torch.randint(0, 3, (2, 4, 5))
+    update = torch.compile(matrix.update, fullgraph=True, backend="aot_eager")
+    update(prediction, labels)
+    assert matrix.matrix.sum() == 40
+    with pytest.raises(RuntimeError, match="expected classes in range"):
+        update(prediction, labels + 3)

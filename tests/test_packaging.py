@@ -34,18 +34,46 @@ def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
     )
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built without network from a copy of the sources."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def copy_sources(source: Path) -> None:
+    """What the package is built from."""
     for name in ("fastunet", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built without network from a copy of the sources."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    copy_sources(source)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
     done = run(*pip, str(target), str(source), cwd=target)
     assert done.returncode == 0, done.stderr
     return next(target.glob("fastunet-*.whl"))
+
+
+def test_an_editable_install_works_beside_a_folder_of_its_name(tmp_path):
+    """README's clone command makes a folder fastunet; from where it lies, that must not be the package."""
+    clone, site = tmp_path / "home" / "fastunet", tmp_path / "site"
+    clone.mkdir(parents=True)
+    copy_sources(clone)
+    build = "from setuptools import build_meta; import sys; build_meta.build_editable(sys.argv[1])"
+    done = run(sys.executable, "-c", build, str(tmp_path), cwd=clone)
+    assert done.returncode == 0, done.stderr
+    zipfile.ZipFile(next(tmp_path.glob("fastunet-*.whl"))).extractall(site)
+    (clone / "fastunet" / "new.py").write_text("came = 'since'")  # as a pull may bring them
+    (clone / "kernels" / "newer.py").write_text("came = 'since'")
+    code = (
+        "import site, sys; site.addsitedir(sys.argv[1]);"
+        "import fastunet, fastunet.new, fastunet.kernels, fastunet.kernels.newer, importlib.util;"
+        "print(fastunet.UNet(1, 1, base_c=1).n_channels, fastunet.new.__file__, fastunet.kernels.newer.__file__);"
+        "assert importlib.util.find_spec('kernels') is None"
+    )
+    for folder in (clone.parent, tmp_path):
+        done = run(sys.executable, "-c", code, str(site), cwd=folder, PYTHONPATH="")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == ["1", str(clone / "fastunet" / "new.py"), str(clone / "kernels" / "newer.py")]
 
 
 def test_wheel_holds_every_module_and_no_top_level_kernels(wheel):

@@ -1,0 +1,190 @@
+"""Batch norms in every state that nn.BatchNorm2d knows, beside it; and what is no derivative of this library's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+
+import fastunet
+from fastunet import functional, losses, ops
+from fastunet.blocks import ConvSequence
+
+
+def block() -> ConvSequence:
+    return ConvSequence(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+
+
+def set_to_none(*names: str) -> Callable[[nn.BatchNorm2d], None]:
+    def change(norm: nn.BatchNorm2d) -> None:
+        for name in names:
+            setattr(norm, name, None)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_to_none("num_batches_tracked"),
+        set_to_none("num_batches_tracked", "momentum"),
+        set_to_none("momentum"),
+        set_to_none("running_mean", "running_var"),
+        set_to_none("running_mean", "running_var", "num_batches_tracked"),
+        lambda norm: setattr(norm, "track_running_stats", False),
+    ],
+    ids=["no-count", "no-count-cumulative", "cumulative", "no-statistics", "nothing", "not-tracking"],
+)
+@pytest.mark.parametrize("train", [True, False], ids=["training", "eval"])
+def test_states_of_a_batch_norm(change: Callable[[nn.BatchNorm2d], None], train: bool, backend: str) -> None:
+    ours = block().train(train)
+    ours.config = ours.config._replace(backend=backend)
+    change(ours[1])
+    theirs = nn.Sequential(*copy.deepcopy(list(ours)))
+    x = torch.randn(2, 3, 6, 8)
+    for scale in (1, 3):
+        torch.testing.assert_close(ours(scale * x), theirs(scale * x), rtol=1e-4, atol=1e-5)
+    for mine, other in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("missing", ["running_mean", "running_var"])
+@pytest.mark.parametrize("train", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_one_statistic_without_the_other_is_refused(missing: str, train: bool, grad: bool) -> None:
+    ours = block().train(train)
+    setattr(ours[1], missing, None)
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(ValueError, match=f"expected a batch norm with running_mean and running_var.*got no {missing}"),
+    ):
+        ours(torch.randn(2, 3, 6, 8))
+    model = fastunet.UNet(3, 2, base_c=4, backend="torch").train(train)
+    setattr(model.up3.conv.double_conv[1], missing, None)
+    with pytest.raises(ValueError, match=rf"got no {missing}.*\(up3\.conv\.double_conv\.1\)"):
+        model(torch.randn(2, 3, 16, 16))
+
+
+def test_an_empty_batch_is_counted() -> None:
+    ours = block()
+    theirs = nn.Sequential(*copy.deepcopy(list(ours)))
+    for module in (ours, theirs):
+        module(torch.zeros(0, 3, 6, 8))
+    for mine, other in zip(ours.buffers(), theirs.buffers(), strict=True):
+        assert torch.equal(mine, other)
+    assert ours[1].num_batches_tracked == 1
+
+
+def test_a_cumulative_norm_compiles_into_one_graph() -> None:
+    model = fastunet.UNet(3, 2, base_c=4, backend="torch")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    compiled = copy.deepcopy(model)
+    step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        x = torch.randn(2, 3, 16, 16)
+        model(x)
+        step(x)
+    for mine, other in zip(compiled.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+# ---- functional.conv_bn_relu -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"training": True, "running_mean": torch.zeros(4)}, "or neither, got running_mean alone"),
+        ({"training": True, "running_var": torch.ones(4)}, "or neither, got running_var alone"),
+        ({"training": False, "running_var": torch.ones(4)}, "or neither, got running_var alone"),
+        ({"training": True, "stride": 2.0}, "expected stride as an integer, got 2.0"),
+        ({"training": True, "momentum": None}, "expected momentum as a number, got None"),
+        ({"training": True, "eps": None}, "expected eps as a number, got None"),
+        ({"training": True, "backend": None}, "backend must be one of auto, torch, triton, got None"),
+        ({"training": True, "bn_weight": torch.ones(4, dtype=torch.bool)}, "expected bn_weight in floating point, got"),
+        ({"training": True, "eps": float("nan")}, "expected eps to be finite, got nan"),
+        ({"training": True, "bn_bias": torch.ones(4).double()}, "expected bn_bias no wider than x, which is"),
+        ({"training": True, "bn_bias": torch.ones(4, dtype=torch.int64)}, "expected bn_bias in floating point, got"),
+        ({"training": True, "bias": [0.0] * 4}, "expected bias as a torch.Tensor, got list"),
+    ],
+)  # fmt: skip
+def test_conv_bn_relu_refuses_in_a_sentence(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message) as error:
+        functional.conv_bn_relu(torch.randn(2, 3, 6, 8), torch.randn(4, 3, 3, 3), **arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64])
+def test_operators_refuse_parameters_of_other_dtypes(dtype: torch.dtype, backend: str) -> None:
+    mean, var, one = torch.zeros(4), torch.ones(4), torch.ones(4, dtype=dtype)
+    for weight, bias in ((one, None), (None, one)):
+        with pytest.raises(TypeError, match=r"expected a (weight|bias) of torch\.float32"):
+            ops.bn_affine(mean, var, weight, bias, 1e-5, backend)
+
+
+# ---- forward-mode derivatives ------------------------------------------------------------------------------------
+
+
+def answers(x: Tensor, labels: Tensor) -> dict[str, Callable[[], object]]:
+    """Calls of everything that is differentiable, on a tensor that has a tangent."""
+    model = fastunet.UNet(3, 2, base_c=4, backend="torch")
+    weight = torch.randn(4, 3, 1, 1)
+    return {
+        "network": lambda: model(x),
+        "eval": lambda: copy.deepcopy(model).eval()(x),
+        "predict": lambda: model.predict(x),
+        "predict_proba": lambda: model.predict_proba(x),
+        "network's loss": lambda: model.loss(x, labels, losses.CrossEntropyLoss()),
+        "loss": lambda: losses.CrossEntropyLoss()(x, labels),
+        "miou": lambda: functional.miou(x, labels),
+        "head_loss": lambda: functional.head_loss(x, weight, None, labels, losses.CrossEntropyLoss()),
+        "conv_bn_relu": lambda: functional.conv_bn_relu(x, weight, training=True),
+        "upsample": lambda: functional.upsample_pad_concat(x, x),
+        "pool": lambda: torch.ops.fastunet.pool_fork(x, None, "torch"),
+        "block": lambda: block()(x),
+    }
+
+
+@pytest.mark.parametrize("name", answers(torch.zeros(0), torch.zeros(0)))
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_forward_mode_derivatives_are_refused(name: str, grad: bool) -> None:
+    labels = torch.randint(0, 2, (2, 16, 16))
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        x = forward_ad.make_dual(torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16))
+        with pytest.raises(RuntimeError, match="expected no forward-mode derivative, got a tensor with a tangent"):
+            answers(x, labels)[name]()
+
+
+def test_no_tangent_no_refusal() -> None:
+    x = torch.randn(2, 3, 16, 16)
+    model = fastunet.UNet(3, 2, base_c=4, backend="torch").eval()
+    expected = model(x)
+    with forward_ad.dual_level():
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_losses_refuse_transforms_in_a_sentence() -> None:
+    labels = torch.randint(0, 2, (2, 16, 16))
+    with pytest.raises(RuntimeError, match=r"expected no transform of torch\.func, got a call inside one"):
+        torch.func.grad(lambda x: losses.DiceLoss()(x, labels))(torch.randn(2, 3, 16, 16))
+
+
+def test_tracing_is_refused_in_a_sentence() -> None:
+    x, labels, weight = torch.randn(2, 3, 16, 16), torch.zeros(2, 16, 16, dtype=torch.int64), torch.randn(4, 3, 3, 3)
+    for traced in (
+        lambda x: losses.DiceLoss(backend="torch")(x, labels),
+        lambda x: functional.conv_bn_relu(x, weight, training=True, backend="torch"),
+        block(),
+    ):
+        for grad in (True, False):
+            with (
+                torch.set_grad_enabled(grad),
+                pytest.raises(RuntimeError, match=r"expected a call outside torch\.jit\.trace"),
+            ):
+                torch.jit.trace(traced, (x,))
