@@ -86,10 +86,108 @@ def _normalise_backward(
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(affine)
     scale, _, centre = affine.contiguous().unbind(0)  # ATen's channels_last kernels take the rows for dense
-    dx, dscale, dshift = aten.native_batch_norm_backward(
-        dz, x, scale, centre, torch.ones_like(centre), None, None, False, 0.0, [True, True, True]
-    )
+    one = torch.ones_like(centre)
+    if adds_one_by_one(x):
+        dz = channels_last(dz)
+        dscale, dshift = _pixel_dots(x, dz, centre)
+        dx, _, _ = aten.native_batch_norm_backward(
+            dz, x, scale, centre, one, None, None, False, 0.0, [True, False, False]
+        )
+    else:
+        dx, dscale, dshift = aten.native_batch_norm_backward(
+            dz, x, scale, centre, one, None, None, False, 0.0, [True, True, True]
+        )
     return dx, torch.stack([dscale, dshift, -scale * dshift])
+
+
+# ---- sums over pixels --------------------------------------------------------------------------------------------
+
+_COLUMNS, _ROWS = 1024, 1024  # of a block: vectors long enough for a CPU, in its caches, and sums short enough
+MANY_PIXELS = 1 << 17  # from where on sums that ATen adds up one by one lose more than float32's other roundings
+
+
+def adds_one_by_one(x: Tensor) -> bool:
+    """Whether ATen's batch norm adds the values of x's channels one after another, which loses digits: in channels_last
+    memory on a CPU, where 2 million pixels leave a variance three."""
+    return x.device.type == "cpu" and x.numel() > 0 and x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _blocks(x: Tensor) -> tuple[int, tuple[Tensor, ...]]:
+    """channels_last memory as blocks (rows, pixels · C, 1, 1) of at most 1024 rows, and the pixels in a row.
+
+    A batch norm of a block, with every pixel of a row as channels of its own, has short sums and long vectors.
+    """
+    batch, channels, height, width = x.shape
+    count = batch * height * width
+    pixels = next(k for k in range(max(1, _COLUMNS // channels), 0, -1) if count % k == 0)
+    return pixels, x.permute(0, 2, 3, 1).reshape(count // pixels, pixels * channels, 1, 1).split(_ROWS)
+
+
+def _pixel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of channels_last memory, merged from those of short sums."""
+    pixels, blocks = _blocks(x)
+    found = []
+    for block in blocks:
+        means, variances = torch.batch_norm_update_stats(block, None, None, 0.0)
+        between, mean = torch.var_mean(means.view(pixels, -1), 0, correction=0)
+        found.append((mean, between.add_(variances.view(pixels, -1).mean(0))))
+    if len(found) == 1:
+        return found[0]
+    means, variances = (torch.stack(each).to(torch.float64) for each in zip(*found, strict=True))
+    shares = means.new_tensor([[block.shape[0] * pixels * x.shape[1] / x.numel()] for block in blocks])
+    mean = (means * shares).sum(0)
+    var = ((variances + (means - mean).square()) * shares).sum(0)
+    return mean.to(x.dtype), var.to(x.dtype)
+
+
+def _pixel_dots(x: Tensor, dz: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ dz·(x − centre) and Σ dz over the pixels, per channel, of two tensors in channels_last memory."""
+    pixels, blocks = _blocks(x)
+    centres = centre.repeat(pixels)
+    ones = torch.ones_like(centres)
+    dots = [
+        aten.native_batch_norm_backward(
+            g, block, None, None, None, centres, ones, True, 0.0, [False, True, True]
+        )[1:]
+        for block, g in zip(blocks, _blocks(dz)[1], strict=True)
+    ]
+    dscale, dshift = (torch.stack(each).view(-1, x.shape[1]).sum(0) for each in zip(*dots, strict=True))
+    return dscale, dshift
+
+
+def batch_norm_act(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch norm in training, and perhaps a ReLU, of float32 channels_last memory: (z, mean, biased variance)."""
+    mean, var = _pixel_stats(x)
+    z = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
+    return z.relu_() if relu else z, mean, var
+
+
+def batch_norm_act_backward(
+    dz: Tensor, x: Tensor, z: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dx, dweight, dbias) of :func:`batch_norm_act`: dx = scale·(g − Σg/M − x̂·Σg·x̂/M), g under the ReLU."""
+    dz = channels_last(dz)
+    g = aten.threshold_backward(dz, z, 0) if relu else dz
+    rstd = torch.rsqrt(var + eps)
+    count = x.numel() // x.shape[1]
+    if count < MANY_PIXELS:
+        dx, dweight, dbias = aten.native_batch_norm_backward(
+            g, x, weight, None, None, mean, rstd, True, eps, [True, True, True]
+        )
+        return dx, dweight, dbias
+    dscale, dbias = _pixel_dots(x, g, mean)
+    dweight = dscale * rstd
+    scale = rstd if weight is None else rstd * weight
+    slope = scale * dweight * rstd / -count
+    level = scale * dbias / -count - slope * mean
+    dx = g if relu else torch.empty_like(x)
+    pixels, blocks = _blocks(x)
+    scale, slope, level = torch.stack([scale, slope, level]).repeat(1, pixels)[..., None, None]
+    for block, g_block, out in zip(blocks, _blocks(g)[1], _blocks(dx)[1], strict=True):
+        torch.addcmul(level, g_block, scale, out=out).addcmul_(block, slope)
+    return dx, dweight, dbias
 
 
 def update_running_stats(
@@ -146,6 +244,8 @@ def _batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     if y.numel() == 0:
         return y.new_zeros(y.shape[1], dtype=dtype), y.new_zeros(y.shape[1], dtype=dtype)
     wide = y.to(dtype) if y.device.type == "cpu" else y  # on a CPU 16-bit input gives 16-bit statistics
+    if adds_one_by_one(wide):
+        return _pixel_stats(wide)
     mean, var = torch.batch_norm_update_stats(wide, None, None, 0.0)
     return mean, var
 

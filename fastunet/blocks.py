@@ -18,6 +18,7 @@ from torch.nn.modules import module as _torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from fastunet import eager
 from fastunet.activation import (
     Activation,
     Config,
@@ -120,6 +121,11 @@ def _known_before(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> bool:
 def lazily(modules: list[nn.Module], placed: Placed, config: Config) -> Activation:
     """``modules`` in turn on what is placed: lazily as far as they read conv [BN] [ReLU] …, then as modules."""
     layers, rest = _split(modules)
+    if config.eager:
+        z = placed.plain()
+        for layer in layers:
+            z = eager.layer(z, *layer, config)
+        placed, layers = Placed.alone(Activation(z)), []
     for number, (conv, norm, relu) in enumerate(layers, 1):
         if isinstance(conv, nn.Conv2d):
             last = number == len(layers) and not rest
@@ -340,7 +346,10 @@ def strided_ascend(block: nn.Module, placed: Placed, skip: Activation, config: C
 def pool(module: nn.Module, act: Activation, config: Config) -> tuple[Activation, Activation]:
     """(``module`` applied to the activation, the activation again for its skip connection)."""
     if is_pool(module):
-        return pool_fork(act, config)
+        if not config.eager:
+            return pool_fork(act, config)
+        quickly = config.tuned and not torch.is_grad_enabled()
+        return Activation(eager.max_pool2x2(act.x) if quickly else module(act.x)), act
     z = act.tensor(config)
     return Activation(module(z)), Activation(z)
 
@@ -349,6 +358,9 @@ def enlarge(module: nn.Module, act: Activation, config: Config) -> Activation:
     """An upsampling ``module`` (nn.Upsample, nn.ConvTranspose2d, ConvSequence, …) applied to the activation."""
     if _is_upsample(module):
         assert isinstance(module, nn.Upsample)
+        if config.eager:
+            z = module(act.x)
+            return Activation(eager.dense(z) if config.tuned else z)
         return upsample(act, None if module.mode == "nearest" else bool(module.align_corners), config)
     if isinstance(module, LazyBlock):
         return run(module, Placed.alone(act), config)

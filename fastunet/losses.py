@@ -7,6 +7,9 @@ pass. There is no one-hot tensor, and nothing of the logits' size is kept but th
 
 from __future__ import annotations
 
+import functools
+import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 from fastunet import ops
 from fastunet.activation import Activation, Config, head_stats
+from fastunet.aten import stats_dtype
 from fastunet.blocks import untouched
 from fastunet.weight_map import unet_weight_map
 
@@ -51,7 +55,7 @@ def check_labels(labels: Tensor, n_classes: int, ignore_index: int | None = -100
     wrong = wide[(wide < 0) | (wide >= n_classes)]
     wrong = wrong if ignore_index is None else wrong[wrong != ignore_index]
     if wrong.numel() > 0:
-        hint = "; a single channel needs sigmoid" if n_classes == 1 else "; map the mask's values to class indices"
+        hint = "; map the mask's values to class indices"
         raise ValueError(
             f"expected labels from 0 to {n_classes - 1} or ignore_index={ignore_index}, got {int(wrong[0])}{hint}"
         )
@@ -72,6 +76,11 @@ def _check(
     batch, classes, height, width = shape
     if not 1 <= classes <= MAX_CLASSES:
         raise ValueError(f"expected logits with 1 to {MAX_CLASSES} classes, got {classes}")
+    if classes == 1 and mode == "softmax":
+        raise ValueError(
+            f"expected 2 channels or more for a softmax, which of one is always 1, got logits of shape {shape}; "
+            "a mask of one channel needs a sigmoid (sigmoid=True, mode='sigmoid')"
+        )
     if labels.dtype not in _LABEL_DTYPES and not (mode == "sigmoid" and labels.dtype == torch.bool):
         raise TypeError(f"expected integer labels (uint8 to int64), got {labels.dtype}; convert them with .long()")
     plane = (batch, height, width)
@@ -145,8 +154,29 @@ def softmax_stats(
     _check(logits.shape, logits.device, labels, mode, ignore_index, pixel_weight)
     ignored = NEVER if ignore_index is None else ignore_index
     wanted = [squares, entropy, smoothing]
+    if mode == "softmax":
+        _warn_of_probabilities(logits)
     stats: Tensor = ops.call(ops.softmax_stats, logits, labels, pixel_weight, mode, ignored, wanted, backend)
     return stats
+
+
+def _warn_of_probabilities(logits: Tensor) -> None:
+    """Warn, once, of a softmax's output in place of logits; where that is certain, and can be seen without waiting."""
+    if logits.device.type != "cpu" or type(logits) is not Tensor or not ops.unwatched() or logits.numel() == 0:
+        return
+    for part in (logits.detach()[:1, :, :4, :4], logits.detach()):  # logits do not get past the first
+        low, high = part.aminmax()
+        if low < 0 or high > 1 or bool((part.sum(1, dtype=torch.float32) - 1).abs().max() > 1e-2):
+            return
+    _warn_once(
+        "expected logits, got values from 0 to 1 that add up to 1 over the channels: a softmax of a softmax learns badly; "
+        "give the loss what comes before the network's softmax"
+    )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def dice_loss(
@@ -184,7 +214,8 @@ class StatsLoss(nn.Module):
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"expected reduction 'mean', 'sum' or 'none', got {reduction!r}")
         if weight is not None:
-            weight = torch.as_tensor(weight, dtype=torch.float32)
+            weight = torch.as_tensor(weight)
+            weight = weight if weight.is_floating_point() else weight.to(torch.get_default_dtype())
             if weight.dim() != 1 or bool((weight < 0).any()):
                 raise ValueError(f"expected weight to be one factor ≥ 0 per class, got {weight.tolist()}")
         self.sigmoid = sigmoid
@@ -192,6 +223,7 @@ class StatsLoss(nn.Module):
         self.ignore_index = ignore_index
         self.backend = backend
         self.register_buffer("weight", weight)
+        self.pos_weight: float | None = None  # of losses with a cross-entropy
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Loss of logits (N, C, H, W) and labels as in :func:`softmax_stats`, which see for errors.
@@ -203,7 +235,21 @@ class StatsLoss(nn.Module):
     def stats(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
         """The statistics (N, C, 7) that :meth:`from_stats` needs."""
         settings = self._settings(logits.shape[1]) if logits.dim() == 4 else {}
-        return softmax_stats(logits, labels, pixel_weight=pixel_weight, **settings, backend=self.backend)
+        weight, excess = self._emphasis(labels, pixel_weight, logits.dtype)
+        return _less(softmax_stats(logits, labels, pixel_weight=weight, **settings, backend=self.backend), excess)
+
+    def _emphasis(
+        self, labels: Tensor, pixel_weight: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """``pixel_weight`` times ``pos_weight`` where the label is 1, and by how much that adds to each sample's sum."""
+        plane = labels[:, 0] if labels.dim() == 4 and labels.shape[1] == 1 else labels
+        if self.pos_weight is None or (pixel_weight is not None and pixel_weight.shape != plane.shape):
+            return pixel_weight, None
+        positive = ((plane == 1) if self.ignore_index != 1 else torch.zeros_like(plane)).to(stats_dtype(dtype))
+        added = positive * (self.pos_weight - 1)
+        if pixel_weight is not None:
+            added = added * pixel_weight
+        return added + (1 if pixel_weight is None else pixel_weight), added.flatten(1).sum(1)
 
     def head_stats(
         self,
@@ -224,13 +270,25 @@ class StatsLoss(nn.Module):
         shape = (act.x.shape[0], weight.shape[0], act.x.shape[2], act.x.shape[3])
         _check(shape, act.x.device, labels, mode, ignore_index, pixel_weight)
         ignored = NEVER if ignore_index is None else ignore_index
-        return head_stats(act, weight, bias, labels, pixel_weight, mode, ignored, list(settings.values()), config)
+        pixel_weight, excess = self._emphasis(labels, pixel_weight, act.x.dtype)
+        wanted = list(settings.values())
+        return _less(head_stats(act, weight, bias, labels, pixel_weight, mode, ignored, wanted, config), excess)
 
     def _settings(self, classes: int) -> dict[str, Any]:
         """The arguments of :func:`softmax_stats` for logits of so many classes."""
         if self.weight is not None and self.weight.shape[0] != classes:
             raise ValueError(f"expected one weight for each of the {classes} classes, got {self.weight.shape[0]}")
         mode = "sigmoid" if self._takes_sigmoid(classes) else "softmax"
+        if classes == 1 and self.weight is not None and self._wanted()["entropy"]:
+            raise ValueError(
+                "expected no weight for a single channel, where it would weigh both answers alike; pos_weight weighs the "
+                "pixels labelled 1"
+            )
+        if self.pos_weight is not None and (classes > 1 or mode == "softmax"):
+            raise ValueError(
+                f"expected pos_weight with a sigmoid of a single channel, got {classes} channels in {mode} mode; weight "
+                "weighs classes, pixel_weight pixels"
+            )
         return {"mode": mode, "ignore_index": self.ignore_index, **self._wanted()}
 
     def from_stats(self, stats: Tensor) -> Tensor:
@@ -247,6 +305,14 @@ class StatsLoss(nn.Module):
 
     def _takes_sigmoid(self, classes: int) -> bool:
         return classes == 1 if self.sigmoid is None else self.sigmoid
+
+
+def _less(stats: Tensor, excess: Tensor | None) -> Tensor:
+    """Statistics whose sums of weights are less by ``excess`` (N,): a mean is over weights without pos_weight."""
+    if excess is None:
+        return stats
+    total = stats[..., 5:6] - excess.view(-1, 1, 1)
+    return torch.cat([stats[..., :5], total, stats[..., 6:]], -1)
 
 
 class _OverlapLoss(StatsLoss):
@@ -308,6 +374,7 @@ class _OverlapLoss(StatsLoss):
 _PRESETS: dict[str, dict[str, Any]] = {
     "seed002": {},
     "milesial": {"sigmoid": None, "micro": True, "smooth_nr": 1e-6, "smooth_dr": 1e-6},
+    "milesial-v3": {"sigmoid": None, "smooth_nr": 1e-6, "smooth_dr": 1e-6},
     "brain": {"sigmoid": True, "micro": True, "smooth_nr": 1.0, "smooth_dr": 1.0},
     "nnunet": {"include_background": False},
 }
@@ -353,8 +420,9 @@ class DiceLoss(_OverlapLoss):
         """The loss with another definition of Dice in use; ``overrides`` are arguments of the constructor.
 
         - "seed002": per class over the batch, mean over classes: the default.
-        - "milesial" (Pytorch-UNet): 1 − (2·TP + ε) / (Σp + Σy + ε), ε = 1e-6, with every sum over batch and classes;
+        - "milesial" (Pytorch-UNet 4): 1 − (2·TP + ε) / (Σp + Σy + ε), ε = 1e-6, with every sum over batch and classes;
           softmax for several channels, sigmoid for one.
+        - "milesial-v3" (Pytorch-UNet 2 and 3): the same with sums over the batch, and the mean over classes.
         - "brain" (mateuszbuda's brain-segmentation-pytorch): 1 − (2·TP + 1) / (Σp + Σy + 1) after a sigmoid, over the
           flattened batch. That project's network ends in a sigmoid: pass what comes before it.
         - "nnunet" (nnU-Net, 2-D): per class over the batch without background,
@@ -420,6 +488,9 @@ class GeneralizedDiceLoss(_OverlapLoss):
     Sudre et al. 2017 (arXiv:1707.03237); as MONAI's with softmax=True, to_onehot_y=True, batch=True. An absent class
     has the largest weight of the others, or 0 with ``ignore_absent``.
 
+    MONAI's smooth_nr and smooth_dr of 1e-5, the default, outweigh sums that are divided by (Σy)²: at 8×2×512×512 a loss
+    of 0.58 becomes 0.20. On large pictures pass ``smooth_nr=0, smooth_dr=1e-12``, or take w_type "simple".
+
     Args:
         w_type: "square": w = 1/(Σy)², "simple": 1/Σy, "uniform": 1.
         **options: those of :class:`DiceLoss` from ``include_background`` on, but neither micro nor weight. With
@@ -460,7 +531,9 @@ class CrossEntropyLoss(StatsLoss):
     (1 − ε)·y + ε/2 over pixels and channels, and ``weight`` weighs channels.
 
     Args:
-        weight: C factors ≥ 0, one for each class.
+        weight: C factors ≥ 0, one for each class; not for a single channel.
+        pos_weight: factor > 0 of the pixels labelled 1 of a single channel, as in ``torch.nn.BCEWithLogitsLoss``; not
+            with label_smoothing.
         label_smoothing: ε from 0 to 1.
         sigmoid: independent channels instead of a softmax; None: a sigmoid if there is one channel, else a softmax.
         reduction: "mean" or "sum".
@@ -475,6 +548,7 @@ class CrossEntropyLoss(StatsLoss):
         self,
         *,
         weight: Sequence[float] | Tensor | None = None,
+        pos_weight: float | None = None,
         label_smoothing: float = 0.0,
         sigmoid: bool | None = False,
         reduction: str = "mean",
@@ -482,8 +556,9 @@ class CrossEntropyLoss(StatsLoss):
         backend: str = "auto",
     ) -> None:
         super().__init__(sigmoid, reduction, weight, ignore_index, backend)
-        _check_entropy(reduction, label_smoothing)
+        _check_entropy(reduction, label_smoothing, pos_weight)
         self.label_smoothing = label_smoothing
+        self.pos_weight = pos_weight
 
     def forward(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
         """A scalar; ``pixel_weight`` is (N, H, W). Shapes, dtypes and errors as in :func:`softmax_stats`."""
@@ -497,11 +572,15 @@ class CrossEntropyLoss(StatsLoss):
         return {"squares": False, "entropy": True, "smoothing": self.label_smoothing > 0}
 
 
-def _check_entropy(reduction: str, label_smoothing: float) -> None:
+def _check_entropy(reduction: str, label_smoothing: float, pos_weight: float | None) -> None:
     if reduction == "none":
         raise ValueError("expected reduction 'mean' or 'sum', got 'none': the statistics know no single pixel")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"expected label_smoothing from 0 to 1, got {label_smoothing}")
+    if pos_weight is not None and not (0 < pos_weight < math.inf and label_smoothing == 0):
+        raise ValueError(
+            f"expected a finite pos_weight > 0 without label_smoothing, got {pos_weight} with {label_smoothing}"
+        )
 
 
 def _cross_entropy(loss: StatsLoss, stats: Tensor, label_smoothing: float) -> Tensor:
@@ -523,7 +602,7 @@ class DiceCELoss(DiceLoss):
 
     Args:
         lambda_dice, lambda_ce: factors of the two terms.
-        label_smoothing: of the cross-entropy, from 0 to 1.
+        label_smoothing, pos_weight: of the cross-entropy, as in :class:`CrossEntropyLoss`.
         **dice: arguments of :class:`DiceLoss`; reduction is "mean" or "sum".
 
     Raises:
@@ -531,10 +610,17 @@ class DiceCELoss(DiceLoss):
     """
 
     def __init__(
-        self, *, lambda_dice: float = 1.0, lambda_ce: float = 1.0, label_smoothing: float = 0.0, **dice: Any
+        self,
+        *,
+        lambda_dice: float = 1.0,
+        lambda_ce: float = 1.0,
+        label_smoothing: float = 0.0,
+        pos_weight: float | None = None,
+        **dice: Any,
     ) -> None:
         super().__init__(**dice)
-        _check_entropy(self.reduction, label_smoothing)
+        _check_entropy(self.reduction, label_smoothing, pos_weight)
+        self.pos_weight = pos_weight
         self.lambda_dice = lambda_dice
         self.lambda_ce = lambda_ce
         self.label_smoothing = label_smoothing

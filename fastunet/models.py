@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastunet import eager
 from fastunet.activation import Activation, Config, Placed, head_predict
 from fastunet.aten import predict
 from fastunet.blocks import (
@@ -86,7 +87,8 @@ class _Network(nn.Module):
             raise ValueError(
                 f"expected height and width of at least 16, got {height}×{width}; pad or enlarge the input"
             )
-        return Activation(x), self.config.like(x, self)
+        config = self.config.like(x, self)
+        return Activation(eager.enter(x) if config.tuned else x), config
 
 
 class _LogitNetwork(_Network):
