@@ -1,8 +1,8 @@
 """fastunet against eager PyTorch on a CPU: ``python -m benchmarks.cpu`` prints the ratio of their times.
 
-Networks of two sizes, in both memory formats and with both kinds of upsampling: a training step (forward, cross-entropy,
-backward) and an inference. The calls alternate, and medians are compared; other processes disturb them, so the machine
-should be quiet. The goal is at most 1.02 in training and 0.95 in inference.
+Networks of two sizes, in both memory formats and with both kinds of upsampling: a training step (forward,
+cross-entropy, backward) and an inference. The calls alternate, and medians are compared; other processes disturb them,
+so the machine should be quiet. The goal is at most 1.02 in training and 0.95 in inference.
 """
 
 from __future__ import annotations

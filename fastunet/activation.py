@@ -136,8 +136,10 @@ class Placed(NamedTuple):
 
     def plain(self) -> Tensor:
         """The same of two plain activations, in the layout in which they are."""
-        z = frame(self.first.x, self.size, *self.offset[:2])
-        return z if self.second is None else torch.cat([z, frame(self.second.x, self.size, *self.offset[2:])], 1)
+        if self.second is None:
+            return self.first.x
+        first, second = self.offset[:2], self.offset[2:]
+        return torch.cat([frame(self.first.x, self.size, *first), frame(self.second.x, self.size, *second)], 1)
 
 
 def _autocasting(x: Tensor) -> bool:

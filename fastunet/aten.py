@@ -109,49 +109,58 @@ MANY_PIXELS = 1 << 17  # from where on sums that ATen adds up one by one lose mo
 def adds_one_by_one(x: Tensor) -> bool:
     """Whether ATen's batch norm adds the values of x's channels one after another, which loses digits: in channels_last
     memory on a CPU, where 2 million pixels leave a variance three."""
-    return x.device.type == "cpu" and x.numel() > 0 and x.stride(1) == 1 and x.is_contiguous(memory_format=torch.channels_last)
+    return (
+        x.device.type == "cpu"
+        and x.numel() > 0
+        and x.stride(1) == 1
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
-def _blocks(x: Tensor) -> tuple[int, tuple[Tensor, ...]]:
-    """channels_last memory as blocks (rows, pixels · C, 1, 1) of at most 1024 rows, and the pixels in a row.
+def _blocks(x: Tensor) -> list[Tensor]:
+    """channels_last memory as blocks (rows, pixels · C, 1, 1): several pixels to a row, and one in what is left over.
 
     A batch norm of a block, with every pixel of a row as channels of its own, has short sums and long vectors.
     """
-    batch, channels, height, width = x.shape
-    count = batch * height * width
-    pixels = next(k for k in range(max(1, _COLUMNS // channels), 0, -1) if count % k == 0)
-    return pixels, x.permute(0, 2, 3, 1).reshape(count // pixels, pixels * channels, 1, 1).split(_ROWS)
+    channels, flat = x.shape[1], x.permute(0, 2, 3, 1).reshape(-1)
+    columns = channels * max(1, _COLUMNS // channels)
+    whole = flat.numel() // columns * columns
+    rows = _ROWS if columns >= 8 * channels else _ROWS // 8
+    blocks = [*flat[:whole].view(-1, columns, 1, 1).split(rows), flat[whole:].view(-1, channels, 1, 1)]
+    return [block for block in blocks if block.numel()]
 
 
 def _pixel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of channels_last memory, merged from those of short sums."""
-    pixels, blocks = _blocks(x)
-    found = []
-    for block in blocks:
+    channels = x.shape[1]
+    found, shares = [], []
+    for block in _blocks(x):
         means, variances = torch.batch_norm_update_stats(block, None, None, 0.0)
-        between, mean = torch.var_mean(means.view(pixels, -1), 0, correction=0)
-        found.append((mean, between.add_(variances.view(pixels, -1).mean(0))))
+        between, mean = torch.var_mean(means.view(-1, channels), 0, correction=0)
+        found.append((mean, between.add_(variances.view(-1, channels).mean(0))))
+        shares.append([block.numel() / x.numel()])
     if len(found) == 1:
         return found[0]
     means, variances = (torch.stack(each).to(torch.float64) for each in zip(*found, strict=True))
-    shares = means.new_tensor([[block.shape[0] * pixels * x.shape[1] / x.numel()] for block in blocks])
-    mean = (means * shares).sum(0)
-    var = ((variances + (means - mean).square()) * shares).sum(0)
+    share = means.new_tensor(shares)
+    mean = (means * share).sum(0)
+    var = ((variances + (means - mean).square()) * share).sum(0)
     return mean.to(x.dtype), var.to(x.dtype)
 
 
 def _pixel_dots(x: Tensor, dz: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Σ dz·(x − centre) and Σ dz over the pixels, per channel, of two tensors in channels_last memory."""
-    pixels, blocks = _blocks(x)
-    centres = centre.repeat(pixels)
+    channels, blocks = x.shape[1], _blocks(x)
+    centres = centre.repeat(blocks[0].shape[1] // channels)
     ones = torch.ones_like(centres)
-    dots = [
-        aten.native_batch_norm_backward(
-            g, block, None, None, None, centres, ones, True, 0.0, [False, True, True]
-        )[1:]
-        for block, g in zip(blocks, _blocks(dz)[1], strict=True)
-    ]
-    dscale, dshift = (torch.stack(each).view(-1, x.shape[1]).sum(0) for each in zip(*dots, strict=True))
+    dots = []
+    for block, g in zip(blocks, _blocks(dz), strict=True):
+        columns = block.shape[1]
+        _, *sums = aten.native_batch_norm_backward(
+            g, block, None, None, None, centres[:columns], ones[:columns], True, 0.0, [False, True, True]
+        )
+        dots.append([each.view(-1, channels) for each in sums])
+    dscale, dshift = (torch.cat(each).sum(0) for each in zip(*dots, strict=True))
     return dscale, dshift
 
 
@@ -183,9 +192,10 @@ def batch_norm_act_backward(
     slope = scale * dweight * rstd / -count
     level = scale * dbias / -count - slope * mean
     dx = g if relu else torch.empty_like(x)
-    pixels, blocks = _blocks(x)
-    scale, slope, level = torch.stack([scale, slope, level]).repeat(1, pixels)[..., None, None]
-    for block, g_block, out in zip(blocks, _blocks(g)[1], _blocks(dx)[1], strict=True):
+    blocks = _blocks(x)
+    repeated = torch.stack([scale, slope, level]).repeat(1, blocks[0].shape[1] // x.shape[1])[..., None, None]
+    for block, g_block, out in zip(blocks, _blocks(g), _blocks(dx), strict=True):
+        scale, slope, level = repeated[:, : block.shape[1]]
         torch.addcmul(level, g_block, scale, out=out).addcmul_(block, slope)
     return dx, dweight, dbias
 
@@ -279,7 +289,7 @@ def frame(z: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
     """z placed at (top, left) in a zero frame of ``size``; negative offsets crop, as does what sticks out."""
     height, width = z.shape[-2:]
     pad = [left, size[1] - width - left, top, size[0] - height - top]
-    return F.pad(z, pad) if any(pad) else z
+    return F.pad(z, pad) if torch.compiler.is_compiling() or any(pad) else z  # one graph is to serve any size
 
 
 def _unframe(g: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:

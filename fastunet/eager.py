@@ -31,10 +31,11 @@ def layer(
     """A convolution and what follows it, of a stored tensor."""
     if conv.weight.dtype != z.dtype:
         check_weight(z, conv.weight)
+    y: Tensor
     if norm is None:
         y = conv(z)
     elif config.tuned and not (norm.training or torch.is_grad_enabled()) and _folds(z, conv, norm):
-        return _folded(z, conv, norm, relu)
+        y = _folded(z, conv, norm)
     else:
         y = conv(z)
         if config.precise and (norm.training or norm.running_mean is None) and _many_pixels(y, norm):
@@ -98,21 +99,17 @@ def _folds(z: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d
     )
 
 
-def _folded(z: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d, relu: bool) -> Tensor:
-    """norm(conv(z)) by running statistics, and perhaps a ReLU, as one convolution."""
-    mean, var, gain, shift, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias, conv.bias
+def _folded(z: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> Tensor:
+    """norm(conv(z)) by running statistics, as one convolution."""
+    mean, var, gain, shift = norm.running_mean, norm.running_var, norm.weight, norm.bias
     assert mean is not None
     assert var is not None
     scale = torch.rsqrt(var + norm.eps)
     if gain is not None:
         scale *= gain
-    if bias is not None:
-        mean = mean - bias
-    shift = -mean * scale if shift is None else torch.addcmul(shift, mean, scale, value=-1)
-    if isinstance(conv, nn.ConvTranspose2d):
-        weight = conv.weight * scale.view(-1, 1, 1)
-        y = F.conv_transpose2d(z, weight, shift, conv.stride, conv.padding, conv.output_padding)  # type: ignore[arg-type]
-        return y.relu_() if relu else y
-    weight = conv.weight * scale.view(-1, 1, 1, 1)
-    y = F.conv2d(z, weight, shift, conv.stride, conv.padding)
-    return y.relu_() if relu else y
+    centre = mean if conv.bias is None else mean - conv.bias
+    bias = -centre * scale if shift is None else torch.addcmul(shift, centre, scale, value=-1)
+    if isinstance(conv, nn.Conv2d):
+        return F.conv2d(z, conv.weight * scale.view(-1, 1, 1, 1), bias, conv.stride, conv.padding)
+    weight = conv.weight * scale.view(-1, 1, 1)
+    return F.conv_transpose2d(z, weight, bias, conv.stride, conv.padding, conv.output_padding)  # type: ignore[arg-type]

@@ -169,8 +169,8 @@ def _warn_of_probabilities(logits: Tensor) -> None:
         if low < 0 or high > 1 or bool((part.sum(1, dtype=torch.float32) - 1).abs().max() > 1e-2):
             return
     _warn_once(
-        "expected logits, got values from 0 to 1 that add up to 1 over the channels: a softmax of a softmax learns badly; "
-        "give the loss what comes before the network's softmax"
+        "expected logits, got values from 0 to 1 that add up to 1 over the channels: a softmax of a softmax learns "
+        "badly; give the loss what comes before the network's softmax"
     )
 
 
@@ -241,7 +241,7 @@ class StatsLoss(nn.Module):
     def _emphasis(
         self, labels: Tensor, pixel_weight: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor | None]:
-        """``pixel_weight`` times ``pos_weight`` where the label is 1, and by how much that adds to each sample's sum."""
+        """``pixel_weight`` times ``pos_weight`` where the label is 1, and what that adds to each sample's sum."""
         plane = labels[:, 0] if labels.dim() == 4 and labels.shape[1] == 1 else labels
         if self.pos_weight is None or (pixel_weight is not None and pixel_weight.shape != plane.shape):
             return pixel_weight, None
@@ -281,13 +281,13 @@ class StatsLoss(nn.Module):
         mode = "sigmoid" if self._takes_sigmoid(classes) else "softmax"
         if classes == 1 and self.weight is not None and self._wanted()["entropy"]:
             raise ValueError(
-                "expected no weight for a single channel, where it would weigh both answers alike; pos_weight weighs the "
-                "pixels labelled 1"
+                "expected no weight for a single channel, where it would weigh both answers alike; pos_weight weighs "
+                "the pixels labelled 1"
             )
         if self.pos_weight is not None and (classes > 1 or mode == "softmax"):
             raise ValueError(
-                f"expected pos_weight with a sigmoid of a single channel, got {classes} channels in {mode} mode; weight "
-                "weighs classes, pixel_weight pixels"
+                f"expected pos_weight with a sigmoid of a single channel, got {classes} channels in {mode} mode; "
+                "weight weighs classes, pixel_weight pixels"
             )
         return {"mode": mode, "ignore_index": self.ignore_index, **self._wanted()}
 

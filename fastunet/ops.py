@@ -477,7 +477,7 @@ def batch_norm_act(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`fastunet.aten.batch_norm_act` with its derivative; the statistics have none."""
-    return _BatchNormAct.apply(x, weight, bias, eps, relu)  # type: ignore[no-any-return]
+    return _BatchNormAct.apply(x, weight, bias, eps, relu)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # ---- conv2d ------------------------------------------------------------------------------------------------------

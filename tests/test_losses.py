@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -498,6 +499,18 @@ def test_class_weights_in_float64_stay_so(build: type[DiceLoss]) -> None:
     assert build(weight=[1, 2, 3, 4]).weight.dtype == torch.float32  # type: ignore[union-attr]
 
 
+def test_generalized_dice_of_a_large_picture_needs_less_smoothing() -> None:
+    """1/(Σy)² of 8×512×512 pixels is small beside MONAI's 1e-5, as the docstring says."""
+    y = torch.tensor([0.9, 0.1], dtype=torch.float64) * 8 * 512**2
+    p, tp = y.flip(0), 0.2 * y
+    stats = torch.stack([tp, p, y, *torch.zeros(4, 2, dtype=torch.float64)], -1)[None]
+    w = y**-2
+    expected = 1 - 2 * (w * tp).sum() / (w * (p + y)).sum()
+    exact = GeneralizedDiceLoss(smooth_nr=0, smooth_dr=1e-12).from_stats(stats)
+    torch.testing.assert_close(exact, expected, rtol=1e-6, atol=0)
+    assert GeneralizedDiceLoss().from_stats(stats) < 0.9 * expected
+
+
 @pytest.fixture
 def not_warned_yet() -> None:
     losses._warn_once.cache_clear()
@@ -506,10 +519,12 @@ def not_warned_yet() -> None:
 @pytest.mark.usefixtures("not_warned_yet")
 def test_probabilities_in_place_of_logits_are_warned_of_once() -> None:
     logits, labels = batch(3, dtype=torch.float32)
-    with pytest.warns(UserWarning, match="softmax of a softmax") as caught:
-        for _ in range(3):
-            DiceCELoss()(logits.softmax(1).requires_grad_(), labels)
-    assert len(caught) == 1
+    p = logits.softmax(1).requires_grad_()
+    with pytest.warns(UserWarning, match="softmax of a softmax"):
+        DiceCELoss()(p, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DiceCELoss()(p, labels)
 
 
 @pytest.mark.usefixtures("not_warned_yet")
@@ -684,7 +699,9 @@ def test_dice_ce_refuses_reduction_none() -> None:
 
 
 def test_unknown_preset_is_named() -> None:
-    with pytest.raises(ValueError, match="expected a preset among brain, milesial, milesial-v3, nnunet, seed002, got 'smp'"):
+    with pytest.raises(
+        ValueError, match="expected a preset among brain, milesial, milesial-v3, nnunet, seed002, got 'smp'"
+    ):
         DiceLoss.preset("smp")
 
 
