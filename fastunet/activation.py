@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import ops
-from fastunet.aten import frame, memory_format, stats_dtype, update_running_stats
+from fastunet.aten import MANY_PIXELS, frame, memory_format, stats_dtype, update_running_stats
 
 POLICIES = ("speed", "memory")
 
@@ -32,6 +32,9 @@ class Config(NamedTuple):
     channels_last: bool = False  # not a torch.memory_format, which torch.save cannot pickle
     pool: bool = False  # what a block returns will be 2×2-pooled
     head: nn.Conv2d | None = None  # what a block returns is read by this 1×1 convolution alone
+    eager: bool = False  # blocks run as the modules they are, on stored tensors
+    tuned: bool = False  # or better, since nobody but autograd watches
+    precise: bool = False  # and the picture has so many pixels that ATen's batch norm would lose digits
 
     @classmethod
     def checked(cls, backend: str, policy: str) -> Config:
@@ -41,10 +44,20 @@ class Config(NamedTuple):
         return cls(backend, policy)
 
     def like(self, x: Tensor, module: nn.Module) -> Config:
-        """For one forward of ``module`` on ``x``: what leaves is channels_last if x or its weights are."""
+        """For one forward of ``module`` on ``x``: what leaves is channels_last if x or its weights are.
+
+        On a CPU, where nobody chose a backend, nothing is gained by normalising when reading: blocks run as modules.
+        """
         # A weight with one input channel or one tap has strides that fit either format, and so says nothing.
         weights = (p for p in module.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[3] > 1)
-        return self._replace(channels_last=memory_format(x, next(weights, None)) == torch.channels_last)
+        eager = x.device.type == "cpu" and ops.wished(self.backend) == "auto" and self.stores(x)
+        tuned = eager and ops.unwatched()
+        return self._replace(
+            channels_last=memory_format(x, next(weights, None)) == torch.channels_last,
+            eager=eager,
+            tuned=tuned,
+            precise=tuned and x.numel() >= MANY_PIXELS * x.shape[1],
+        )
 
     def stores(self, x: Tensor) -> bool:
         """Whether the value of an activation like ``x`` is stored rather than normalised by each reader."""
@@ -120,6 +133,13 @@ class Placed(NamedTuple):
             return z
         return torch.cat([z, frame(self.second.tensor(config), self.size, *self.offset[2:])], 1)
 
+    def plain(self) -> Tensor:
+        """The same of two plain activations, in the layout in which they are."""
+        if self.second is None:
+            return self.first.x
+        first, second = self.offset[:2], self.offset[2:]
+        return torch.cat([frame(self.first.x, self.size, *first), frame(self.second.x, self.size, *second)], 1)
+
 
 def _autocasting(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which raises for meta tensors
@@ -132,15 +152,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def check_weight(x: Tensor, weight: Tensor) -> None:
+    """Refuse a weight of another dtype than x's, outside autocast."""
+    if weight.dtype != x.dtype and not _autocasting(x):
+        raise TypeError(
+            f"expected input and weights of one dtype, got {x.dtype} and {weight.dtype}; convert one of them "
+            "(model.to(dtype) or x.to(dtype)) or run under torch.autocast"
+        )
+
+
 def _operands(
     act: Activation, weight: Tensor, bias: Tensor | None, config: Config
 ) -> tuple[Activation, Tensor, Tensor | None]:
+    check_weight(act.x, weight)
     dtype = compute_dtype(act.x)
-    if weight.dtype != dtype and not _autocasting(act.x):
-        raise TypeError(
-            f"expected input and weights of one dtype, got {act.x.dtype} and {weight.dtype}; convert one of them "
-            "(model.to(dtype) or x.to(dtype)) or run under torch.autocast"
-        )
     x = act.x.to(dtype)
     if ops.resolve_backend(config.backend, x.device, dtype) == "triton":
         weight = weight.to(dtype, memory_format=torch.channels_last)  # one copy serves forward and backward
@@ -267,7 +292,7 @@ def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, config: Config) -> Acti
     return Activation(raw.y, affine, relu, raw.pooled)
 
 
-def _running_stats(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
+def running_stats(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
     """The running mean and variance, or None if there are neither."""
     mean, var = bn.running_mean, bn.running_var  # each costs a look-up that modules are slow at
     if mean is not None and var is not None:
@@ -283,7 +308,7 @@ def _advance(bn: nn.BatchNorm2d, raw: Raw, count: int) -> tuple[Any, ...]:
 
     What is left of it to the operator that makes the affine: its operands, or nothing.
     """
-    stats, batches = _running_stats(bn), bn.num_batches_tracked
+    stats, batches = running_stats(bn), bn.num_batches_tracked
     if batches is not None:
         batches.add_(1)
     if stats is None or count == 0:
@@ -309,7 +334,7 @@ def _check_place(running_mean: Tensor, x: Tensor) -> None:
 
 def _affine(bn: nn.BatchNorm2d, x: Tensor, config: Config) -> Tensor:
     """The affine of a normalisation of ``x`` by running statistics."""
-    stats = _running_stats(bn)
+    stats = running_stats(bn)
     assert stats is not None  # or it would use the batch's
     mean, var = stats
     _check_place(mean, x)

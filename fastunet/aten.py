@@ -86,10 +86,118 @@ def _normalise_backward(
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(affine)
     scale, _, centre = affine.contiguous().unbind(0)  # ATen's channels_last kernels take the rows for dense
-    dx, dscale, dshift = aten.native_batch_norm_backward(
-        dz, x, scale, centre, torch.ones_like(centre), None, None, False, 0.0, [True, True, True]
-    )
+    one = torch.ones_like(centre)
+    if adds_one_by_one(x):
+        dz = channels_last(dz)
+        dscale, dshift = _pixel_dots(x, dz, centre)
+        dx, _, _ = aten.native_batch_norm_backward(
+            dz, x, scale, centre, one, None, None, False, 0.0, [True, False, False]
+        )
+    else:
+        dx, dscale, dshift = aten.native_batch_norm_backward(
+            dz, x, scale, centre, one, None, None, False, 0.0, [True, True, True]
+        )
     return dx, torch.stack([dscale, dshift, -scale * dshift])
+
+
+# ---- sums over pixels --------------------------------------------------------------------------------------------
+
+_COLUMNS, _ROWS = 1024, 1024  # of a block: vectors long enough for a CPU, in its caches, and sums short enough
+MANY_PIXELS = 1 << 17  # from where on sums that ATen adds up one by one lose more than float32's other roundings
+
+
+def adds_one_by_one(x: Tensor) -> bool:
+    """Whether ATen's batch norm adds the values of x's channels one after another, which loses digits: in channels_last
+    memory on a CPU, where 2 million pixels leave a variance three."""
+    return (
+        x.device.type == "cpu"
+        and x.numel() > 0
+        and x.stride(1) == 1
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _blocks(x: Tensor) -> list[Tensor]:
+    """channels_last memory as blocks (rows, pixels · C, 1, 1): several pixels to a row, and one in what is left over.
+
+    A batch norm of a block, with every pixel of a row as channels of its own, has short sums and long vectors.
+    """
+    channels, flat = x.shape[1], x.permute(0, 2, 3, 1).reshape(-1)
+    columns = channels * max(1, _COLUMNS // channels)
+    whole = flat.numel() // columns * columns
+    rows = _ROWS if columns >= 8 * channels else _ROWS // 8
+    blocks = [*flat[:whole].view(-1, columns, 1, 1).split(rows), flat[whole:].view(-1, channels, 1, 1)]
+    return [block for block in blocks if block.numel()]
+
+
+def _pixel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of channels_last memory, merged from those of short sums."""
+    channels = x.shape[1]
+    found, shares = [], []
+    for block in _blocks(x):
+        means, variances = torch.batch_norm_update_stats(block, None, None, 0.0)
+        between, mean = torch.var_mean(means.view(-1, channels), 0, correction=0)
+        found.append((mean, between.add_(variances.view(-1, channels).mean(0))))
+        shares.append([block.numel() / x.numel()])
+    if len(found) == 1:
+        return found[0]
+    means, variances = (torch.stack(each).to(torch.float64) for each in zip(*found, strict=True))
+    share = means.new_tensor(shares)
+    mean = (means * share).sum(0)
+    var = ((variances + (means - mean).square()) * share).sum(0)
+    return mean.to(x.dtype), var.to(x.dtype)
+
+
+def _pixel_dots(x: Tensor, dz: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ dz·(x − centre) and Σ dz over the pixels, per channel, of two tensors in channels_last memory."""
+    channels, blocks = x.shape[1], _blocks(x)
+    centres = centre.repeat(blocks[0].shape[1] // channels)
+    ones = torch.ones_like(centres)
+    dots = []
+    for block, g in zip(blocks, _blocks(dz), strict=True):
+        columns = block.shape[1]
+        _, *sums = aten.native_batch_norm_backward(
+            g, block, None, None, None, centres[:columns], ones[:columns], True, 0.0, [False, True, True]
+        )
+        dots.append([each.view(-1, channels) for each in sums])
+    dscale, dshift = (torch.cat(each).sum(0) for each in zip(*dots, strict=True))
+    return dscale, dshift
+
+
+def batch_norm_act(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch norm in training, and perhaps a ReLU, of float32 channels_last memory: (z, mean, biased variance)."""
+    mean, var = _pixel_stats(x)
+    z = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
+    return z.relu_() if relu else z, mean, var
+
+
+def batch_norm_act_backward(
+    dz: Tensor, x: Tensor, z: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dx, dweight, dbias) of :func:`batch_norm_act`: dx = scale·(g − Σg/M − x̂·Σg·x̂/M), g under the ReLU."""
+    dz = channels_last(dz)
+    g = aten.threshold_backward(dz, z, 0) if relu else dz
+    rstd = torch.rsqrt(var + eps)
+    count = x.numel() // x.shape[1]
+    if count < MANY_PIXELS:
+        dx, dweight, dbias = aten.native_batch_norm_backward(
+            g, x, weight, None, None, mean, rstd, True, eps, [True, True, True]
+        )
+        return dx, dweight, dbias
+    dscale, dbias = _pixel_dots(x, g, mean)
+    dweight = dscale * rstd
+    scale = rstd if weight is None else rstd * weight
+    slope = scale * dweight * rstd / -count
+    level = scale * dbias / -count - slope * mean
+    dx = g if relu else torch.empty_like(x)
+    blocks = _blocks(x)
+    repeated = torch.stack([scale, slope, level]).repeat(1, blocks[0].shape[1] // x.shape[1])[..., None, None]
+    for block, g_block, out in zip(blocks, _blocks(g), _blocks(dx), strict=True):
+        scale, slope, level = repeated[:, : block.shape[1]]
+        torch.addcmul(level, g_block, scale, out=out).addcmul_(block, slope)
+    return dx, dweight, dbias
 
 
 def update_running_stats(
@@ -146,6 +254,8 @@ def _batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     if y.numel() == 0:
         return y.new_zeros(y.shape[1], dtype=dtype), y.new_zeros(y.shape[1], dtype=dtype)
     wide = y.to(dtype) if y.device.type == "cpu" else y  # on a CPU 16-bit input gives 16-bit statistics
+    if adds_one_by_one(wide):
+        return _pixel_stats(wide)
     mean, var = torch.batch_norm_update_stats(wide, None, None, 0.0)
     return mean, var
 
@@ -179,7 +289,7 @@ def frame(z: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
     """z placed at (top, left) in a zero frame of ``size``; negative offsets crop, as does what sticks out."""
     height, width = z.shape[-2:]
     pad = [left, size[1] - width - left, top, size[0] - height - top]
-    return F.pad(z, pad) if any(pad) else z
+    return F.pad(z, pad) if torch.compiler.is_compiling() or any(pad) else z  # one graph is to serve any size
 
 
 def _unframe(g: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn.modules import module as _torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from fastunet import eager
 from fastunet.activation import (
     Activation,
     Config,
@@ -163,6 +164,8 @@ def _known_before(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> bool:
 def _apply(layer: Layer, placed: Placed, last: bool, config: Config) -> Activation:
     """One layer on what is placed; ``last`` says that it gives the block's result."""
     conv, norm, relu = layer
+    if config.eager:
+        return Activation(eager.layer(placed.plain(), conv, norm, relu, config))
     if isinstance(conv, nn.Conv2d):
         # Pooled where it is written, if nothing but the pooling comes next and its value is not stored for it.
         pool = config.pool and last and min(placed.size) >= 2 * conv.stride[0]
@@ -220,11 +223,14 @@ def lazily(modules: list[nn.Module], placed: Placed, config: Config) -> Activati
     for number, layer in enumerate(layers, 1):
         try:
             act = _apply(layer, placed, number == len(layers) and not rest, config)
-        except (TypeError, ValueError) as error:
-            if torch.compiler.is_compiling():
+        except (TypeError, ValueError, RuntimeError) as error:
+            ours = config.eager or not isinstance(error, RuntimeError)  # which is how ATen refuses, and nobody else
+            if torch.compiler.is_compiling() or not ours:
                 raise
             told = _of_modules(error, layer, placed)
-            raise told from (None if told is error else error)
+            if told is error:
+                raise
+            raise told from error
         placed = Placed.alone(act)
     if not rest and placed.second is None:
         return placed.first
@@ -433,7 +439,10 @@ def pool(module: nn.Module, act: Activation, config: Config) -> tuple[Activation
         if min(act.x.shape[-2:]) < 2:
             size = "×".join(map(str, act.x.shape[-2:]))
             raise ValueError(f"expected at least 2×2 pixels to pool, got {size}; pad or enlarge the input")
-        return pool_fork(act, config)
+        if not config.eager:
+            return pool_fork(act, config)
+        quickly = config.tuned and not torch.is_grad_enabled()
+        return Activation(eager.max_pool2x2(act.x) if quickly else module(act.x)), act
     z = act.tensor(config)
     return Activation(module(z)), Activation(z)
 
@@ -442,6 +451,9 @@ def enlarge(module: nn.Module, act: Activation, config: Config) -> Activation:
     """An upsampling ``module`` (nn.Upsample, nn.ConvTranspose2d, ConvSequence, …) applied to the activation."""
     if _is_upsample(module):
         assert isinstance(module, nn.Upsample)
+        if config.eager:
+            z = module(act.x)
+            return Activation(eager.dense(z) if config.tuned else z)
         return upsample(act, None if module.mode == "nearest" else bool(module.align_corners), config)
     if isinstance(module, LazyBlock):
         return run(module, Placed.alone(act), config)

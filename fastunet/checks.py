@@ -54,8 +54,10 @@ def check_labels(labels: Tensor, n_classes: int, ignore_index: int | None = -100
     wrong = wrong if ignore_index is None else wrong[wrong != ignore_index]
     if wrong.numel() > 0:
         value = int(wrong[0]) % 2**64 if labels.dtype == torch.uint64 else int(wrong[0])
-        hint = "; a single channel needs sigmoid" if n_classes == 1 else "; map the mask's values to class indices"
-        raise ValueError(f"expected labels from 0 to {n_classes - 1} or ignore_index={ignore_index}, got {value}{hint}")
+        raise ValueError(
+            f"expected labels from 0 to {n_classes - 1} or ignore_index={ignore_index}, got {value}; map the mask's "
+            "values to class indices"
+        )
 
 
 def check_in_graph(labels: Tensor, n_classes: int, ignore_index: int | None) -> None:

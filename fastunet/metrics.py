@@ -42,7 +42,7 @@ miou = soft_miou
 
 
 def dice_coeff(input: Tensor, target: Tensor, reduce_batch_first: bool = False, epsilon: float = 1e-6) -> Tensor:
-    """Pytorch-UNet's Dice coefficient (2·Σ input·target + ε) / (Σ input + Σ target + ε).
+    """Pytorch-UNet's Dice coefficient, of versions 2 to 4: (2·Σ input·target + ε) / (Σ input + Σ target + ε).
 
     The sums run over each (H, W) plane and the planes are averaged, or over everything if ``reduce_batch_first``.
     Two empty planes score 1.
@@ -74,32 +74,43 @@ def dice_coeff(input: Tensor, target: Tensor, reduce_batch_first: bool = False, 
 
 
 def multiclass_dice_coeff(
-    input: Tensor, target: Tensor, reduce_batch_first: bool = False, epsilon: float = 1e-6
+    input: Tensor, target: Tensor, reduce_batch_first: bool = False, epsilon: float = 1e-6, *, version: int = 4
 ) -> Tensor:
     """:func:`dice_coeff` with every class of every sample as one plane: (N, C, H, W) probabilities and one-hot masks.
 
     An absent class that is not predicted counts as 1, so the mean flatters pictures with few classes.
 
+    Args:
+        version: of Pytorch-UNet. They differ with ``reduce_batch_first``: 4 adds up samples and classes; 2 and 3 add up
+            the samples of each class, and average over classes.
+
     Raises:
-        ValueError: tensors that differ in shape or are not 4-D.
+        ValueError: tensors that differ in shape or are not 4-D; another version.
     """
     check_tensor("input", input)
     check_tensor("target", target)
+    if version not in (2, 3, 4):
+        raise ValueError(f"expected version 2, 3 or 4 of Pytorch-UNet, got {version!r}")
     if input.shape != target.shape or input.dim() != 4:
         raise ValueError(
             f"expected input and target of one shape (N, C, H, W), got {tuple(input.shape)} and {tuple(target.shape)}"
         )
+    if reduce_batch_first and version < 4:
+        classes = zip(input.unbind(1), target.unbind(1), strict=True)
+        return torch.stack([dice_coeff(p, y, True, epsilon) for p, y in classes]).mean()
     return dice_coeff(input.flatten(0, 1), target.flatten(0, 1), reduce_batch_first, epsilon)
 
 
 class ConfusionMatrix(nn.Module):
     """Counts of true against predicted classes over a stream of batches, and the scores that follow from them.
 
-    Scores are float64; a per-class score is NaN where it is 0/0 (no such pixel), and means leave NaN out.
+    Scores are float64; a per-class score is NaN where it is 0/0 (no such pixel) and for an ignored class, and means
+    leave NaN out.
 
     Args:
         num_classes: number of classes, up to 256; 2 also for a network with one sigmoid channel.
-        ignore_index: label of pixels that do not count, or None.
+        ignore_index: label of pixels that do not count, or None. If it is a class, predictions of that class are errors
+            in the classes that the pixels belong to.
         threshold: above it a single channel predicts class 1: 0 for logits; 0.5 for the probabilities that
             :class:`fastunet.BrainUNet` and :class:`fastunet.StridedUNet` return.
         backend: see :func:`fastunet.ops.resolve_backend`.
@@ -233,33 +244,40 @@ class ConfusionMatrix(nn.Module):
         matrix = self.matrix.to(torch.float64)
         return matrix.diagonal(), matrix.sum(1), matrix.sum(0)
 
+    def _ratio(self, part: Tensor, whole: Tensor) -> Tensor:
+        """part / whole of each class; NaN for the ignored one, whose true pixels were not counted."""
+        score = part / whole
+        if self.ignore_index is not None and 0 <= self.ignore_index < self.num_classes:
+            score[self.ignore_index] = torch.nan
+        return score
+
     @property
     def iou(self) -> Tensor:
         """(C,) TP / (TP + FP + FN); NaN for a class absent from truth and prediction."""
         hits, true, predicted = self._counts()
-        return hits / (true + predicted - hits)
+        return self._ratio(hits, true + predicted - hits)
 
     @property
     def dice(self) -> Tensor:
         """(C,) 2·TP / (2·TP + FP + FN); NaN for a class absent from truth and prediction."""
         hits, true, predicted = self._counts()
-        return 2 * hits / (true + predicted)
+        return self._ratio(2 * hits, true + predicted)
 
     @property
     def precision(self) -> Tensor:
         """(C,) TP / (TP + FP); NaN for a class that was never predicted."""
         hits, _, predicted = self._counts()
-        return hits / predicted
+        return self._ratio(hits, predicted)
 
     @property
     def recall(self) -> Tensor:
         """(C,) TP / (TP + FN); NaN for a class absent from the truth."""
         hits, true, _ = self._counts()
-        return hits / true
+        return self._ratio(hits, true)
 
     @property
     def miou(self) -> Tensor:
-        """Mean of :attr:`iou` over the classes that occur."""
+        """Mean of :attr:`iou` over the classes that occur and are not ignored."""
         return self.iou.nanmean()
 
     @property

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastunet import ops
+from fastunet import eager, ops
 from fastunet.activation import Activation, Config, Placed, head_predict
 from fastunet.aten import predict, stats_dtype
 from fastunet.blocks import (
@@ -109,7 +109,8 @@ class _Network(nn.Module):
         height, width = x.shape[-2:]
         if height < 16 or width < 16:  # more than any of the networks asks for as it is made
             self._check_size(x)
-        return Activation(x), self.config.like(x, self)
+        config = self.config.like(x, self)
+        return Activation(eager.enter(x) if config.tuned else x), config
 
     def _check_channels(self, x: Tensor) -> None:
         """The channels of x, where a convolution that is known reads it."""

@@ -86,7 +86,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     Raises:
         ValueError: unknown backend, or "triton" asked for where it cannot run.
     """
-    backend = _wished(backend)
+    backend = wished(backend)
     if backend not in BACKENDS:
         check_backend(backend)
     if backend == "torch":
@@ -105,7 +105,8 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     return "torch"
 
 
-def _wished(backend: str) -> str:
+def wished(backend: str) -> str:
+    """``backend``, or what FASTUNET_BACKEND says in place of "auto"."""
     return os.environ.get("FASTUNET_BACKEND", backend) if backend == "auto" else backend
 
 
@@ -135,7 +136,7 @@ def serving(name: str, args: Sequence[Any]) -> tuple[str, Callable[..., Any]]:
     like = args[_deciding(name)]
     backend = resolve_backend(args[-1], like.device, like.dtype)
     function = getattr(_module(backend), name)
-    if backend == "triton" and name in ("conv2d", "conv2d_act", "conv2d_backward") and _wished(args[-1]) == "auto":
+    if backend == "triton" and name in ("conv2d", "conv2d_act", "conv2d_backward") and wished(args[-1]) == "auto":
         function = functools.partial(function, mixed=True)
     return backend, function
 
@@ -305,6 +306,17 @@ def _unseen() -> bool:
         or _C._get_tracing_state()
         or _C._autograd._profiler_enabled()
         or forward_ad._current_level >= 0
+    )
+
+
+def unwatched() -> bool:
+    """Whether neither a compiler nor a tracer, a mode nor a transform of functions sees what is called."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch)
     )
 
 
@@ -536,6 +548,36 @@ bn_affine_backward = _register(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     lambda daffine, var, weight, eps, backend: tuple(torch.empty_like(var) for _ in range(4)),
 )
+
+
+# Not an operator: plain modules on a CPU, which nobody watches, alone are helped by it (fastunet/eager.py).
+class _BatchNormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z, mean, var = aten.batch_norm_act(x, weight, bias, eps, relu)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.save_for_backward(x, z if relu else None, weight, mean, var)
+        ctx.config = eps, relu
+        return z, mean, var
+
+    @staticmethod
+    @_first_order
+    def backward(ctx: Any, dz: Tensor | None, *_: None) -> Any:
+        if dz is None:
+            return (None,) * 5
+        gradients = aten.batch_norm_act_backward(dz, *ctx.saved_tensors, *ctx.config)
+        wanted = ctx.needs_input_grad
+        return *(g if need else None for g, need in zip(gradients, wanted, strict=False)), None, None
+
+
+def batch_norm_act(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`fastunet.aten.batch_norm_act` with its derivative; the statistics have none."""
+    return _applied(_BatchNormAct, x, weight, bias, eps, relu)  # type: ignore[no-any-return]
 
 
 # ---- conv2d ------------------------------------------------------------------------------------------------------

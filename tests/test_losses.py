@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastunet import losses
 from fastunet.losses import (
     CrossEntropyLoss,
     DiceCELoss,
@@ -26,6 +28,7 @@ from fastunet.losses import (
     dice_loss,
     softmax_stats,
 )
+from fastunet.metrics import multiclass_dice_coeff
 
 # The interpreter is numpy, which warns of values that the kernels compute and then mask.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -83,6 +86,16 @@ def test_milesial_preset_is_micro_over_batch_and_classes() -> None:
     p, y = logits.softmax(1), one_hot(labels, 4)
     expected = 1 - (2 * (p * y).sum() + 1e-6) / (p.sum() + y.sum() + 1e-6)
     torch.testing.assert_close(DiceLoss.preset("milesial")(logits, labels), expected, **EXACT)
+
+
+def test_milesials_earlier_versions_average_over_classes() -> None:
+    logits, labels = batch(3)
+    p, y = logits.softmax(1), one_hot(labels, 3)
+    per_class = [(2 * (p[:, k] * y[:, k]).sum() + 1e-6) / (p[:, k].sum() + y[:, k].sum() + 1e-6) for k in range(3)]
+    expected = 1 - torch.stack(per_class).mean()
+    torch.testing.assert_close(DiceLoss.preset("milesial-v3")(logits, labels), expected, **EXACT)
+    torch.testing.assert_close(1 - multiclass_dice_coeff(p, y, True, version=3), expected, **EXACT)
+    assert abs(float(expected - DiceLoss.preset("milesial")(logits, labels))) > 1e-3
 
 
 def test_milesial_preset_takes_a_sigmoid_of_one_channel() -> None:
@@ -413,9 +426,128 @@ def test_all_ignored_means_what_pytorch_means() -> None:
     assert (gradient == 0).all()
 
 
-def test_one_class_is_always_right() -> None:
-    logits, labels = torch.randn(2, 1, 4, 5), torch.zeros(2, 4, 5, dtype=torch.int64)
-    torch.testing.assert_close(DiceCELoss()(logits, labels), torch.tensor(0.0))
+@pytest.mark.parametrize("labels", [0, 1], ids=["zeros", "ones"])
+@pytest.mark.parametrize("build", [DiceLoss, DiceCELoss, CrossEntropyLoss, TverskyLoss, GeneralizedDiceLoss])
+def test_a_softmax_of_one_channel_is_refused(build: type[DiceLoss], labels: int) -> None:
+    """It is 1 whatever the logits are: nothing would be learned. By shape, so also where labels are not looked at."""
+    logits, mask = torch.randn(2, 1, 4, 5), torch.full((2, 4, 5), labels)
+    with pytest.raises(ValueError, match=r"2 channels or more for a softmax.*sigmoid=True"):
+        build()(logits, mask)
+    with torch.device("meta"), pytest.raises(ValueError, match="2 channels or more"):
+        build()(torch.empty(2, 1, 4, 5), torch.empty(2, 4, 5, dtype=torch.int64))
+    assert build(sigmoid=True)(logits, mask).isfinite()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "pixel-weight"])
+@pytest.mark.parametrize("form", ["plane", "channel", "bool"])
+def test_pos_weight_is_pytorchs(form: str, weighted: bool, reduction: str, backend: str, device: str) -> None:
+    logits, labels = torch.randn(3, 1, 5, 6, dtype=torch.float64), torch.randint(0, 2, (3, 5, 6))
+    w = torch.rand(3, 5, 6, dtype=torch.float64) if weighted else torch.ones(3, 5, 6, dtype=torch.float64)
+    keep = torch.ones(3, 5, 6, dtype=torch.float64)
+    if form != "bool":
+        labels[:, 0] = 255
+        keep[:, 0] = 0
+    truth = (labels == 1).double()
+    loss = CrossEntropyLoss(sigmoid=True, pos_weight=3.5, ignore_index=255, reduction=reduction, backend=backend)
+    given = {"plane": labels, "channel": labels.unsqueeze(1), "bool": labels.bool()}[form].to(device)
+
+    def expected(x: Tensor) -> Tensor:
+        terms = F.binary_cross_entropy_with_logits(x[:, 0], truth, pos_weight=torch.tensor(3.5), reduction="none")
+        total = (terms * w * keep).sum()
+        return total / (w * keep).sum() if reduction == "mean" else total
+
+    mine, theirs = gradients(
+        lambda x: loss(x.to(device), given, w.to(device) if weighted else None).cpu(), expected, logits
+    )
+    value = loss(logits.to(device), given, w.to(device) if weighted else None)
+    torch.testing.assert_close(value.cpu().double(), expected(logits), **CLOSE)
+    torch.testing.assert_close(mine, theirs, **CLOSE)
+
+
+def test_pos_weight_leaves_dice_alone() -> None:
+    logits, labels = torch.randn(3, 1, 5, 6, dtype=torch.float64), torch.randint(0, 2, (3, 5, 6))
+    both = DiceCELoss(sigmoid=True, pos_weight=3.5)(logits, labels)
+    parts = DiceLoss(sigmoid=True)(logits, labels) + CrossEntropyLoss(sigmoid=True, pos_weight=3.5)(logits, labels)
+    torch.testing.assert_close(both, parts, **EXACT)
+
+
+@pytest.mark.parametrize("build", [CrossEntropyLoss, DiceCELoss])
+def test_weight_of_one_channel_and_pos_weight_of_several_are_refused(build: type[DiceCELoss]) -> None:
+    one, several = torch.randn(2, 1, 4, 5), torch.randn(2, 3, 4, 5)
+    with pytest.raises(ValueError, match="pos_weight weighs"):
+        build(sigmoid=True, weight=[2.0])(one, torch.zeros(2, 4, 5).long())
+    with pytest.raises(ValueError, match="sigmoid of a single channel, got 3 channels in sigmoid mode"):
+        build(sigmoid=True, pos_weight=2.0)(several, torch.zeros(2, 3, 4, 5).long())
+    with pytest.raises(ValueError, match="sigmoid of a single channel, got 3 channels in softmax mode"):
+        build(pos_weight=2.0)(several, torch.zeros(2, 4, 5).long())
+    for bad in (0.0, -1.0):
+        with pytest.raises(ValueError, match=f"expected pos_weight > 0 .*, got {bad}"):
+            build(pos_weight=bad)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"expected pos_weight to be finite, got {bad}"):
+            build(pos_weight=bad)
+    for no_number in ("2", True, torch.tensor(2.0)):
+        with pytest.raises(TypeError, match="expected pos_weight as a number"):
+            build(pos_weight=no_number)
+    with pytest.raises(ValueError, match="without label_smoothing"):
+        build(pos_weight=2.0, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("build", [DiceLoss, DiceCELoss, CrossEntropyLoss, TverskyLoss])
+def test_class_weights_in_float64_stay_so(build: type[DiceLoss]) -> None:
+    logits, labels = batch(4)
+    weight = torch.tensor([0.1, 0.7, 1.3, 0.9], dtype=torch.float64)
+    value, plain = build(weight=weight), build(reduction="sum")
+    assert value.weight is not None
+    assert torch.equal(value.weight, weight)
+    if build in (DiceLoss, TverskyLoss):
+        expected = (build(reduction="none")(logits, labels) * weight).mean()
+        torch.testing.assert_close(value(logits, labels), expected, **EXACT)
+    elif build is CrossEntropyLoss:
+        torch.testing.assert_close(value(logits, labels), F.cross_entropy(logits, labels, weight), **EXACT)
+    assert plain.weight is None
+    assert build(weight=[1, 2, 3, 4]).weight.dtype == torch.float32  # type: ignore[union-attr]
+
+
+def test_generalized_dice_of_a_large_picture_needs_less_smoothing() -> None:
+    """1/(Σy)² of 8×512×512 pixels is small beside MONAI's 1e-5, as the docstring says."""
+    y = torch.tensor([0.9, 0.1], dtype=torch.float64) * 8 * 512**2
+    p, tp = y.flip(0), 0.2 * y
+    stats = torch.stack([tp, p, y, *torch.zeros(4, 2, dtype=torch.float64)], -1)[None]
+    w = y**-2
+    expected = 1 - 2 * (w * tp).sum() / (w * (p + y)).sum()
+    exact = GeneralizedDiceLoss(smooth_nr=0, smooth_dr=1e-12).from_stats(stats)
+    torch.testing.assert_close(exact, expected, rtol=1e-6, atol=0)
+    assert GeneralizedDiceLoss().from_stats(stats) < 0.9 * expected
+
+
+@pytest.fixture
+def not_warned_yet() -> None:
+    losses._warn_once.cache_clear()
+
+
+@pytest.mark.usefixtures("not_warned_yet")
+def test_probabilities_in_place_of_logits_are_warned_of_once() -> None:
+    logits, labels = batch(3, dtype=torch.float32)
+    p = logits.softmax(1).requires_grad_()
+    with pytest.warns(UserWarning, match="softmax of a softmax"):
+        DiceCELoss()(p, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DiceCELoss()(p, labels)
+
+
+@pytest.mark.usefixtures("not_warned_yet")
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_nothing_else_is_warned_of() -> None:
+    logits, labels = batch(3, dtype=torch.float32)
+    p = logits.softmax(1)
+    doubtful = p.clone()
+    doubtful[-1, :, -1, -1] = 1.5  # only here it shows
+    for x in (logits, p * 0.9, p.log(), doubtful, p[:0]):
+        DiceCELoss()(x, labels[: len(x)])
+    DiceLoss(sigmoid=True)(p, one_hot(labels, 3).long())
 
 
 @pytest.mark.parametrize("scale", [1e4, -1e4])
@@ -527,7 +659,7 @@ BAD: dict[str, tuple[Tensor, Tensor, dict[str, Any], str]] = {
     "label-above": (LOGITS, LABELS + 3, {}, "expected labels from 0 to 2 or ignore_index=-100, got 3"),
     "label-below": (LOGITS, LABELS - 1, {}, "got -1"),
     "uint8-mask": (LOGITS, (LABELS + 255).to(torch.uint8), {}, "got 255; map the mask's values"),
-    "one-channel": (LOGITS[:, :1], LABELS + 1, {}, "got 1; a single channel needs sigmoid"),
+    "one-channel": (LOGITS[:, :1], LABELS + 1, {}, "2 channels or more for a softmax"),
     "sigmoid-two": (LOGITS[:, :1], LABELS + 2, {"mode": "sigmoid"}, "from 0 to 1"),
     "mode": (LOGITS, LABELS, {"mode": "multilabel"}, "expected mode 'softmax' or 'sigmoid'"),
     "weight-shape": (
@@ -578,7 +710,9 @@ def test_dice_ce_refuses_reduction_none() -> None:
 
 
 def test_unknown_preset_is_named() -> None:
-    with pytest.raises(ValueError, match="expected a preset among brain, milesial, nnunet, seed002, got 'smp'"):
+    with pytest.raises(
+        ValueError, match="expected a preset among brain, milesial, milesial-v3, nnunet, seed002, got 'smp'"
+    ):
         DiceLoss.preset("smp")
 
 
@@ -668,6 +802,14 @@ def test_options_are_told() -> None:
         (lambda: DiceLoss()(LOGITS.numpy(), LABELS), "expected logits as a torch.Tensor, got ndarray"),
         (lambda: DiceLoss()(LOGITS, LABELS.numpy()), "expected labels as a torch.Tensor, got ndarray"),
         (lambda: CrossEntropyLoss()(LOGITS, LABELS, [1.0]), "expected pixel_weight as a torch.Tensor, got list"),
+        (
+            lambda: CrossEntropyLoss(sigmoid=True, pos_weight=2.0)(LOGITS[:, :1], LABELS.numpy()),
+            "expected labels as a torch.Tensor, got ndarray",
+        ),
+        (
+            lambda: CrossEntropyLoss(sigmoid=True, pos_weight=2.0)(LOGITS[:, :1], LABELS.to("meta")),
+            "expected labels on cpu, where the logits are, got meta",
+        ),
         (lambda: DiceLoss()(LOGITS, LABELS.unsqueeze(1)), r"drop the channel with labels\.squeeze\(1\)"),
     ],
 )

@@ -101,6 +101,31 @@ def test_scores_follow_their_definitions() -> None:
         torch.testing.assert_close(score, torch.tensor(value, dtype=torch.float64), equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", ["mask", "logits"])
+def test_an_ignored_class_has_no_score_and_lowers_no_mean(kind: str) -> None:
+    prediction = torch.tensor([[[0, 0, 1, 1, 2, 0]]])
+    labels = torch.tensor([[[0, 0, 1, 0, 0, 2]]])  # 0 taken for 1 and, a stray pixel, for the ignored 2
+    matrix = ConfusionMatrix(3, ignore_index=2)
+    matrix.update(prediction if kind == "mask" else one_hot_logits(prediction, 3), labels)
+    nan = float("nan")
+    # torchmetrics 1.9, ignore_index=2: jaccard 0.5, 0.5 and macro 0.5; precision 1.0, 0.5; recall 0.5, 1.0
+    expected = {
+        "iou": [2 / 4, 1 / 2, nan],
+        "dice": [4 / 6, 2 / 3, nan],
+        "precision": [2 / 2, 1 / 2, nan],
+        "recall": [2 / 4, 1.0, nan],
+        "miou": 1 / 2,
+        "accuracy": 3 / 5,
+    }
+    for name, value in expected.items():
+        score = getattr(matrix, name)
+        torch.testing.assert_close(score, torch.tensor(value, dtype=torch.float64), equal_nan=True)
+
+
+def one_hot_logits(labels: Tensor, classes: int) -> Tensor:
+    return torch.nn.functional.one_hot(labels, classes).permute(0, 3, 1, 2).float()
+
+
 def test_scores_agree_with_torchmetrics() -> None:
     theirs = pytest.importorskip(
         "torchmetrics.functional.classification", reason="torchmetrics is an optional oracle: pip install torchmetrics"
@@ -338,3 +363,15 @@ def test_a_compiled_update_counts_and_refuses_labels_out_of_range() -> None:
     assert matrix.matrix.sum() == 40
     with pytest.raises(RuntimeError, match="expected classes in range"):
         update(prediction, labels + 3)
+
+
+def test_multiclass_dice_coeff_knows_the_versions_of_pytorch_unet() -> None:
+    p, y = torch.rand(2, 3, 4, 5), (torch.rand(2, 3, 4, 5) < 0.5).float()
+    planes = multiclass_dice_coeff(p, y)
+    torch.testing.assert_close(multiclass_dice_coeff(p, y, version=3), planes)
+    classes = torch.stack([dice_coeff(p[:, k], y[:, k], True) for k in range(3)]).mean()
+    for version in (2, 3):
+        torch.testing.assert_close(multiclass_dice_coeff(p, y, True, version=version), classes)
+    torch.testing.assert_close(multiclass_dice_coeff(p, y, True), dice_coeff(p.flatten(0, 1), y.flatten(0, 1), True))
+    with pytest.raises(ValueError, match="version 2, 3 or 4"):
+        multiclass_dice_coeff(p, y, version=1)

@@ -55,6 +55,8 @@ CASES: dict[str, Case] = {
 # for ill-conditioned batch norms over few values. A wrong term shows at 1e-3 or more.
 EXACT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 
+BACKEND = "torch"  # of what is tested; tests/test_eager.py repeats it all with "auto"
+
 
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
@@ -82,18 +84,18 @@ def scramble(model: nn.Module) -> nn.Module:
 
 
 def twins(case: Case, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[nn.Module, nn.Module]:
-    """(drop-in on the torch backend, reference) with the same weights."""
+    """(drop-in on BACKEND, reference) with the same weights."""
     plain = scramble(case.plain()).to(dtype)
-    fast = case.fast(**{"backend": "torch", **options}).to(dtype)
+    fast = case.fast(**{"backend": BACKEND, **options}).to(dtype)
     fast.load_state_dict(plain.state_dict(), strict=True)
     return fast, plain
 
 
 def on_torch(block: nn.Module) -> nn.Module:
-    """A block by itself, on the torch backend."""
+    """A block by itself, on BACKEND."""
     for module in block.modules():
         if isinstance(module, blocks.LazyModule):
-            module.config = Config(backend="torch")
+            module.config = Config(backend=BACKEND)
     return block
 
 
@@ -554,7 +556,7 @@ def test_deepcopy_pickle_and_save(case: Case) -> None:
     buffer = io.BytesIO()
     torch.save(fast.state_dict(), buffer)
     buffer.seek(0)
-    loaded = case.fast(backend="torch").double().eval()
+    loaded = case.fast(backend=BACKEND).double().eval()
     loaded.load_state_dict(torch.load(buffer, weights_only=True))
     for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), loaded):
         assert torch.equal(other(x), expected)
@@ -665,7 +667,7 @@ def test_no_grad_inference_mode_and_empty_batch(case: Case) -> None:
 
 def test_shapes_can_be_inferred_on_the_meta_device(case: Case) -> None:
     with torch.device("meta"):
-        fast, plain = case.fast(backend="torch"), case.plain()
+        fast, plain = case.fast(backend=BACKEND), case.plain()
         x = picture(case, dtype=torch.float32)
     y = fast(x)
     assert (y.shape, y.device.type) == (plain(x).shape, "meta")
@@ -738,24 +740,24 @@ def test_attributes_of_the_upstream_class() -> None:
 )
 def test_bad_input_gets_one_sentence(name: str, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        CASES[name].fast(backend="torch")(torch.zeros(shape))
+        CASES[name].fast(backend=BACKEND)(torch.zeros(shape))
     assert "\n" not in str(caught.value)
     assert str(shape[-2]) in str(caught.value)
 
 
 def test_integer_pictures_are_refused(case: Case) -> None:
     with pytest.raises(TypeError, match="floating-point input"):
-        case.fast(backend="torch")(torch.zeros(1, *case.size, dtype=torch.uint8))
+        case.fast(backend=BACKEND)(torch.zeros(1, *case.size, dtype=torch.uint8))
 
 
 def test_another_dtype_than_the_weights_is_refused() -> None:
     with pytest.raises(TypeError, match="one dtype"):
-        fastunet.UNet(3, 2, base_c=4, backend="torch")(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+        fastunet.UNet(3, 2, base_c=4, backend=BACKEND)(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 def test_a_head_of_another_dtype_is_refused(grad: bool) -> None:
-    model = fastunet.UNet(3, 2, base_c=4, backend="torch").eval()
+    model = fastunet.UNet(3, 2, base_c=4, backend=BACKEND).eval()
     model.outc.double()
     with torch.set_grad_enabled(grad), pytest.raises(TypeError, match="one dtype"):
         model(torch.zeros(1, 3, 32, 32))
@@ -769,7 +771,7 @@ def test_unknown_options_are_refused(option: str) -> None:
 
 @pytest.mark.parametrize("bilinear", [False, True], ids=["transposed", "bilinear"])
 def test_one_value_per_channel_in_training_is_refused_as_in_pytorch(bilinear: bool) -> None:
-    fast = fastunet.UNet(3, 2, bilinear, 4, backend="torch")
+    fast = fastunet.UNet(3, 2, bilinear, 4, backend=BACKEND)
     before = copy.deepcopy(dict(fast.named_buffers()))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         fast(torch.zeros(1, 3, 16, 16))
@@ -923,5 +925,5 @@ def test_second_derivatives_are_refused_not_wrong(case: Case) -> None:
 
 def test_one_class_has_the_strides_of_the_reference() -> None:
     x = torch.randn(2, 3, 37, 53)
-    fast, plain = fastunet.UNet(3, 1, base_c=4, backend="torch"), reference.UNet(3, 1, base_c=4)
+    fast, plain = fastunet.UNet(3, 1, base_c=4, backend=BACKEND), reference.UNet(3, 1, base_c=4)
     assert fast(x).stride() == plain(x).stride()

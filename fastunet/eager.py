@@ -1,0 +1,132 @@
+"""How networks run on a CPU: as the modules they are, but for what ATen does badly or twice there.
+
+Normalising while the next convolution reads gains nothing in ATen, where every operation is a pass over memory of its
+own, and the calls it takes cost time. So under ``backend="auto"`` and policy "speed" a layer is its modules, called one
+after another in channels_last memory, in which oneDNN convolves up to three times as fast, with two exceptions: over
+many pixels a batch norm in training adds up in short sums (see :func:`fastunet.aten.batch_norm_act`), and without
+gradients a normalisation by running statistics is folded into the weights before it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastunet import aten, ops
+from fastunet.activation import Config, check_weight, running_stats
+
+_FEW_PIXELS = 8192  # below, ATen adds up well enough, and merging short sums takes longer
+
+
+def enter(x: Tensor) -> Tensor:
+    """The network's input in the layout in which it is convolved fastest."""
+    usual = x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+    return aten.channels_last(x) if usual else x
+
+
+def layer(
+    z: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, relu: bool, config: Config
+) -> Tensor:
+    """A convolution and what follows it, of a stored tensor.
+
+    Raises:
+        ValueError, TypeError: parameters or statistics on another device or in another dtype; RuntimeError: ATen's.
+    """
+    _check_places(z, conv, norm)
+    if conv.weight.dtype != z.dtype:
+        check_weight(z, conv.weight)
+    y: Tensor
+    if norm is None:
+        y = conv(z)
+    elif config.tuned and not (norm.training or torch.is_grad_enabled()) and _folds(z, conv, norm):
+        y = _folded(z, conv, norm)
+    else:
+        y = conv(z)
+        if config.precise and (norm.training or norm.running_mean is None) and _many_pixels(y, norm):
+            return _batch_norm(y, norm, relu)
+        y = norm(y)
+    return y.relu_() if relu else y
+
+
+def _check_places(z: Tensor, conv: nn.Module, norm: nn.BatchNorm2d | None) -> None:
+    """Refuse tensors elsewhere than z: of one on the meta device ATen makes numbers that nobody computed."""
+    tensors = [conv.weight, conv.bias]
+    if norm is not None:
+        tensors += [norm.weight, norm.bias, *(running_stats(norm) or ())]
+    device = z.device
+    for t in tensors:
+        if t is not None and t.device != device:
+            raise ValueError(f"expected a layer on {device}, where its input is, got a part of it on {t.device}")
+
+
+def max_pool2x2(z: Tensor) -> Tensor:
+    """nn.MaxPool2d(2) of a stored tensor, without the indices that a backward would want."""
+    height, width = z.shape[-2] // 2 * 2, z.shape[-1] // 2 * 2
+    rows = torch.maximum(z[..., 0:height:2, :], z[..., 1:height:2, :])
+    return torch.maximum(rows[..., 0:width:2], rows[..., 1:width:2])
+
+
+def dense(z: Tensor) -> Tensor:
+    """``z``, whose gradient is copied to dense memory first: a part of a concatenation's is not, and ATen's backward of
+    upsampling is several times slower then."""
+    if z.requires_grad:
+        z.register_hook(aten.channels_last)
+    return z
+
+
+def _many_pixels(y: Tensor, norm: nn.BatchNorm2d) -> bool:
+    """Whether ATen's batch norm of y would lose digits, and ``norm`` is of the usual kind."""
+    if y.numel() < _FEW_PIXELS * y.shape[1] or y.dtype != torch.float32 or not aten.adds_one_by_one(y):
+        return False
+    buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
+    tracked = norm.momentum is not None and all(t is not None for t in buffers)
+    usual = tracked or all(t is None for t in buffers)
+    return usual and all(t is None or t.dtype == y.dtype for t in (norm.weight, norm.bias, *buffers[:2]))
+
+
+def _batch_norm(y: Tensor, norm: nn.BatchNorm2d, relu: bool) -> Tensor:
+    z, mean, var = ops.batch_norm_act(y, norm.weight, norm.bias, norm.eps, relu)
+    if norm.training and norm.track_running_stats and norm.running_mean is not None:
+        assert norm.num_batches_tracked is not None
+        assert norm.running_var is not None
+        assert norm.momentum is not None
+        norm.num_batches_tracked.add_(1)
+        count = y.numel() // y.shape[1]
+        aten.update_running_stats(norm.running_mean, norm.running_var, mean, var, count, norm.momentum)
+    return z
+
+
+def _folds(z: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> bool:
+    """Whether scaling the weights takes less time than normalising what they make, and loses nothing."""
+    weight = conv.weight
+    if z.numel() * weight.shape[0] < 4 * weight.numel() * z.shape[1]:
+        return False
+    kind = z.dtype
+    mean, var = norm.running_mean, norm.running_var
+    return (
+        (kind == torch.float32 or kind == torch.float64)  # of which no digits are lost by rounding the weights again
+        and not torch.is_autocast_enabled("cpu")
+        and weight.dtype == kind
+        and mean is not None
+        and var is not None
+        and mean.dtype == var.dtype == kind
+        and (norm.weight is None or norm.weight.dtype == kind)
+        and mean.shape[0] == weight.shape[0 if isinstance(conv, nn.Conv2d) else 1]  # one value would be broadcast
+    )
+
+
+def _folded(z: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> Tensor:
+    """norm(conv(z)) by running statistics, as one convolution."""
+    mean, var, gain, shift = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    assert mean is not None
+    assert var is not None
+    scale = torch.rsqrt(var + norm.eps)
+    if gain is not None:
+        scale *= gain
+    centre = mean if conv.bias is None else mean - conv.bias
+    bias = -centre * scale if shift is None else torch.addcmul(shift, centre, scale, value=-1)
+    if isinstance(conv, nn.Conv2d):
+        return F.conv2d(z, conv.weight * scale.view(-1, 1, 1, 1), bias, conv.stride, conv.padding)
+    weight = conv.weight * scale.view(-1, 1, 1)
+    return F.conv_transpose2d(z, weight, bias, conv.stride, conv.padding, conv.output_padding)  # type: ignore[arg-type]

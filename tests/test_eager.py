@@ -1,0 +1,211 @@
+"""The CPU's way to run a network, which ``backend="auto"`` takes there: the claims of test_models, and its own.
+
+Elsewhere the tests ask for a backend, or the interpreter is the choice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+
+import fastunet
+from fastunet import aten, eager, ops, reference
+from tests import test_models
+from tests.test_models import *  # noqa: F403 - collected here once more
+
+CL = torch.channels_last
+layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, CL], ids=["contiguous", "channels_last"])
+
+
+@pytest.fixture(autouse=True)
+def no_backend_chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine without a GPU where nobody set anything."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.delenv("FASTUNET_BACKEND", raising=False)
+    monkeypatch.setattr(test_models, "BACKEND", "auto")
+    ops.triton_unavailable.cache_clear()
+    yield
+    ops.triton_unavailable.cache_clear()
+
+
+# What is not so here: kernels, a graph of fastunet's operators, and derivatives that only those refuse.
+for _name in (
+    "test_whole_network_through_the_kernels",
+    "test_sibling_networks_forward_through_the_kernels",
+    "test_export",
+    "test_second_derivatives_are_refused_not_wrong",
+    "test_default_sizes_are_the_published_ones",
+    "test_same_state_dict",
+):
+    del globals()[_name]
+
+
+def models(bilinear: bool = False, base: int = 4, **options: str) -> tuple[fastunet.UNet, reference.UNet]:
+    """(fastunet's, the reference), with the same weights."""
+    plain = test_models.scramble(reference.UNet(3, 2, bilinear, base))
+    ours = fastunet.UNet(3, 2, bilinear, base, **options)
+    ours.load_state_dict(plain.state_dict())
+    return ours, plain  # type: ignore[return-value]
+
+
+def operators(model: nn.Module, x: Tensor) -> set[str]:
+    """Names of fastunet's operators in the exported program."""
+    graph = torch.export.export(model, (x,)).graph
+    return {str(node.target) for node in graph.nodes if "fastunet" in str(node.target)}
+
+
+@pytest.mark.parametrize(
+    ("options", "lazy"),
+    [({}, False), ({"backend": "torch"}, True), ({"policy": "memory"}, True)],
+    ids=["auto", "torch", "memory"],
+)
+def test_modules_run_where_nothing_was_chosen(options: dict[str, str], lazy: bool) -> None:
+    model = models(**options)[0].eval()
+    assert bool(operators(model, torch.randn(1, 3, 32, 32))) == lazy
+
+
+def test_the_environment_chooses_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTUNET_BACKEND", "torch")
+    assert operators(models()[0].eval(), torch.randn(1, 3, 32, 32))
+
+
+def worst(found: list[Tensor], truth: list[Tensor]) -> float:
+    """The largest error of a tensor, relative to the largest entry there."""
+    pairs = zip(found, truth, strict=True)
+    return max(float((f.double() - t).abs().max() / t.abs().max().clamp_min(1e-30)) for f, t in pairs)
+
+
+@pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    kept = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(kept)
+
+
+# ATen's batch norm of channels_last memory leaves 1.6e-3 of a variance here; of contiguous memory, 4e-8.
+MANY = (2, 3, 1024, 1024)
+
+
+@layouts
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_layer_over_many_pixels_is_as_exact_as_pytorchs(backend: str, layout: torch.memory_format) -> None:
+    """Values, statistics and gradients of convolution, batch norm and ReLU; plain PyTorch's on contiguous memory."""
+    x = torch.randn(2, 3, 512, 512) + 1
+    direction = torch.rand(2, 8, 512, 512)  # of one sign, so that sums grow
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    ours = fastunet.blocks.ConvSequence(*copy.deepcopy(plain))
+    ours.config = fastunet.activation.Config(backend)
+    results = []
+    for model, kind, form in (
+        (copy.deepcopy(plain), torch.float64, torch.contiguous_format),
+        (plain, torch.float32, torch.contiguous_format),
+        (ours, torch.float32, layout),
+    ):
+        leaf = x.to(kind, memory_format=form, copy=True).requires_grad_()
+        model.to(kind)
+        y = model(leaf)
+        gradients = torch.autograd.grad(y, [leaf, model[0].weight, *model[1].parameters()], direction.to(kind))
+        results.append([[y.detach()], [model[1].running_mean, model[1].running_var], [gradients[0]], [*gradients[1:]]])
+    truth, expected, found = results
+    for t, e, f in zip(truth, expected, found, strict=True):
+        assert worst(f, t) <= 2 * worst(e, t) + 2e-7  # two units of float32's last place
+
+
+@pytest.mark.usefixtures("threads")
+@layouts
+def test_statistics_over_many_pixels(layout: torch.memory_format) -> None:
+    """Of any number of pixels, also a prime one."""
+    for shape in (MANY, (2, 16, 512, 512), (1, 5, 641, 643), (1, 3, 1, 99991), (1, 1200, 40, 41), (3, 1, 300, 300)):
+        y = (2 * torch.randn(shape) + 3).contiguous(memory_format=layout)
+        mean, var = aten._batch_stats(aten.channels_last(y))
+        truth = y.double()
+        torch.testing.assert_close(mean.double(), truth.mean((0, 2, 3)), rtol=3e-7, atol=0)
+        torch.testing.assert_close(var.double(), truth.var((0, 2, 3), correction=0), rtol=3e-7, atol=0)
+
+
+@layouts
+@pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
+def test_sums_of_losses_over_many_pixels(mode: str, layout: torch.memory_format) -> None:
+    logits = torch.randn(2, 3, 1024, 1024).contiguous(memory_format=layout)
+    labels = torch.randint(0, 2, (2, 3, 1024, 1024) if mode == "sigmoid" else (2, 1024, 1024))
+    stats = fastunet.losses.softmax_stats(logits, labels, mode=mode)
+    truth = fastunet.losses.softmax_stats(logits.double(), labels, mode=mode)
+    torch.testing.assert_close(stats.double(), truth, rtol=5e-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("conv_bias", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_folded_weights(conv_bias: bool, affine: bool) -> None:
+    """Without gradients a normalisation goes into the weights before it: not one of them is changed by that."""
+    conv = nn.Conv2d(3, 8, 3, padding=1, bias=conv_bias)
+    up = nn.ConvTranspose2d(8, 4, 2, stride=2, bias=conv_bias)
+    plain = nn.Sequential(
+        conv, nn.BatchNorm2d(8, affine=affine), nn.ReLU(), up, nn.BatchNorm2d(4, affine=affine), nn.Conv2d(4, 2, 1)
+    )
+    plain = test_models.scramble(plain).eval() if affine else plain.eval()
+    for norm in (plain[1], plain[4]):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.1, 3)
+    ours = fastunet.blocks.ConvSequence(*plain)
+    before = copy.deepcopy(plain.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        truth = copy.deepcopy(plain).double()(x.double())
+        torch.testing.assert_close(ours(x).double(), truth, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.double()(x.double()), truth, rtol=1e-12, atol=1e-12)
+    ours.float()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_transforms_of_functions_see_plain_modules() -> None:
+    ours, plain = (model.double().eval() for model in models())
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    mine, theirs = (
+        grad(lambda p, model=model: functional_call(model, p, (x,)).square().sum())(dict(model.named_parameters()))
+        for model in (ours, plain)
+    )
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_large_picture_compiles_in_one_graph() -> None:
+    ours, plain = models(base=1)
+    x = torch.randn(2, 3, 256, 256)
+    y = torch.compile(ours, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(y, plain.double()(x.double()).float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_large_picture_trains_as_the_reference(checkpointing: bool) -> None:
+    """Where the batch norms are fastunet's own, at every level; gradients of one network are ill-conditioned."""
+    ours, plain = models(bilinear=True)
+    plain.double()
+    if checkpointing:
+        ours.use_checkpointing()
+    x = torch.randn(2, 3, 256, 256)
+    for _ in range(2):
+        y, expected = ours(x), plain(x.double())
+        torch.testing.assert_close(y.double(), expected, rtol=1e-3, atol=1e-3)
+        for model, out in ((ours, y), (plain, expected)):
+            model.zero_grad()
+            out.square().mean().backward()
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert float((mine.grad - theirs.grad).norm() / theirs.grad.norm()) < 0.1
+    for (name, mine_), theirs_ in zip(ours.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(mine_.double(), theirs_.double(), rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_pooling_without_gradients_is_pytorchs() -> None:
+    x = torch.randn(2, 3, 7, 9)
+    x[0, 0, 0, 0] = torch.nan
+    expected = torch.nn.functional.max_pool2d(x, 2)
+    torch.testing.assert_close(eager.max_pool2x2(x), expected, rtol=0, atol=0, equal_nan=True)
