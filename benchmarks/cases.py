@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastunet import losses, ops
+from fastunet import checks, losses, ops
 from fastunet.aten import stats_dtype
 
 Operands = tuple[Any, ...]
@@ -532,7 +532,7 @@ def _untimed() -> Iterator[Case]:
         for skip in (0, 64):
             case = Case("conv2d", wide, filters=64, skip=skip, bias=True, algorithm=algorithm)
             yield from variations(case)
-    for labels in losses.LABEL_DTYPES:
+    for labels in checks.LABEL_DTYPES:
         for op, filters, modes in (("softmax_stats", 0, losses.MODES), ("head_stats", 3, losses.MODES)):
             yield from (Case(op, wide, filters=filters, kernel=1, labels=labels, loss=mode) for mode in modes)
         for what in ("", "_of_masks"):

@@ -13,16 +13,18 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
+
+Name = TypeVar("Name", bound=Hashable)
 
 ROOT = Path(__file__).parent.parent
 FLUSH_BYTES = 256 << 20  # and at least twice the L2 cache
@@ -129,8 +131,8 @@ class Times:
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float, *, head_start: bool
-) -> dict[str, Times]:
+    calls: Mapping[Name, Callable[[], Any]], device: torch.device, seconds: float, *, head_start: bool
+) -> dict[Name, Times]:
     """The time of each of ``calls``, which are warm: all of them in turn, over and over, for about ``seconds``.
 
     With ``head_start`` the GPU is kept busy while the host issues a call, so that only the GPU's time counts, as for

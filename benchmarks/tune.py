@@ -176,8 +176,7 @@ def tune(case: Case, device: torch.device, seconds: float, pool: Executor | None
     def add(choices: Iterable[Any]) -> None:
         for choice in choices:
             try:
-                torch_step = choice == "torch"
-                steps[choice] = _checked(TORCH, case, problem) if torch_step else _forcing(kind, choice, case, problem)
+                steps[choice] = _forcing(kind, choice, case, problem)
             except Exception as error:  # out of memory or registers, or wrong numbers: not a candidate
                 if choice == Choice("triton", rule):
                     raise
@@ -243,9 +242,11 @@ def _checked(provider: peers.Provider, case: Case, problem: peers.Problem) -> St
 
 
 def _forcing(kind: str, choice: Any, case: Case, problem: peers.Problem) -> Step:
-    """The step that takes ``choice``, checked."""
+    """The step that takes ``choice``, checked; "torch" is the backend."""
     from fastunet.kernels import table
 
+    if choice == "torch":
+        return _checked(TORCH, case, problem)
     with table.forced({kind: choice}):
         step = _checked(TRITON, case, problem)
 

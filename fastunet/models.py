@@ -139,14 +139,14 @@ class _Network(nn.Module):
         """function(x, *rest), whose errors say which of this network's modules does not fit what it is given."""
         try:
             return function(x, *rest)
-        except (TypeError, ValueError) as error:
-            if torch.compiler.is_compiling() or not hasattr(error, "misfit"):
+        except (TypeError, ValueError, RuntimeError) as error:
+            if torch.compiler.is_compiling():
+                raise
+            if isinstance(error, RuntimeError):
+                ops.refuse_transforms()
+            if not hasattr(error, "misfit"):
                 raise
             raise self._named(error, error.misfit, x) from error
-        except RuntimeError:
-            if not torch.compiler.is_compiling():
-                ops.refuse_transforms()
-            raise
 
     def _named(self, error: Exception, misfit: Misfit, x: Tensor) -> Exception:
         if misfit.device is None:

@@ -140,7 +140,7 @@ def _rule(kind: str, sources: Sequence[int], filters: int, where: Place) -> str:
     narrowest = min(*sources, filters)
     if kind == "conv3x3_act":  # the fused epilogue saves a pass, and two sources a concatenation
         return "cudnn" if narrowest >= 128 * len(sources) else "triton"
-    if kind == "conv3x3_dgrad" or (narrowest >= 64 and filters >= 128):
+    if narrowest >= 64 and filters >= 128:
         return "cudnn"
     return "stored" if kind == "conv3x3_fwd" else "triton"
 

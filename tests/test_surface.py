@@ -17,7 +17,7 @@ from processes import python
 pytest.importorskip("triton", reason="cases are launched by Triton, part of pip install 'fastunet[test]' on Linux")
 
 from benchmarks.cases import CASES, DTYPES, UNTIMED, WORDS, Case
-from fastunet import losses, ops
+from fastunet import checks, ops
 
 Value = tuple[str, str, str]  # operator, argument, value
 
@@ -45,7 +45,7 @@ def possible(operator: str, argument: Any) -> list[str]:
     if kind == "str":
         return list(WORDS[name])
     if kind == "Tensor" and name in ("labels", "mask"):
-        return [str(dtype) for dtype in losses.LABEL_DTYPES]
+        return [str(dtype) for dtype in checks.LABEL_DTYPES]
     return [str(dtype) for dtype in DTYPES] if name in ("x", "x0", "logits", "dtype") else []
 
 
