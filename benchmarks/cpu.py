@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastunet
-from benchmarks import traffic
 from benchmarks.measure import interleaved
 from fastunet import ops, reference
 
@@ -69,7 +68,7 @@ def rows(batch: int, seconds: float) -> Iterator[tuple[str, ...]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=6, help="for each pair; 6")
+    parser.add_argument("--seconds", type=float, default=6, help="for each pair; 6: two minutes or more in all")
     parser.add_argument("--batch", type=int, default=2, help="pictures at a time; 2")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch; its own choice")
     options = parser.parse_args(arguments)
@@ -78,7 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     head = ("network", "layout", "mode", "eager ms", "fastunet ms", "ratio", "goal")
     print(f"PyTorch {torch.__version__}, {options.threads} threads, float32")
-    print(traffic.aligned([head, *rows(options.batch, options.seconds)]))
+    layout = "{:<32} {:<13} {:<9} {:>9} {:>11} {:>6} {:>7}"
+    print(layout.format(*head))
+    for row in rows(options.batch, options.seconds):
+        print(layout.format(*row), flush=True)
     return 0
 
 
