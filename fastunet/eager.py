@@ -51,13 +51,18 @@ def layer(
 
 def _check_places(z: Tensor, conv: nn.Module, norm: nn.BatchNorm2d | None) -> None:
     """Refuse tensors elsewhere than z: of one on the meta device ATen makes numbers that nobody computed."""
-    tensors = [conv.weight, conv.bias]
-    if norm is not None:
-        tensors += [norm.weight, norm.bias, *(running_stats(norm) or ())]
     device = z.device
-    for t in tensors:
-        if t is not None and t.device != device:
-            raise ValueError(f"expected a layer on {device}, where its input is, got a part of it on {t.device}")
+    for module in (conv, norm):
+        if module is None:
+            continue
+        # Not module.weight and so on: to find those takes modules longer than all the rest of this.
+        for t in (*module._parameters.values(), *module._buffers.values()):
+            if t is not None and t.device != device and t.dim():
+                raise ValueError(f"expected a layer on {device}, where its input is, got a part of it on {t.device}")
+    if norm is not None:
+        buffers = norm._buffers
+        if (buffers.get("running_mean") is None) != (buffers.get("running_var") is None):
+            running_stats(norm)  # says so
 
 
 def max_pool2x2(z: Tensor) -> Tensor:
@@ -102,7 +107,7 @@ def _folds(z: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d
     weight = conv.weight
     if z.numel() * weight.shape[0] < 4 * weight.numel() * z.shape[1]:
         return False
-    kind = z.dtype
+    kind, filters = z.dtype, weight.shape[0 if isinstance(conv, nn.Conv2d) else 1]
     mean, var = norm.running_mean, norm.running_var
     return (
         (kind == torch.float32 or kind == torch.float64)  # of which no digits are lost by rounding the weights again
@@ -110,9 +115,8 @@ def _folds(z: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d
         and weight.dtype == kind
         and mean is not None
         and var is not None
-        and mean.dtype == var.dtype == kind
-        and (norm.weight is None or norm.weight.dtype == kind)
-        and mean.shape[0] == weight.shape[0 if isinstance(conv, nn.Conv2d) else 1]  # one value would be broadcast
+        # A single value would be broadcast here; nn.BatchNorm2d refuses it.
+        and all(t is None or (t.dtype == kind and t.shape[0] == filters) for t in (mean, var, norm.weight, norm.bias))
     )
 
 

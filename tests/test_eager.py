@@ -1,4 +1,5 @@
-"""The CPU's way to run a network, which ``backend="auto"`` takes there: the claims of test_models, and its own.
+"""The CPU's way to run a network, which ``backend="auto"`` takes there: the claims of
+test_models and test_surgery, and its own.
 
 Elsewhere the tests ask for a backend, or the interpreter is the choice.
 """
@@ -16,7 +17,9 @@ from torch.func import functional_call, grad
 import fastunet
 from fastunet import aten, eager, ops, reference
 from tests import test_models
+from tests import test_surgery as surgery
 from tests.test_models import *  # noqa: F403 - collected here once more
+from tests.test_surgery import *  # noqa: F403 - and these
 
 CL = torch.channels_last
 layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, CL], ids=["contiguous", "channels_last"])
@@ -27,13 +30,15 @@ def no_backend_chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine without a GPU where nobody set anything."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.delenv("FASTUNET_BACKEND", raising=False)
-    monkeypatch.setattr(test_models, "BACKEND", "auto")
+    for module in (test_models, surgery):
+        monkeypatch.setattr(module, "BACKEND", "auto")
     ops.triton_unavailable.cache_clear()
     yield
     ops.triton_unavailable.cache_clear()
 
 
-# What is not so here: kernels, a graph of fastunet's operators, and derivatives that only those refuse.
+# What is not so here: kernels, a graph of fastunet's operators, and derivatives and transforms that only those refuse.
+# And processes of their own, to which nobody says that no backend was chosen.
 for _name in (
     "test_whole_network_through_the_kernels",
     "test_sibling_networks_forward_through_the_kernels",
@@ -41,6 +46,10 @@ for _name in (
     "test_second_derivatives_are_refused_not_wrong",
     "test_default_sizes_are_the_published_ones",
     "test_same_state_dict",
+    "test_constructors_refuse_at_once",
+    "test_strided_networks_predict_nothing",
+    "test_tracers_and_transforms_are_refused_in_a_sentence",
+    "test_predict_and_loss_of_a_sharded_network",
 ):
     del globals()[_name]
 
@@ -209,3 +218,59 @@ def test_pooling_without_gradients_is_pytorchs() -> None:
     x[0, 0, 0, 0] = torch.nan
     expected = torch.nn.functional.max_pool2d(x, 2)
     torch.testing.assert_close(eager.max_pool2x2(x), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no-grad"])
+def test_what_does_not_fit_is_refused_by_the_modules_name(train: bool, grad: bool) -> None:
+    """Here ATen refuses, or nobody: of a part on the meta device it makes numbers that nobody computed."""
+    x, norm = torch.randn(2, 3, 32, 32), "up4.conv.double_conv.1"
+    for name, part in (
+        ("inc.double_conv.0", "weight"), ("up1.up", "bias"), ("outc.conv", "bias"),
+        (norm, "weight"), (norm, "bias"), (norm, "running_mean"), (norm, "running_var"),
+    ):  # fmt: skip
+        model = models()[0].train(train)
+        module = model.get_submodule(name)
+        there = getattr(module, part).detach().to("meta")
+        setattr(module, part, there if part.startswith("running") else nn.Parameter(there))
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=rf"where its input is.* \({name}\)"):
+            model(x)
+    for missing in ("running_mean", "running_var"):
+        model = models()[0].train(train)
+        setattr(model.get_submodule(norm), missing, None)
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=rf"got no {missing} \({norm}\)"):
+            model(x)
+    for features in (1, 5):  # one value could be broadcast
+        model = models()[0].train(train)
+        model.up4.conv.double_conv[1] = nn.BatchNorm2d(features)
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=rf"of 4 features, got.* \({norm}\)"):
+            model(x)
+    for part in ("weight", "bias"):
+        model = models()[0].train(train)
+        setattr(model.up4.conv.double_conv[1], part, nn.Parameter(torch.ones(1)))
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(RuntimeError, match=rf"{part} should contain 4 elements not 1"),
+        ):
+            model(x)
+    block = fastunet.blocks.ConvSequence(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(1)).train(train)
+    with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="batch norm of 4 features, got one of 1"):
+        block(x)
+    model = models()[0].train(train)
+    model.up3.conv.double_conv[0].bias = nn.Parameter(torch.zeros(8).double())
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"\(up3\.conv\.double_conv\.0\)"):
+        model(x)
+
+
+def test_tangents_go_through_plain_modules_only() -> None:
+    """Over many pixels the batch norms are this library's, whose forward mode is refused as the operators' is."""
+    with torch.autograd.forward_ad.dual_level():
+        for size in (32, 512):
+            x = torch.randn(1, 3, size, size)
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            model = models(base=1)[0]
+            if size == 32:
+                assert torch.autograd.forward_ad.unpack_dual(model(dual)).tangent is not None
+                continue
+            with pytest.raises(RuntimeError, match="expected no forward-mode derivative, got a tensor with a tangent"):
+                model(dual)

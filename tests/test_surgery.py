@@ -22,10 +22,12 @@ FIRST = {"UNet": "inc.double_conv.0", "StridedUNet": "d1.Conv_BN_ReLU_2.0", "Pla
 LAST = {"UNet": "outc.conv", "StridedUNet": "o.6", "PlainUNet": "output", "BrainUNet": "conv"}
 ROUNDED = {"rtol": 1e-4, "atol": 1e-5}  # float32 through a network of random weights
 
+BACKEND = "torch"  # of what is tested; tests/test_eager.py repeats it with "auto"
+
 
 def made(network: str, **settings: Any) -> nn.Module:
     sizes = {"UNet": (3, 2, False, 4), "StridedUNet": (3, 2, 4), "PlainUNet": (3, 2, 4), "BrainUNet": (3, 1, 4)}
-    model: nn.Module = getattr(fastunet, network)(*sizes[network], backend="torch", **settings)
+    model: nn.Module = getattr(fastunet, network)(*sizes[network], backend=BACKEND, **settings)
     return model
 
 
