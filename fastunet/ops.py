@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from fastunet import aten
 from fastunet.architecture import pretending
@@ -86,21 +85,28 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     Raises:
         ValueError: unknown backend, or "triton" asked for where it cannot run.
     """
-    backend = _wished(backend)
+    return _resolved(_wished(backend), device, dtype)
+
+
+def _resolved(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """:func:`resolve_backend` of what is wished."""
     if backend not in BACKENDS:
         check_backend(backend)
     if backend == "torch":
         return backend
-    reason = None if device.type == "meta" and pretending() else triton_unavailable(device.type, device.index)
-    if reason is None and dtype.is_floating_point and dtype not in _KERNEL_DTYPES[interpreting()]:
-        reason = f"the Triton kernels take {_KERNEL_DTYPES_SAID[interpreting()]}, and the tensors are {dtype}"
+    kind = device.type
+    reason = None if kind == "meta" and pretending() else triton_unavailable(kind, device.index)
+    if reason is None and dtype.is_floating_point:
+        interpreted = kind != "cuda" and interpreting()  # where it is a GPU, that is a reason above
+        if dtype not in _KERNEL_DTYPES[interpreted]:
+            reason = f"the Triton kernels take {_KERNEL_DTYPES_SAID[interpreted]}, and the tensors are {dtype}"
     if backend == "triton":
         if reason is not None:
             raise ValueError(f"backend='triton' cannot be used here: {reason}")
         return backend
     if reason is None:
         return "triton"
-    if device.type == "cuda":
+    if kind == "cuda":
         _warn_once(f"fastunet runs on the torch backend: {reason}")
     return "torch"
 
@@ -133,9 +139,10 @@ def serving(name: str, args: Sequence[Any]) -> tuple[str, Callable[..., Any]]:
     Under "auto" the Triton backend leaves the matrix products of those layers to cuDNN for which its table says so.
     """
     like = args[_deciding(name)]
-    backend = resolve_backend(args[-1], like.device, like.dtype)
+    wished = _wished(args[-1])
+    backend = _resolved(wished, like.device, like.dtype)
     function = getattr(_module(backend), name)
-    if backend == "triton" and name in ("conv2d", "conv2d_act", "conv2d_backward") and _wished(args[-1]) == "auto":
+    if backend == "triton" and wished == "auto" and name in ("conv2d", "conv2d_act", "conv2d_backward"):
         function = functools.partial(function, mixed=True)
     return backend, function
 
@@ -171,7 +178,7 @@ def _register(
         like = operands[deciding]
         _, call = serving(name, args)
         with torch._C._DisableAutocast():
-            if like.device.type == "cuda":
+            if like.is_cuda and like.get_device() != torch.cuda.current_device():
                 with torch.cuda.device(like.device):
                     return call(*operands)
             return call(*operands)
@@ -262,8 +269,6 @@ def call(operator: Callable[..., Any], *args: Any) -> Any:
 
 def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse create_graph=True: there is no second derivative, and a gradient penalty would silently be constant."""
-    once: Callable[..., Any] = once_differentiable(backward)
-
     @functools.wraps(backward)
     def checked(ctx: Any, *gradients: Any) -> Any:
         if torch.is_grad_enabled():
@@ -271,7 +276,7 @@ def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "expected a first derivative, got create_graph=True: fastunet's operators have no second one; "
                 "fastunet.reference has the same networks with it"
             )
-        return once(ctx, *gradients)
+        return backward(ctx, *gradients)
 
     return checked
 
