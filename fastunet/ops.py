@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -234,12 +235,18 @@ def _differentiable(operator: Callable[..., Any], *args: Any) -> Any:
 def _applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)``, whose errors for what has no derivative here are a sentence of this library's."""
     try:
-        return function.apply(*args)
+        if not (_unseen() and _plain(args)):
+            return function.apply(*args)
+        _thread.checked = True
+        # Nothing of torch.func is left over among the arguments, for which apply would search them.
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
     except RuntimeError:
         if not torch.compiler.is_compiling():
             refuse_transforms()
             _refuse_tangents(args)
         raise
+    finally:
+        _thread.checked = False
 
 
 def refuse_tracing() -> None:
@@ -269,6 +276,7 @@ def call(operator: Callable[..., Any], *args: Any) -> Any:
 
 def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse create_graph=True: there is no second derivative, and a gradient penalty would silently be constant."""
+
     @functools.wraps(backward)
     def checked(ctx: Any, *gradients: Any) -> Any:
         if torch.is_grad_enabled():
@@ -281,6 +289,15 @@ def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+class _Thread(threading.local):
+    """``checked``: the next :func:`_run` in this thread gets arguments that :func:`_applied` has looked at."""
+
+    checked = False
+
+
+_thread = _Thread()
+
+
 def _run(operator: Callable[..., Any], *args: Any) -> Any:
     """``operator(*args)`` without a derivative.
 
@@ -289,8 +306,9 @@ def _run(operator: Callable[..., Any], *args: Any) -> Any:
     """
     if torch.compiler.is_dynamo_compiling():  # which knows operators, and not what follows
         return operator(*args)
+    checked, _thread.checked = _thread.checked, False
     with torch._C._AutoDispatchBelowAutograd():
-        if _unseen() and _plain(args):
+        if checked or (_unseen() and _plain(args)):
             return _IMPLEMENTATIONS[operator](*args)
         try:
             return operator(*args)

@@ -160,7 +160,7 @@ def _merge_stats_kernel(
     out = group.to(tl.int64) * K + k
     tl.store(out_mean_ptr + out, merged, mask=k < K)
     tl.store(out_m2_ptr + out, spread, mask=k < K)
-    if not LAST:
+    if not LAST:  # noqa: SIM102 - known when it is compiled
         if tl.program_id(1) == 0:
             tl.store(out_count_ptr + group, total)
 
