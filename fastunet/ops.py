@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -20,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from fastunet import aten
 from fastunet.architecture import pretending
@@ -86,21 +86,28 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     Raises:
         ValueError: unknown backend, or "triton" asked for where it cannot run.
     """
-    backend = wished(backend)
+    return _resolved(wished(backend), device, dtype)
+
+
+def _resolved(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """:func:`resolve_backend` of what is wished."""
     if backend not in BACKENDS:
         check_backend(backend)
     if backend == "torch":
         return backend
-    reason = None if device.type == "meta" and pretending() else triton_unavailable(device.type, device.index)
-    if reason is None and dtype.is_floating_point and dtype not in _KERNEL_DTYPES[interpreting()]:
-        reason = f"the Triton kernels take {_KERNEL_DTYPES_SAID[interpreting()]}, and the tensors are {dtype}"
+    kind = device.type
+    reason = None if kind == "meta" and pretending() else triton_unavailable(kind, device.index)
+    if reason is None and dtype.is_floating_point:
+        interpreted = kind != "cuda" and interpreting()  # where it is a GPU, that is a reason above
+        if dtype not in _KERNEL_DTYPES[interpreted]:
+            reason = f"the Triton kernels take {_KERNEL_DTYPES_SAID[interpreted]}, and the tensors are {dtype}"
     if backend == "triton":
         if reason is not None:
             raise ValueError(f"backend='triton' cannot be used here: {reason}")
         return backend
     if reason is None:
         return "triton"
-    if device.type == "cuda":
+    if kind == "cuda":
         _warn_once(f"fastunet runs on the torch backend: {reason}")
     return "torch"
 
@@ -134,9 +141,10 @@ def serving(name: str, args: Sequence[Any]) -> tuple[str, Callable[..., Any]]:
     Under "auto" the Triton backend leaves the matrix products of those layers to cuDNN for which its table says so.
     """
     like = args[_deciding(name)]
-    backend = resolve_backend(args[-1], like.device, like.dtype)
+    asked = wished(args[-1])
+    backend = _resolved(asked, like.device, like.dtype)
     function = getattr(_module(backend), name)
-    if backend == "triton" and name in ("conv2d", "conv2d_act", "conv2d_backward") and wished(args[-1]) == "auto":
+    if backend == "triton" and asked == "auto" and name in ("conv2d", "conv2d_act", "conv2d_backward"):
         function = functools.partial(function, mixed=True)
     return backend, function
 
@@ -172,7 +180,7 @@ def _register(
         like = operands[deciding]
         _, call = serving(name, args)
         with torch._C._DisableAutocast():
-            if like.device.type == "cuda":
+            if like.is_cuda and like.get_device() != torch.cuda.current_device():
                 with torch.cuda.device(like.device):
                     return call(*operands)
             return call(*operands)
@@ -228,12 +236,18 @@ def _differentiable(operator: Callable[..., Any], *args: Any) -> Any:
 def _applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)``, whose errors for what has no derivative here are a sentence of this library's."""
     try:
-        return function.apply(*args)
+        if not (_unseen() and _plain(args)):
+            return function.apply(*args)
+        _thread.checked = True
+        # Nothing of torch.func is left over among the arguments, for which apply would search them.
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
     except RuntimeError:
         if not torch.compiler.is_compiling():
             refuse_transforms()
             _refuse_tangents(args)
         raise
+    finally:
+        _thread.checked = False
 
 
 def refuse_tracing() -> None:
@@ -263,7 +277,6 @@ def call(operator: Callable[..., Any], *args: Any) -> Any:
 
 def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse create_graph=True: there is no second derivative, and a gradient penalty would silently be constant."""
-    once: Callable[..., Any] = once_differentiable(backward)
 
     @functools.wraps(backward)
     def checked(ctx: Any, *gradients: Any) -> Any:
@@ -272,9 +285,18 @@ def _first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "expected a first derivative, got create_graph=True: fastunet's operators have no second one; "
                 "fastunet.reference has the same networks with it"
             )
-        return once(ctx, *gradients)
+        return backward(ctx, *gradients)
 
     return checked
+
+
+class _Thread(threading.local):
+    """``checked``: the next :func:`_run` in this thread gets arguments that :func:`_applied` has looked at."""
+
+    checked = False
+
+
+_thread = _Thread()
 
 
 def _run(operator: Callable[..., Any], *args: Any) -> Any:
@@ -285,8 +307,9 @@ def _run(operator: Callable[..., Any], *args: Any) -> Any:
     """
     if torch.compiler.is_dynamo_compiling():  # which knows operators, and not what follows
         return operator(*args)
+    checked, _thread.checked = _thread.checked, False
     with torch._C._AutoDispatchBelowAutograd():
-        if _unseen() and _plain(args):
+        if checked or (_unseen() and _plain(args)):
             return _IMPLEMENTATIONS[operator](*args)
         try:
             return operator(*args)

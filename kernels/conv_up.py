@@ -226,8 +226,7 @@ def conv_up(source: Source, weight: Tensor, bias: Tensor | None, stats: bool) ->
     if not stats:
         return result, partials[0], partials[1]
     mean, m2 = (partial.view(-1, filters) for partial in partials)
-    halves = outputs // filters  # of a pixel pair, each a tile of its own
-    return result, *merge_stats(mean, m2, counts.repeat_interleave(halves))
+    return result, *merge_stats(mean, m2, counts, outputs // filters)  # of a pixel pair, each a tile of its own
 
 
 def conv_up_dgrad(dy: Tensor, weight: Tensor, source: Source) -> tuple[Tensor, Tensor]:

@@ -139,15 +139,16 @@ def _batch_stats(y: Tensor, sums: Tensor | None, bias: Tensor | None, stats: boo
 @triton.jit(do_not_specialize=["tiles"])
 def _merge_stats_kernel(
     mean_ptr, m2_ptr, count_ptr, out_mean_ptr, out_m2_ptr, out_count_ptr, tiles, K,
-    GROUP: tl.constexpr, BLOCK_K: tl.constexpr, LAST: tl.constexpr,
+    COUNTED: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Merge GROUP tiles' (mean, M2, count) into one; the last merge stores the variance."""
+    """Merge GROUP tiles' (mean, M2, count) into one, COUNTED tiles having one count; the last merge stores the
+    variance."""
     group = tl.program_id(0)
     t = group * GROUP + tl.arange(0, GROUP)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = (t < tiles)[:, None] & (k < K)[None, :]
     place = t.to(tl.int64)[:, None] * K + k[None, :]
-    n = tl.load(count_ptr + t, mask=t < tiles, other=0.0)
+    n = tl.load(count_ptr + t // COUNTED, mask=t < tiles, other=0.0)
     mean = tl.load(mean_ptr + place, mask=mask, other=0.0)
     m2 = tl.load(m2_ptr + place, mask=mask, other=0.0)
     total = tl.sum(n, 0)
@@ -159,24 +160,28 @@ def _merge_stats_kernel(
     out = group.to(tl.int64) * K + k
     tl.store(out_mean_ptr + out, merged, mask=k < K)
     tl.store(out_m2_ptr + out, spread, mask=k < K)
-    if tl.program_id(1) == 0:
-        tl.store(out_count_ptr + group, total)
+    if not LAST:  # noqa: SIM102 - known when it is compiled
+        if tl.program_id(1) == 0:
+            tl.store(out_count_ptr + group, total)
 
 
-def merge_stats(mean: Tensor, m2: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (K,) from the tiles' (tiles, K) means and M2 and (tiles,) counts."""
-    group = 128
+def merge_stats(mean: Tensor, m2: Tensor, count: Tensor, counted: int = 1) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (K,) from the tiles' (tiles, K) means and M2, and their (tiles / counted,) counts, each
+    of ``counted`` tiles in a row."""
     tiles, filters = mean.shape
-    block_k = block(filters, 32)
     while True:
-        groups = cdiv(tiles, group)
-        merged = mean.new_empty((groups, filters)), mean.new_empty((groups, filters)), mean.new_empty(groups)
+        # A second launch costs the host more than narrow rows cost the GPU.
+        group = 128 if tiles <= 128 else 1024
+        groups, block_k = cdiv(tiles, group), block(filters, 4096 // group, 4)
+        last = groups == 1
+        merged = [mean.new_empty(filters if last else (groups, filters)) for _ in range(2)]
+        counts = count if last else mean.new_empty(groups)
         launch(
             _merge_stats_kernel, (groups, cdiv(filters, block_k)),
-            mean, m2, count, *merged, tiles, filters,
-            GROUP=group, BLOCK_K=block_k, LAST=groups == 1, **OPTIONS, num_warps=4,
+            mean, m2, count, *merged, counts, tiles, filters,
+            COUNTED=counted, GROUP=group, BLOCK_K=block_k, LAST=last, **OPTIONS, num_warps=4,
         )  # fmt: skip
-        mean, m2, count = merged
-        tiles = groups
-        if groups == 1:
-            return mean[0], m2[0]
+        mean, m2 = merged
+        if last:
+            return mean, m2
+        count, tiles, counted = counts, groups, 1

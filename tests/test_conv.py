@@ -402,12 +402,14 @@ def test_padding_is_zero_whatever_the_affine_makes_of_zero(stride: int, backend:
     torch.testing.assert_close(run(case, inputs, backend)[0].double(), truth, rtol=1e-5, atol=1e-5)
 
 
-def test_statistics_of_many_tiles(device: str) -> None:
+@pytest.mark.parametrize(("count", "counted"), [(100, 1), (300, 1), (2500, 1), (300, 2), (2500, 2)])
+def test_statistics_of_many_tiles(count: int, counted: int, device: str) -> None:
     statistics = pytest.importorskip("fastunet.kernels.statistics")
-    tiles = torch.randn(300, 7, 5, device=device) + 10
+    tiles = torch.randn(count, 7, 5, device=device) + 10
     mean = tiles.mean(1)
     m2 = (tiles - mean[:, None]).square().sum(1)
-    merged = statistics.merge_stats(mean, m2, torch.full((300,), 7.0, device=device))
+    counts = torch.full((count // counted,), 7.0, device=device)
+    merged = statistics.merge_stats(mean, m2, counts, counted)
     exact = tiles.double().flatten(0, 1)
     torch.testing.assert_close(merged[0].double(), exact.mean(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(merged[1].double(), exact.var(0, correction=0), rtol=1e-5, atol=0)

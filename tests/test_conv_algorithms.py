@@ -122,7 +122,8 @@ def test_auto_takes_what_the_table_says_and_triton_is_triton(
         gradients(run(case, inputs, backend), inputs.leaves)
     finally:
         table.forget()
-    assert sorted(calls) == (["_backward", "_backward", "_placed", "_placed"] if taken else [])
+    # The backward's sources are normalised by the pass that masks their gradient.
+    assert sorted(calls) == (["_backward", "_backward", "_placed"] if taken else [])
 
 
 def test_winograd_in_float16_holds_sums_beyond_its_range(device: str) -> None:
