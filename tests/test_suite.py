@@ -489,7 +489,7 @@ def test_section_without_rows_says_so():
 
 
 def test_section_links_every_number_to_its_row():
-    earlier = recorded("eager", 70.0, time="yesterday")
+    earlier = recorded("eager", 70.0, "before", time="yesterday")
     rows = [earlier, recorded("eager", 30.0), recorded("fastunet", 20.0), recorded("eager", 50.0, "other")]
     text = report.section([*rows, recorded("compile", 40.0, wrong="gradient of a.weight")])
     assert "| fastunet | 20.000 | 19.000–21.000 | 1.50 | 2.00 | `fastunet20.0` |" in text
