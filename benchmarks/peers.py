@@ -312,15 +312,15 @@ def _pose_net(case: NetCase, device: torch.device) -> Problem:
 
 
 def _scales(names: list[str], gradients: list[Tensor]) -> list[Tensor]:
-    """What the error of each gradient is relative to: its own size. A convolution's bias in front of a batch norm has
-    no gradient but what rounding makes of it: there it is the size of the weight's."""
+    """What the error of each gradient is relative to: its own size; of a convolution's bias, the weight's if that is
+    larger. Before a batch norm, or a convolution and one, a bias has little gradient but what rounding makes."""
     sizes = {name: g.norm() / math.sqrt(g.numel()) for name, g in zip(names, gradients, strict=True)}
     scales = []
     for name, gradient in zip(names, gradients, strict=True):
         size = sizes[name]
         weight = name.removesuffix("bias") + "weight"
         if name.endswith("bias") and weight in sizes and gradients[names.index(weight)].dim() == 4:
-            size = torch.where(size < 0.1 * sizes[weight], sizes[weight], size)
+            size = torch.maximum(size, sizes[weight])
         scales.append((size * math.sqrt(gradient.numel())).clamp_min(1e-30))
     return scales
 

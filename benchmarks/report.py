@@ -144,8 +144,12 @@ def slug(gpu: str) -> str:
 
 
 def _gpu_section(gpu: str, rows: Sequence[Row]) -> str:
-    """The networks and losses; operations are in the file of rows."""
-    chosen = [row for row in latest(rows) if row["kind"] != "op"]
+    """The networks and losses, each as it was measured last; operations are in the file of rows.
+
+    A case that was timed twice in one run, beside compilers and beside everybody else, is there twice.
+    """
+    last = {row["case"]: row["time"] for row in rows}
+    chosen = [row for row in rows if row["kind"] != "op" and row["time"] == last[row["case"]]]
     marks = {f"{(row['commit'] or row['sources'])[:10]}{' with changes' if row['dirty'] else ''}" for row in chosen}
     first, codes = rows[-1], sorted(marks)
     path = f"benchmarks/results/{slug(gpu)}.jsonl"
@@ -160,6 +164,9 @@ def _gpu_section(gpu: str, rows: Sequence[Row]) -> str:
         _, ms, spread, _, _, peak, _ = _cells(row)
         cells = (row["case"], row["provider"], ms, spread, _speedup(row, rows), peak, f"`{row['id']}`")
         text[1] += "\n| " + " | ".join(cells) + " |"
+    wrong = [f"`{row['id']}`: {row['wrong']}" for row in chosen if row.get("wrong")]
+    if wrong:
+        text.append(f"Timed although their check objected: {'; '.join(wrong)}.")
     return "\n\n".join(text)
 
 

@@ -86,16 +86,16 @@ def _normalise_backward(
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(affine)
     scale, _, centre = affine.contiguous().unbind(0)  # ATen's channels_last kernels take the rows for dense
-    one = torch.ones_like(centre)
+    one = torch.ones_like(centre)  # given as the saved statistics too, which CUDA insists on
     if adds_one_by_one(x):
         dz = channels_last(dz)
         dscale, dshift = _pixel_dots(x, dz, centre)
         dx, _, _ = aten.native_batch_norm_backward(
-            dz, x, scale, centre, one, None, None, False, 0.0, [True, False, False]
+            dz, x, scale, centre, one, centre, one, False, 0.0, [True, False, False]
         )
     else:
         dx, dscale, dshift = aten.native_batch_norm_backward(
-            dz, x, scale, centre, one, None, None, False, 0.0, [True, True, True]
+            dz, x, scale, centre, one, centre, one, False, 0.0, [True, True, True]
         )
     return dx, torch.stack([dscale, dshift, -scale * dshift])
 

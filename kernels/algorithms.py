@@ -36,14 +36,16 @@ FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 def chosen(kind: str, sources: Sequence[Source], filters: int, width: int, mixed: bool) -> str:
-    """The algorithm for ``kind`` on these sources: "triton", or if ``mixed`` what the table says is the fastest."""
+    """The algorithm for ``kind`` on these sources: if ``mixed`` what the table says is the fastest, else Triton's own
+    way to it."""
     name = algorithm_forced(kind)
     if name is not None:
         return name
-    if not mixed:
-        return "triton"
     x = sources[0].x
-    return algorithm(kind, tuple(source.channels for source in sources), filters, width, x.shape[0], place(x))
+    name = algorithm(kind, tuple(source.channels for source in sources), filters, width, x.shape[0], place(x))
+    if mixed or name in ("triton", "stored"):
+        return name
+    return "stored" if kind == "conv3x3_fwd" else "triton"
 
 
 def computing(

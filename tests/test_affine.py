@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sources import DTYPES, LAYOUTS, check_compiled, laid_out, large_gpu, random_affine, skip_if_unsupported, truth
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastunet import ops
+from fastunet import aten, ops
 
 # One picture, odd sizes, more channels than a tile holds, and C = 1, whose strides are ambiguous.
 SHAPES = {"1x1x1x1": (1, 1, 1, 1), "3x3x5x7": (3, 3, 5, 7), "2x17x3x4": (2, 17, 3, 4), "1x70x2x9": (1, 70, 2, 9)}
@@ -269,3 +272,22 @@ def test_bn_affine_of_strided_vectors(backend: str, device: str) -> None:
     dense = (daffine.contiguous(), var.contiguous(), weight.contiguous(), 1e-5, backend)
     results = ops.bn_affine_backward(daffine, var, weight, 1e-5, backend), ops.bn_affine_backward(*dense)
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_the_torch_backward_gives_cuda_the_statistics_that_it_insists_on() -> None:
+    """CUDA's batch norm in eval mode fails on absent saved statistics, which a CPU's does not look at."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.native_batch_norm_backward.default:
+                seen.append(args)
+            return func(*args, **(kwargs or {}))
+
+    x, affine = torch.randn(2, 3, 4, 5), torch.randn(3, 3)
+    with Watch():
+        aten.affine_act_backward(torch.randn_like(x), x, affine, True)
+    assert seen
+    for _, _, _, mean, var, saved_mean, saved_scale, *_ in seen:
+        assert torch.equal(saved_mean, mean)
+        assert torch.equal(saved_scale, var)

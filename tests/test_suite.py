@@ -467,6 +467,7 @@ def recorded(provider: str, ms: float, group: str = "g", **more: object) -> dict
     times = {"p20": ms - 1, "p50": ms, "p80": ms + 1, "rounds": 10}
     about = {
         "gpu": "Some GPU",
+        "time": "today",
         "id": f"{provider}{ms}",
         "driver": "1",
         "commit": "c" * 40,
@@ -488,11 +489,13 @@ def test_section_without_rows_says_so():
 
 
 def test_section_links_every_number_to_its_row():
-    rows = [recorded("eager", 30.0), recorded("fastunet", 20.0), recorded("eager", 50.0, "later")]
-    text = report.section(rows)
+    earlier = recorded("eager", 70.0, "before", time="yesterday")
+    rows = [earlier, recorded("eager", 30.0), recorded("fastunet", 20.0), recorded("eager", 50.0, "other")]
+    text = report.section([*rows, recorded("compile", 40.0, wrong="gradient of a.weight")])
     assert "| fastunet | 20.000 | 19.000–21.000 | 1.50 | 2.00 | `fastunet20.0` |" in text
-    assert "`eager50.0`" in text
-    assert "`eager30.0`" not in text, "the last row of a case and provider counts"
+    assert "`eager50.0`" in text, "twice in one run, beside others"
+    assert "`eager70.0`" not in text, "the last run of a case counts"
+    assert "objected: `compile40.0`: gradient of a.weight." in text
     assert "(benchmarks/results/some-gpu.jsonl)" in text
 
 
