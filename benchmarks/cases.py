@@ -454,7 +454,8 @@ def _everything(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterato
     act = replace(two, op="conv2d_act", mode="inference", stats=False)
     yield from (replace(conv, pool=True), two, replace(act, pool=True), replace(act, head=3))
     yield replace(two, changes=(("size", (height - 2, width - 1)), ("offset", (-1, 0, -1, -1))))
-    yield replace(two, changes=(("size", (height + 1, width + 2)), ("offset", (0, 1, 1, 2))))
+    placed = replace(two, changes=(("size", (height + 1, width + 2)), ("offset", (0, 1, 1, 2))))
+    yield from (placed, replace(placed, algorithm="cudnn"))
     for form in (conv, two):
         yield from (replace(form, stride=2, pool=True), replace(form, kernel=1, pool=True))
     up = Case("conv_transpose2d", shape, dtype, filters=shape[1], bias=True)

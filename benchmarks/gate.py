@@ -124,8 +124,9 @@ class Task:
 
     @property
     def odd(self) -> bool:
-        """Whether a head has an odd number of classes: its weights, bias and results come one by one."""
-        return bool(self._constants.get("K", 0) % 2)
+        """Whether a head has an odd number of classes, or so few that it has no matrix product: its weights, bias and
+        results come one by one."""
+        return bool(self._constants.get("K", 0) % 2) or self.wanted.name.startswith("_conv_few_")
 
 
 def _is_tile(value: Any) -> bool:

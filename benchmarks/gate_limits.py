@@ -50,7 +50,8 @@ LIMITS = (
     Limit(r"^_conv3x3_fwd_kernel bf16 HEAD=(16|32) .* sm_(80|90)$", issue_slots=0.7, shared_stores=0),
     Limit(r"^_conv3x3_dgrad_kernel bf16 .* BLOCK_C=(64|128) BLOCK_K=(32|64) .* sm_(80|90)$", 0.7, shared_stores=0),
     Limit(r"^_conv3x3_wgrad_kernel bf16 .* BLOCK_K=(32|64|128) .* sm_(80|90)$", issue_slots=1.9, shared_stores=0),
-    Limit(r"^_conv_up_fwd_kernel bf16 .* sm_(80|90)$", issue_slots=1.3, shared_stores=0),
+    # Two programs of 64 pixels and 4 warps a processor took 0.8 of the time of one of 1.17 slots on an H200.
+    Limit(r"^_conv_up_fwd_kernel bf16 .* sm_(80|90)$", issue_slots=1.5, shared_stores=0),
     Limit(r"^_conv_down_fwd_kernel bf16 KSIZE=3 .* BLOCK_K=(128|256) .* sm_(80|90)$", issue_slots=1.3, shared_stores=0),
     # Nothing that it normalises meets two taps; of 64 filters only tiles inside the picture keep to 1.3, or nearly.
     Limit(r"^_conv_down_fwd_kernel bf16 KSIZE=3 .* BLOCK_K=64 .* sm_(80|90)$", 1.65, least_slots=1.32, shared_stores=0),

@@ -511,6 +511,7 @@ def conv3x3(
     tile = choose(
         "conv3x3_fwd", batch, [source.channels for source in sources], filters, height, width,
         [*(source.x for source in sources), weight], pointers=sticks_out or filters * x.element_size() % 16 != 0,
+        prologue=any(source.affine is not None or source.relu for source in sources),
     )  # fmt: skip
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     alone = tile.shares == 1

@@ -154,14 +154,14 @@ def algorithm_forced(kind: str) -> str | None:
 
 
 def overruled(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """``rule`` (kind, batch, sources, filters, height, width, place, tma), overruled wherever the table has a tile that
-    fits the call."""
+    """``rule`` (kind, batch, sources, filters, height, width, place, tma, …), overruled wherever the table has a tile
+    that fits the call."""
 
     @functools.lru_cache(MOST_REMEMBERED)
     def both(*args: Any) -> tuple[Key, Any, Any]:
         """The key, the rule's tile, and the table's."""
         tile = rule(*args)
-        kind, batch, sources, filters, _, width, where, _ = args
+        kind, batch, sources, filters, _, width, where, *_ = args
         wanted = key(kind, sources, filters, width, batch, where)
         entry = _entry(wanted)
         if entry is None or entry.tile is None:

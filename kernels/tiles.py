@@ -40,19 +40,21 @@ PROCESSORS |= {"gfx942": 304, "gfx950": 256}
 
 def choose(
     kind: str, batch: int, sources: Sequence[int], filters: int, height: int, width: int, operands: Sequence[Tensor],
-    pointers: bool = False,
+    pointers: bool = False, prologue: bool = False,
 ) -> Tile:  # fmt: skip
-    """The tile of a 3×3 convolution of sources of so many channels each, for so many filters."""
+    """The tile of a 3×3 convolution of sources of so many channels each, for so many filters; with a ``prologue`` it
+    normalises what it reads."""
     tma = not pointers and all(map(movable, operands))
-    tile: Tile = _choose(kind, batch, tuple(sources), filters, height, width, place(operands[0]), tma)
+    tile: Tile = _choose(kind, batch, tuple(sources), filters, height, width, place(operands[0]), tma, prologue)
     return tile
 
 
 @overruled
 def _choose(
-    kind: str, batch: int, sources: Sequence[int], filters: int, height: int, width: int, where: Place, tma: bool
-) -> Tile:
-    tile = _unshared(kind, batch, sources, filters, width, where, tma)
+    kind: str, batch: int, sources: Sequence[int], filters: int, height: int, width: int, where: Place, tma: bool,
+    prologue: bool,
+) -> Tile:  # fmt: skip
+    tile = _unshared(kind, batch, sources, filters, width, where, tma, prologue)
     if kind == "conv3x3_wgrad":
         return tile
     reduced, kept = (sources, [filters]) if kind == "conv3x3_fwd" else ([filters], sources)
@@ -64,7 +66,9 @@ def _choose(
     return tile._replace(shares=1 << most.bit_length() - 1 if most > 1 else 1)
 
 
-def _unshared(kind: str, batch: int, sources: Sequence[int], filters: int, width: int, where: Place, tma: bool) -> Tile:
+def _unshared(
+    kind: str, batch: int, sources: Sequence[int], filters: int, width: int, where: Place, tma: bool, prologue: bool
+) -> Tile:
     channels, outputs = max(sources), filters
     if kind == "conv3x3_dgrad":
         channels, outputs = outputs, channels
@@ -95,11 +99,13 @@ def _unshared(kind: str, batch: int, sources: Sequence[int], filters: int, width
         # sm_100 has the accumulators in its tensor memory: the registers of 4 warps are enough.
         warps = reduction // 16 if name == "sm_90" else 4
         return Tile(images, 256 // pixels, columns, block(outputs, 64), reduction, warps, 2, True)
-    # Unless most of a wider tile would lie outside the picture. On Hopper half the outputs for twice the programs, of
-    # which two share a processor: while one stores, the other multiplies. An H200 takes 0.84 of the time so.
-    if outputs >= (64 if name == "sm_90" else 128) and batch * block(width, 128) >= 128:
+    # On Hopper half the outputs for twice the programs, of which two share a processor: while one stores, the other
+    # multiplies. An H200 takes 0.84 of the time so, but not where each normalises what it reads.
+    pairs = name == "sm_90" and not prologue
+    # Unless most of a wider tile would lie outside the picture.
+    if outputs >= (64 if pairs else 65) and batch * block(width, 128) >= 128:
         images = min(128 // block(width, 128), block(batch, 128, 1))
-        outputs, warps = (64, 4) if name == "sm_90" else (128, 8)
+        outputs, warps = (64, 4) if pairs else (128, 8)
         return Tile(images, rows, 128 // images, outputs, block(channels, 64), warps, 2, True)
     return Tile(images, 2 * rows, columns, block(outputs, 64), block(channels, 64), 4, 2, True)
 

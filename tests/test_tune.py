@@ -332,13 +332,13 @@ def test_what_the_table_has_does_not_change_what_the_model_says(tmp_path):
     assert '"tile"' in first
 
 
-def test_the_model_gives_deep_layers_to_cudnn_and_wide_ones_to_triton(tmp_path):
+def test_the_model_gives_layers_to_cudnn_as_a_gpu_does(tmp_path):
     path = tmp_path / "tiles.json"
     said = model(MODEL, path)
     written = json.loads(path.read_text())
     assert {line["source"] for line in written} == {tune.MODELLED}
     cudnn = {(line["key"][4], line["key"][6]) for line in written if "algorithm" in line}
-    assert cudnn == {("512", 64), ("512+512", 64)}
+    assert cudnn == {("512", 64), ("512+512", 64), ("64", 512), ("64+64", 512)}, "as an H200 takes them, or nearly"
     assert "8x64x512x512-bfloat16-inference-k64 " in said
 
 
