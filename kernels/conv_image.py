@@ -139,8 +139,8 @@ def serves(source: Source, frame: Sequence[int], weight: Tensor) -> bool:
 def _blocks(x: Tensor, filters: int) -> tuple[int, int, int, int]:
     """Pixels, taps and outputs a program, and its warps."""
     narrow = x.element_size() == 2
-    if narrow:  # of fewer outputs than 32 ptxas lets each product wait for the one before
-        return 128, block(9 * x.shape[1], _MOST_TAPS), block(filters, 64, 32), 4
+    if narrow:  # of fewer taps than 32 ptxas lets each product wait for the one before
+        return 128, block(9 * x.shape[1], _MOST_TAPS, 32), block(filters, 64), 4
     return 32, block(9 * x.shape[1], _MOST_TAPS), block(filters, 32), 4
 
 
