@@ -67,5 +67,12 @@ def test_the_shorter_way_tells_the_driver_the_same(of: str, steps: dict[str, Any
     assert again == first
 
 
+def test_the_shorter_way_is_taken_unless_somebody_hooks_launches(steps: dict[str, Any]) -> None:
+    assert steps["short"]
+    hooked, launched = steps["hooked"]
+    assert hooked == launched
+    assert len(hooked) >= 8
+
+
 def test_what_is_wrong_is_refused(steps: dict[str, Any]) -> None:
     assert "refused by checking_cuda.c" in steps["refused"]
