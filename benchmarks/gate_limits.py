@@ -26,10 +26,12 @@ class Spill:
 
 
 SPILLS = (
-    # float32 of odd channels: two sources under a head, every statistic of a head at once, exact products of stride 2.
+    # Odd channels: in float32 two sources under a head, every statistic of a head at once, exact products of stride 2; in
+    # 16 bits statistics.
     Spill(r"^_conv3x3_fwd_kernel fp32 HEAD=16 IMAGES=1 ROWS=1 COLUMNS=64 .* PRECISION=tf32 .* sm_90$", 24),
     Spill(r"^_conv3x3_fwd_kernel fp32 HEAD=16 IMAGES=1 ROWS=1 COLUMNS=64 .* PRECISION=tf32 .* sm_80$", 56),
     Spill(r"^_head_stats_backward_kernel fp32 .*C=17 K=3 .* PRECISION=tf32 .* sm_90$", 16),
+    Spill(r"^_batch_stats_kernel fp16 BLOCK_P=32 BLOCK_K=32 .* sm_90$", 16),
     Spill(r"^_conv_down_fwd_kernel fp32 KSIZE=3 STRIDE=2 IMAGES=1 COLUMNS=32 .* PRECISION=ieee .* sm_80$", 8),
     # Blackwell: odd channels, and float32 heads.
     Spill(r"^_conv3x3_fwd_kernel fp16 HEAD=16 .* BLOCK_C=32 BLOCK_K=32 .* stages=3 sm_100$", 40),
@@ -47,7 +49,8 @@ LIMITS = (
         issue_slots=1.3,
         shared_stores=0,
     ),
-    Limit(r"^_conv3x3_fwd_kernel bf16 HEAD=(16|32) .* sm_(80|90)$", issue_slots=0.7, shared_stores=0),
+    # Under a head nothing is normalised, unless the layers before it are not the usual ones: then 0.92.
+    Limit(r"^_conv3x3_fwd_kernel bf16 HEAD=(16|32) .* sm_(80|90)$", issue_slots=0.95, shared_stores=0),
     Limit(r"^_conv3x3_dgrad_kernel bf16 .* BLOCK_C=(64|128) BLOCK_K=(32|64) .* sm_(80|90)$", 0.7, shared_stores=0),
     Limit(r"^_conv3x3_wgrad_kernel bf16 .* BLOCK_K=(32|64|128) .* sm_(80|90)$", issue_slots=1.9, shared_stores=0),
     # Two programs of 64 pixels and 4 warps a processor took 0.8 of the time of one of 1.17 slots on an H200.
