@@ -26,8 +26,9 @@ class Spill:
 
 
 SPILLS = (
-    # Odd channels: in float32 two sources under a head, every statistic of a head at once, exact products of stride 2; in
-    # 16 bits statistics.
+    # Odd channels: in float32 two sources under a head, every statistic of a head at once, exact products of stride 2;
+    # in 16 bits statistics and gradients.
+    Spill(r"^_conv3x3_dgrad_kernel fp16 .* BLOCK_C=16 BLOCK_K=16 .* stages=3 sm_80$", 16),
     Spill(r"^_conv3x3_fwd_kernel fp32 HEAD=16 IMAGES=1 ROWS=1 COLUMNS=64 .* PRECISION=tf32 .* sm_90$", 24),
     Spill(r"^_conv3x3_fwd_kernel fp32 HEAD=16 IMAGES=1 ROWS=1 COLUMNS=64 .* PRECISION=tf32 .* sm_80$", 56),
     Spill(r"^_head_stats_backward_kernel fp32 .*C=17 K=3 .* PRECISION=tf32 .* sm_90$", 16),
