@@ -61,6 +61,4 @@ LIMITS = (
     Limit(r"^_conv_down_fwd_kernel bf16 KSIZE=3 .* BLOCK_K=64 .* sm_(80|90)$", 1.65, least_slots=1.32, shared_stores=0),
     Limit(r"^_conv_(up|down)_dgrad_kernel bf16 KSIZE=[23] .* sm_(80|90)$", issue_slots=0.7, shared_stores=0),
     Limit(r"^_conv_strided_wgrad_kernel bf16 KSIZE=[23] .* sm_(80|90)$", issue_slots=1.9, shared_stores=0),
-    # 32 filters: memory takes as long as 1.5 slots a tensor clock do (8×512², 128 bytes a pixel).
-    Limit(r"^_conv3x3_fwd_kernel bf16 HEAD=0 .* COLUMNS=128 .* BLOCK_K=32 .* sm_90$", 1.85, 1.5, shared_stores=0),
 )
