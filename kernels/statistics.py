@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.aten import stats_dtype
-from fastunet.kernels.common import OPTIONS, accumulator, block, cdiv, launch
+from fastunet.kernels.common import OPTIONS, PROPAGATE_ALL, accumulator, block, cdiv, launch
 
 
 @triton.jit
@@ -99,7 +99,8 @@ def _batch_stats_kernel(
         apart = tl.sum(total, 0)
         out = tile.to(tl.int64) * K + k
         tl.store(mean_ptr + out, pivot + apart / count, mask=k < K)
-        tl.store(m2_ptr + out, tl.maximum(tl.sum(squares, 0) - apart * (apart / count), 0.0), mask=k < K)
+        m2 = tl.maximum(tl.sum(squares, 0) - apart * (apart / count), 0.0, propagate_nan=PROPAGATE_ALL)
+        tl.store(m2_ptr + out, m2, mask=k < K)
         tl.store(count_ptr + tile, count)
 
 

@@ -96,6 +96,19 @@ def test_statistics_are_centred(algorithm: str, device: str) -> None:
 
 
 @BY_NAME
+def test_a_nan_is_in_the_statistics_of_its_channels(algorithm: str, device: str) -> None:
+    """As in PyTorch. A GPU's maximum drops a NaN unless it is told not to; the interpreter's never does."""
+    case = Conv((2, 1, 13, 17), 2, affine=(False, False), relu=(False, False))
+    inputs = draw(case, device)
+    with torch.no_grad():
+        inputs.x0[1, 0, 6, 8] = torch.nan
+    with table.forced({"conv3x3_fwd": algorithm}):
+        _, mean, var = run(case, inputs, "triton")
+    assert mean.isnan().all()
+    assert var.isnan().all()
+
+
+@BY_NAME
 def test_the_same_bits_every_time(algorithm: str, device: str) -> None:
     case = SERVED["both-cropped"]
     inputs = draw(case, device)
