@@ -34,6 +34,14 @@ def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
     )
 
 
+def run_uninstalled(code: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` where no fastunet is installed, though all that it needs is: neither this checkout nor its links."""
+    path = [folder for folder in sys.path if folder and not Path(folder, "fastunet").exists()]
+    # -S: no .pth of this environment's site-packages is read, which would install the checkout again
+    code = f"import sys; sys.path += {path!r}\n{code}"
+    return run(sys.executable, "-S", "-c", code, *arguments, cwd=cwd, **environment)
+
+
 def copy_sources(source: Path) -> None:
     """What the package is built from."""
     for name in ("fastunet", "kernels"):
@@ -71,7 +79,7 @@ def test_an_editable_install_works_beside_a_folder_of_its_name(tmp_path):
         "assert importlib.util.find_spec('kernels') is None"
     )
     for folder in (clone.parent, tmp_path):
-        done = run(sys.executable, "-c", code, str(site), cwd=folder, PYTHONPATH="")
+        done = run_uninstalled(code, str(site), cwd=folder, PYTHONPATH="")
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == ["1", str(clone / "fastunet" / "new.py"), str(clone / "kernels" / "newer.py")]
 
@@ -122,9 +130,7 @@ def test_a_checkout_that_is_not_the_installed_one_runs_its_own_kernels(tmp_path)
         for folder in ("fastunet", "kernels"):
             shutil.copytree(ROOT / folder, tmp_path / name / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name, path in (("other", str(tmp_path / "other")), ("installed", "")):
-        # -S: no packages beyond those that PYTHONPATH names, so that no other checkout is installed
-        code = f"import sys; sys.path = [x for x in {sys.path!r} if x != {str(ROOT)!r}] + sys.path\n{INSTALLED}"
-        done = run(sys.executable, "-S", "-c", code, str(tmp_path / "installed"), cwd=tmp_path, PYTHONPATH=path)
+        done = run_uninstalled(INSTALLED, str(tmp_path / "installed"), cwd=tmp_path, PYTHONPATH=path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == [f"{tmp_path}/{name}/{folder}/__init__.py" for folder in ("fastunet", "kernels")]
 
