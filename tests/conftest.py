@@ -20,7 +20,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-# One thread a process: the tensors are tiny, and `pytest -n` already fills the cores.
+# One thread a process, the tests' own processes too: the tensors are tiny, and `pytest -n` already fills the cores.
+# Threads without a core of their own wait for each other: a step of milliseconds then takes a second.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 # Convolutions use TF32 by default, PyTorch's and fastunet's; tolerances here are float32's.
