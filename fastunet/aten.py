@@ -102,7 +102,7 @@ def _normalise_backward(
 
 # ---- sums over pixels --------------------------------------------------------------------------------------------
 
-_COLUMNS, _ROWS = 1024, 1024  # of a block: vectors long enough for a CPU, in its caches, and sums short enough
+_COLUMNS, _ROWS = 1024, 256  # of a block: vectors long enough for a CPU, in its caches, and sums short enough
 MANY_PIXELS = 1 << 17  # from where on sums that ATen adds up one by one lose more than float32's other roundings
 
 
@@ -125,7 +125,7 @@ def _blocks(x: Tensor) -> list[Tensor]:
     channels, flat = x.shape[1], x.permute(0, 2, 3, 1).reshape(-1)
     columns = channels * max(1, _COLUMNS // channels)
     whole = flat.numel() // columns * columns
-    rows = _ROWS if columns >= 8 * channels else _ROWS // 8
+    rows = _ROWS if columns >= 8 * channels else _ROWS // 2
     blocks = [*flat[:whole].view(-1, columns, 1, 1).split(rows), flat[whole:].view(-1, channels, 1, 1)]
     return [block for block in blocks if block.numel()]
 
