@@ -133,13 +133,8 @@ class Placed(NamedTuple):
             return z
         return torch.cat([z, frame(self.second.tensor(config), self.size, *self.offset[2:])], 1)
 
-    def plain(self) -> Tensor:
-        """The same of two plain activations, in the layout in which they are."""
-        parts = self.parts()
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
     def parts(self) -> list[Tensor]:
-        """What :meth:`plain` concatenates."""
+        """What is concatenated, of plain activations in the layout in which they are: one tensor or two."""
         if self.second is None:
             return [self.first.x]
         return [frame(self.first.x, self.size, *self.offset[:2]), frame(self.second.x, self.size, *self.offset[2:])]

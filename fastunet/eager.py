@@ -146,7 +146,7 @@ def _folded(parts: list[Tensor], conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.
     bias = -centre * scale if shift is None else torch.addcmul(shift, centre, scale, value=-1)
     if isinstance(conv, nn.Conv2d):
         weight = conv.weight * scale.view(-1, 1, 1, 1)
-        if len(parts) == 2 and _apart(parts):
+        if _apart(parts):
             return _convolved_apart(parts, weight, bias, conv)
         return F.conv2d(_joined(parts), weight, bias, conv.stride, conv.padding)
     weight = conv.weight * scale.view(-1, 1, 1)
@@ -157,7 +157,8 @@ def _folded(parts: list[Tensor], conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.
 def _apart(parts: list[Tensor]) -> bool:
     """Whether to convolve two tensors one after the other takes less time than to write them into one, and can be."""
     return (
-        4 * sum(z.numel() for z in parts) >= _FRESH
+        len(parts) == 2
+        and 4 * sum(z.numel() for z in parts) >= _FRESH
         and all(z.dtype == torch.float32 and aten.adds_one_by_one(z) for z in parts)  # in channels_last memory
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)
