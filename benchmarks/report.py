@@ -32,9 +32,10 @@ python -m benchmarks.report            # rewrite this section from the rows
 ```
 
 The suite compiles ahead, checks every operation small against float64, twice, and times what matters most first. No
-provider is timed before its own results and gradients agree with the truth. What is wrong, crashes or hangs stops
-nothing else; it is printed last, with a command that repeats it, and the rows of networks name the operations that were
-wrong. On a machine without a GPU, `--dry-run` checks everything small and prints the plan."""
+operation or loss is timed before its own results and gradients agree with the truth; a network is, and its row says
+what did not. What is wrong, crashes or hangs stops nothing else; it is printed last, with a command that repeats it,
+and the rows of networks name the operations that were wrong. On a machine without a GPU, `--dry-run` checks everything
+small and prints the plan."""
 
 NOTHING = "Nothing has been measured on a GPU yet, so this page states no speed."
 
