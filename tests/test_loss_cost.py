@@ -69,8 +69,11 @@ def seconds(loss: Loss, *operands: Tensor) -> float:
     return time.perf_counter() - start
 
 
-# Measured with one thread of an AMD EPYC beside other work: 4.1 to 4.4 contiguous, and 3.2 to 5.2 in channels_last,
-# where the formula's permutation is free.
+# Measured with one thread, least of ten each, alone and beside other work: 2.9 to 7.4 contiguous, 2.0 to 6.3 in
+# channels_last, where the formula's permutation is free. A loss that made its one-hot would come to 1.
+LEAST = 1.5
+
+
 @layouts
 @pairs
 def test_time(ours: Loss, formula: Loss, layout: torch.memory_format) -> None:
@@ -79,9 +82,9 @@ def test_time(ours: Loss, formula: Loss, layout: torch.memory_format) -> None:
     for turn in range(30):  # until it is clear: other processes can only make either look slower
         best_formula = min(best_formula, seconds(formula, logits, labels))
         best = min(best, seconds(ours, logits, labels))
-        if turn >= 4 and best_formula >= 2 * best:
+        if turn >= 4 and best_formula >= LEAST * best:
             break
-    assert best_formula >= 2 * best, f"{1e3 * best:.1f} ms against {1e3 * best_formula:.1f} ms of the formula"
+    assert best_formula >= LEAST * best, f"{1e3 * best:.1f} ms against {1e3 * best_formula:.1f} ms of the formula"
 
 
 def peak_bytes(loss: Loss, *operands: Tensor) -> int:
