@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 from fastunet import ops
 from fastunet.architecture import as_if_on
-from fastunet.aten import aten, memory_format, stats_dtype
+from fastunet.layout import memory_format, stats_dtype
 
 if TYPE_CHECKING:
     from benchmarks.recorder import Launch
+
+aten = torch.ops.aten
 
 
 @dataclass

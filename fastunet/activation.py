@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import ops
-from fastunet.aten import MANY_PIXELS, frame, memory_format, stats_dtype, update_running_stats
+from fastunet.aten import MANY_PIXELS, update_running_stats
+from fastunet.layout import frame, memory_format, stats_dtype
 
 POLICIES = ("speed", "memory")
 

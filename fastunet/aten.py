@@ -19,27 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastunet.layout import channels_last, frame, memory_format, stats_dtype
+
 aten = torch.ops.aten
-
-
-def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of statistics, affines and accumulators for tensors of ``dtype``: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def memory_format(*tensors: Tensor | None) -> torch.memory_format:
-    """What PyTorch would give: channels_last if any of ``tensors`` is and could not as well be contiguous."""
-    for t in tensors:
-        if t is not None and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous():
-            return torch.channels_last
-    return torch.contiguous_format
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """``x`` in dense channels_last memory; itself if it already is. Strides of one channel say so too, for ATen."""
-    if x.is_contiguous(memory_format=torch.channels_last) and x.stride(1) == 1:
-        return x
-    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
 
 # ---- sources -----------------------------------------------------------------------------------------------------
@@ -283,13 +265,6 @@ def _beside(weight: Tensor, z: Tensor) -> torch.memory_format:
     """
     few_pixels = weight.is_contiguous() and weight.numel() > z.numel()
     return torch.contiguous_format if few_pixels else torch.channels_last
-
-
-def frame(z: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
-    """z placed at (top, left) in a zero frame of ``size``; negative offsets crop, as does what sticks out."""
-    height, width = z.shape[-2:]
-    pad = [left, size[1] - width - left, top, size[0] - height - top]
-    return F.pad(z, pad) if torch.compiler.is_compiling() or any(pad) else z  # one graph is to serve any size
 
 
 def _unframe(g: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastunet import aten, ops
+from fastunet import aten, layout, ops
 from fastunet.activation import Config, check_weight, running_stats
 
 _FEW_PIXELS = 8192  # below, ATen adds up well enough, and merging short sums takes longer
@@ -22,7 +22,7 @@ _FEW_PIXELS = 8192  # below, ATen adds up well enough, and merging short sums ta
 def enter(x: Tensor) -> Tensor:
     """The network's input in the layout in which it is convolved fastest."""
     usual = x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
-    return aten.channels_last(x) if usual else x
+    return layout.channels_last(x) if usual else x
 
 
 def layer(
@@ -76,7 +76,7 @@ def dense(z: Tensor) -> Tensor:
     """``z``, whose gradient is copied to dense memory first: a part of a concatenation's is not, and ATen's backward of
     upsampling is several times slower then."""
     if z.requires_grad:
-        z.register_hook(aten.channels_last)
+        z.register_hook(layout.channels_last)
     return z
 
 

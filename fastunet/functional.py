@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastunet import ops
 from fastunet.activation import Activation, Config, Placed, compute_dtype
-from fastunet.aten import memory_format, stats_dtype
 from fastunet.checks import check_number, check_tensor
+from fastunet.layout import memory_format, stats_dtype
 from fastunet.losses import StatsLoss, dice_loss, softmax_stats
 from fastunet.metrics import soft_miou as miou
 

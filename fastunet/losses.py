@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fastunet import ops
 from fastunet.activation import Activation, Config, head_stats
-from fastunet.aten import stats_dtype
 from fastunet.blocks import untouched
 from fastunet.checks import (
     LABEL_DTYPES,
@@ -28,6 +27,7 @@ from fastunet.checks import (
     check_tensor,
     checked_ignore_index,
 )
+from fastunet.layout import stats_dtype
 from fastunet.weight_map import unet_weight_map
 
 __all__ = [

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastunet import ops
-from fastunet.aten import stats_dtype
 from fastunet.checks import NEVER, check_labels, check_number, check_tensor, checked_ignore_index
+from fastunet.layout import stats_dtype
 from fastunet.losses import softmax_stats
 
 __all__ = ["ConfusionMatrix", "dice_coeff", "miou", "multiclass_dice_coeff", "soft_miou"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastunet import eager, ops
 from fastunet.activation import Activation, Config, Placed, head_predict
-from fastunet.aten import predict, stats_dtype
+from fastunet.aten import predict
 from fastunet.blocks import (
     ConvSequence,
     DoubleConv,
@@ -47,6 +47,7 @@ from fastunet.blocks import (
     strided_descend,
     untouched,
 )
+from fastunet.layout import stats_dtype
 from fastunet.losses import StatsLoss
 
 

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 
 from fastunet import aten
 from fastunet.architecture import pretending
-from fastunet.aten import memory_format, stats_dtype
+from fastunet.layout import memory_format, stats_dtype
 
 BACKENDS = ("auto", "torch", "triton")
 _LIBRARY = torch.library.Library("fastunet", "DEF")
