@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastunet import ops
 from fastunet.architecture import as_if_on
+from fastunet.backend import serving
 from fastunet.layout import memory_format, stats_dtype
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class _Tracer(TorchDispatchMode):
             results = _AS_ON_A_GPU.get(func, func)(*args, **kwargs)
         else:
             call = Call(f"fastunet.{name}", func, args, kwargs)
-            call.backend, function = ops.serving(name, args)
+            call.backend, function = serving(name, args)
             outer, self.calls = self.calls, call.inner
             try:
                 with _launches(call), self:

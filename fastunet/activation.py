@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from fastunet import ops
 from fastunet.aten import MANY_PIXELS, update_running_stats
+from fastunet.backend import check_backend, requested, resolve_backend
+from fastunet.dispatch import call, unwatched
 from fastunet.layout import frame, memory_format, stats_dtype
 
 POLICIES = ("speed", "memory")
 
 
 class Config(NamedTuple):
-    """How a network computes: ``backend`` (see :func:`fastunet.ops.resolve_backend`), ``policy``, layout.
+    """How a network computes: ``backend`` (see :func:`fastunet.backend.resolve_backend`), ``policy``, layout.
 
     Policy "speed" lets the torch backend store what it normalised, for several readers and for the backward; "memory"
     normalises again. ``channels_last`` is the layout of what leaves fastunet, in one forward, and ``pool`` and ``head``
@@ -39,7 +41,7 @@ class Config(NamedTuple):
 
     @classmethod
     def checked(cls, backend: str, policy: str) -> Config:
-        ops.check_backend(backend)
+        check_backend(backend)
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         return cls(backend, policy)
@@ -51,8 +53,8 @@ class Config(NamedTuple):
         """
         # A weight with one input channel or one tap has strides that fit either format, and so says nothing.
         weights = (p for p in module.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[3] > 1)
-        eager = x.device.type == "cpu" and ops.wished(self.backend) == "auto" and self.stores(x)
-        tuned = eager and ops.unwatched()
+        eager = x.device.type == "cpu" and requested(self.backend) == "auto" and self.stores(x)
+        tuned = eager and unwatched()
         return self._replace(
             channels_last=memory_format(x, next(weights, None)) == torch.channels_last,
             eager=eager,
@@ -62,7 +64,7 @@ class Config(NamedTuple):
 
     def stores(self, x: Tensor) -> bool:
         """Whether the value of an activation like ``x`` is stored rather than normalised by each reader."""
-        return self.policy == "speed" and ops.resolve_backend(self.backend, x.device, x.dtype) == "torch"
+        return self.policy == "speed" and resolve_backend(self.backend, x.device, x.dtype) == "torch"
 
 
 class Activation(NamedTuple):
@@ -98,9 +100,7 @@ class Activation(NamedTuple):
 
     def stored(self, config: Config) -> Activation:
         """The same activation with its value stored."""
-        return (
-            self if self.plain else Activation(ops.call(ops.affine_act, self.x, self.affine, self.relu, config.backend))
-        )
+        return self if self.plain else Activation(call(ops.affine_act, self.x, self.affine, self.relu, config.backend))
 
 
 class Placed(NamedTuple):
@@ -168,7 +168,7 @@ def _operands(
     check_weight(act.x, weight)
     dtype = compute_dtype(act.x)
     x = act.x.to(dtype)
-    if ops.resolve_backend(config.backend, x.device, dtype) == "triton":
+    if resolve_backend(config.backend, x.device, dtype) == "triton":
         weight = weight.to(dtype, memory_format=torch.channels_last)  # one copy serves forward and backward
     return act._replace(x=x), weight.to(dtype), None if bias is None else bias.to(dtype)
 
@@ -198,7 +198,7 @@ def conv2d(placed: Placed, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, pool: b
     """
     x, operands = _convolved(placed, conv, config)
     stats = norm is not None and uses_batch_stats(norm)
-    y, mean, var, _, pooled = ops.call(
+    y, mean, var, _, pooled = call(
         ops.conv2d, *operands, conv.stride[0], placed.size, placed.offset, stats, config.stores(x),
         pool, norm.weight if pool and norm is not None else None, config.backend,
     )  # fmt: skip
@@ -221,7 +221,7 @@ def conv2d_act(
     head_weight, head_bias = None, None
     if head is not None:
         _, head_weight, head_bias = _operands(Activation(x), head.weight, head.bias, config)
-    z, pooled = ops.call(
+    z, pooled = call(
         ops.conv2d_act, *operands, placed.size, placed.offset, affine, relu, pool, head_weight, head_bias,
         config.backend,
     )  # fmt: skip
@@ -232,7 +232,7 @@ def conv_transpose2d(act: Activation, conv: nn.ConvTranspose2d, norm: nn.BatchNo
     """A stride-2 transposed convolution to twice the size, with its bias and the statistics that ``norm`` needs."""
     act, weight, bias = _operands(act, conv.weight, conv.bias, config)
     stats = norm is not None and uses_batch_stats(norm)
-    return Raw(*ops.call(ops.conv_transpose2d, *act.source, weight, bias, stats, config.backend))
+    return Raw(*call(ops.conv_transpose2d, *act.source, weight, bias, stats, config.backend))
 
 
 def head_stats(
@@ -248,7 +248,7 @@ def head_stats(
 ) -> Tensor:
     """The statistics (N, K, 7) of a 1×1 convolution's output, which is not stored; see :mod:`fastunet.losses`."""
     act, weight, bias = _operands(act, weight, bias, config)
-    stats: Tensor = ops.call(
+    stats: Tensor = call(
         ops.head_stats, *act.source, weight, bias, labels, pixel_weight, mode, ignore_index, wanted, config.backend
     )
     return stats
@@ -259,7 +259,7 @@ def head_predict(
 ) -> Tensor:
     """Classes, masks or probabilities of a 1×1 convolution's output, which is not stored: :mod:`fastunet.aten`."""
     act, weight, bias = _operands(act, conv.weight, conv.bias, config)
-    y: Tensor = ops.call(ops.head_predict, *act.source, weight, bias, output, threshold, dtype, config.backend)
+    y: Tensor = call(ops.head_predict, *act.source, weight, bias, output, threshold, dtype, config.backend)
     return y
 
 
@@ -287,7 +287,7 @@ def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, config: Config) -> Acti
         if bn.training and bn.track_running_stats:
             running = _advance(bn, raw, count)
         operator = ops.bn_affine_running if running else ops.bn_affine
-        affine = ops.call(operator, mean, var, bn.weight, bn.bias, *running, bn.eps, config.backend)
+        affine = call(operator, mean, var, bn.weight, bn.bias, *running, bn.eps, config.backend)
     else:
         affine = _affine(bn, raw.y, config)
     return Activation(raw.y, affine, relu, raw.pooled)
@@ -340,7 +340,7 @@ def _affine(bn: nn.BatchNorm2d, x: Tensor, config: Config) -> Tensor:
     mean, var = stats
     _check_place(mean, x)
     dtype = stats_dtype(x.dtype)
-    affine: Tensor = ops.call(ops.bn_affine, mean.to(dtype), var.to(dtype), bn.weight, bn.bias, bn.eps, config.backend)
+    affine: Tensor = call(ops.bn_affine, mean.to(dtype), var.to(dtype), bn.weight, bn.bias, bn.eps, config.backend)
     return affine
 
 
@@ -356,5 +356,5 @@ def pool_fork(act: Activation, config: Config) -> tuple[Activation, Activation]:
 
 def upsample(act: Activation, align_corners: bool | None, config: Config) -> Activation:
     """×2 of the activation's value, bilinear, or nearest if ``align_corners`` is None; the result is plain."""
-    x = ops.call(ops.upsample_concat, *act.source, None, None, False, align_corners, True, config.backend)
+    x = call(ops.upsample_concat, *act.source, None, None, False, align_corners, True, config.backend)
     return Activation(x)

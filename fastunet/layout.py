@@ -34,3 +34,13 @@ def frame(z: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
     height, width = z.shape[-2:]
     pad = [left, size[1] - width - left, top, size[0] - height - top]
     return F.pad(z, pad) if torch.compiler.is_compiling() or any(pad) else z  # one graph is to serve any size
+
+
+def activation(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory for what operators return activations in: channels_last, whatever came in."""
+    return like.new_empty(shape).contiguous(memory_format=torch.channels_last)
+
+
+def no_stats(like: Tensor) -> Tensor:
+    """What stands for statistics, or the gradient of an affine, that nobody asked for: empty, in their dtype."""
+    return like.new_empty(0, dtype=stats_dtype(like.dtype))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastunet import eager, ops
+from fastunet import eager
 from fastunet.activation import Activation, Config, Placed, head_predict
 from fastunet.aten import predict
 from fastunet.blocks import (
@@ -47,6 +47,7 @@ from fastunet.blocks import (
     strided_descend,
     untouched,
 )
+from fastunet.dispatch import refuse_tracing, refuse_transforms
 from fastunet.layout import stats_dtype
 from fastunet.losses import StatsLoss
 
@@ -97,7 +98,7 @@ class _Network(nn.Module):
             hint = "use torch.export" if isinstance(x, torch.fx.Proxy) else "convert it with torch.as_tensor"
             raise TypeError(f"expected an input that is a torch.Tensor, got {type(x).__name__}; {hint}")
         if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-            ops.refuse_tracing()
+            refuse_tracing()
         if x.dim() != 4:
             raise ValueError(f"expected an input of shape (N, C, H, W), got {tuple(x.shape)}; add a batch dimension?")
         if x.shape[1] != self._channels:  # of the constructor: what is there now decides
@@ -144,7 +145,7 @@ class _Network(nn.Module):
             if torch.compiler.is_compiling():
                 raise
             if isinstance(error, RuntimeError):
-                ops.refuse_transforms()
+                refuse_transforms()
             if not hasattr(error, "misfit"):
                 raise
             raise self._named(error, error.misfit, x) from error
@@ -348,7 +349,7 @@ class UNet(_LogitNetwork):
         bilinear: upsample by bilinear interpolation (align_corners=True) instead of 2×2 transposed convolution.
         base_c: channels of the first block; 64 in the paper.
         conv_bias: biases in the 3×3 convolutions, as in upstream checkpoints before version 3.
-        backend: "auto", "torch" or "triton"; see :func:`fastunet.ops.resolve_backend`.
+        backend: "auto", "torch" or "triton"; see :func:`fastunet.backend.resolve_backend`.
         policy: "speed", or "memory": keep nothing normalised for the backward.
 
     Shape: (N, n_channels, H, W) with H, W ≥ 16 → logits (N, n_classes, H, W).

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 import fastunet
-from fastunet import aten, eager, ops, reference
+from fastunet import aten, eager, reference
+from fastunet.backend import triton_unavailable
 from fastunet.layout import channels_last
 from tests import test_models
 from tests import test_surgery as surgery
@@ -33,9 +34,9 @@ def no_backend_chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("FASTUNET_BACKEND", raising=False)
     for module in (test_models, surgery):
         monkeypatch.setattr(module, "BACKEND", "auto")
-    ops.triton_unavailable.cache_clear()
+    triton_unavailable.cache_clear()
     yield
-    ops.triton_unavailable.cache_clear()
+    triton_unavailable.cache_clear()
 
 
 # What is not so here: kernels, a graph of fastunet's operators, and derivatives and transforms that only those refuse.
