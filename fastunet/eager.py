@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import aten, layout, ops
-from fastunet.activation import Config, Placed, check_weight, running_stats
+from fastunet.activation import Context, Placed, check_weight, running_stats
 
 _FEW_PIXELS = 8192  # below, ATen adds up well enough, and merging short sums takes longer
 _FRESH = 32 << 20  # bytes from where on each allocation is fresh memory, which the system clears page by page
@@ -28,7 +28,7 @@ def enter(x: Tensor) -> Tensor:
 
 
 def layer(
-    placed: Placed, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, relu: bool, config: Config
+    placed: Placed, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, relu: bool, context: Context
 ) -> Tensor:
     """A convolution and what follows it, of stored tensors.
 
@@ -36,13 +36,13 @@ def layer(
         ValueError, TypeError: parameters or statistics on another device or in another dtype; RuntimeError: ATen's.
     """
     parts = placed.parts()
-    _check_places(parts[0], conv, norm)
+    _check_devices(parts[0], conv, norm)
     if conv.weight.dtype != parts[0].dtype:
         check_weight(parts[0], conv.weight)
     y: Tensor
     if (
         norm is not None
-        and config.tuned
+        and context.tuned
         and not (norm.training or torch.is_grad_enabled())
         and _folds(parts, conv, norm)
     ):
@@ -51,13 +51,13 @@ def layer(
         y = conv(_joined(parts))
         if norm is None:
             return y.relu_() if relu else y
-        if config.precise and (norm.training or norm.running_mean is None) and _many_pixels(y, norm):
+        if context.precise and (norm.training or norm.running_mean is None) and _many_pixels(y, norm):
             return _batch_norm(y, norm, relu)
         y = norm(y)
     return y.relu_() if relu else y
 
 
-def _check_places(z: Tensor, conv: nn.Module, norm: nn.BatchNorm2d | None) -> None:
+def _check_devices(z: Tensor, conv: nn.Module, norm: nn.BatchNorm2d | None) -> None:
     """Refuse tensors elsewhere than z: of one on the meta device ATen makes numbers that nobody computed."""
     device = z.device
     for module in (conv, norm):

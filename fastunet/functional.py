@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastunet import ops
-from fastunet.activation import Activation, Config, Placed, compute_dtype
+from fastunet.activation import Activation, Placed, compute_dtype
 from fastunet.backend import check_backend
 from fastunet.checks import check_number, check_tensor
 from fastunet.dispatch import call
@@ -27,7 +27,7 @@ def _check_4d(name: str, x: Tensor) -> None:
         raise TypeError(f"expected a floating-point {name}, got {x.dtype}; convert it with .float()")
 
 
-def _check_places(x: Tensor, **others: Tensor | None) -> None:
+def _check_devices(x: Tensor, **others: Tensor | None) -> None:
     """Every other tensor lies where x does."""
     for name, t in others.items():
         if t is None:
@@ -88,7 +88,7 @@ def conv_bn_relu(
     check_backend(backend)
     _check_4d("x", x)
     _check_4d("weight", weight)
-    _check_places(
+    _check_devices(
         x, weight=weight, bn_weight=bn_weight, bn_bias=bn_bias, bias=bias,
         running_mean=running_mean, running_var=running_var,
     )  # fmt: skip
@@ -118,7 +118,7 @@ def conv_bn_relu(
     dtype = compute_dtype(x)
     if weight.dtype != dtype and dtype == x.dtype:
         raise TypeError(f"expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; convert one of them")
-    placed = Placed.alone(Activation(x.to(dtype)))
+    placed = Placed.of(Activation(x.to(dtype)))
     y, mean, var, *_ = call(
         ops.conv2d, *placed.first.source, None, None, False, weight.to(dtype), None if bias is None else bias.to(dtype),
         stride, placed.size, placed.offset, training, True, False, None, backend,
@@ -164,7 +164,7 @@ def upsample_pad_concat(
     check_backend(backend)
     _check_4d("x", x)
     _check_4d("skip", skip)
-    _check_places(x, skip=skip)
+    _check_devices(x, skip=skip)
     if x.shape[0] != skip.shape[0]:
         raise ValueError(f"expected x and skip of one batch size, got {x.shape[0]} and {skip.shape[0]}")
     if x.dtype != skip.dtype:
@@ -204,8 +204,8 @@ def head_loss(
         ValueError, TypeError: shapes, dtypes or labels that do not fit, or another criterion.
     """
     _check_4d("x", x)
-    _check_places(x, weight=weight, bias=bias)
+    _check_devices(x, weight=weight, bias=bias)
     if not (isinstance(criterion, StatsLoss) and criterion.plain()):
         raise TypeError(f"expected a loss of fastunet.losses, got {type(criterion).__name__}; give it the logits")
-    config = Config.checked(backend, "speed")
-    return criterion.from_stats(criterion.head_stats(Activation(x), weight, bias, labels, pixel_weight, config))
+    check_backend(backend)
+    return criterion.from_stats(criterion.head_stats(Activation(x), weight, bias, labels, pixel_weight, backend))

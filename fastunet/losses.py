@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import ops
-from fastunet.activation import Activation, Config, head_stats
+from fastunet.activation import Activation, head_stats
 from fastunet.backend import check_backend
 from fastunet.blocks import untouched
 from fastunet.checks import (
@@ -281,7 +281,7 @@ class StatsLoss(nn.Module):
         bias: Tensor | None,
         labels: Tensor,
         pixel_weight: Tensor | None,
-        config: Config,
+        backend: str,
     ) -> Tensor:
         """:meth:`stats` of the logits that a 1×1 convolution makes of an activation; the logits are never stored."""
         settings = self._settings(weight.shape[0], act.x.device)
@@ -295,7 +295,7 @@ class StatsLoss(nn.Module):
         ignored = NEVER if ignore_index is None else ignore_index
         pixel_weight, excess = self._emphasis(labels, pixel_weight, act.x.dtype)
         wanted = list(settings.values())
-        return _less(head_stats(act, weight, bias, labels, pixel_weight, mode, ignored, wanted, config), excess)
+        return _less(head_stats(act, weight, bias, labels, pixel_weight, mode, ignored, wanted, backend), excess)
 
     def _settings(self, classes: int, device: torch.device) -> dict[str, Any]:
         """The arguments of :func:`softmax_stats` for logits of so many classes on ``device``."""
