@@ -44,7 +44,7 @@ class Config(NamedTuple):
 
         On a CPU, where nobody chose a backend, nothing is gained by normalising when reading: blocks run as modules.
         """
-        # A weight with one input channel or one tap has strides that fit either format, and so says nothing.
+        # Strides of a weight with one input channel or one tap fit both formats: they do not tell which one it has.
         weights = (p for p in module.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[3] > 1)
         context = Context(*self, memory_format(x, next(weights, None)) == torch.channels_last)
         if not (x.device.type == "cpu" and requested(self.backend) == "auto" and context.stores(x)):
@@ -60,8 +60,8 @@ class Context(NamedTuple):
     policy: str = "speed"
     channels_last: bool = False  # the layout of what leaves fastunet
     eager: bool = False  # blocks run as the modules they are, on stored tensors
-    tuned: bool = False  # or better, since nobody but autograd watches
-    precise: bool = False  # and the picture has so many pixels that ATen's batch norm would lose digits
+    tuned: bool = False  # eager, and free to call something faster: no compiler, tracer or mode watches
+    precise: bool = False  # tuned, and of so many pixels that ATen's batch norm loses digits
 
     def stores(self, x: Tensor) -> bool:
         """Whether the value of an activation like ``x`` is stored rather than normalised by each reader."""
@@ -108,7 +108,7 @@ class Activation(NamedTuple):
         if context.channels_last:
             return z.contiguous(memory_format=torch.channels_last)
         z = z.contiguous()
-        return z.view(z.shape) if z.shape[1] == 1 else z  # strides that eager has
+        return z.view(z.shape) if z.shape[1] == 1 else z  # the strides that plain PyTorch gives one channel
 
     def stored(self, context: Context) -> Activation:
         """The same activation with its value stored."""
@@ -305,7 +305,7 @@ def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, backend: str) -> Activa
 
 def running_stats(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
     """The running mean and variance, or None if there are neither."""
-    mean, var = bn.running_mean, bn.running_var  # each costs a look-up that modules are slow at
+    mean, var = bn.running_mean, bn.running_var  # read once: attributes of a module are slow
     if mean is not None and var is not None:
         return mean, var
     if mean is not None or var is not None:
@@ -317,7 +317,7 @@ def running_stats(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
 def _advance(bn: nn.BatchNorm2d, raw: Raw, count: int) -> tuple[Any, ...]:
     """One more batch, of ``count`` values per channel, for ``bn``'s running statistics.
 
-    What is left of it to the operator that makes the affine: its operands, or nothing.
+    Returns what bn_affine_running takes for it, or nothing if it is done or there are none.
     """
     stats, batches = running_stats(bn), bn.num_batches_tracked
     if batches is not None:
@@ -329,7 +329,7 @@ def _advance(bn: nn.BatchNorm2d, raw: Raw, count: int) -> tuple[Any, ...]:
     if batches is None:  # nn.BatchNorm2d takes a momentum of 0
         return ()
     _check_device(stats[0], raw.y)
-    # The mean of all batches: a momentum of its own in every step is nothing to compile into a kernel.
+    # The mean of all batches has another momentum in every step, and kernels are compiled for one momentum.
     momentum = batches.to(stats[0].dtype).reciprocal()
     update_running_stats(*stats, raw.mean.detach(), raw.var.detach(), count, momentum)
     return ()
@@ -346,7 +346,7 @@ def _check_device(running_mean: Tensor, x: Tensor) -> None:
 def _affine(bn: nn.BatchNorm2d, x: Tensor, backend: str) -> Tensor:
     """The affine of a normalisation of ``x`` by running statistics."""
     stats = running_stats(bn)
-    assert stats is not None  # or it would use the batch's
+    assert stats is not None  # without them it uses the batch's statistics
     mean, var = stats
     _check_device(mean, x)
     dtype = stats_dtype(x.dtype)

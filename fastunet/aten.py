@@ -67,8 +67,8 @@ def _normalise_backward(
         return dz, no_stats(x)
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(affine)
-    scale, _, centre = affine.contiguous().unbind(0)  # ATen's channels_last kernels take the rows for dense
-    one = torch.ones_like(centre)  # given as the saved statistics too, which CUDA insists on
+    scale, _, centre = affine.contiguous().unbind(0)  # ATen's channels_last kernels assume dense rows
+    one = torch.ones_like(centre)  # also passed as saved statistics, which CUDA requires
     if adds_one_by_one(x):
         dz = channels_last(dz)
         dscale, dshift = _pixel_dots(x, dz, centre)
@@ -85,12 +85,12 @@ def _normalise_backward(
 # ---- sums over pixels --------------------------------------------------------------------------------------------
 
 _COLUMNS, _ROWS = 1024, 1024  # of a block: vectors long enough for a CPU, in its caches, and sums short enough
-MANY_PIXELS = 1 << 17  # from where on sums that ATen adds up one by one lose more than float32's other roundings
+MANY_PIXELS = 1 << 17  # from here on, adding up one by one loses more than float32's other roundings
 
 
 def adds_one_by_one(x: Tensor) -> bool:
-    """Whether ATen's batch norm adds the values of x's channels one after another, which loses digits: in channels_last
-    memory on a CPU, where 2 million pixels leave a variance three."""
+    """Whether ATen's batch norm adds up the values of each channel one by one: in channels_last memory on a CPU, where
+    the variance of 2 million pixels keeps three digits."""
     return (
         x.device.type == "cpu"
         and x.numel() > 0
@@ -629,7 +629,7 @@ def _head_runs(
             pixels = slice(start, start + step)
             part = rows[n, pixels].t()[None, :, None]
             z = _normalise(part, affine, relu)[0, :, 0].t().to(filters.dtype)
-            # A row of pixels for each class: the statistics of few adjacent classes would take twice as long on a CPU.
+            # (K, P): with the few classes adjacent instead, their statistics would take twice as long on a CPU.
             logits = filters @ z.t()
             if bias is not None:
                 logits += bias.to(filters.dtype).unsqueeze(1)

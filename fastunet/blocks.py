@@ -36,7 +36,7 @@ from fastunet.activation import (
     uses_batch_stats,
 )
 
-# What PyTorch's classes call as it was when this was imported: some patch the classes.
+# PyTorch's own methods, noted before anybody patches the classes.
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward
     for kind in (nn.BatchNorm2d, nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d, nn.ReLU, nn.Sequential, nn.Upsample)
@@ -157,9 +157,9 @@ def _split(modules: list[nn.Module]) -> tuple[list[Layer], list[nn.Module]]:
     return layers, modules[i:]
 
 
-def _known_before(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> bool:
-    """Whether what follows a 3×3 convolution can be done as it is stored: nothing in it depends on the batch, and there
-    is no backward to want what came before it."""
+def _normalises_at_once(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> bool:
+    """Whether a 3×3 convolution can normalise what it stores: statistics do not depend on the batch, and no backward
+    needs the values before the normalisation."""
     usual = conv.kernel_size == (3, 3) and conv.stride == (1, 1)
     return usual and not torch.is_grad_enabled() and (norm is None or not uses_batch_stats(norm))
 
@@ -170,9 +170,9 @@ def _apply(layer: Layer, placed: Placed, context: Context, after: Next) -> Activ
     if context.eager:
         return Activation(eager.layer(placed, conv, norm, relu, context))
     if isinstance(conv, nn.Conv2d):
-        # Pooled where it is written, if nothing but the pooling comes next and its value is not stored for it.
+        # The convolution pools what it writes, unless the value is stored first and pooled from there.
         pool = after.pool and min(placed.size) >= 2 * conv.stride[0] and not context.stores(placed.first.x)
-        if _known_before(conv, norm):
+        if _normalises_at_once(conv, norm):
             return conv2d_act(placed, conv, norm, relu, Next(pool, after.head), context.backend)
         raw = conv2d(placed, conv, norm, pool, context)
     else:
@@ -182,14 +182,14 @@ def _apply(layer: Layer, placed: Placed, context: Context, after: Next) -> Activ
 
 
 class Misfit(NamedTuple):
-    """What a module and its input do not fit in: the error's attribute ``misfit``, which a network names it by."""
+    """A module that does not fit its input. Errors carry it as ``misfit``, and the network adds the module's name."""
 
     module: nn.Module
-    device: torch.device | None  # where the input is, if that is what does not fit
+    device: torch.device | None  # the input's, if the module is on another one
 
 
 def _of_modules(error: Exception, layer: Layer, placed: Placed) -> Exception:
-    """What an operator said of its operands, said of the modules that it was called for."""
+    """An operator's error about its operands, as an error about the modules whose tensors they are."""
     conv, norm, _ = layer
     x = placed.first.x
     given = x.shape[1] + (0 if placed.second is None else placed.second.x.shape[1])
@@ -226,7 +226,7 @@ def lazily(modules: list[nn.Module], placed: Placed, context: Context, after: Ne
         try:
             act = _apply(layer, placed, context, after if number == len(layers) and not rest else UNKNOWN)
         except (TypeError, ValueError, RuntimeError) as error:
-            ours = context.eager or not isinstance(error, RuntimeError)  # which is how ATen refuses, and nobody else
+            ours = context.eager or not isinstance(error, RuntimeError)  # only ATen raises RuntimeError for operands
             if torch.compiler.is_compiling() or not ours:
                 raise
             told = _of_modules(error, layer, placed)

@@ -2,7 +2,7 @@
 
 :func:`register` defines one from its schema. Its derivative follows from names, as in PyTorch's derivatives.yaml: see
 :func:`register_backward`. :func:`call` and :func:`run` reach an operator's function without the dispatcher, whose way
-takes 20 µs, where nobody is there who would have to see the call.
+takes 20 µs, where no mode, tracer or profiler has to see the call.
 """
 
 from __future__ import annotations
@@ -178,23 +178,24 @@ def _derivative(
     Everything that follows from names is found out here, once, as positions: a step is dozens of these.
     """
     names, outputs, groups = _names(operator._schema), list(results), _GRADIENTS[backward]
-    tensor = {argument.name: "Tensor" in str(argument.type) for argument in backward._schema.arguments}
+    kinds = {argument.name: str(argument.type) for argument in backward._schema.arguments}
 
     # Kept from the forward's arguments and results: those that the backward takes, tensors apart from others.
     known = [*names, *outputs]
-    tensors = [i for i, name in enumerate(known) if tensor.get(name) is True]
-    others = [i for i, name in enumerate(known) if tensor.get(name) is False]
+    tensors = [i for i, name in enumerate(known) if "Tensor" in kinds.get(name, "")]
+    others = [i for i, name in enumerate(known) if name in kinds and i not in tensors]
     tensors_of, others_of = _picking(tensors), _picking(others)
     # Where the backward's arguments are among the gradients, what was kept, the mask and a None, in this order.
     there = [*(f"d{name}" for name in outputs), *(known[i] for i in tensors + others), "mask"]
-    places = [there.index(name) if name in there else len(there) for name in tensor]
+    positions = [there.index(name) if name in there else len(there) for name in kinds]
+    assert all(name in there or kind == "Optional[Tensor]" for name, kind in kinds.items()), f"{operator}: {there}"
 
-    count, several, masked = len(names), len(outputs) > 1, "mask" in tensor
+    count, several, masked = len(names), len(outputs) > 1, "mask" in kinds
     sources = [(names.index(group[0]), names.index(group[-1])) for group in groups]
     gives = list(enumerate(names.index(name) for group in groups for name in group))
     # Results that have no gradient unless the argument at a position says so; None: they never have one.
     without = [(i, names.index(has) if has else None) for i, has in enumerate(results.values()) if has is not True]
-    first, serves = len(names), [i for _, i in without if i is not None] if outputs[0] in tensor else []
+    first, serves = len(names), [i for _, i in without if i is not None] if outputs[0] in kinds else []
 
     class Derivative(torch.autograd.Function):
         @staticmethod
@@ -207,7 +208,7 @@ def _derivative(
                 ctx.mark_non_differentiable(*[found[i] for i, has in without if has is None or not args[has]])
                 values = [*args, *found]
                 if serves and not any([args[i] for i in serves]):
-                    values[first] = found[0].new_empty(0)  # or its memory would stay for nothing
+                    values[first] = found[0].new_empty(0)  # keep no memory that the backward has no use for
             ctx.save_for_backward(*tensors_of(values))
             ctx.others = others_of(values)
             return found
@@ -223,7 +224,7 @@ def _derivative(
             need = ctx.needs_input_grad
             mask = [need[x] or need[affine] for x, affine in sources] if masked else None
             given = (*gradients, *ctx.saved_tensors, *ctx.others, mask, None)
-            found = run(backward, *[given[i] for i in places])  # no itemgetter: compiled autograd does not know one
+            found = run(backward, *[given[i] for i in positions])  # no itemgetter: compiled autograd does not know one
             if len(gives) == 1:
                 found = (found,)
             wanted: list[Tensor | None] = [None] * count
@@ -249,8 +250,8 @@ def refuse_second_derivative() -> None:
 
 
 def _check_devices(names: Sequence[str], like: int, args: Sequence[Any]) -> None:
-    """Every tensor lies where the one does that decides the backend: kernels trust pointers, and what ATen makes of a
-    tensor on the meta device is memory that nobody wrote."""
+    """Refuse tensors on two devices: kernels trust pointers, and from one on the meta device ATen makes numbers that
+    nobody computed."""
     device = args[like].device
     for name, x in zip(names, args, strict=True):
         if isinstance(x, Tensor) and x.device != device:
@@ -311,7 +312,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
         if not (_unseen() and _ordinary(args)):
             return function.apply(*args)
         _thread.checked = True
-        # Nothing of torch.func is left over among the arguments, for which apply would search them.
+        # The apply of the base class: torch's own searches the arguments for leftovers of torch.func first.
         return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
     except RuntimeError:
         if not torch.compiler.is_compiling():
@@ -337,7 +338,7 @@ def run(operator: Operator, *args: Any) -> Any:
     Where nobody else is to see the call, no argument is more than it seems and all lie on one device, it is the
     implementation's, without the dispatcher.
     """
-    if torch.compiler.is_dynamo_compiling():  # which knows operators, and not what follows
+    if torch.compiler.is_dynamo_compiling():  # Dynamo knows operators, and not the calls below
         return operator(*args)
     checked, _thread.checked = _thread.checked, False
     with _C._AutoDispatchBelowAutograd():
@@ -346,7 +347,7 @@ def run(operator: Operator, *args: Any) -> Any:
         try:
             return operator(*args)
         except RuntimeError:
-            if _C._get_tracing_state():  # which fails an assertion of its own at lists of integers
+            if _C._get_tracing_state():  # the tracer fails an assertion at lists of integers
                 refuse_tracing()
             raise
 
@@ -396,7 +397,7 @@ def _ordinary(args: Sequence[Any]) -> bool:
             continue
         if not isinstance(x, Tensor) or _dispatch_keys(x).raw_repr() not in _KEYS:
             return False
-        device = x.get_device()  # of the CPU −1; sooner told than x.device
+        device = x.get_device()  # −1 on the CPU; faster than x.device
         if first is None:
             first = device
         elif device != first:

@@ -63,14 +63,14 @@ def _check_devices(z: Tensor, conv: nn.Module, norm: nn.BatchNorm2d | None) -> N
     for module in (conv, norm):
         if module is None:
             continue
-        # Not module.weight and so on: to find those takes modules longer than all the rest of this.
+        # Not module.weight and so on: a module's attributes are slow, slower than all the rest of this.
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is not None and t.device != device and t.dim():
                 raise ValueError(f"expected a layer on {device}, where its input is, got a part of it on {t.device}")
     if norm is not None:
         buffers = norm._buffers
         if (buffers.get("running_mean") is None) != (buffers.get("running_var") is None):
-            running_stats(norm)  # says so
+            running_stats(norm)  # raises the error
 
 
 def max_pool2x2(z: Tensor) -> Tensor:

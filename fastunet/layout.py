@@ -23,7 +23,8 @@ def memory_format(*tensors: Tensor | None) -> torch.memory_format:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """``x`` in dense channels_last memory; itself if it already is. Strides of one channel say so too, for ATen."""
+    """``x`` in dense channels_last memory; itself if it already is. With one channel its stride must say so too: ATen
+    looks at it."""
     if x.is_contiguous(memory_format=torch.channels_last) and x.stride(1) == 1:
         return x
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
@@ -33,7 +34,7 @@ def frame(z: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
     """z placed at (top, left) in a zero frame of ``size``; negative offsets crop, as does what sticks out."""
     height, width = z.shape[-2:]
     pad = [left, size[1] - width - left, top, size[0] - height - top]
-    return F.pad(z, pad) if torch.compiler.is_compiling() or any(pad) else z  # one graph is to serve any size
+    return F.pad(z, pad) if torch.compiler.is_compiling() or any(pad) else z  # compiled: one graph for every size
 
 
 def activation(like: Tensor, shape: Sequence[int]) -> Tensor:

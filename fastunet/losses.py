@@ -179,7 +179,7 @@ def _warn_of_probabilities(logits: Tensor) -> None:
     """Warn, once, of a softmax's output in place of logits; where that is certain, and can be seen without waiting."""
     if logits.device.type != "cpu" or type(logits) is not Tensor or not unwatched() or logits.numel() == 0:
         return
-    for part in (logits.detach()[:1, :, :4, :4], logits.detach()):  # logits do not get past the first
+    for part in (logits.detach()[:1, :, :4, :4], logits.detach()):  # a few pixels tell logits, and rarely need the rest
         low, high = part.aminmax()
         if low < 0 or high > 1 or bool((part.sum(1, dtype=torch.float32) - 1).abs().max() > 1e-2):
             return
@@ -235,7 +235,7 @@ class StatsLoss(nn.Module):
             if weight.is_complex() or weight.dtype == torch.bool:
                 raise TypeError(f"expected weight to be real factors, got {weight.dtype}; convert it with .float()")
             weight = weight if weight.is_floating_point() else weight.to(torch.get_default_dtype())
-            # No device but the meta device has no values to look at.
+            # Tensors on the meta device have no values to look at.
             if weight.dim() != 1 or not (weight.is_meta or bool(((weight >= 0) & weight.isfinite()).all())):
                 raise ValueError(f"expected weight to be one factor ≥ 0 per class, and finite, got {weight.tolist()}")
         self.sigmoid = sigmoid
@@ -349,7 +349,7 @@ def _less(stats: Tensor, excess: Tensor | None) -> Tensor:
     return torch.cat([stats[..., :5], total, stats[..., 6:]], -1)
 
 
-# What MONAI's losses are told and these need not be.
+# Arguments of MONAI's losses that these do not have, and why.
 _UNKNOWN = {
     "softmax": ": a softmax is the default, and sigmoid=True takes its place",
     "to_onehot_y": ": labels are integers, and nothing is converted",
@@ -526,7 +526,7 @@ class TverskyLoss(_OverlapLoss):
         loss = 1 - (tp + self.smooth_nr) / (tp + wrong + self.smooth_dr)
         if self.gamma == 1:
             return loss
-        # Below 1 the power's slope at 0 is infinite, and rounding may leave less than 0.
+        # For gamma < 1 the slope at 0 is infinite; and rounding can make a loss of 0 slightly negative.
         return loss.clamp_min(torch.finfo(loss.dtype).eps) ** self.gamma
 
 

@@ -137,7 +137,7 @@ class ConfusionMatrix(nn.Module):
         self.ignore_index = checked_ignore_index(ignore_index)
         self.threshold = float(threshold)
         self.backend = backend
-        # No buffer, which DDP would overwrite in every forward with what the first process has counted.
+        # Not a buffer: DDP would overwrite it in every forward with the counts of the first process.
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConfusionMatrix:
@@ -151,7 +151,7 @@ class ConfusionMatrix(nn.Module):
         destination[f"{prefix}matrix"] = self.matrix
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A checkpoint without counts, as all were once, leaves these as they are.
+        # Older checkpoints have no counts: keep these.
         counts = state_dict.pop(f"{prefix}matrix", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if counts is not None:

@@ -101,7 +101,7 @@ class _Network(nn.Module):
             refuse_tracing()
         if x.dim() != 4:
             raise ValueError(f"expected an input of shape (N, C, H, W), got {tuple(x.shape)}; add a batch dimension?")
-        if x.shape[1] != self._channels:  # of the constructor: what is there now decides
+        if x.shape[1] != self._channels:  # the constructor's number: the modules may be others now
             self._check_channels(x)
         if not x.is_floating_point():
             hint = (
@@ -109,7 +109,7 @@ class _Network(nn.Module):
             )
             raise TypeError(f"expected a floating-point input, got {x.dtype}; {hint}")
         height, width = x.shape[-2:]
-        if height < 16 or width < 16:  # more than any of the networks asks for as it is made
+        if height < 16 or width < 16:  # every network, as constructed, takes 16
             self._check_size(x)
         context = self.config.context(x, self)
         return Activation(eager.enter(x) if context.tuned else x), context
@@ -186,7 +186,7 @@ class _Network(nn.Module):
 
 
 _modes = threading.Lock()
-_evaluated: dict[nn.Module, int] = {}  # modules that return to training mode, and how many predictions still need them
+_evaluated: dict[nn.Module, int] = {}  # to return to training mode, once so many predictions are done
 
 
 @contextmanager
@@ -395,7 +395,7 @@ class UNet(_LogitNetwork):
     def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Context]:
         act, context = self._enter(x)
         downs = (self.down1, self.down2, self.down3, self.down4)
-        # What each block returns is pooled by the next.
+        # Each block's result is pooled by the next block.
         after = [Next(pool=isinstance(down, Down) and down.pools()) for down in downs]
         act = self._stage(run, self.inc, Placed.of(act), context=context, after=after[0])
         skips = []
@@ -411,7 +411,7 @@ class UNet(_LogitNetwork):
         return self.outc
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Upstream checkpoints carry the mask's values among the weights: kept as an attribute.
+        # Upstream checkpoints hold the values of the masks among the weights: they become an attribute.
         if f"{prefix}mask_values" in state_dict:
             self.mask_values = state_dict.pop(f"{prefix}mask_values")
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -654,4 +654,7 @@ class BrainUNet(_HubNetwork):
         return torch.sigmoid(super().forward(x))
 
 
-_FORWARDS = (_LogitNetwork.forward, BrainUNet.forward)  # those that loss and predict know to do without
+_FORWARDS = (
+    _LogitNetwork.forward,
+    BrainUNet.forward,
+)  # those that loss and predict can skip: they add nothing to the decoder and the head

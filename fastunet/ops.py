@@ -108,7 +108,7 @@ def _check_bn_affine_running(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor
 ) -> None:
     _check_bn_affine(mean, var, weight, bias)
-    _check_vector("running_mean", running_mean, mean, _FLOATING)  # what moves towards the statistics has any dtype
+    _check_vector("running_mean", running_mean, mean, _FLOATING)  # running statistics may have any dtype
     _check_vector("running_var", running_var, mean, _FLOATING)
 
 
@@ -134,8 +134,8 @@ bn_affine = register(
     bn_affine_backward,
     {"affine": True},
 )
-# The same, and the running statistics move in that launch. An operator of its own: compilers take one that may write
-# to nothing for one that does.
+# The same, and the running statistics move in that launch. An operator of its own: if statistics were optional,
+# compilers would assume that they are written even where there are none.
 bn_affine_running = register(
     "bn_affine_running(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor(a!) running_mean,"
     " Tensor(b!) running_var, SymInt count, float momentum, float eps, str backend) -> Tensor",
@@ -146,7 +146,7 @@ bn_affine_running = register(
 )
 
 
-# Not an operator: plain modules on a CPU, which nobody watches, alone are helped by it (fastunet/eager.py).
+# Not an operator: only fastunet/eager.py uses it, on a CPU, where no compiler, tracer or mode has to see it.
 class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -302,7 +302,7 @@ def _check_conv2d_act(
         _check_filters(head_weight, head_bias, x0, 1, weight.shape[0], (1,))
 
 
-# Has no derivative: what training does instead keeps y, from which all else follows.
+# Has no derivative: training uses conv2d, which keeps y, and a backward can compute the rest from y again.
 conv2d_act = register(
     "conv2d_act(Tensor x0, Tensor? affine0, bool relu0, Tensor? x1, Tensor? affine1, bool relu1, Tensor weight,"
     " Tensor? bias, SymInt[] size, SymInt[] offset, Tensor? affine, bool relu, bool pool,"

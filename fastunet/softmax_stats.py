@@ -17,8 +17,8 @@ from fastunet.layout import memory_format, stats_dtype
 aten = torch.ops.aten
 
 _LOG2_E = 1 / math.log(2)
-_LINEAR = 50  # from where on log(1 + eˣ) is x, in float64 too
-_RUN = 1 << 20  # logits that a CPU computes at a time: few enough for its caches, and enough for what a call costs
+_LINEAR = 50  # above, log(1 + eˣ) is x, in float64 too
+_RUN = 1 << 20  # logits that a CPU computes at a time: they fit its caches, and calls cost little beside them
 
 
 def _class_axis(logits: Tensor) -> int:
