@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastunet import checks, losses, ops
-from fastunet.aten import stats_dtype
+from fastunet.layout import stats_dtype
 
 Operands = tuple[Any, ...]
 

@@ -18,7 +18,8 @@ from torch import nn
 
 import fastunet
 from benchmarks.measure import interleaved
-from fastunet import ops, reference
+from fastunet import reference
+from fastunet.backend import resolve_backend
 
 SIZES = ((16, 128), (32, 256))  # (base, pixels along a side)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=2, help="pictures at a time; 2")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch; its own choice")
     options = parser.parse_args(arguments)
-    if ops.resolve_backend("auto", torch.device("cpu"), torch.float32) != "torch":
+    if resolve_backend("auto", torch.device("cpu"), torch.float32) != "torch":
         parser.error("expected fastunet's own choice of backend on a CPU: unset TRITON_INTERPRET and FASTUNET_BACKEND")
     torch.set_num_threads(options.threads)
     head = ("network", "layout", "mode", "eager ms", "fastunet ms", "ratio", "goal")

@@ -19,8 +19,8 @@ from triton.runtime.jit import JITFunction
 
 import fastunet
 from benchmarks import traffic
-from fastunet import ops
 from fastunet.architecture import as_if_on
+from fastunet.backend import interpreting
 from fastunet.kernels import common
 
 BASE, SIZE, BATCH = 8, 64, 2
@@ -49,7 +49,7 @@ def launching_nothing(architecture: str = "sm_90") -> Iterator[None]:
     with (
         as_if_on(architecture),
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(ops, "triton_unavailable", return_value=None),
+        mock.patch("fastunet.backend.triton_unavailable", return_value=None),
         mock.patch.object(common, "_compiled", {}),
     ):
         yield
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=3, help="for each step; 3")
     options = parser.parse_args(arguments)
-    if ops.interpreting():
+    if interpreting():
         parser.error("expected compiled kernels, got TRITON_INTERPRET=1: unset it")
     torch.set_num_threads(1)
     lines = [("step", "up", "ms", "launches")]

@@ -39,6 +39,7 @@ from benchmarks.loss_cases import LossCase
 from benchmarks.measure import DTYPES, precision
 from benchmarks.nets import NetCase
 from fastunet import metrics, ops, reference
+from fastunet.backend import triton_unavailable
 from fastunet.losses import DiceCELoss
 
 AnyCase = Case | NetCase | LossCase
@@ -126,7 +127,7 @@ def unavailable(provider: Provider, device: torch.device) -> str | None:
     if provider.graph and device.type != "cuda":
         return "CUDA graphs need a GPU"
     if provider.backend == "triton":
-        return ops.triton_unavailable(device.type)
+        return triton_unavailable(device.type)
     if provider.engine:
         return engines.unavailable(provider.name, device)
     if provider.name in ("monai", "torchmetrics") and importlib.util.find_spec(provider.name) is None:

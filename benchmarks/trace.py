@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastunet import ops
 from fastunet.architecture import as_if_on
-from fastunet.aten import aten, memory_format, stats_dtype
+from fastunet.backend import serving
+from fastunet.layout import memory_format, stats_dtype
 
 if TYPE_CHECKING:
     from benchmarks.recorder import Launch
+
+aten = torch.ops.aten
 
 
 @dataclass
@@ -104,7 +106,7 @@ class _Tracer(TorchDispatchMode):
             results = _AS_ON_A_GPU.get(func, func)(*args, **kwargs)
         else:
             call = Call(f"fastunet.{name}", func, args, kwargs)
-            call.backend, function = ops.serving(name, args)
+            call.backend, function = serving(name, args)
             outer, self.calls = self.calls, call.inner
             try:
                 with _launches(call), self:

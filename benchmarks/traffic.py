@@ -48,7 +48,7 @@ from benchmarks.access import Access, distinct, of_aten, storage
 from benchmarks.cases import Case
 from benchmarks.model import aten_rate, triton_rate
 from benchmarks.trace import Call, tensors_of, trace
-from fastunet import ops, reference
+from fastunet import dispatch, ops, reference
 from fastunet.losses import DiceCELoss
 
 Mode = Literal["training", "inference"]
@@ -468,7 +468,7 @@ def _plain_loss(logits: Tensor, labels: Tensor, *settings: Any) -> Tensor:
 
 
 def _our_head(*operands: Any) -> Tensor:
-    return DiceCELoss().from_stats(ops.call(ops.head_stats, *operands, "triton"))
+    return DiceCELoss().from_stats(dispatch.call(ops.head_stats, *operands, "triton"))
 
 
 def _plain_head(
@@ -478,7 +478,7 @@ def _plain_head(
 
 
 def _our_upsample(*operands: Any) -> Tensor:
-    return ops.call(ops.upsample_concat, *operands, "triton")  # type: ignore[no-any-return]
+    return dispatch.call(ops.upsample_concat, *operands, "triton")  # type: ignore[no-any-return]
 
 
 def _plain_upsample(

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-# An editable install is a folder of links (pyproject.toml): what they lead to has modules that came since, too.
+# An editable install is a folder of links (pyproject.toml), made once: the folder behind them also has newer modules.
 __path__ = [str(Path(__file__).resolve().parent)]
 
 from fastunet import functional, losses, metrics, reference
 from fastunet.models import BrainUNet, PlainUNet, StridedUNet, UNet
 
-# In a checkout kernels/ lies beside this folder instead of inside it. It is this package's, whichever checkout is the
-# installed one; the tiles tell it from Hugging Face's package of that name, beside which a wheel is installed.
+# In a checkout kernels/ lies beside this folder instead of inside it; they are used even if another checkout is
+# installed. Beside an installed wheel there may be Hugging Face's package `kernels`, which has no tiles.json.
 if (Path(__path__[0]).parent / "kernels" / "tiles.json").is_file():
     __path__.append(str(Path(__path__[0]).parent))
 

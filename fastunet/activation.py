@@ -14,54 +14,69 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import ops
-from fastunet.aten import MANY_PIXELS, frame, memory_format, stats_dtype, update_running_stats
+from fastunet.aten import MANY_PIXELS, update_running_stats
+from fastunet.backend import check_backend, requested, resolve_backend
+from fastunet.dispatch import call, unwatched
+from fastunet.layout import frame, memory_format, stats_dtype
 
 POLICIES = ("speed", "memory")
 
 
 class Config(NamedTuple):
-    """How a network computes: ``backend`` (see :func:`fastunet.ops.resolve_backend`), ``policy``, layout.
+    """What a user chose for a network: ``backend`` (see :func:`fastunet.backend.resolve_backend`) and ``policy``.
 
     Policy "speed" lets the torch backend store what it normalised, for several readers and for the backward; "memory"
-    normalises again. ``channels_last`` is the layout of what leaves fastunet, in one forward, and ``pool`` and ``head``
-    say what follows a block in it.
+    normalises again.
     """
 
     backend: str = "auto"
     policy: str = "speed"
-    channels_last: bool = False  # not a torch.memory_format, which torch.save cannot pickle
-    pool: bool = False  # what a block returns will be 2×2-pooled
-    head: nn.Conv2d | None = None  # what a block returns is read by this 1×1 convolution alone
-    eager: bool = False  # blocks run as the modules they are, on stored tensors
-    tuned: bool = False  # or better, since nobody but autograd watches
-    precise: bool = False  # and the picture has so many pixels that ATen's batch norm would lose digits
 
     @classmethod
     def checked(cls, backend: str, policy: str) -> Config:
-        ops.check_backend(backend)
+        check_backend(backend)
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         return cls(backend, policy)
 
-    def like(self, x: Tensor, module: nn.Module) -> Config:
-        """For one forward of ``module`` on ``x``: what leaves is channels_last if x or its weights are.
+    def context(self, x: Tensor, module: nn.Module) -> Context:
+        """Of one forward of ``module`` on ``x``: what leaves is channels_last if x or the module's weights are.
 
         On a CPU, where nobody chose a backend, nothing is gained by normalising when reading: blocks run as modules.
         """
-        # A weight with one input channel or one tap has strides that fit either format, and so says nothing.
+        # Strides of a weight with one input channel or one tap fit both formats: they do not tell which one it has.
         weights = (p for p in module.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[3] > 1)
-        eager = x.device.type == "cpu" and ops.wished(self.backend) == "auto" and self.stores(x)
-        tuned = eager and ops.unwatched()
-        return self._replace(
-            channels_last=memory_format(x, next(weights, None)) == torch.channels_last,
-            eager=eager,
-            tuned=tuned,
-            precise=tuned and x.numel() >= MANY_PIXELS * x.shape[1],
-        )
+        context = Context(*self, memory_format(x, next(weights, None)) == torch.channels_last)
+        if not (x.device.type == "cpu" and requested(self.backend) == "auto" and context.stores(x)):
+            return context
+        tuned = unwatched()
+        return context._replace(eager=True, tuned=tuned, precise=tuned and x.numel() >= MANY_PIXELS * x.shape[1])
+
+
+class Context(NamedTuple):
+    """What holds for all of one forward: the network's :class:`Config`, and what follows from its input."""
+
+    backend: str = "auto"
+    policy: str = "speed"
+    channels_last: bool = False  # the layout of what leaves fastunet
+    eager: bool = False  # blocks run as the modules they are, on stored tensors
+    tuned: bool = False  # eager, and free to call something faster: no compiler, tracer or mode watches
+    precise: bool = False  # tuned, and of so many pixels that ATen's batch norm loses digits
 
     def stores(self, x: Tensor) -> bool:
         """Whether the value of an activation like ``x`` is stored rather than normalised by each reader."""
-        return self.policy == "speed" and ops.resolve_backend(self.backend, x.device, x.dtype) == "torch"
+        return self.policy == "speed" and resolve_backend(self.backend, x.device, x.dtype) == "torch"
+
+
+class Next(NamedTuple):
+    """What reads a block's result, as far as its last convolution can do the work while it writes: the value that only
+    that block is given."""
+
+    pool: bool = False  # a 2×2 pooling, and perhaps a skip connection
+    head: nn.Conv2d | None = None  # this 1×1 convolution, and nothing else
+
+
+UNKNOWN = Next()
 
 
 class Activation(NamedTuple):
@@ -87,19 +102,17 @@ class Activation(NamedTuple):
         """Whether the value is ``x`` itself."""
         return self.affine is None and not self.relu
 
-    def tensor(self, config: Config) -> Tensor:
-        """The value z (N, C, H, W), stored in the layout that ``config`` says: for code outside fastunet."""
-        z = self.stored(config).x
-        if config.channels_last:
+    def tensor(self, context: Context) -> Tensor:
+        """The value z (N, C, H, W), stored in the layout that ``context`` says: for code outside fastunet."""
+        z = self.stored(context).x
+        if context.channels_last:
             return z.contiguous(memory_format=torch.channels_last)
         z = z.contiguous()
-        return z.view(z.shape) if z.shape[1] == 1 else z  # strides that eager has
+        return z.view(z.shape) if z.shape[1] == 1 else z  # the strides that plain PyTorch gives one channel
 
-    def stored(self, config: Config) -> Activation:
+    def stored(self, context: Context) -> Activation:
         """The same activation with its value stored."""
-        return (
-            self if self.plain else Activation(ops.call(ops.affine_act, self.x, self.affine, self.relu, config.backend))
-        )
+        return self if self.plain else Activation(call(ops.affine_act, self.x, self.affine, self.relu, context.backend))
 
 
 class Placed(NamedTuple):
@@ -114,7 +127,7 @@ class Placed(NamedTuple):
     offset: tuple[int, int, int, int]
 
     @classmethod
-    def alone(cls, act: Activation) -> Placed:
+    def of(cls, act: Activation) -> Placed:
         return cls(act, None, (act.x.shape[-2], act.x.shape[-1]), (0, 0, 0, 0))
 
     @classmethod
@@ -126,12 +139,12 @@ class Placed(NamedTuple):
             return cls(skip, up, (height, width), (0, 0, top, left))
         return cls(up, skip, (height, width), (top, left, 0, 0))
 
-    def tensor(self, config: Config) -> Tensor:
+    def tensor(self, context: Context) -> Tensor:
         """The concatenated values (N, C0 + C1, H, W), stored."""
-        z = frame(self.first.tensor(config), self.size, *self.offset[:2])
+        z = frame(self.first.tensor(context), self.size, *self.offset[:2])
         if self.second is None:
             return z
-        return torch.cat([z, frame(self.second.tensor(config), self.size, *self.offset[2:])], 1)
+        return torch.cat([z, frame(self.second.tensor(context), self.size, *self.offset[2:])], 1)
 
     def parts(self) -> list[Tensor]:
         """What is concatenated, of plain activations in the layout in which they are: one tensor or two."""
@@ -161,19 +174,19 @@ def check_weight(x: Tensor, weight: Tensor) -> None:
 
 
 def _operands(
-    act: Activation, weight: Tensor, bias: Tensor | None, config: Config
+    act: Activation, weight: Tensor, bias: Tensor | None, backend: str
 ) -> tuple[Activation, Tensor, Tensor | None]:
     check_weight(act.x, weight)
     dtype = compute_dtype(act.x)
     x = act.x.to(dtype)
-    if ops.resolve_backend(config.backend, x.device, dtype) == "triton":
+    if resolve_backend(backend, x.device, dtype) == "triton":
         weight = weight.to(dtype, memory_format=torch.channels_last)  # one copy serves forward and backward
     return act._replace(x=x), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _convolved(placed: Placed, conv: nn.Conv2d, config: Config) -> tuple[Tensor, tuple[Any, ...]]:
+def _convolved(placed: Placed, conv: nn.Conv2d, backend: str) -> tuple[Tensor, tuple[Any, ...]]:
     """The first source's tensor; and both sources, the weight and the bias, as operators take them."""
-    first, weight, bias = _operands(placed.first, conv.weight, conv.bias, config)
+    first, weight, bias = _operands(placed.first, conv.weight, conv.bias, backend)
     second: tuple[Any, ...] = (None, None, False)
     if placed.second is not None:
         second = placed.second._replace(x=placed.second.x.to(first.x.dtype)).source
@@ -189,16 +202,16 @@ class Raw(NamedTuple):
     pooled: Tensor | None = None
 
 
-def conv2d(placed: Placed, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, pool: bool, config: Config) -> Raw:
+def conv2d(placed: Placed, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, pool: bool, context: Context) -> Raw:
     """A 3×3 (padding 1, stride 1 or 2) or 1×1 convolution of what is placed, with its bias.
 
     With the statistics that ``norm`` needs; if ``pool``, also pooled for a normalisation by it.
     """
-    x, operands = _convolved(placed, conv, config)
+    x, operands = _convolved(placed, conv, context.backend)
     stats = norm is not None and uses_batch_stats(norm)
-    y, mean, var, _, pooled = ops.call(
-        ops.conv2d, *operands, conv.stride[0], placed.size, placed.offset, stats, config.stores(x),
-        pool, norm.weight if pool and norm is not None else None, config.backend,
+    y, mean, var, _, pooled = call(
+        ops.conv2d, *operands, conv.stride[0], placed.size, placed.offset, stats, context.stores(x),
+        pool, norm.weight if pool and norm is not None else None, context.backend,
     )  # fmt: skip
     return Raw(y, mean, var, pooled if pool else None)
 
@@ -208,29 +221,28 @@ def conv2d_act(
     conv: nn.Conv2d,
     norm: nn.BatchNorm2d | None,
     relu: bool,
-    pool: bool,
-    head: nn.Conv2d | None,
-    config: Config,
+    after: Next,
+    backend: str,
 ) -> Activation:
     """A 3×3 convolution of stride 1, and behind it a normalisation by running statistics and a ReLU: without gradients,
-    the value itself, so that whoever reads it multiplies what is stored; or what a ``head`` makes of it."""
-    x, operands = _convolved(placed, conv, config)
-    affine = None if norm is None else _affine(norm, x, config)
+    the value itself, so that whoever reads it multiplies what is stored; or what the head after it makes of it."""
+    x, operands = _convolved(placed, conv, backend)
+    affine = None if norm is None else _affine(norm, x, backend)
+    pool, head = after
     head_weight, head_bias = None, None
     if head is not None:
-        _, head_weight, head_bias = _operands(Activation(x), head.weight, head.bias, config)
-    z, pooled = ops.call(
-        ops.conv2d_act, *operands, placed.size, placed.offset, affine, relu, pool, head_weight, head_bias,
-        config.backend,
-    )  # fmt: skip
+        _, head_weight, head_bias = _operands(Activation(x), head.weight, head.bias, backend)
+    z, pooled = call(
+        ops.conv2d_act, *operands, placed.size, placed.offset, affine, relu, pool, head_weight, head_bias, backend
+    )
     return Activation(z, pooled=pooled if pool else None, headed=head is not None)
 
 
-def conv_transpose2d(act: Activation, conv: nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, config: Config) -> Raw:
+def conv_transpose2d(act: Activation, conv: nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, backend: str) -> Raw:
     """A stride-2 transposed convolution to twice the size, with its bias and the statistics that ``norm`` needs."""
-    act, weight, bias = _operands(act, conv.weight, conv.bias, config)
+    act, weight, bias = _operands(act, conv.weight, conv.bias, backend)
     stats = norm is not None and uses_batch_stats(norm)
-    return Raw(*ops.call(ops.conv_transpose2d, *act.source, weight, bias, stats, config.backend))
+    return Raw(*call(ops.conv_transpose2d, *act.source, weight, bias, stats, backend))
 
 
 def head_stats(
@@ -242,22 +254,22 @@ def head_stats(
     mode: str,
     ignore_index: int,
     wanted: list[bool],
-    config: Config,
+    backend: str,
 ) -> Tensor:
     """The statistics (N, K, 7) of a 1×1 convolution's output, which is not stored; see :mod:`fastunet.losses`."""
-    act, weight, bias = _operands(act, weight, bias, config)
-    stats: Tensor = ops.call(
-        ops.head_stats, *act.source, weight, bias, labels, pixel_weight, mode, ignore_index, wanted, config.backend
+    act, weight, bias = _operands(act, weight, bias, backend)
+    stats: Tensor = call(
+        ops.head_stats, *act.source, weight, bias, labels, pixel_weight, mode, ignore_index, wanted, backend
     )
     return stats
 
 
 def head_predict(
-    act: Activation, conv: nn.Conv2d, output: str, threshold: float, dtype: torch.dtype, config: Config
+    act: Activation, conv: nn.Conv2d, output: str, threshold: float, dtype: torch.dtype, backend: str
 ) -> Tensor:
     """Classes, masks or probabilities of a 1×1 convolution's output, which is not stored: :mod:`fastunet.aten`."""
-    act, weight, bias = _operands(act, conv.weight, conv.bias, config)
-    y: Tensor = ops.call(ops.head_predict, *act.source, weight, bias, output, threshold, dtype, config.backend)
+    act, weight, bias = _operands(act, conv.weight, conv.bias, backend)
+    y: Tensor = call(ops.head_predict, *act.source, weight, bias, output, threshold, dtype, backend)
     return y
 
 
@@ -266,7 +278,7 @@ def uses_batch_stats(bn: nn.BatchNorm2d) -> bool:
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 
 
-def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, config: Config) -> Activation:
+def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, backend: str) -> Activation:
     """The activation BN(y), or ReLU(BN(y)); updates ``bn``'s running statistics as nn.BatchNorm2d does.
 
     Raises:
@@ -285,15 +297,15 @@ def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, config: Config) -> Acti
         if bn.training and bn.track_running_stats:
             running = _advance(bn, raw, count)
         operator = ops.bn_affine_running if running else ops.bn_affine
-        affine = ops.call(operator, mean, var, bn.weight, bn.bias, *running, bn.eps, config.backend)
+        affine = call(operator, mean, var, bn.weight, bn.bias, *running, bn.eps, backend)
     else:
-        affine = _affine(bn, raw.y, config)
+        affine = _affine(bn, raw.y, backend)
     return Activation(raw.y, affine, relu, raw.pooled)
 
 
 def running_stats(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
     """The running mean and variance, or None if there are neither."""
-    mean, var = bn.running_mean, bn.running_var  # each costs a look-up that modules are slow at
+    mean, var = bn.running_mean, bn.running_var  # read once: attributes of a module are slow
     if mean is not None and var is not None:
         return mean, var
     if mean is not None or var is not None:
@@ -305,7 +317,7 @@ def running_stats(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
 def _advance(bn: nn.BatchNorm2d, raw: Raw, count: int) -> tuple[Any, ...]:
     """One more batch, of ``count`` values per channel, for ``bn``'s running statistics.
 
-    What is left of it to the operator that makes the affine: its operands, or nothing.
+    Returns what bn_affine_running takes for it, or nothing if it is done or there are none.
     """
     stats, batches = running_stats(bn), bn.num_batches_tracked
     if batches is not None:
@@ -316,14 +328,14 @@ def _advance(bn: nn.BatchNorm2d, raw: Raw, count: int) -> tuple[Any, ...]:
         return *stats, count, bn.momentum
     if batches is None:  # nn.BatchNorm2d takes a momentum of 0
         return ()
-    _check_place(stats[0], raw.y)
-    # The mean of all batches: a momentum of its own in every step is nothing to compile into a kernel.
+    _check_device(stats[0], raw.y)
+    # The mean of all batches has another momentum in every step, and kernels are compiled for one momentum.
     momentum = batches.to(stats[0].dtype).reciprocal()
     update_running_stats(*stats, raw.mean.detach(), raw.var.detach(), count, momentum)
     return ()
 
 
-def _check_place(running_mean: Tensor, x: Tensor) -> None:
+def _check_device(running_mean: Tensor, x: Tensor) -> None:
     if running_mean.device != x.device:
         raise ValueError(
             f"expected the running statistics of a batch norm on {x.device}, where its input is, got them on "
@@ -331,28 +343,28 @@ def _check_place(running_mean: Tensor, x: Tensor) -> None:
         )
 
 
-def _affine(bn: nn.BatchNorm2d, x: Tensor, config: Config) -> Tensor:
+def _affine(bn: nn.BatchNorm2d, x: Tensor, backend: str) -> Tensor:
     """The affine of a normalisation of ``x`` by running statistics."""
     stats = running_stats(bn)
-    assert stats is not None  # or it would use the batch's
+    assert stats is not None  # without them it uses the batch's statistics
     mean, var = stats
-    _check_place(mean, x)
+    _check_device(mean, x)
     dtype = stats_dtype(x.dtype)
-    affine: Tensor = ops.call(ops.bn_affine, mean.to(dtype), var.to(dtype), bn.weight, bn.bias, bn.eps, config.backend)
+    affine: Tensor = call(ops.bn_affine, mean.to(dtype), var.to(dtype), bn.weight, bn.bias, bn.eps, backend)
     return affine
 
 
-def pool_fork(act: Activation, config: Config) -> tuple[Activation, Activation]:
+def pool_fork(act: Activation, context: Context) -> tuple[Activation, Activation]:
     """(2×2 max-pooled, the activation itself for its skip connection); one backward pass serves both."""
     if act.pooled is not None:
         return act._replace(x=act.pooled, pooled=None), act._replace(pooled=None)
-    if config.stores(act.x):
-        act = act.stored(config)
-    pooled, x = ops.pool_fork(act.x, act.affine, config.backend)
+    if context.stores(act.x):
+        act = act.stored(context)
+    pooled, x = ops.pool_fork(act.x, act.affine, context.backend)
     return act._replace(x=pooled), act._replace(x=x)
 
 
-def upsample(act: Activation, align_corners: bool | None, config: Config) -> Activation:
+def upsample(act: Activation, align_corners: bool | None, backend: str) -> Activation:
     """×2 of the activation's value, bilinear, or nearest if ``align_corners`` is None; the result is plain."""
-    x = ops.call(ops.upsample_concat, *act.source, None, None, False, align_corners, True, config.backend)
+    x = call(ops.upsample_concat, *act.source, None, None, False, align_corners, True, backend)
     return Activation(x)

@@ -12,34 +12,16 @@ A *source* is three arguments ``(x, affine, relu)`` that stand for the tensor ``
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastunet.layout import channels_last, frame, memory_format, no_stats, stats_dtype
+from fastunet.softmax_stats import softmax_stats, softmax_stats_backward
+
 aten = torch.ops.aten
-
-
-def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of statistics, affines and accumulators for tensors of ``dtype``: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def memory_format(*tensors: Tensor | None) -> torch.memory_format:
-    """What PyTorch would give: channels_last if any of ``tensors`` is and could not as well be contiguous."""
-    for t in tensors:
-        if t is not None and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous():
-            return torch.channels_last
-    return torch.contiguous_format
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """``x`` in dense channels_last memory; itself if it already is. Strides of one channel say so too, for ATen."""
-    if x.is_contiguous(memory_format=torch.channels_last) and x.stride(1) == 1:
-        return x
-    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
 
 # ---- sources -----------------------------------------------------------------------------------------------------
@@ -82,11 +64,11 @@ def _normalise_backward(
         assert z is not None
         dz = aten.threshold_backward(dz, z, 0)
     if affine is None:
-        return dz, x.new_empty(0, dtype=stats_dtype(x.dtype))
+        return dz, no_stats(x)
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(affine)
-    scale, _, centre = affine.contiguous().unbind(0)  # ATen's channels_last kernels take the rows for dense
-    one = torch.ones_like(centre)  # given as the saved statistics too, which CUDA insists on
+    scale, _, centre = affine.contiguous().unbind(0)  # ATen's channels_last kernels assume dense rows
+    one = torch.ones_like(centre)  # also passed as saved statistics, which CUDA requires
     if adds_one_by_one(x):
         dz = channels_last(dz)
         dscale, dshift = _pixel_dots(x, dz, centre)
@@ -103,12 +85,12 @@ def _normalise_backward(
 # ---- sums over pixels --------------------------------------------------------------------------------------------
 
 _COLUMNS, _ROWS = 1024, 256  # of a block: vectors long enough for a CPU, in its caches, and sums short enough
-MANY_PIXELS = 1 << 17  # from where on sums that ATen adds up one by one lose more than float32's other roundings
+MANY_PIXELS = 1 << 17  # from here on, adding up one by one loses more than float32's other roundings
 
 
 def adds_one_by_one(x: Tensor) -> bool:
-    """Whether ATen's batch norm adds the values of x's channels one after another, which loses digits: in channels_last
-    memory on a CPU, where 2 million pixels leave a variance three."""
+    """Whether ATen's batch norm adds up the values of each channel one by one: in channels_last memory on a CPU, where
+    the variance of 2 million pixels keeps three digits."""
     return (
         x.device.type == "cpu"
         and x.numel() > 0
@@ -285,16 +267,39 @@ def _beside(weight: Tensor, z: Tensor) -> torch.memory_format:
     return torch.contiguous_format if few_pixels else torch.channels_last
 
 
-def frame(z: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
-    """z placed at (top, left) in a zero frame of ``size``; negative offsets crop, as does what sticks out."""
-    height, width = z.shape[-2:]
-    pad = [left, size[1] - width - left, top, size[0] - height - top]
-    return F.pad(z, pad) if torch.compiler.is_compiling() or any(pad) else z  # one graph is to serve any size
-
-
 def _unframe(g: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
     """The adjoint of :func:`frame`: the gradient of a tensor of ``size`` that was placed at (top, left)."""
     return frame(g, size, -top, -left)
+
+
+_Source = tuple[Tensor, Tensor | None, bool, int, int]  # x, affine, relu, and (top, left) in the frame
+
+
+def _sources(
+    x0: Tensor,
+    affine0: Tensor | None,
+    relu0: bool,
+    x1: Tensor | None,
+    affine1: Tensor | None,
+    relu1: bool,
+    offset: Sequence[int],
+) -> list[_Source]:
+    first = (x0, affine0, relu0, offset[0], offset[1])
+    return [first] if x1 is None else [first, (x1, affine1, relu1, offset[2], offset[3])]
+
+
+def _placed(sources: list[_Source], size: Sequence[int]) -> Tensor:
+    """The sources' values, concatenated along the channels in a zero frame of ``size``."""
+    parts = [frame(_normalise(channels_last(x), affine, relu), size, *corner) for x, affine, relu, *corner in sources]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _filter_gradients(dweight: Tensor, dbias: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """The gradients of a weight, in its layout, and of its bias; empty where they are not ``wanted``."""
+    return (
+        dweight.contiguous(memory_format=memory_format(weight)) if wanted[0] else weight.new_empty(0),
+        dbias if wanted[1] else weight.new_empty(0),
+    )
 
 
 def conv2d(
@@ -320,13 +325,11 @@ def conv2d(
     is 2×2-pooled from y for a normalisation by a scale with the signs of ``pool_scale`` (None: positive; see
     :func:`max_pool2x2`). What was not asked for is empty.
     """
-    z = frame(_normalise(channels_last(x0), affine0, relu0), size, offset[0], offset[1])
-    if x1 is not None:
-        z = torch.cat([z, frame(_normalise(channels_last(x1), affine1, relu1), size, offset[2], offset[3])], 1)
+    z = _placed(_sources(x0, affine0, relu0, x1, affine1, relu1, offset), size)
     y = channels_last(
         F.conv2d(z.contiguous(memory_format=_beside(weight, z)), weight, bias, stride, weight.shape[-1] // 2)
     )
-    mean, var = _batch_stats(y) if stats else _nothing(y, 2)
+    mean, var = _batch_stats(y) if stats else (no_stats(y), no_stats(y))
     plain = affine0 is None and not relu0 and x1 is None and list(size) == list(x0.shape[-2:])
     kept = x0.new_empty(0) if plain or not save else channels_last(z)
     pooled = max_pool2x2(y, pool_affine(pool_scale, y)) if pool else x0.new_empty(0)
@@ -371,10 +374,6 @@ def pool_affine(scale: Tensor | None, y: Tensor) -> Tensor | None:
     return torch.stack([scale, torch.zeros_like(scale), torch.zeros_like(scale)])
 
 
-def _nothing(like: Tensor, count: int) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0, dtype=stats_dtype(like.dtype)) for _ in range(count))
-
-
 def conv2d_backward(
     dy: Tensor | None,
     dmean: Tensor | None,
@@ -398,17 +397,12 @@ def conv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx0, daffine0, dx1, daffine1, dweight, dbias); those not asked for in ``mask`` (source 0, source 1,
     weight, bias) are empty."""
-    sources = [(x0, affine0, relu0, offset[0], offset[1])]
-    if x1 is not None:
-        sources.append((x1, affine1, relu1, offset[2], offset[3]))
+    sources = _sources(x0, affine0, relu0, x1, affine1, relu1, offset)
     if dp is not None:
         dy = max_pool2x2_backward(y, pool_affine(pool_scale, y), dp, dy)
     dy = _form_dy(dy, dmean, dvar, y, mean)
     if z.numel() == 0:
-        placed = [
-            frame(_normalise(channels_last(x), affine, relu), size, top, left) for x, affine, relu, top, left in sources
-        ]
-        z = placed[0] if len(placed) == 1 else torch.cat(placed, 1)
+        z = _placed(sources, size)
     need_dz = mask[0] or mask[1]
     pad = weight.shape[-1] // 2
     form = _beside(weight, z)
@@ -434,18 +428,17 @@ def conv2d_backward(
             normalised = _unframe(z[:, start:stop], x.shape[-2:], top, left)
             grads += _normalise_backward(g, x, affine, relu, normalised)
         else:
-            grads += [x.new_empty(0), *_nothing(x, 1)]
+            grads += [x.new_empty(0), no_stats(x)]
         start = stop
     if x1 is None:
-        grads += [x0.new_empty(0), *_nothing(x0, 1)]
+        grads += [x0.new_empty(0), no_stats(x0)]
     dx0, daffine0, dx1, daffine1 = grads
     return (
         channels_last(dx0) if mask[0] else dx0,
         daffine0,
         channels_last(dx1) if mask[1] else dx1,
         daffine1,
-        dweight.contiguous(memory_format=memory_format(weight)) if mask[2] else weight.new_empty(0),
-        dbias if mask[3] else weight.new_empty(0),
+        *_filter_gradients(dweight, dbias, weight, mask[2:]),
     )
 
 
@@ -463,7 +456,7 @@ def conv_transpose2d(
     y = channels_last(
         F.conv_transpose2d(z.contiguous(memory_format=_beside(weight, z)), weight, bias, 2, padding, output_padding)
     )
-    mean, var = _batch_stats(y) if stats else _nothing(y, 2)
+    mean, var = _batch_stats(y) if stats else (no_stats(y), no_stats(y))
     return y, mean, var
 
 
@@ -501,13 +494,8 @@ def conv_transpose2d_backward(
         dx, daffine = _normalise_backward(dz, x, affine, relu, z)
         dx = channels_last(dx)
     else:
-        dx, daffine = x.new_empty(0), _nothing(x, 1)[0]
-    return (
-        dx,
-        daffine,
-        dweight.contiguous(memory_format=memory_format(weight)) if mask[1] else weight.new_empty(0),
-        dbias if mask[2] else weight.new_empty(0),
-    )
+        dx, daffine = x.new_empty(0), no_stats(x)
+    return dx, daffine, *_filter_gradients(dweight, dbias, weight, mask[1:])
 
 
 # ---- pooling and upsampling --------------------------------------------------------------------------------------
@@ -598,7 +586,7 @@ def upsample_concat_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, daffine, dskip, dskip_affine); the last two are empty without a skip."""
     doubled = [2 * x.shape[-2], 2 * x.shape[-1]]
-    dskip, dskip_affine = x.new_empty(0), _nothing(x, 1)[0]
+    dskip, dskip_affine = x.new_empty(0), no_stats(x)
     if skip is not None:
         split = [skip.shape[1], x.shape[1]] if skip_first else [x.shape[1], skip.shape[1]]
         first, second = dy.split(split, 1)
@@ -612,250 +600,6 @@ def upsample_concat_backward(
         dz = aten.upsample_bilinear2d_backward(channels_last(dy), doubled, list(x.shape), align_corners, None, None)
     dx, daffine = affine_act_backward(dz, x, affine, relu)
     return dx, daffine, dskip, dskip_affine
-
-
-# ---- softmax statistics ------------------------------------------------------------------------------------------
-
-_LOG2_E = 1 / math.log(2)
-_LINEAR = 50  # from where on log(1 + eˣ) is x, in float64 too
-_RUN = 1 << 20  # logits that a CPU computes at a time: few enough for its caches, and enough for what a call costs
-
-
-def _class_axis(logits: Tensor) -> int:
-    """The axis of the classes in a run of pixels: 1, (pixels, C), where they are adjacent in memory; else 0."""
-    return 1 if logits.stride(1) == 1 and logits.shape[1] > 1 else 0
-
-
-def _pixel_rows(t: Tensor, axis: int) -> Tensor:
-    """(N, C, H, W) as (N, C, H·W), or as (N, H·W, C) for a class axis of 1; (N, H, W) as (N, H·W)."""
-    t = t.flatten(-2)
-    return t.transpose(1, 2) if t.dim() == 3 and axis == 1 else t
-
-
-def _pixel_runs(
-    logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, axis: int
-) -> Iterator[tuple[int, tuple[slice, ...], Tensor, Tensor, Tensor | None, tuple[Tensor, ...]]]:
-    """Runs of one sample's pixels that fit a CPU's cache.
-
-    (sample, index of the run, logits, labels, weights, scratch memory in the logits' shape, three times for a sigmoid:
-    fresh memory of this size would cost as much as the arithmetic.)
-    """
-    dtype = stats_dtype(logits.dtype)
-    if labels.dtype == torch.bool:
-        labels = labels.view(torch.uint8)
-    if mode == "sigmoid" and labels.dim() == 3:
-        labels = labels.unsqueeze(1)
-    x, label = _pixel_rows(logits, axis), _pixel_rows(labels, axis)
-    weight = None if pixel_weight is None else _pixel_rows(pixel_weight, axis)
-    step = (_RUN if logits.device.type == "cpu" else 1 << 24) // logits.shape[1] // 16 * 16
-    step = max(1, min(step, x.shape[2 - axis]))
-    scratch = logits.new_empty((3 if mode == "sigmoid" else 1, step * logits.shape[1]), dtype=dtype)
-    for n in range(logits.shape[0]):
-        for start in range(0, x.shape[2 - axis], step):
-            pixels = slice(start, start + step)
-            run = (pixels,) if axis == 1 else (slice(None), pixels)
-            part = x[n][run].to(dtype)
-            yield (
-                n,
-                run,
-                part,
-                label[n][run if label.dim() == 3 else pixels],
-                None if weight is None else weight[n, pixels].to(dtype),
-                tuple(each[: part.numel()].view(part.shape) for each in scratch),
-            )
-
-
-def _all_within(label: Tensor, classes: int, ignore_index: int) -> bool:
-    """Whether a CPU finds nothing but labels from 0 to classes − 1, none ignored: the common case, and cheap to see."""
-    if label.device.type != "cpu":
-        return False
-    low, high = (int(t) for t in label.aminmax())
-    return low >= 0 and high < classes and not low <= ignore_index <= high
-
-
-def _classify(label: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(class or 0, mask of the pixels with no class, mask of the ignored ones); no masks where a CPU finds none."""
-    index = label.to(torch.int64)
-    if _all_within(label, classes, ignore_index):
-        return index, None, None
-    ignored = index == ignore_index
-    missing = ignored | (index < 0) | (index >= classes)
-    return index.masked_fill(missing, 0), missing, ignored
-
-
-def _answer(label: Tensor, ignore_index: int, out: Tensor) -> Tensor | None:
-    """1 where the label is 1 and counts, else 0, in ``out``; the mask of the ignored, None where a CPU finds none."""
-    if _all_within(label, 2, ignore_index):
-        out.copy_(label)
-        return None
-    label = label.to(torch.int64)  # uint8 would wrap a negative ignore_index around
-    ignored = label == ignore_index
-    out.copy_((label == 1) & ~ignored)
-    return ignored
-
-
-def _over_classes(t: Tensor, axis: int) -> Tensor:
-    """The sum of a run over its classes, which is kept as an axis; on a CPU sums of a few adjacent values are slow."""
-    if axis == 1 and t.device.type == "cpu":
-        return torch.mv(t, t.new_ones(t.shape[1])).unsqueeze(1)
-    return t.sum(axis, keepdim=True)
-
-
-def _softmax(x: Tensor, axis: int, out: Tensor) -> Tensor:
-    """Softmax in ``out``. Logits below 16 need no shift by their maximum, and on a CPU maxima and exp are slow."""
-    if x.device.type == "cpu":
-        low, high = torch.mul(x, _LOG2_E, out=out).aminmax()
-        if low > -24 and high < 24:
-            return out.exp2_().mul_(_over_classes(out, axis).reciprocal_())
-    return torch.softmax(x, axis, out=out)
-
-
-def _entropy(x: Tensor, p_y: Tensor, row: Tensor, axis: int) -> Tensor:
-    """−log p_y, with logits x to fall back on where p_y underflows."""
-    if x.device.type == "cpu" and not (p_y < 1e-30).any():
-        return p_y.log().neg_()
-    return -x.log_softmax(axis).gather(axis, row).squeeze(axis)
-
-
-def _sum_by_class(index: Tensor, missing: Tensor | None, values: Tensor | None, classes: int) -> Tensor:
-    """For each class k, the sum of ``values`` (1 if None) where ``index`` is k and not missing, in a fixed order."""
-    if missing is not None:
-        index = index.masked_fill(missing, classes)
-    if index.device.type == "cpu":
-        return torch.bincount(index, None if values is None else values.to(torch.float64), classes + 1)[:classes]
-    member = index == torch.arange(classes, device=index.device).unsqueeze(1)
-    return (member if values is None else torch.where(member, values, 0)).sum(1)
-
-
-def _shares(w: Tensor | None, ignored: Tensor | None, x: Tensor, axis: int) -> Tensor | None:
-    """Weights of a run's entries, 0 for the ignored; None if all are 1."""
-    if ignored is None:
-        return None if w is None else w.unsqueeze(axis).expand_as(x)
-    return (torch.ones_like(x) if w is None else w.unsqueeze(axis).expand_as(x)).masked_fill(ignored, 0)
-
-
-def _weigh(cost: Tensor, ignored: Tensor | None, share: Tensor | None) -> Tensor:
-    """cost·share in place, and 0 for the ignored whatever their logits."""
-    if ignored is not None:
-        cost.masked_fill_(ignored, 0)
-    return cost if share is None else cost.mul_(share)
-
-
-def softmax_stats(
-    logits: Tensor, labels: Tensor, pixel_weight: Tensor | None, mode: str, ignore_index: int, wanted: Sequence[bool]
-) -> Tensor:
-    """Per sample and class TP, Σp, Σy, Σp², Σw·CE, Σw, Σw·S: (N, C, 7); see :func:`fastunet.losses.softmax_stats`.
-
-    ``wanted`` says whether the squares, the two of the cross-entropy, and the last are computed: else they are 0.
-    """
-    batch, classes = logits.shape[:2]
-    stats = logits.new_zeros((batch, classes, 7), dtype=stats_dtype(logits.dtype))
-    axis = _class_axis(logits)
-    squares, entropy, smoothing = wanted
-    for n, _, x, label, w, scratch in _pixel_runs(logits, labels, pixel_weight, mode, axis):
-        tp, p_sum, y, p2, ce, weight, spread = stats[n].unbind(1)
-        if mode == "softmax":
-            index, missing, ignored = _classify(label, classes, ignore_index)
-            row = index.unsqueeze(axis)
-            p = _softmax(x, axis, scratch[0])
-            p_y = p.gather(axis, row).squeeze(axis)
-            tp += _sum_by_class(index, missing, p_y, classes)
-            y += _sum_by_class(index, missing, None, classes)
-            if entropy:
-                cost = _entropy(x, p_y, row, axis)
-                ce += _sum_by_class(index, missing, cost if w is None else cost * w, classes)
-                weight += _sum_by_class(index, missing, w, classes)
-            if smoothing:
-                cost = x.log_softmax(axis).neg_()
-                if missing is not None:
-                    cost.masked_fill_(missing.unsqueeze(axis), 0)
-                spread += (cost if w is None else cost.mul_(_zero_missing(w, missing).unsqueeze(axis))).sum(1 - axis)
-            if ignored is not None:
-                p.masked_fill_(ignored.unsqueeze(axis), 0)
-        else:
-            p, y_is_1, product = scratch
-            ignored = _answer(label, ignore_index, y_is_1)
-            torch.sigmoid(x, out=p)
-            if ignored is not None:
-                p.masked_fill_(ignored, 0)
-            tp += torch.mul(p, y_is_1, out=product).sum(1 - axis)
-            y += y_is_1.sum(1 - axis)
-            if entropy or smoothing:
-                against = y_is_1.mul_(-2).add_(1).mul_(x)  # the logit, positive where it is wrong
-                share = _shares(w, ignored, x, axis)
-            if entropy:
-                ce += _weigh(aten.softplus.out(against, 1, _LINEAR, out=product), ignored, share).sum(1 - axis)
-                weight += x.shape[1 - axis] if share is None else share.sum(1 - axis)
-            if smoothing:
-                cost = F.softplus(against, 1, _LINEAR).add_(F.softplus(-against, 1, _LINEAR))
-                spread += _weigh(cost, ignored, share).sum(1 - axis)
-        p_sum += p.sum(1 - axis)
-        if squares:
-            p2 += p.square_().sum(1 - axis)
-    return stats
-
-
-def softmax_stats_backward(
-    dstats: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    pixel_weight: Tensor | None,
-    mode: str,
-    ignore_index: int,
-    wanted: Sequence[bool],
-) -> Tensor:
-    """The gradient of the logits, in their dtype and memory format; the probabilities are computed again."""
-    classes = logits.shape[1]
-    dlogits = torch.empty_like(logits, memory_format=memory_format(logits))
-    axis = _class_axis(logits)
-    dx = _pixel_rows(dlogits, axis)
-    squares, entropy, smoothing = wanted
-    for n, run, x, label, w, scratch in _pixel_runs(logits, labels, pixel_weight, mode, axis):
-        dtp, dp, _, dp2, dce, _, dspread = dstats[n].t().contiguous()
-        along = dp.unsqueeze(1 - axis)
-        if mode == "softmax":
-            # dx = q − p·Σq with q = p·(dP + 2p·dP2) − w·dS, and at the label + p·dTP − w·dCE.
-            index, missing, ignored = _classify(label, classes, ignore_index)
-            row = index.unsqueeze(axis)
-            p = _softmax(x, axis, scratch[0])
-            at_label = p.gather(axis, row).squeeze(axis).mul_(dtp.index_select(0, index))
-            if entropy:
-                cost = dce.index_select(0, index)
-                at_label -= cost if w is None else cost.mul_(w)
-            at_label = _zero_missing(at_label, missing)
-            q = dx[n][run] if logits.dtype == x.dtype else torch.empty_like(x)
-            torch.mul(p, torch.addcmul(along, p, dp2.unsqueeze(1 - axis), value=2) if squares else along, out=q)
-            if smoothing:
-                share = _zero_missing(torch.ones_like(at_label) if w is None else w, missing)
-                q.addcmul_(share.unsqueeze(axis), dspread.unsqueeze(1 - axis), value=-1)
-            q.scatter_add_(axis, row, at_label.unsqueeze(axis))
-            q.addcmul_(p, _over_classes(q, axis), value=-1)
-            if ignored is not None:
-                q.masked_fill_(ignored.unsqueeze(axis), 0)
-            if logits.dtype != x.dtype:
-                dx[n][run].copy_(q)
-        else:
-            p, y_is_1, slope = scratch
-            ignored = _answer(label, ignore_index, y_is_1)
-            torch.sigmoid(x, out=p)
-            torch.mul(y_is_1, dtp.unsqueeze(1 - axis), out=slope).add_(along)
-            if squares:
-                slope.addcmul_(p, dp2.unsqueeze(1 - axis), value=2)
-            q = aten.sigmoid_backward.grad_input(slope, p, grad_input=slope)
-            if entropy:
-                cost = torch.sub(p, y_is_1, out=y_is_1).mul_(dce.unsqueeze(1 - axis))
-                q += cost if w is None else cost.mul_(w.unsqueeze(axis))
-            if smoothing:
-                cost = p.mul_(2).sub_(1).mul_(dspread.unsqueeze(1 - axis))
-                q += cost if w is None else cost.mul_(w.unsqueeze(axis))
-            if ignored is not None:
-                q.masked_fill_(ignored, 0)
-            dx[n][run].copy_(q)
-    return dlogits
-
-
-def _zero_missing(t: Tensor, missing: Tensor | None) -> Tensor:
-    return t if missing is None else t.masked_fill(missing, 0)
 
 
 # ---- the logit-free head -----------------------------------------------------------------------------------------
@@ -885,7 +629,7 @@ def _head_runs(
             pixels = slice(start, start + step)
             part = rows[n, pixels].t()[None, :, None]
             z = _normalise(part, affine, relu)[0, :, 0].t().to(filters.dtype)
-            # A row of pixels for each class: the statistics of few adjacent classes would take twice as long on a CPU.
+            # (K, P): with the few classes adjacent instead, their statistics would take twice as long on a CPU.
             logits = filters @ z.t()
             if bias is not None:
                 logits += bias.to(filters.dtype).unsqueeze(1)
@@ -941,7 +685,7 @@ def head_stats_backward(
     filters = weight.flatten(1).to(dstats.dtype)
     dfilters, dbias = torch.zeros_like(filters), filters.new_zeros(filters.shape[0])
     dx = torch.empty_like(x, memory_format=torch.channels_last) if mask[0] else x.new_empty(0)
-    daffine = _nothing(x, 1)[0] if affine is None or not mask[0] else torch.zeros_like(affine)
+    daffine = no_stats(x) if affine is None or not mask[0] else torch.zeros_like(affine)
     rows = dx.permute(0, 2, 3, 1).view(x.shape[0], -1, x.shape[1]) if dx.numel() else dx
     for n, pixels, part, z, logits, label, w in _head_runs(x, affine, relu, weight, bias, labels, pixel_weight):
         assert label is not None
@@ -956,13 +700,8 @@ def head_stats_backward(
             rows[n, pixels] = dpart[0, :, 0].t()
             if affine is not None:
                 daffine += share
-    dweight = torch.empty_like(weight, memory_format=memory_format(weight)) if mask[1] else weight.new_empty(0)
-    return (
-        dx,
-        daffine,
-        dweight.copy_(dfilters.view(weight.shape)) if mask[1] else dweight,
-        dbias.to(weight.dtype) if mask[2] else weight.new_empty(0),
-    )
+    dweight, dbias = dfilters.view(weight.shape).to(weight.dtype), dbias.to(weight.dtype)
+    return dx, daffine, *_filter_gradients(dweight, dbias, weight, mask[1:])
 
 
 def predict(logits: Tensor, output: str, threshold: float, dtype: torch.dtype) -> Tensor:

@@ -21,8 +21,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fastunet import eager
 from fastunet.activation import (
+    UNKNOWN,
     Activation,
     Config,
+    Context,
+    Next,
     Placed,
     batch_norm,
     conv2d,
@@ -33,7 +36,7 @@ from fastunet.activation import (
     uses_batch_stats,
 )
 
-# What PyTorch's classes call as it was when this was imported: some patch the classes.
+# PyTorch's own methods, noted before anybody patches the classes.
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward
     for kind in (nn.BatchNorm2d, nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d, nn.ReLU, nn.Sequential, nn.Upsample)
@@ -154,40 +157,39 @@ def _split(modules: list[nn.Module]) -> tuple[list[Layer], list[nn.Module]]:
     return layers, modules[i:]
 
 
-def _known_before(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> bool:
-    """Whether what follows a 3×3 convolution can be done as it is stored: nothing in it depends on the batch, and there
-    is no backward to want what came before it."""
+def _normalises_at_once(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> bool:
+    """Whether a 3×3 convolution can normalise what it stores: statistics do not depend on the batch, and no backward
+    needs the values before the normalisation."""
     usual = conv.kernel_size == (3, 3) and conv.stride == (1, 1)
     return usual and not torch.is_grad_enabled() and (norm is None or not uses_batch_stats(norm))
 
 
-def _apply(layer: Layer, placed: Placed, last: bool, config: Config) -> Activation:
-    """One layer on what is placed; ``last`` says that it gives the block's result."""
+def _apply(layer: Layer, placed: Placed, context: Context, after: Next) -> Activation:
+    """One layer on what is placed."""
     conv, norm, relu = layer
-    if config.eager:
-        return Activation(eager.layer(placed, conv, norm, relu, config))
+    if context.eager:
+        return Activation(eager.layer(placed, conv, norm, relu, context))
     if isinstance(conv, nn.Conv2d):
-        # Pooled where it is written, if nothing but the pooling comes next and its value is not stored for it.
-        pool = config.pool and last and min(placed.size) >= 2 * conv.stride[0]
-        pool = pool and not config.stores(placed.first.x)
-        if _known_before(conv, norm):
-            return conv2d_act(placed, conv, norm, relu, pool, config.head if last else None, config)
-        raw = conv2d(placed, conv, norm, pool, config)
+        # The convolution pools what it writes, unless the value is stored first and pooled from there.
+        pool = after.pool and min(placed.size) >= 2 * conv.stride[0] and not context.stores(placed.first.x)
+        if _normalises_at_once(conv, norm):
+            return conv2d_act(placed, conv, norm, relu, Next(pool, after.head), context.backend)
+        raw = conv2d(placed, conv, norm, pool, context)
     else:
-        source = placed.first if placed.second is None else Activation(placed.tensor(config))
-        raw = conv_transpose2d(source, conv, norm, config)
-    return Activation(raw.y, None, relu, raw.pooled) if norm is None else batch_norm(raw, norm, relu, config)
+        source = placed.first if placed.second is None else Activation(placed.tensor(context))
+        raw = conv_transpose2d(source, conv, norm, context.backend)
+    return Activation(raw.y, None, relu, raw.pooled) if norm is None else batch_norm(raw, norm, relu, context.backend)
 
 
 class Misfit(NamedTuple):
-    """What a module and its input do not fit in: the error's attribute ``misfit``, which a network names it by."""
+    """A module that does not fit its input. Errors carry it as ``misfit``, and the network adds the module's name."""
 
     module: nn.Module
-    device: torch.device | None  # where the input is, if that is what does not fit
+    device: torch.device | None  # the input's, if the module is on another one
 
 
 def _of_modules(error: Exception, layer: Layer, placed: Placed) -> Exception:
-    """What an operator said of its operands, said of the modules that it was called for."""
+    """An operator's error about its operands, as an error about the modules whose tensors they are."""
     conv, norm, _ = layer
     x = placed.first.x
     given = x.shape[1] + (0 if placed.second is None else placed.second.x.shape[1])
@@ -217,24 +219,24 @@ def _of_modules(error: Exception, layer: Layer, placed: Placed) -> Exception:
     return told
 
 
-def lazily(modules: list[nn.Module], placed: Placed, config: Config) -> Activation:
+def lazily(modules: list[nn.Module], placed: Placed, context: Context, after: Next = UNKNOWN) -> Activation:
     """``modules`` in turn on what is placed: lazily as far as they read conv [BN] [ReLU] …, then as modules."""
     layers, rest = _split(modules)
     for number, layer in enumerate(layers, 1):
         try:
-            act = _apply(layer, placed, number == len(layers) and not rest, config)
+            act = _apply(layer, placed, context, after if number == len(layers) and not rest else UNKNOWN)
         except (TypeError, ValueError, RuntimeError) as error:
-            ours = config.eager or not isinstance(error, RuntimeError)  # which is how ATen refuses, and nobody else
+            ours = context.eager or not isinstance(error, RuntimeError)  # only ATen raises RuntimeError for operands
             if torch.compiler.is_compiling() or not ours:
                 raise
             told = _of_modules(error, layer, placed)
             if told is error:
                 raise
             raise told from error
-        placed = Placed.alone(act)
+        placed = Placed.of(act)
     if not rest and placed.second is None:
         return placed.first
-    z = placed.tensor(config)
+    z = placed.tensor(context)
     for module in rest:
         z = module(z)
     return Activation(z)
@@ -253,26 +255,26 @@ class LazyModule(nn.Module):
 class LazyBlock(LazyModule):
     """A block with one input."""
 
-    def lazy(self, placed: Placed, config: Config) -> Activation:
+    def lazy(self, placed: Placed, context: Context, after: Next = UNKNOWN) -> Activation:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        config = self.config.like(x, self)
-        return self.lazy(Placed.alone(Activation(x)), config).tensor(config)
+        context = self.config.context(x, self)
+        return self.lazy(Placed.of(Activation(x)), context).tensor(context)
 
 
-def run(block: nn.Module, placed: Placed, config: Config) -> Activation:
+def run(block: nn.Module, placed: Placed, context: Context, after: Next = UNKNOWN) -> Activation:
     """``block`` applied to what is placed: lazily if it may be, else as a module on a stored tensor."""
     if isinstance(block, LazyBlock) and block.is_lazy():
-        return block.lazy(placed, config)
-    return Activation(block(placed.tensor(config)))
+        return block.lazy(placed, context, after)
+    return Activation(block(placed.tensor(context)))
 
 
 class ConvSequence(LazyBlock, nn.Sequential):
     """An nn.Sequential of convolution, BatchNorm2d and ReLU modules."""
 
-    def lazy(self, placed: Placed, config: Config) -> Activation:
-        return lazily(list(self), placed, config)
+    def lazy(self, placed: Placed, context: Context, after: Next = UNKNOWN) -> Activation:
+        return lazily(list(self), placed, context, after)
 
 
 class DoubleConv(LazyBlock):
@@ -290,8 +292,8 @@ class DoubleConv(LazyBlock):
             nn.ReLU(inplace=True),
         )
 
-    def lazy(self, placed: Placed, config: Config) -> Activation:
-        return run(self.double_conv, placed, config)
+    def lazy(self, placed: Placed, context: Context, after: Next = UNKNOWN) -> Activation:
+        return run(self.double_conv, placed, context, after)
 
 
 class OutConv(LazyBlock):
@@ -301,8 +303,8 @@ class OutConv(LazyBlock):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 1)
 
-    def lazy(self, placed: Placed, config: Config) -> Activation:
-        return lazily([self.conv], placed, config)
+    def lazy(self, placed: Placed, context: Context, after: Next = UNKNOWN) -> Activation:
+        return lazily([self.conv], placed, context, after)
 
 
 def head_conv(module: nn.Module) -> nn.Conv2d | None:
@@ -319,17 +321,15 @@ class Down(LazyModule):
         super().__init__()
         self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), DoubleConv(in_channels, out_channels, bias=bias))
 
-    def lazy(self, act: Activation, config: Config) -> tuple[Activation, Activation]:
+    def lazy(self, act: Activation, context: Context, after: Next = UNKNOWN) -> tuple[Activation, Activation]:
         """(the block's output, the input again for its skip connection)."""
         if not untouched(self.maxpool_conv, nn.Sequential):
-            z = act.tensor(config)
+            z = act.tensor(context)
             return Activation(self.maxpool_conv(z)), Activation(z)
         first, *rest = self.maxpool_conv
-        below, skip = pool(first, act, config)
-        for module in rest[:-1]:
-            below = run(module, Placed.alone(below), config._replace(pool=False))
-        for module in rest[-1:]:
-            below = run(module, Placed.alone(below), config)
+        below, skip = pool(first, act, context)
+        for number, module in enumerate(rest, 1):
+            below = run(module, Placed.of(below), context, after if number == len(rest) else UNKNOWN)
         return below, skip
 
     def pools(self) -> bool:
@@ -337,8 +337,8 @@ class Down(LazyModule):
         return self.is_lazy() and untouched(self.maxpool_conv, nn.Sequential) and is_pool(self.maxpool_conv[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        config = self.config.like(x, self)
-        return self.lazy(Activation(x), config)[0].tensor(config)
+        context = self.config.context(x, self)
+        return self.lazy(Activation(x), context)[0].tensor(context)
 
 
 class Up(LazyModule):
@@ -357,13 +357,13 @@ class Up(LazyModule):
             self.up = nn.ConvTranspose2d(in_channels, in_channels // 2, 2, stride=2)
             self.conv = DoubleConv(in_channels, out_channels, bias=bias)
 
-    def lazy(self, act: Activation, skip: Activation, config: Config) -> Activation:
-        up = enlarge(self.up, act, config._replace(head=None))
-        return run(self.conv, Placed.with_skip(up, skip, skip_first=True), config)
+    def lazy(self, act: Activation, skip: Activation, context: Context, after: Next = UNKNOWN) -> Activation:
+        up = enlarge(self.up, act, context)
+        return run(self.conv, Placed.with_skip(up, skip, skip_first=True), context, after)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        config = self.config.like(x, self)
-        return self.lazy(Activation(x), Activation(skip), config).tensor(config)
+        context = self.config.context(x, self)
+        return self.lazy(Activation(x), Activation(skip), context).tensor(context)
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, stride: int = 1) -> list[nn.Module]:
@@ -381,15 +381,15 @@ class StridedDown(LazyModule):
         )
         self.downsample = ConvSequence(*conv_bn_relu(out_channels, out_channels, 2))
 
-    def lazy(self, placed: Placed, config: Config) -> tuple[Activation, Activation]:
+    def lazy(self, placed: Placed, context: Context) -> tuple[Activation, Activation]:
         """(for the skip connection, for the next block)."""
-        skip = run(self.Conv_BN_ReLU_2, placed, config)
-        return skip, run(self.downsample, Placed.alone(skip), config)
+        skip = run(self.Conv_BN_ReLU_2, placed, context)
+        return skip, run(self.downsample, Placed.of(skip), context)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.config.like(x, self)
-        skip, below = self.lazy(Placed.alone(Activation(x)), config)
-        return skip.tensor(config), below.tensor(config)
+        context = self.config.context(x, self)
+        skip, below = self.lazy(Placed.of(Activation(x)), context)
+        return skip.tensor(context), below.tensor(context)
 
 
 class StridedUp(LazyModule):
@@ -408,71 +408,73 @@ class StridedUp(LazyModule):
             nn.ReLU(),
         )
 
-    def lazy(self, placed: Placed, skip: Activation, config: Config) -> Placed:
-        act = run(self.Conv_BN_ReLU_2, placed, config)
-        up = run(self.upsample, Placed.alone(act), config)
+    def lazy(self, placed: Placed, skip: Activation, context: Context) -> Placed:
+        act = run(self.Conv_BN_ReLU_2, placed, context)
+        up = run(self.upsample, Placed.of(act), context)
         return Placed.with_skip(up, skip, skip_first=False)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        config = self.config.like(x, self)
-        return self.lazy(Placed.alone(Activation(x)), Activation(skip), config).tensor(config)
+        context = self.config.context(x, self)
+        return self.lazy(Placed.of(Activation(x)), Activation(skip), context).tensor(context)
 
 
-def strided_descend(block: nn.Module, placed: Placed, config: Config) -> tuple[Activation, Activation]:
+def strided_descend(block: nn.Module, placed: Placed, context: Context) -> tuple[Activation, Activation]:
     """A :class:`StridedDown`, or what replaced it: (its skip connection, its output)."""
     if isinstance(block, StridedDown) and block.is_lazy():
-        return block.lazy(placed, config)
-    skip, below = block(placed.tensor(config))
+        return block.lazy(placed, context)
+    skip, below = block(placed.tensor(context))
     return Activation(skip), Activation(below)
 
 
-def strided_ascend(block: nn.Module, placed: Placed, skip: Activation, config: Config) -> Placed:
+def strided_ascend(block: nn.Module, placed: Placed, skip: Activation, context: Context) -> Placed:
     """A :class:`StridedUp`, or what replaced it, and the skip connection: what the next block reads."""
     if isinstance(block, StridedUp) and block.is_lazy():
-        return block.lazy(placed, skip, config)
-    return Placed.alone(Activation(block(placed.tensor(config), skip.tensor(config))))
+        return block.lazy(placed, skip, context)
+    return Placed.of(Activation(block(placed.tensor(context), skip.tensor(context))))
 
 
-def pool(module: nn.Module, act: Activation, config: Config) -> tuple[Activation, Activation]:
+def pool(module: nn.Module, act: Activation, context: Context) -> tuple[Activation, Activation]:
     """(``module`` applied to the activation, the activation again for its skip connection)."""
     if is_pool(module):
         if min(act.x.shape[-2:]) < 2:
             size = "×".join(map(str, act.x.shape[-2:]))
             raise ValueError(f"expected at least 2×2 pixels to pool, got {size}; pad or enlarge the input")
-        if not config.eager:
-            return pool_fork(act, config)
-        quickly = config.tuned and not torch.is_grad_enabled()
+        if not context.eager:
+            return pool_fork(act, context)
+        quickly = context.tuned and not torch.is_grad_enabled()
         return Activation(eager.max_pool2x2(act.x) if quickly else module(act.x)), act
-    z = act.tensor(config)
+    z = act.tensor(context)
     return Activation(module(z)), Activation(z)
 
 
-def enlarge(module: nn.Module, act: Activation, config: Config) -> Activation:
+def enlarge(module: nn.Module, act: Activation, context: Context) -> Activation:
     """An upsampling ``module`` (nn.Upsample, nn.ConvTranspose2d, ConvSequence, …) applied to the activation."""
     if _is_upsample(module):
         assert isinstance(module, nn.Upsample)
-        if config.eager:
+        if context.eager:
             z = module(act.x)
-            return Activation(eager.dense(z) if config.tuned else z)
-        return upsample(act, None if module.mode == "nearest" else bool(module.align_corners), config)
+            return Activation(eager.dense(z) if context.tuned else z)
+        return upsample(act, None if module.mode == "nearest" else bool(module.align_corners), context.backend)
     if isinstance(module, LazyBlock):
-        return run(module, Placed.alone(act), config)
-    return lazily([module], Placed.alone(act), config)
+        return run(module, Placed.of(act), context)
+    return lazily([module], Placed.of(act), context)
 
 
-def descend(block: nn.Module, act: Activation, config: Config) -> tuple[Activation, Activation]:
+def descend(
+    block: nn.Module, act: Activation, context: Context, after: Next = UNKNOWN
+) -> tuple[Activation, Activation]:
     """A downward ``block`` on an activation: (its output, the activation again for its skip connection)."""
     if isinstance(block, Down) and block.is_lazy():
-        return block.lazy(act, config)
-    z = act.tensor(config)
+        return block.lazy(act, context, after)
+    z = act.tensor(context)
     return Activation(block(z)), Activation(z)
 
 
-def ascend(block: nn.Module, act: Activation, skip: Activation, config: Config) -> Activation:
+def ascend(block: nn.Module, act: Activation, skip: Activation, context: Context, after: Next = UNKNOWN) -> Activation:
     """An upward ``block`` on an activation and its skip connection."""
     if isinstance(block, Up) and block.is_lazy():
-        return block.lazy(act, skip, config)
-    return Activation(block(act.tensor(config), skip.tensor(config)))
+        return block.lazy(act, skip, context, after)
+    return Activation(block(act.tensor(context), skip.tensor(context)))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NEVER = -(2**63)  # the ignore_index of those who ignore nothing: no class, and no value a mask would hold
+NEVER = -(2**63)  # the ignore_index that ignores nothing: no mask holds this value
 LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _FEW_OPERATIONS = (torch.uint16, torch.uint32, torch.uint64)  # dtypes for which PyTorch has no minimum
 

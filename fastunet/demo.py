@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 import fastunet
 from fastunet import pictures
+from fastunet.backend import interpreting, resolve_backend
 from fastunet.data import MIN_SIZE, Pictures, generated, open_folders, random_crops
 from fastunet.errors import UserError
 from fastunet.losses import DiceCELoss
 from fastunet.metrics import ConfusionMatrix
 from fastunet.models import UNet
-from fastunet.ops import interpreting, resolve_backend
 from fastunet.training import Batch, History, evaluate, fit, predict
 
 MIN_CROP = 2 * MIN_SIZE  # at 16 the deepest level is one pixel, which has no variance to normalise by

@@ -14,23 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastunet import aten, ops
-from fastunet.activation import Config, Placed, check_weight, running_stats
+from fastunet import aten, layout, ops
+from fastunet.activation import Context, Placed, check_weight, running_stats
 
 _FEW_PIXELS = 8192  # below, ATen adds up well enough, and merging short sums takes longer
-_FRESH = (
-    32 << 20
-)  # bytes from which on C's allocator asks the system for memory each time, which clears it page by page
+_FRESH = 32 << 20  # bytes from where on each allocation is fresh memory, which the system clears page by page
 
 
 def enter(x: Tensor) -> Tensor:
     """The network's input in the layout in which it is convolved fastest."""
     usual = x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
-    return aten.channels_last(x) if usual else x
+    return layout.channels_last(x) if usual else x
 
 
 def layer(
-    placed: Placed, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, relu: bool, config: Config
+    placed: Placed, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, relu: bool, context: Context
 ) -> Tensor:
     """A convolution and what follows it, of stored tensors.
 
@@ -38,13 +36,13 @@ def layer(
         ValueError, TypeError: parameters or statistics on another device or in another dtype; RuntimeError: ATen's.
     """
     parts = placed.parts()
-    _check_places(parts[0], conv, norm)
+    _check_devices(parts[0], conv, norm)
     if conv.weight.dtype != parts[0].dtype:
         check_weight(parts[0], conv.weight)
     y: Tensor
     if (
         norm is not None
-        and config.tuned
+        and context.tuned
         and not (norm.training or torch.is_grad_enabled())
         and _folds(parts, conv, norm)
     ):
@@ -53,26 +51,26 @@ def layer(
         y = conv(_joined(parts))
         if norm is None:
             return y.relu_() if relu else y
-        if config.precise and (norm.training or norm.running_mean is None) and _many_pixels(y, norm):
+        if context.precise and (norm.training or norm.running_mean is None) and _many_pixels(y, norm):
             return _batch_norm(y, norm, relu)
         y = norm(y)
     return y.relu_() if relu else y
 
 
-def _check_places(z: Tensor, conv: nn.Module, norm: nn.BatchNorm2d | None) -> None:
+def _check_devices(z: Tensor, conv: nn.Module, norm: nn.BatchNorm2d | None) -> None:
     """Refuse tensors elsewhere than z: of one on the meta device ATen makes numbers that nobody computed."""
     device = z.device
     for module in (conv, norm):
         if module is None:
             continue
-        # Not module.weight and so on: to find those takes modules longer than all the rest of this.
+        # Not module.weight and so on: a module's attributes are slow, slower than all the rest of this.
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is not None and t.device != device and t.dim():
                 raise ValueError(f"expected a layer on {device}, where its input is, got a part of it on {t.device}")
     if norm is not None:
         buffers = norm._buffers
         if (buffers.get("running_mean") is None) != (buffers.get("running_var") is None):
-            running_stats(norm)  # says so
+            running_stats(norm)  # raises the error
 
 
 def max_pool2x2(z: Tensor) -> Tensor:
@@ -86,7 +84,7 @@ def dense(z: Tensor) -> Tensor:
     """``z``, whose gradient is copied to dense memory first: a part of a concatenation's is not, and ATen's backward of
     upsampling is several times slower then."""
     if z.requires_grad:
-        z.register_hook(aten.channels_last)
+        z.register_hook(layout.channels_last)
     return z
 
 

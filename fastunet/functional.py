@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from fastunet import ops
-from fastunet.activation import Activation, Config, Placed, compute_dtype
-from fastunet.aten import memory_format, stats_dtype
+from fastunet.activation import Activation, Placed, compute_dtype
+from fastunet.backend import check_backend
 from fastunet.checks import check_number, check_tensor
+from fastunet.dispatch import call
+from fastunet.layout import memory_format, stats_dtype
 from fastunet.losses import StatsLoss, dice_loss, softmax_stats
 from fastunet.metrics import soft_miou as miou
 
@@ -25,7 +27,7 @@ def _check_4d(name: str, x: Tensor) -> None:
         raise TypeError(f"expected a floating-point {name}, got {x.dtype}; convert it with .float()")
 
 
-def _check_places(x: Tensor, **others: Tensor | None) -> None:
+def _check_devices(x: Tensor, **others: Tensor | None) -> None:
     """Every other tensor lies where x does."""
     for name, t in others.items():
         if t is None:
@@ -75,7 +77,7 @@ def conv_bn_relu(
         eps: added to the variance.
         stride: 1, or 2 for a 3×3 weight.
         relu: False leaves the normalised value as it is.
-        backend: see :func:`fastunet.ops.resolve_backend`.
+        backend: see :func:`fastunet.backend.resolve_backend`.
 
     Returns:
         (N, K, H', W') in x's dtype (autocast's where enabled), H' = ⌈H / stride⌉; channels_last if x or weight is.
@@ -83,10 +85,10 @@ def conv_bn_relu(
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit, or one value per channel in training.
     """
-    ops.check_backend(backend)
+    check_backend(backend)
     _check_4d("x", x)
     _check_4d("weight", weight)
-    _check_places(
+    _check_devices(
         x, weight=weight, bn_weight=bn_weight, bn_bias=bn_bias, bias=bias,
         running_mean=running_mean, running_var=running_var,
     )  # fmt: skip
@@ -116,8 +118,8 @@ def conv_bn_relu(
     dtype = compute_dtype(x)
     if weight.dtype != dtype and dtype == x.dtype:
         raise TypeError(f"expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; convert one of them")
-    placed = Placed.alone(Activation(x.to(dtype)))
-    y, mean, var, *_ = ops.call(
+    placed = Placed.of(Activation(x.to(dtype)))
+    y, mean, var, *_ = call(
         ops.conv2d, *placed.first.source, None, None, False, weight.to(dtype), None if bias is None else bias.to(dtype),
         stride, placed.size, placed.offset, training, True, False, None, backend,
     )  # fmt: skip
@@ -132,8 +134,8 @@ def conv_bn_relu(
         assert running_var is not None
         mean, var = running_mean.to(stats_dtype(dtype)), running_var.to(stats_dtype(dtype))
     operator = ops.bn_affine_running if running else ops.bn_affine
-    affine = ops.call(operator, mean, var, bn_weight, bn_bias, *running, eps, backend)
-    z: Tensor = ops.call(ops.affine_act, y, affine, relu, backend)
+    affine = call(operator, mean, var, bn_weight, bn_bias, *running, eps, backend)
+    z: Tensor = call(ops.affine_act, y, affine, relu, backend)
     return z.contiguous(memory_format=memory_format(x, weight))
 
 
@@ -151,7 +153,7 @@ def upsample_pad_concat(
         skip: (N, S, H, W) of x's dtype and device.
         align_corners: of the bilinear interpolation, as in torch.nn.Upsample; None: the nearest pixel instead.
         skip_first: concatenate (skip, up) rather than (up, skip).
-        backend: see :func:`fastunet.ops.resolve_backend`.
+        backend: see :func:`fastunet.backend.resolve_backend`.
 
     Returns:
         (N, S + C, H, W); channels_last if x or skip is.
@@ -159,10 +161,10 @@ def upsample_pad_concat(
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit.
     """
-    ops.check_backend(backend)
+    check_backend(backend)
     _check_4d("x", x)
     _check_4d("skip", skip)
-    _check_places(x, skip=skip)
+    _check_devices(x, skip=skip)
     if x.shape[0] != skip.shape[0]:
         raise ValueError(f"expected x and skip of one batch size, got {x.shape[0]} and {skip.shape[0]}")
     if x.dtype != skip.dtype:
@@ -193,7 +195,7 @@ def head_loss(
         labels: as in :func:`softmax_stats` for logits (N, K, H, W).
         criterion: a loss of :mod:`fastunet.losses`, as it is there.
         pixel_weight: (N, H, W), of a loss with a cross-entropy.
-        backend: see :func:`fastunet.ops.resolve_backend`.
+        backend: see :func:`fastunet.backend.resolve_backend`.
 
     Returns:
         The loss in float32 (float64 for float64).
@@ -202,8 +204,8 @@ def head_loss(
         ValueError, TypeError: shapes, dtypes or labels that do not fit, or another criterion.
     """
     _check_4d("x", x)
-    _check_places(x, weight=weight, bias=bias)
+    _check_devices(x, weight=weight, bias=bias)
     if not (isinstance(criterion, StatsLoss) and criterion.plain()):
         raise TypeError(f"expected a loss of fastunet.losses, got {type(criterion).__name__}; give it the logits")
-    config = Config.checked(backend, "speed")
-    return criterion.from_stats(criterion.head_stats(Activation(x), weight, bias, labels, pixel_weight, config))
+    check_backend(backend)
+    return criterion.from_stats(criterion.head_stats(Activation(x), weight, bias, labels, pixel_weight, backend))

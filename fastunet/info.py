@@ -11,8 +11,8 @@ import warnings
 import torch
 
 import fastunet
+from fastunet.backend import BACKENDS, resolve_backend, triton_unavailable
 from fastunet.errors import UserError
-from fastunet.ops import BACKENDS, resolve_backend, triton_unavailable
 
 OPERATIONS = (
     "conv2d",

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import ops
-from fastunet.activation import Activation, Config, head_stats
-from fastunet.aten import stats_dtype
+from fastunet.activation import Activation, head_stats
+from fastunet.backend import check_backend
 from fastunet.blocks import untouched
 from fastunet.checks import (
     LABEL_DTYPES,
@@ -28,6 +28,8 @@ from fastunet.checks import (
     check_tensor,
     checked_ignore_index,
 )
+from fastunet.dispatch import call, has_values, unwatched
+from fastunet.layout import stats_dtype
 from fastunet.weight_map import unet_weight_map
 
 __all__ = [
@@ -93,7 +95,7 @@ def _check(
         outcomes = classes if mode == "softmax" else 2
         if torch.compiler.is_compiling():
             check_in_graph(labels, outcomes, ignore_index)
-        elif ops.has_values(labels):
+        elif has_values(labels):
             check_labels(labels, outcomes, ignore_index)
 
 
@@ -132,7 +134,7 @@ def softmax_stats(
             pixel counts.
         pixel_weight: (N, H, W) floating point, weights of columns 4 to 6 only; receives no gradient.
         squares, entropy, smoothing: False leaves column 3, columns 4 and 5, or column 6 at 0 and saves their cost.
-        backend: see :func:`fastunet.ops.resolve_backend`.
+        backend: see :func:`fastunet.backend.resolve_backend`.
 
     Returns:
         (N, C, 7) in float32 (float64 for float64 logits), the same bits on every run.
@@ -141,7 +143,7 @@ def softmax_stats(
         ValueError, TypeError: a wrong shape, dtype, device or mode; on the CPU also a label out of range, which
             elsewhere counts as no class (see :func:`check_labels`).
     """
-    ops.check_backend(backend)
+    check_backend(backend)
     ignore_index = checked_ignore_index(ignore_index)
     _check_logits(logits)
     _check(logits.shape, logits.device, labels, mode, ignore_index, pixel_weight)
@@ -169,15 +171,15 @@ def _stats(
     if mode == "softmax":
         _warn_of_probabilities(logits)
     ignored = NEVER if ignore_index is None else ignore_index
-    stats: Tensor = ops.call(ops.softmax_stats, logits, labels, pixel_weight, mode, ignored, wanted, backend)
+    stats: Tensor = call(ops.softmax_stats, logits, labels, pixel_weight, mode, ignored, wanted, backend)
     return stats
 
 
 def _warn_of_probabilities(logits: Tensor) -> None:
     """Warn, once, of a softmax's output in place of logits; where that is certain, and can be seen without waiting."""
-    if logits.device.type != "cpu" or type(logits) is not Tensor or not ops.unwatched() or logits.numel() == 0:
+    if logits.device.type != "cpu" or type(logits) is not Tensor or not unwatched() or logits.numel() == 0:
         return
-    for part in (logits.detach()[:1, :, :4, :4], logits.detach()):  # logits do not get past the first
+    for part in (logits.detach()[:1, :, :4, :4], logits.detach()):  # a few pixels tell logits, and rarely need the rest
         low, high = part.aminmax()
         if low < 0 or high > 1 or bool((part.sum(1, dtype=torch.float32) - 1).abs().max() > 1e-2):
             return
@@ -227,13 +229,13 @@ class StatsLoss(nn.Module):
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"expected reduction 'mean', 'sum' or 'none', got {reduction!r}")
-        ops.check_backend(backend)
+        check_backend(backend)
         if weight is not None:
             weight = torch.as_tensor(weight)
             if weight.is_complex() or weight.dtype == torch.bool:
                 raise TypeError(f"expected weight to be real factors, got {weight.dtype}; convert it with .float()")
             weight = weight if weight.is_floating_point() else weight.to(torch.get_default_dtype())
-            # No device but the meta device has no values to look at.
+            # Tensors on the meta device have no values to look at.
             if weight.dim() != 1 or not (weight.is_meta or bool(((weight >= 0) & weight.isfinite()).all())):
                 raise ValueError(f"expected weight to be one factor ≥ 0 per class, and finite, got {weight.tolist()}")
         self.sigmoid = sigmoid
@@ -279,7 +281,7 @@ class StatsLoss(nn.Module):
         bias: Tensor | None,
         labels: Tensor,
         pixel_weight: Tensor | None,
-        config: Config,
+        backend: str,
     ) -> Tensor:
         """:meth:`stats` of the logits that a 1×1 convolution makes of an activation; the logits are never stored."""
         settings = self._settings(weight.shape[0], act.x.device)
@@ -293,7 +295,7 @@ class StatsLoss(nn.Module):
         ignored = NEVER if ignore_index is None else ignore_index
         pixel_weight, excess = self._emphasis(labels, pixel_weight, act.x.dtype)
         wanted = list(settings.values())
-        return _less(head_stats(act, weight, bias, labels, pixel_weight, mode, ignored, wanted, config), excess)
+        return _less(head_stats(act, weight, bias, labels, pixel_weight, mode, ignored, wanted, backend), excess)
 
     def _settings(self, classes: int, device: torch.device) -> dict[str, Any]:
         """The arguments of :func:`softmax_stats` for logits of so many classes on ``device``."""
@@ -347,7 +349,7 @@ def _less(stats: Tensor, excess: Tensor | None) -> Tensor:
     return torch.cat([stats[..., :5], total, stats[..., 6:]], -1)
 
 
-# What MONAI's losses are told and these need not be.
+# Arguments of MONAI's losses that these do not have, and why.
 _UNKNOWN = {
     "softmax": ": a softmax is the default, and sigmoid=True takes its place",
     "to_onehot_y": ": labels are integers, and nothing is converted",
@@ -447,7 +449,7 @@ class DiceLoss(_OverlapLoss):
             and is left out of the mean; by default it counts, and whatever is predicted of it is an error.
         weight: C factors ≥ 0 for the classes' losses, not normalised; with ``micro`` there is nothing to weight.
         ignore_index: label of pixels that do not count, or None.
-        backend: see :func:`fastunet.ops.resolve_backend`.
+        backend: see :func:`fastunet.backend.resolve_backend`.
 
     Raises:
         ValueError: an unknown reduction, a negative weight, or ``weight`` together with ``micro``.
@@ -524,7 +526,7 @@ class TverskyLoss(_OverlapLoss):
         loss = 1 - (tp + self.smooth_nr) / (tp + wrong + self.smooth_dr)
         if self.gamma == 1:
             return loss
-        # Below 1 the power's slope at 0 is infinite, and rounding may leave less than 0.
+        # For gamma < 1 the slope at 0 is infinite; and rounding can make a loss of 0 slightly negative.
         return loss.clamp_min(torch.finfo(loss.dtype).eps) ** self.gamma
 
 
@@ -584,7 +586,7 @@ class CrossEntropyLoss(StatsLoss):
         sigmoid: independent channels instead of a softmax; None: a sigmoid if there is one channel, else a softmax.
         reduction: "mean" or "sum".
         ignore_index: label of pixels that do not count, or None.
-        backend: see :func:`fastunet.ops.resolve_backend`.
+        backend: see :func:`fastunet.backend.resolve_backend`.
 
     Raises:
         ValueError: an option out of its range.

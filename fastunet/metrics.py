@@ -15,8 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastunet import ops
-from fastunet.aten import stats_dtype
+from fastunet.backend import check_backend
 from fastunet.checks import NEVER, check_labels, check_number, check_tensor, checked_ignore_index
+from fastunet.dispatch import has_values
+from fastunet.layout import stats_dtype
 from fastunet.losses import softmax_stats
 
 __all__ = ["ConfusionMatrix", "dice_coeff", "miou", "multiclass_dice_coeff", "soft_miou"]
@@ -113,7 +115,7 @@ class ConfusionMatrix(nn.Module):
             in the classes that the pixels belong to.
         threshold: above it a single channel predicts class 1: 0 for logits; 0.5 for the probabilities that
             :class:`fastunet.BrainUNet` and :class:`fastunet.StridedUNet` return.
-        backend: see :func:`fastunet.ops.resolve_backend`.
+        backend: see :func:`fastunet.backend.resolve_backend`.
 
     Attributes:
         matrix: (C, C) int64, rows are true classes and columns predicted ones.
@@ -130,12 +132,12 @@ class ConfusionMatrix(nn.Module):
         check_number("threshold", threshold)
         if not 2 <= num_classes <= 256:
             raise ValueError(f"expected 2 to 256 classes, got {num_classes}; a foreground mask has 2")
-        ops.check_backend(backend)
+        check_backend(backend)
         self.num_classes = num_classes
         self.ignore_index = checked_ignore_index(ignore_index)
         self.threshold = float(threshold)
         self.backend = backend
-        # No buffer, which DDP would overwrite in every forward with what the first process has counted.
+        # Not a buffer: DDP would overwrite it in every forward with the counts of the first process.
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConfusionMatrix:
@@ -149,7 +151,7 @@ class ConfusionMatrix(nn.Module):
         destination[f"{prefix}matrix"] = self.matrix
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A checkpoint without counts, as all were once, leaves these as they are.
+        # Older checkpoints have no counts: keep these.
         counts = state_dict.pop(f"{prefix}matrix", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if counts is not None:
@@ -189,7 +191,7 @@ class ConfusionMatrix(nn.Module):
         wrong = counts[-1].any()
         if torch.compiler.is_compiling():
             torch._assert_async(~wrong, "expected classes in range in labels and mask, got others; map their values")
-        elif ops.has_values(wrong) and bool(wrong):
+        elif has_values(wrong) and bool(wrong):
             check_labels(labels, self.num_classes, self.ignore_index)
             self._refuse(prediction, labels)
         self.matrix += counts[:-1].to(self.matrix.device)

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastunet import eager, ops
-from fastunet.activation import Activation, Config, Placed, head_predict
-from fastunet.aten import predict, stats_dtype
+from fastunet import eager
+from fastunet.activation import Activation, Config, Context, Next, Placed, head_predict
+from fastunet.aten import predict
 from fastunet.blocks import (
     ConvSequence,
     DoubleConv,
@@ -47,6 +47,8 @@ from fastunet.blocks import (
     strided_descend,
     untouched,
 )
+from fastunet.dispatch import refuse_tracing, refuse_transforms
+from fastunet.layout import stats_dtype
 from fastunet.losses import StatsLoss
 
 
@@ -84,22 +86,22 @@ class _Network(nn.Module):
         """
         self.checkpointing = enabled
 
-    def _stage(self, config: Config, function: Callable[..., Any], block: nn.Module, *args: Any) -> Any:
-        """function(block, *args, config), checkpointed if that is on."""
+    def _stage(self, function: Callable[..., Any], block: nn.Module, *acts: Any, **facts: Any) -> Any:
+        """function(block, *acts, **facts), checkpointed if that is on."""
         if not (self.checkpointing and torch.is_grad_enabled()):
-            return function(block, *args, config)
-        return checkpointed(lambda *acts: function(block, *acts, config), block, *args)
+            return function(block, *acts, **facts)
+        return checkpointed(lambda *acts: function(block, *acts, **facts), block, *acts)
 
-    def _enter(self, x: Tensor) -> tuple[Activation, Config]:
-        """The checked input, and the configuration of this forward."""
+    def _enter(self, x: Tensor) -> tuple[Activation, Context]:
+        """The checked input, and the context of this forward."""
         if not isinstance(x, Tensor):
             hint = "use torch.export" if isinstance(x, torch.fx.Proxy) else "convert it with torch.as_tensor"
             raise TypeError(f"expected an input that is a torch.Tensor, got {type(x).__name__}; {hint}")
         if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-            ops.refuse_tracing()
+            refuse_tracing()
         if x.dim() != 4:
             raise ValueError(f"expected an input of shape (N, C, H, W), got {tuple(x.shape)}; add a batch dimension?")
-        if x.shape[1] != self._channels:  # of the constructor: what is there now decides
+        if x.shape[1] != self._channels:  # the constructor's number: the modules may be others now
             self._check_channels(x)
         if not x.is_floating_point():
             hint = (
@@ -107,10 +109,10 @@ class _Network(nn.Module):
             )
             raise TypeError(f"expected a floating-point input, got {x.dtype}; {hint}")
         height, width = x.shape[-2:]
-        if height < 16 or width < 16:  # more than any of the networks asks for as it is made
+        if height < 16 or width < 16:  # every network, as constructed, takes 16
             self._check_size(x)
-        config = self.config.like(x, self)
-        return Activation(eager.enter(x) if config.tuned else x), config
+        context = self.config.context(x, self)
+        return Activation(eager.enter(x) if context.tuned else x), context
 
     def _check_channels(self, x: Tensor) -> None:
         """The channels of x, where a convolution that is known reads it."""
@@ -143,7 +145,7 @@ class _Network(nn.Module):
             if torch.compiler.is_compiling():
                 raise
             if isinstance(error, RuntimeError):
-                ops.refuse_transforms()
+                refuse_transforms()
             if not hasattr(error, "misfit"):
                 raise
             raise self._named(error, error.misfit, x) from error
@@ -184,7 +186,7 @@ class _Network(nn.Module):
 
 
 _modes = threading.Lock()
-_evaluated: dict[nn.Module, int] = {}  # modules that return to training mode, and how many predictions still need them
+_evaluated: dict[nn.Module, int] = {}  # to return to training mode, once so many predictions are done
 
 
 @contextmanager
@@ -209,8 +211,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 class _LogitNetwork(_Network):
     """A network that ends in a 1×1 convolution to logits, which its loss and its predictions do without."""
 
-    def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Config]:
-        """What the head reads, and the configuration of this forward; where a ``head`` is given, perhaps its result."""
+    def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Context]:
+        """What the head reads, and the context of this forward; where a ``head`` is given, perhaps its result."""
         raise NotImplementedError
 
     @property
@@ -234,13 +236,13 @@ class _LogitNetwork(_Network):
             kind.forward in _FORWARDS and kind.__call__ is nn.Module.__call__ and untouched(self, kind, compiled=True)
         )
 
-    def _logits(self, act: Activation, config: Config) -> Tensor:
+    def _logits(self, act: Activation, context: Context) -> Tensor:
         if act.headed:
-            return act.tensor(config)
+            return act.tensor(context)
         head = self._head
         if isinstance(head, LazyBlock):
-            return run(head, Placed.alone(act), config).tensor(config)
-        return lazily([head], Placed.alone(act), config).tensor(config)
+            return run(head, Placed.of(act), context).tensor(context)
+        return lazily([head], Placed.of(act), context).tensor(context)
 
     def loss(
         self,
@@ -274,12 +276,12 @@ class _LogitNetwork(_Network):
                     "got one to be called, which returns probabilities; use nn.BCELoss of those"
                 )
             return criterion(self(x), labels, *weights)
-        act, config = self._telling(self._decode, x)
+        act, context = self._telling(self._decode, x)
         conv = head_conv(self._head)
         if conv is not None and isinstance(criterion, StatsLoss) and criterion.plain():
-            stats = criterion.head_stats(act, conv.weight, conv.bias, labels, pixel_weight, config)
+            stats = criterion.head_stats(act, conv.weight, conv.bias, labels, pixel_weight, context.backend)
             return criterion.from_stats(stats)
-        return criterion(self._logits(act, config), labels, *weights)
+        return criterion(self._logits(act, context), labels, *weights)
 
     def predict(self, x: Tensor, *, sigmoid: bool | None = None, threshold: float = 0.5) -> Tensor:
         """Masks of x, in eval mode and without gradients; the model is left in the mode it was in.
@@ -313,15 +315,15 @@ class _LogitNetwork(_Network):
         logits: Tensor | None = None
         with _evaluating(self):
             if self._called_as_is():
-                act, config = self._telling(self._decode, x)
+                act, context = self._telling(self._decode, x)
                 conv = head_conv(self._head)
-                logits = None if conv is not None else self._logits(act, config)
+                logits = None if conv is not None else self._logits(act, context)
             else:
                 logits = self._logits_called(x)
         classes = conv.out_channels if logits is None else logits.shape[1]  # type: ignore[union-attr]
         output = independent if (classes == 1 if sigmoid is None else sigmoid) else exclusive
         if logits is None:
-            return head_predict(act, conv, output, threshold, dtype, config)  # type: ignore[arg-type]
+            return head_predict(act, conv, output, threshold, dtype, context.backend)  # type: ignore[arg-type]
         return predict(logits, output, threshold, dtype)
 
     def _logits_called(self, x: Tensor) -> Tensor:
@@ -347,7 +349,7 @@ class UNet(_LogitNetwork):
         bilinear: upsample by bilinear interpolation (align_corners=True) instead of 2×2 transposed convolution.
         base_c: channels of the first block; 64 in the paper.
         conv_bias: biases in the 3×3 convolutions, as in upstream checkpoints before version 3.
-        backend: "auto", "torch" or "triton"; see :func:`fastunet.ops.resolve_backend`.
+        backend: "auto", "torch" or "triton"; see :func:`fastunet.backend.resolve_backend`.
         policy: "speed", or "memory": keep nothing normalised for the backward.
 
     Shape: (N, n_channels, H, W) with H, W ≥ 16 → logits (N, n_classes, H, W).
@@ -390,26 +392,26 @@ class UNet(_LogitNetwork):
     _way_down = ("inc", "down1", "down2", "down3", "down4")
     _way_out = "outc"
 
-    def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Config]:
-        act, config = self._enter(x)
+    def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Context]:
+        act, context = self._enter(x)
         downs = (self.down1, self.down2, self.down3, self.down4)
-        # What each block returns is pooled by the next.
-        pooled = [config._replace(pool=isinstance(down, Down) and down.pools()) for down in downs]
-        act = self._stage(pooled[0], run, self.inc, Placed.alone(act))
+        # Each block's result is pooled by the next block.
+        after = [Next(pool=isinstance(down, Down) and down.pools()) for down in downs]
+        act = self._stage(run, self.inc, Placed.of(act), context=context, after=after[0])
         skips = []
-        for down, after in zip(downs, [*pooled[1:], config], strict=True):
-            act, skip = self._stage(after, descend, down, act)
+        for down, following in zip(downs, [*after[1:], Next()], strict=True):
+            act, skip = self._stage(descend, down, act, context=context, after=following)
             skips.append(skip)
         for up in (self.up1, self.up2, self.up3):
-            act = self._stage(config, ascend, up, act, skips.pop())
-        return self._stage(config._replace(head=head), ascend, self.up4, act, skips.pop()), config
+            act = self._stage(ascend, up, act, skips.pop(), context=context)
+        return self._stage(ascend, self.up4, act, skips.pop(), context=context, after=Next(head=head)), context
 
     @property
     def _head(self) -> nn.Module:
         return self.outc
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Upstream checkpoints carry the mask's values among the weights: kept as an attribute.
+        # Upstream checkpoints hold the values of the masks among the weights: they become an attribute.
         if f"{prefix}mask_values" in state_dict:
             self.mask_values = state_dict.pop(f"{prefix}mask_values")
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -461,16 +463,16 @@ class StridedUNet(_Network):
         return self._telling(self._forward, x)  # type: ignore[no-any-return]
 
     def _forward(self, x: Tensor) -> Tensor:
-        act, config = self._enter(x)
-        placed = Placed.alone(act)
+        act, context = self._enter(x)
+        placed = Placed.of(act)
         skips = []
         for down in (self.d1, self.d2, self.d3, self.d4):
-            skip, below = self._stage(config, strided_descend, down, placed)
-            placed = Placed.alone(below)
+            skip, below = self._stage(strided_descend, down, placed, context=context)
+            placed = Placed.of(below)
             skips.append(skip)
         for up in (self.u1, self.u2, self.u3, self.u4):
-            placed = self._stage(config, strided_ascend, up, placed, skips.pop())
-        return run(self.o, placed, config).tensor(config)
+            placed = self._stage(strided_ascend, up, placed, skips.pop(), context=context)
+        return run(self.o, placed, context).tensor(context)
 
     def loss(self, *operands: Any) -> Tensor:
         """Not here: this network ends in a 3×3 convolution and a sigmoid, not in a 1×1 convolution to logits."""
@@ -523,21 +525,22 @@ class _HubNetwork(_LogitNetwork):
     def _pool(self, level: int) -> nn.Module:
         raise NotImplementedError
 
-    def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Config]:
-        act, config = self._enter(x)
+    def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Context]:
+        act, context = self._enter(x)
         skips = []
         for level in (1, 2, 3, 4):
-            pooled = config._replace(pool=is_pool(self._pool(level)))
-            act = self._stage(pooled, run, self.get_submodule(f"encoder{level}"), Placed.alone(act))
-            act, skip = pool(self._pool(level), act, config)
+            after = Next(pool=is_pool(self._pool(level)))
+            encoder = self.get_submodule(f"encoder{level}")
+            act = self._stage(run, encoder, Placed.of(act), context=context, after=after)
+            act, skip = pool(self._pool(level), act, context)
             skips.append(skip)
-        act = self._stage(config, run, self.bottleneck, Placed.alone(act))
+        act = self._stage(run, self.bottleneck, Placed.of(act), context=context)
         for level in (4, 3, 2, 1):
-            up = enlarge(self.get_submodule(f"upconv{level}"), act, config)
+            up = enlarge(self.get_submodule(f"upconv{level}"), act, context)
             placed = Placed.with_skip(up, skips.pop(), skip_first=False)
-            last = config._replace(head=head if level == 1 else None)
-            act = self._stage(last, run, self.get_submodule(f"decoder{level}"), placed)
-        return act, config
+            after = Next(head=head if level == 1 else None)
+            act = self._stage(run, self.get_submodule(f"decoder{level}"), placed, context=context, after=after)
+        return act, context
 
 
 class PlainUNet(_HubNetwork):
@@ -651,4 +654,7 @@ class BrainUNet(_HubNetwork):
         return torch.sigmoid(super().forward(x))
 
 
-_FORWARDS = (_LogitNetwork.forward, BrainUNet.forward)  # those that loss and predict know to do without
+_FORWARDS = (
+    _LogitNetwork.forward,
+    BrainUNet.forward,
+)  # those that loss and predict can skip: they add nothing to the decoder and the head

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import models, ops, reference
+from fastunet.backend import resolve_backend, triton_unavailable
 from fastunet.reference import functional as plain
 
 Tensors = dict[str, Tensor | None]
@@ -80,10 +81,10 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and args.backend != "torch":
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
-        ops.triton_unavailable.cache_clear()
-    reason = ops.triton_unavailable(device.type)
+        triton_unavailable.cache_clear()
+    reason = triton_unavailable(device.type)
     backend = args.backend or ("torch" if reason else "triton")
-    ops.resolve_backend(backend, device, torch.float32)
+    resolve_backend(backend, device, torch.float32)
     where = "the interpreter" if backend == "triton" and device.type == "cpu" else str(device)
     print(f"fastunet verify: backend {backend} on {where}, against float64 truth")
     if reason and backend == "torch":

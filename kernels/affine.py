@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.aten import stats_dtype
 from fastunet.kernels.common import OPTIONS, accumulator, block, cdiv, launch, load_affine, nhwc, normalise, sum_slabs
+from fastunet.layout import stats_dtype
 
 _ACCESSES = 2  # 16-byte accesses per thread, tensor and step: bytes enough in flight without crowding the registers
 _ROUNDS = 8  # steps per program of the backward: the sums it writes stay below 1 % of its traffic

@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastunet.architecture import architecture
-from fastunet.aten import stats_dtype
+from fastunet.layout import stats_dtype
 
 PROPAGATE_ALL = tl.constexpr(PropagateNan.ALL)
 

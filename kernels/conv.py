@@ -17,7 +17,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastunet.aten import frame, stats_dtype
 from fastunet.kernels.affine import affine_act
 from fastunet.kernels.algorithms import computing
 from fastunet.kernels.common import Source
@@ -28,6 +27,7 @@ from fastunet.kernels.conv_few import serves as few
 from fastunet.kernels.conv_image import conv_image, serves
 from fastunet.kernels.conv_up import conv_up
 from fastunet.kernels.pool import max_pool2x2
+from fastunet.layout import frame, stats_dtype
 
 
 def alone(sources: Sequence[Source], size: Sequence[int]) -> Source:

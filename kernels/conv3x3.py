@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.aten import stats_dtype
 from fastunet.kernels.affine import affine_act, source_backward, store_affine_gradient
 from fastunet.kernels.common import (
     OPTIONS,
@@ -57,6 +56,7 @@ from fastunet.kernels.conv_aten import split_gradient
 from fastunet.kernels.conv_down import conv_down
 from fastunet.kernels.statistics import add_shares, merge_stats, store_stats
 from fastunet.kernels.tiles import Tile, choose
+from fastunet.layout import stats_dtype
 
 SIZES = ["N", "H", "W", "top", "left", "H1", "W1", "top1", "left1", "P", "Q", "tiles_h", "tiles_w"]
 

@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.aten import stats_dtype
 from fastunet.kernels.common import (
     OPTIONS,
     Source,
@@ -39,6 +38,7 @@ from fastunet.kernels.common import (
 )
 from fastunet.kernels.conv3x3 import cropped, load_row, operand, replace
 from fastunet.kernels.tiles import choose
+from fastunet.layout import stats_dtype
 
 SIZES = ["N", "H", "W", "top", "left", "H1", "W1", "top1", "left1", "P", "Q", "tiles", "tiles_h", "tiles_w",
          "tiles1", "tiles1_h", "tiles1_w", "slabs"]  # fmt: skip

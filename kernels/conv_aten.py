@@ -21,10 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.aten import aten, frame, stats_dtype
 from fastunet.kernels.affine import source_gradient, store_value, tile
 from fastunet.kernels.common import OPTIONS, Source, accumulator, cdiv, empty_nhwc, launch, load_affine, nhwc, normalise
 from fastunet.kernels.statistics import batch_stats
+from fastunet.layout import frame, stats_dtype
+
+aten = torch.ops.aten
 
 
 @triton.jit(do_not_specialize=["pixels", "H", "W", "top", "left", "P", "Q"])

@@ -25,7 +25,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.aten import frame, memory_format, stats_dtype
 from fastunet.kernels import conv_aten
 from fastunet.kernels.affine import affine_act_backward
 from fastunet.kernels.algorithms import chosen, computing
@@ -38,6 +37,7 @@ from fastunet.kernels.conv_image import conv_image_wgrad, serves
 from fastunet.kernels.conv_strided_wgrad import conv_strided_wgrad
 from fastunet.kernels.conv_up import conv_up_dgrad
 from fastunet.kernels.pool import pool_backward
+from fastunet.layout import frame, memory_format, stats_dtype
 
 # ---- kernels ----------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.aten import stats_dtype
 from fastunet.kernels.affine import source_backward, store_affine_gradient
 from fastunet.kernels.common import (
     OPTIONS,
@@ -35,6 +34,7 @@ from fastunet.kernels.common import (
     sum_slabs,
 )
 from fastunet.kernels.conv3x3 import replace
+from fastunet.layout import stats_dtype
 
 FEW = 4  # filters: of each the backward keeps a sum and a weight per channel in registers
 _ROUNDS = 2  # tiles whose loads are under way at a time

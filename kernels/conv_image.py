@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.aten import stats_dtype
 from fastunet.kernels.common import (
     OPTIONS,
     Source,
@@ -33,6 +32,7 @@ from fastunet.kernels.common import (
     sum_slabs,
 )
 from fastunet.kernels.statistics import merge_stats, store_stats
+from fastunet.layout import stats_dtype
 
 _MOST_TAPS = 64
 # Constants, so that the order of summation is the same on every GPU.

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.aten import stats_dtype
 from fastunet.kernels.common import (
     OPTIONS,
     Source,
@@ -39,6 +38,7 @@ from fastunet.kernels.common import (
 from fastunet.kernels.conv3x3 import replace
 from fastunet.kernels.strided import as_rows, load_pixels, parts
 from fastunet.kernels.tiles import choose_strided, movable
+from fastunet.layout import stats_dtype
 
 SIZES = ["N", "H", "W", "P", "Q", "tiles", "tiles_h", "tiles_w", "slabs"]
 

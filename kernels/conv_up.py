@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.aten import stats_dtype
 from fastunet.kernels.common import (
     OPTIONS,
     Source,
@@ -46,6 +45,7 @@ from fastunet.kernels.conv3x3 import load_row, operand, replace
 from fastunet.kernels.statistics import merge_stats, store_stats
 from fastunet.kernels.strided import as_rows, parts, source_gradient, store_pixels, taps
 from fastunet.kernels.tiles import choose_strided, movable, movable_rows
+from fastunet.layout import stats_dtype
 
 SIZES = ["N", "H", "W", "P", "Q", "tiles_h", "tiles_w"]
 

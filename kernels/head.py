@@ -27,7 +27,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.architecture import architecture
-from fastunet.aten import memory_format, stats_dtype
 from fastunet.kernels.affine import source_backward, store_affine_gradient
 from fastunet.kernels.common import (
     OPTIONS,
@@ -43,6 +42,7 @@ from fastunet.kernels.common import (
 )
 from fastunet.kernels.confusion import first_largest
 from fastunet.kernels.softmax_stats import by_pixel, gradient, load_labels, sigmoid, softmax, store_stats, terms
+from fastunet.layout import memory_format, stats_dtype
 
 _PROGRAMS = 1024  # a constant, so that the order of summation is the same on every GPU
 _TILES = 4  # a program walks at least as many, if there are: what it adds to a slab of sums costs little beside them

@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.aten import memory_format, stats_dtype
 from fastunet.kernels.common import OPTIONS, PROPAGATE_ALL, accumulator, cdiv, launch, power_of_2, sum_slabs
+from fastunet.layout import memory_format, stats_dtype
 
 _PROGRAMS = 1024  # of the forward pass; a constant, so that the order of summation is the same on every GPU
 

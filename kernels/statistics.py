@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.aten import stats_dtype
 from fastunet.kernels.common import OPTIONS, PROPAGATE_ALL, accumulator, block, cdiv, launch
+from fastunet.layout import stats_dtype
 
 
 @triton.jit

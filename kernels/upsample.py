@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.aten import stats_dtype
 from fastunet.kernels.affine import dense, source_backward, source_gradient, store_affine_gradient, tile
 from fastunet.kernels.common import (
     OPTIONS,
@@ -37,6 +36,7 @@ from fastunet.kernels.common import (
     normalise,
     sum_slabs,
 )
+from fastunet.layout import stats_dtype
 
 _ACCESSES = 1  # 16-byte accesses per thread and tap
 _ROUNDS = 4  # tiles of one row per program of the backward, which share a slab of sums

@@ -32,7 +32,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.aten import stats_dtype
 from fastunet.kernels.affine import source_backward, store_affine_gradient
 from fastunet.kernels.common import (
     OPTIONS,
@@ -49,6 +48,7 @@ from fastunet.kernels.common import (
 )
 from fastunet.kernels.conv3x3 import cropped
 from fastunet.kernels.statistics import merge_stats, store_stats
+from fastunet.layout import stats_dtype
 
 _SIZES = ["patches", "H", "W", "top", "left", "P", "Q", "patches_h", "patches_w"]
 _BLOCK_T, _BLOCK_C = 16, 64  # 16 bytes a thread and access for 4 warps

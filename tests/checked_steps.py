@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver
 from triton.runtime.jit import JITFunction
 
-from fastunet import UNet, ops
+from fastunet import UNet, backend, ops
 from fastunet.kernels import common
 
 
@@ -90,7 +90,7 @@ def main() -> None:
     triton.runtime.driver.set_active(Driver())
     knobs.runtime.add_stages_inspection_hook = shorter
     JITFunction.run = longer
-    ops.triton_unavailable = lambda *device: None
+    backend.triton_unavailable = lambda *device: None
     torch.set_default_dtype(torch.bfloat16)
     form = torch.channels_last
     network = UNet(3, 2, base_c=16).to(memory_format=form)

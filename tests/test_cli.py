@@ -147,7 +147,7 @@ def test_demo_refuses_a_backend_that_cannot_run(
     setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FASTUNET_BACKEND", setting)
-    monkeypatch.setattr("fastunet.ops.triton_unavailable", lambda *device: "there is no GPU")
+    monkeypatch.setattr("fastunet.backend.triton_unavailable", lambda *device: "there is no GPU")
     assert cli.main(["demo", *QUICK]) == 2
     assert capsys.readouterr().err.startswith("fastunet: error: backend")
 

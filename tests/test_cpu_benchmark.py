@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from benchmarks import cpu
-from fastunet import ops
+from fastunet.backend import triton_unavailable
 
 
 @pytest.fixture(autouse=True)
 def no_backend_chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.delenv("FASTUNET_BACKEND", raising=False)
-    ops.triton_unavailable.cache_clear()
+    triton_unavailable.cache_clear()
     yield
-    ops.triton_unavailable.cache_clear()
+    triton_unavailable.cache_clear()
 
 
 @pytest.mark.parametrize("layout", cpu.LAYOUTS)
@@ -45,7 +45,7 @@ def test_the_command_prints_a_row_for_every_pair(
 
 def test_a_chosen_backend_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    ops.triton_unavailable.cache_clear()
+    triton_unavailable.cache_clear()
     with pytest.raises(SystemExit):
         cpu.main([])
     assert "unset TRITON_INTERPRET" in capsys.readouterr().err

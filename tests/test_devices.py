@@ -12,7 +12,7 @@ from processes import python
 from torch import Tensor, nn
 
 import fastunet
-from fastunet import functional, losses, metrics, ops
+from fastunet import dispatch, functional, losses, metrics
 
 
 def elsewhere(device: str) -> str:
@@ -77,8 +77,8 @@ def test_operators_refuse_tensors_of_two_devices(name: str, grad: bool, backend:
     tensors = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
     assert len(tensors) >= 2
     ways = [operator]
-    if operator in ops._FUNCTIONS or (not grad and name != "pool_fork"):
-        ways.append(lambda *args: ops.call(operator, *args))
+    if operator in dispatch._FUNCTIONS or (not grad and name != "pool_fork"):
+        ways.append(lambda *args: dispatch.call(operator, *args))
     with torch.set_grad_enabled(grad):
         if grad:
             operator(*args, backend)  # they fit
@@ -155,7 +155,7 @@ def test_networks_name_the_module_that_is_elsewhere(
     network: str, train: bool, settings: dict[str, str], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if device == "cpu":  # as where there is no Triton
-        monkeypatch.setattr(ops, "triton_unavailable", lambda *place: "it is not here")
+        monkeypatch.setattr("fastunet.backend.triton_unavailable", lambda *place: "it is not here")
     model = NETWORKS[network](**settings).to(device).train(train)
     x = torch.randn(1, 3, 16, 32, device=device)
     leaves = [name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]

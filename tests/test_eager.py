@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 import fastunet
-from fastunet import aten, eager, ops, reference
+from fastunet import aten, eager, reference
+from fastunet.backend import triton_unavailable
+from fastunet.layout import channels_last
 from tests import test_models
 from tests import test_surgery as surgery
 from tests.test_models import *  # noqa: F403 - collected here once more
@@ -32,9 +34,9 @@ def no_backend_chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("FASTUNET_BACKEND", raising=False)
     for module in (test_models, surgery):
         monkeypatch.setattr(module, "BACKEND", "auto")
-    ops.triton_unavailable.cache_clear()
+    triton_unavailable.cache_clear()
     yield
-    ops.triton_unavailable.cache_clear()
+    triton_unavailable.cache_clear()
 
 
 # What is not so here: kernels, a graph of fastunet's operators, and derivatives and transforms that only those refuse.
@@ -132,7 +134,7 @@ def test_statistics_over_many_pixels(layout: torch.memory_format) -> None:
     """Of any number of pixels, also a prime one."""
     for shape in (MANY, (2, 16, 512, 512), (1, 5, 641, 643), (1, 3, 1, 99991), (1, 1200, 40, 41), (3, 1, 300, 300)):
         y = (2 * torch.randn(shape) + 3).contiguous(memory_format=layout)
-        mean, var = aten._batch_stats(aten.channels_last(y))
+        mean, var = aten._batch_stats(channels_last(y))
         truth = y.double()
         torch.testing.assert_close(mean.double(), truth.mean((0, 2, 3)), rtol=3e-7, atol=0)
         torch.testing.assert_close(var.double(), truth.var((0, 2, 3), correction=0), rtol=3e-7, atol=0)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastunet import aten, ops
+from fastunet import ops
+from fastunet.layout import stats_dtype
 from fastunet.reference import functional as reference
 from tests.sources import LAYOUTS, laid_out, random_affine, skip_if_unsupported
 
@@ -48,7 +49,7 @@ def make(case: Case, device: str, dtype: torch.dtype = torch.float64, layout: st
     """Operands of the operator without ``wanted`` and ``backend``; a tenth of the labels is ignored."""
     batch, channels, height, width = case.shape
     x = laid_out(case.shape, layout, dtype, device)
-    stats = aten.stats_dtype(dtype)
+    stats = stats_dtype(dtype)
     affine = random_affine(channels, device, stats) if case.affine else None
     weight = torch.randn(case.classes, channels, 1, 1, device=device).to(dtype)
     bias = torch.randn(case.classes, device=device).to(dtype) if case.bias else None

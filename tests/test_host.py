@@ -10,7 +10,8 @@ from torch._dynamo import compiled_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from fastunet import ops
+from fastunet import dispatch, ops
+from fastunet.dispatch import call
 
 pytest.importorskip("triton")
 
@@ -115,7 +116,7 @@ def test_the_host_time_of_steps_is_told():
 
 def rectified(x: Tensor, backend: str) -> Tensor:
     affine = torch.tensor([[1.5, -2.0], [0.1, 0.3], [0.2, -0.4]], device=x.device)
-    z: Tensor = ops.call(ops.affine_act, x, affine, True, backend)
+    z: Tensor = call(ops.affine_act, x, affine, True, backend)
     return z
 
 
@@ -130,7 +131,7 @@ def test_a_view_with_a_sign_is_its_value(x: Tensor, backend: str) -> None:
     torch.testing.assert_close(rectified(negative, backend), rectified(-x, backend))
     labels = torch.zeros(1, 3, 4, dtype=torch.int64, device=x.device)
     found = [
-        ops.call(ops.softmax_stats, each, labels, None, "softmax", -1, [True, True, True], backend)
+        call(ops.softmax_stats, each, labels, None, "softmax", -1, [True, True, True], backend)
         for each in (negative, -x)
     ]
     torch.testing.assert_close(*found)
@@ -175,7 +176,7 @@ def test_who_watches_sees_operators(x: Tensor, backend: str) -> None:
 
 
 def test_nobody_else_waits_for_the_dispatcher(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ops._IMPLEMENTATIONS, ops.affine_act, lambda x, *rest: x + 7)
+    monkeypatch.setitem(dispatch._IMPLEMENTATIONS, ops.affine_act, lambda x, *rest: x + 7)
     torch.testing.assert_close(rectified(x, "torch"), x + 7)
     with torch.inference_mode():
         torch.testing.assert_close(rectified(x.clone(), "torch"), x + 7)
@@ -184,6 +185,6 @@ def test_nobody_else_waits_for_the_dispatcher(x: Tensor, monkeypatch: pytest.Mon
 
 
 def test_what_is_plain(x: Tensor) -> None:
-    assert ops._plain([x, torch.nn.Parameter(x), None, True, 1, 0.5, "auto", [1, 2], (3,), x.shape, x.dtype])
+    assert dispatch._ordinary([x, torch.nn.Parameter(x), None, True, 1, 0.5, "auto", [1, 2], (3,), x.shape, x.dtype])
     for odd in (x.to("meta"), torch._neg_view(x), torch._efficientzerotensor(3), x.to_sparse(), object()):
-        assert not ops._plain([x, odd])
+        assert not dispatch._ordinary([x, odd])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet import aten, ops
+from fastunet.layout import stats_dtype
 
 IGNORE = -100
 ALL = [True, True, True]
@@ -98,7 +99,7 @@ def check(logits: Tensor, labels: Tensor, weight: Tensor | None, mode: str, back
     """Forward and backward against the truth."""
     x = logits.detach().requires_grad_()
     stats = ops.softmax_stats(x, labels, weight, mode, IGNORE, ALL, backend)
-    assert stats.dtype == aten.stats_dtype(logits.dtype)
+    assert stats.dtype == stats_dtype(logits.dtype)
     torch.testing.assert_close(stats.double(), truth(logits, labels, weight, mode).detach(), **SUM)
     dstats = torch.randn_like(stats)
     (dx,) = torch.autograd.grad(stats, x, dstats)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.trace import trace
 from fastunet import ops
-from fastunet.activation import Activation, Config
+from fastunet.activation import Activation, Context
 from fastunet.blocks import enlarge
 
 # (shape of x, channels of skip, its rows and columns beyond 2H and 2W)
@@ -186,7 +186,7 @@ def test_an_upsample_module_runs_lazily(align_corners: bool | None, device: str)
     module.align_corners = align_corners
     x, affine = torch.randn(1, 3, 4, 5, device=device), random_affine(3, device)
     with trace() as calls:
-        up = enlarge(module, Activation(x, affine, True), Config("torch"))
+        up = enlarge(module, Activation(x, affine, True), Context("torch"))
     assert [call.name for call in calls] == ["fastunet.upsample_concat"]
     torch.testing.assert_close(up.x, module(truth(x, affine, True)), rtol=1e-5, atol=1e-5)
 
