@@ -25,19 +25,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels import conv_aten
-from fastunet.kernels.affine import affine_act_backward
-from fastunet.kernels.algorithms import chosen, computing
-from fastunet.kernels.common import OPTIONS, Source, accumulator, block, cdiv, empty_nhwc, launch, nhwc, sum_slabs
-from fastunet.kernels.conv import alone, placed
-from fastunet.kernels.conv_down import conv_down_dgrad
-from fastunet.kernels.conv_few import conv_few_backward
-from fastunet.kernels.conv_few import serves as few
-from fastunet.kernels.conv_image import conv_image_wgrad, serves
-from fastunet.kernels.conv_strided_wgrad import conv_strided_wgrad
-from fastunet.kernels.conv_up import conv_up_dgrad
-from fastunet.kernels.pool import pool_backward
 from fastunet.layout import frame, memory_format, stats_dtype
+
+from . import conv_aten
+from .affine import affine_act_backward
+from .common import Source, block, cdiv, dense, empty_nhwc, nhwc, sum_slabs
+from .conv import chosen, computing, joined, placed
+from .conv_down import conv_down_dgrad
+from .conv_few import conv_few_backward
+from .conv_few import serves as few
+from .conv_image import conv_image_wgrad, serves
+from .conv_strided_wgrad import conv_strided_wgrad
+from .conv_up import conv_up_dgrad
+from .launching import accumulator, launch
+from .pool import pool_backward
 
 # ---- kernels ----------------------------------------------------------------------------------------------------
 
@@ -45,7 +46,6 @@ from fastunet.layout import frame, memory_format, stats_dtype
 @triton.jit(do_not_specialize=["pixels", "chunk"])
 def _form_dy_kernel(
     dy_ptr, dmean_ptr, dvar_ptr, y_ptr, mean_ptr, out_ptr, sum_ptr, pixels, chunk, K,
-    HAS_DY: tl.constexpr, HAS_DMEAN: tl.constexpr, HAS_DVAR: tl.constexpr, SUM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dY for ``chunk`` rows of K values, and their sum per k for the bias; stored only if it differs from dy."""
@@ -54,9 +54,9 @@ def _form_dy_kernel(
     slope = tl.zeros([BLOCK_K], ACC)
     mean = tl.zeros([BLOCK_K], ACC)
     count = pixels.to(ACC)
-    if HAS_DMEAN:
+    if dmean_ptr is not None:
         level = tl.load(dmean_ptr + k, mask=k < K, other=0.0) / count
-    if HAS_DVAR:
+    if dvar_ptr is not None:
         slope = tl.load(dvar_ptr + k, mask=k < K, other=0.0) * (2.0 / count)
         mean = tl.load(mean_ptr + k, mask=k < K, other=0.0)
     total = tl.zeros([BLOCK_K], ACC)
@@ -64,18 +64,18 @@ def _form_dy_kernel(
     for start in range(0, chunk, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         mask = ((m < chunk) & (first + m < pixels))[:, None] & (k < K)[None, :]
-        place = (first + m)[:, None] * K + k[None, :]
+        index = (first + m)[:, None] * K + k[None, :]
         d = tl.zeros([BLOCK_M, BLOCK_K], ACC)
-        if HAS_DY:
-            d += tl.load(dy_ptr + place, mask=mask, other=0.0).to(ACC)
-        if HAS_DVAR:
-            d += slope[None, :] * (tl.load(y_ptr + place, mask=mask, other=0.0).to(ACC) - mean[None, :])
+        if dy_ptr is not None:
+            d += tl.load(dy_ptr + index, mask=mask, other=0.0).to(ACC)
+        if dvar_ptr is not None:
+            d += slope[None, :] * (tl.load(y_ptr + index, mask=mask, other=0.0).to(ACC) - mean[None, :])
         d += level[None, :]
-        if HAS_DMEAN or HAS_DVAR:
-            tl.store(out_ptr + place, d.to(out_ptr.dtype.element_ty), mask=mask)
-        if SUM:
+        if out_ptr is not None:
+            tl.store(out_ptr + index, d.to(out_ptr.dtype.element_ty), mask=mask)
+        if sum_ptr is not None:
             total += tl.sum(tl.where(mask, d, 0.0), 0)
-    if SUM:
+    if sum_ptr is not None:
         tl.store(sum_ptr + tl.program_id(0).to(tl.int64) * K + k, total, mask=k < K)
 
 
@@ -101,16 +101,14 @@ def _form_dy(
     block_m = min(4096 // block_k, 1024)
     chunk = block_m * max(1, cdiv(pixels, block_m * 2048))
     programs = cdiv(pixels, chunk)
-    sums = like.new_empty((programs, filters) if need_sum else 0, dtype=stats_dtype(like.dtype))
+    sums = like.new_empty((programs, filters), dtype=stats_dtype(like.dtype)) if need_sum else None
     launch(
         _form_dy_kernel, (programs, cdiv(filters, block_k)),
-        out if dy is None else dy, sums if dmean is None else dmean.contiguous(),
-        sums if dvar is None else dvar.contiguous(), nhwc(y) if dvar is not None else out, mean.contiguous(), out, sums,
-        pixels, chunk, filters,
-        HAS_DY=dy is not None, HAS_DMEAN=dmean is not None, HAS_DVAR=dvar is not None, SUM=need_sum,
-        BLOCK_M=block_m, BLOCK_K=block_k, ACC=accumulator(like.dtype), **OPTIONS, num_warps=4,
+        dy, dense(dmean), dense(dvar), None if dvar is None else nhwc(y), None if dvar is None else mean.contiguous(),
+        out if forms else None, sums, pixels, chunk, filters,
+        BLOCK_M=block_m, BLOCK_K=block_k, ACC=accumulator(like.dtype), num_warps=4,
     )  # fmt: skip
-    return out, sum_slabs(sums) if need_sum else sums
+    return out, like.new_empty(0, dtype=stats_dtype(like.dtype)) if sums is None else sum_slabs(sums)
 
 
 def _backward3x3(
@@ -140,7 +138,7 @@ def _down_backward(
     mask: Sequence[bool],
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     """Gradients of the sources, and dW and dbias in stats_dtype, of a convolution that is not 3×3 of stride 1."""
-    source = alone(sources, size)
+    source = joined(sources, size)
     dweight = weight.new_empty(0)
     if few(weight):
         dz, daffine, dweight, dbias = conv_few_backward(dy, weight, source, (mask[0] or mask[1], mask[2], mask[3]))
