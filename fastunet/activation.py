@@ -136,10 +136,14 @@ class Placed(NamedTuple):
 
     def plain(self) -> Tensor:
         """The same of two plain activations, in the layout in which they are."""
+        parts = self.parts()
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def parts(self) -> list[Tensor]:
+        """What :meth:`plain` concatenates."""
         if self.second is None:
-            return self.first.x
-        first, second = self.offset[:2], self.offset[2:]
-        return torch.cat([frame(self.first.x, self.size, *first), frame(self.second.x, self.size, *second)], 1)
+            return [self.first.x]
+        return [frame(self.first.x, self.size, *self.offset[:2]), frame(self.second.x, self.size, *self.offset[2:])]
 
 
 def _autocasting(x: Tensor) -> bool:

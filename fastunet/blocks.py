@@ -165,7 +165,7 @@ def _apply(layer: Layer, placed: Placed, last: bool, config: Config) -> Activati
     """One layer on what is placed; ``last`` says that it gives the block's result."""
     conv, norm, relu = layer
     if config.eager:
-        return Activation(eager.layer(placed.plain(), conv, norm, relu, config))
+        return Activation(eager.layer(placed, conv, norm, relu, config))
     if isinstance(conv, nn.Conv2d):
         # Pooled where it is written, if nothing but the pooling comes next and its value is not stored for it.
         pool = config.pool and last and min(placed.size) >= 2 * conv.stride[0]

@@ -2,9 +2,10 @@
 
 Normalising while the next convolution reads gains nothing in ATen, where every operation is a pass over memory of its
 own, and the calls it takes cost time. So under ``backend="auto"`` and policy "speed" a layer is its modules, called one
-after another in channels_last memory, in which oneDNN convolves up to three times as fast, with two exceptions: over
-many pixels a batch norm in training adds up in short sums (see :func:`fastunet.aten.batch_norm_act`), and without
-gradients a normalisation by running statistics is folded into the weights before it.
+after another in channels_last memory, in which oneDNN convolves up to three times as fast, with exceptions: over many
+pixels a batch norm in training adds up in short sums (see :func:`fastunet.aten.batch_norm_act`), and without gradients
+a normalisation by running statistics is folded into the weights before it, and a large concatenation is convolved in
+its two parts. (oneDNN can apply the ReLU too, but makes 0 of NaN.)
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import aten, layout, ops
-from fastunet.activation import Config, check_weight, running_stats
+from fastunet.activation import Config, Placed, check_weight, running_stats
 
 _FEW_PIXELS = 8192  # below, ATen adds up well enough, and merging short sums takes longer
+_FRESH = (
+    32 << 20
+)  # bytes from which on C's allocator asks the system for memory each time, which clears it page by page
 
 
 def enter(x: Tensor) -> Tensor:
@@ -26,23 +30,29 @@ def enter(x: Tensor) -> Tensor:
 
 
 def layer(
-    z: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, relu: bool, config: Config
+    placed: Placed, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, relu: bool, config: Config
 ) -> Tensor:
-    """A convolution and what follows it, of a stored tensor.
+    """A convolution and what follows it, of stored tensors.
 
     Raises:
         ValueError, TypeError: parameters or statistics on another device or in another dtype; RuntimeError: ATen's.
     """
-    _check_places(z, conv, norm)
-    if conv.weight.dtype != z.dtype:
-        check_weight(z, conv.weight)
+    parts = placed.parts()
+    _check_places(parts[0], conv, norm)
+    if conv.weight.dtype != parts[0].dtype:
+        check_weight(parts[0], conv.weight)
     y: Tensor
-    if norm is None:
-        y = conv(z)
-    elif config.tuned and not (norm.training or torch.is_grad_enabled()) and _folds(z, conv, norm):
-        y = _folded(z, conv, norm)
+    if (
+        norm is not None
+        and config.tuned
+        and not (norm.training or torch.is_grad_enabled())
+        and _folds(parts, conv, norm)
+    ):
+        y = _folded(parts, conv, norm)
     else:
-        y = conv(z)
+        y = conv(_joined(parts))
+        if norm is None:
+            return y.relu_() if relu else y
         if config.precise and (norm.training or norm.running_mean is None) and _many_pixels(y, norm):
             return _batch_norm(y, norm, relu)
         y = norm(y)
@@ -102,9 +112,13 @@ def _batch_norm(y: Tensor, norm: nn.BatchNorm2d, relu: bool) -> Tensor:
     return z
 
 
-def _folds(z: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> bool:
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _folds(parts: list[Tensor], conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> bool:
     """Whether scaling the weights takes less time than normalising what they make, and loses nothing."""
-    weight = conv.weight
+    weight, z = conv.weight, parts[0]
     if z.numel() * weight.shape[0] < 4 * weight.numel() * z.shape[1]:
         return False
     kind, filters = z.dtype, weight.shape[0 if isinstance(conv, nn.Conv2d) else 1]
@@ -120,8 +134,8 @@ def _folds(z: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d
     )
 
 
-def _folded(z: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> Tensor:
-    """norm(conv(z)) by running statistics, as one convolution."""
+def _folded(parts: list[Tensor], conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> Tensor:
+    """norm(conv(…)) by running statistics, as one convolution."""
     mean, var, gain, shift = norm.running_mean, norm.running_var, norm.weight, norm.bias
     assert mean is not None
     assert var is not None
@@ -131,6 +145,31 @@ def _folded(z: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2
     centre = mean if conv.bias is None else mean - conv.bias
     bias = -centre * scale if shift is None else torch.addcmul(shift, centre, scale, value=-1)
     if isinstance(conv, nn.Conv2d):
-        return F.conv2d(z, conv.weight * scale.view(-1, 1, 1, 1), bias, conv.stride, conv.padding)
+        weight = conv.weight * scale.view(-1, 1, 1, 1)
+        if len(parts) == 2 and _apart(parts):
+            return _convolved_apart(parts, weight, bias, conv)
+        return F.conv2d(_joined(parts), weight, bias, conv.stride, conv.padding)
     weight = conv.weight * scale.view(-1, 1, 1)
+    z = _joined(parts)
     return F.conv_transpose2d(z, weight, bias, conv.stride, conv.padding, conv.output_padding)  # type: ignore[arg-type]
+
+
+def _apart(parts: list[Tensor]) -> bool:
+    """Whether to convolve two tensors one after the other takes less time than to write them into one, and can be."""
+    return (
+        4 * sum(z.numel() for z in parts) >= _FRESH
+        and all(z.dtype == torch.float32 and aten.adds_one_by_one(z) for z in parts)  # in channels_last memory
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.backends.mkldnn.enabled)
+    )
+
+
+def _convolved_apart(parts: list[Tensor], weight: Tensor, bias: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The convolution of two tensors' concatenation: of the first, to which oneDNN adds that of the second."""
+    weights = [w.contiguous(memory_format=torch.channels_last) for w in weight.split([z.shape[1] for z in parts], 1)]
+    y = F.conv2d(parts[0], weights[0], bias, conv.stride, conv.padding)
+    settings = ([*conv.padding], [*conv.stride], [1, 1], 1)
+    torch.ops.mkldnn._convolution_pointwise_.binary(
+        y, parts[1], weights[1], None, *settings, "add", 1.0, None, [], None
+    )
+    return y

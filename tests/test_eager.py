@@ -174,6 +174,29 @@ def test_folded_weights(conv_bias: bool, affine: bool) -> None:
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("bilinear", [False, True])
+@pytest.mark.parametrize("size", [(64, 96), (49, 70)])
+def test_a_large_concatenation_is_convolved_in_two_parts(
+    bilinear: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, plain = (model.eval().to(memory_format=CL) for model in models(bilinear, base=8))
+    x = torch.randn(2, 3, *size)
+    apart, calls = eager._convolved_apart, []
+    monkeypatch.setattr(eager, "_convolved_apart", lambda *args: calls.append(None) or apart(*args))
+    with torch.no_grad():
+        whole = ours(x)
+        assert not calls
+        monkeypatch.setattr(eager, "_FRESH", 4 * 2 * 16 * size[0] * size[1])
+        y = ours(x)
+        assert len(calls) == 1, "the uppermost level's"
+        truth = plain.double()(x.double())
+    assert (y - truth).norm() <= 2 * (whole - truth).norm()
+    x[0, 0, 5, 5] = torch.nan
+    with torch.no_grad():
+        assert ours(x)[0].isnan().any()
+    assert len(calls) == 2
+
+
 def test_transforms_of_functions_see_plain_modules() -> None:
     ours, plain = (model.double().eval() for model in models())
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
