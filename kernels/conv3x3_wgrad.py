@@ -122,7 +122,7 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
     channels = weight.shape[1]
     sticks_out = any(source.sticks_out(size) for source in sources)
     tile = choose(
-        "conv3x3_wgrad", batch, [source.channels for source in sources], filters, *size,
+        "conv3x3_wgrad", batch, [source.channels for source in sources], filters, size[0], size[1],
         [dy, *(source.x for source in sources)], pointers=sticks_out,
     )  # fmt: skip
     grid, grid1 = (tile.grid(batch, source.height, source.width) for source in (first, second or first))

@@ -45,7 +45,7 @@ from .pool import pool_backward
 
 @triton.jit(do_not_specialize=["pixels", "chunk"])
 def _form_dy_kernel(
-    dy_ptr, dmean_ptr, dvar_ptr, y_ptr, mean_ptr, out_ptr, sum_ptr, pixels, chunk, K,
+    dy_ptr, out_ptr, y_ptr, dmean_ptr, dvar_ptr, mean_ptr, sum_ptr, pixels, chunk, K,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dY for ``chunk`` rows of K values, and their sum per k for the bias; stored only if it differs from dy."""
@@ -104,8 +104,8 @@ def _form_dy(
     sums = like.new_empty((programs, filters), dtype=stats_dtype(like.dtype)) if need_sum else None
     launch(
         _form_dy_kernel, (programs, cdiv(filters, block_k)),
-        dy, dense(dmean), dense(dvar), None if dvar is None else nhwc(y), None if dvar is None else mean.contiguous(),
-        out if forms else None, sums, pixels, chunk, filters,
+        dy, out if forms else None, None if dvar is None else nhwc(y),
+        dense(dmean), dense(dvar), None if dvar is None else mean.contiguous(), sums, pixels, chunk, filters,
         BLOCK_M=block_m, BLOCK_K=block_k, ACC=accumulator(like.dtype), num_warps=4,
     )  # fmt: skip
     return out, like.new_empty(0, dtype=stats_dtype(like.dtype)) if sums is None else sum_slabs(sums)
