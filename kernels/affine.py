@@ -157,6 +157,11 @@ def affine_gradient(x: Tensor, partial: Tensor | None) -> Tensor:
     return x.new_empty(0, dtype=stats_dtype(x.dtype)) if partial is None else sum_slabs(partial)
 
 
+def no_gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What stands for (dx, daffine) of a source whose gradients were not asked for."""
+    return x.new_empty(0), affine_gradient(x, None)
+
+
 def affine_act(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
     """z = act(scale·(x − centre) + shift) for x (N, C, H, W): a new channels_last tensor of x's dtype."""
     if (affine is None and not relu) or x.numel() == 0:

@@ -5,11 +5,11 @@
 The gradient with respect to z is the same sum over dY with W mirrored in r and s and transposed in k and c; the
 epilogue of the dgrad kernel turns it into dx and daffine. One main loop serves both.
 
-A program computes ROWS rows of IMAGES·COLUMNS pixels, for BLOCK_K outputs, in an accumulator per row. For each block of
-channels and each column s of the filter it loads ROWS + 2 rows of the source, normalises each once, in registers, and
-multiplies it with up to three rows r of the filter: 3·(ROWS + 2) tiles, not 9·ROWS, come from the L2 cache and through
-the prologue. z is zero outside its source: padding comes after normalisation. TMA (Hopper and later) fills zeros in by
-itself; act(shift) is masked only in tiles that touch the border.
+A program computes a tile: some rows of images·columns pixels, for some outputs, in an accumulator per row. For each
+block of channels and each column s of the filter it loads rows + 2 rows of the source, normalises each once, in
+registers, and multiplies it with up to three rows r of the filter: 3·(rows + 2) operands, not 9·rows, come from the L2
+cache and through the prologue. z is zero outside its source: padding comes after normalisation. TMA (Hopper and later)
+fills zeros in by itself; act(shift) is masked only in tiles that touch the border.
 
 Layout: activations NHWC, weights (K,3,3,C). Bytes: forward reads each source and W and writes y; dgrad reads dY, W and
 the sources and writes dx. Accumulation: float32 (float64 for float64).
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastunet.layout import stats_dtype
 
-from .affine import affine_act, affine_gradient, affine_slabs, source_backward, store_affine_gradient
+from .affine import affine_act, affine_gradient, affine_slabs, no_gradients, source_backward, store_affine_gradient
 from .common import PROPAGATE_ALL, Source, block, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise, replace
 from .conv_aten import split_gradient
 from .conv_down import conv_down
@@ -42,6 +42,7 @@ from .gemm import (
     load_tap,
     operand,
     release,
+    side,
     window,
     zeros,
 )
@@ -340,7 +341,7 @@ def _narrow_gradient(
     image = at.n + pixel // TILE.columns
     w = at.w + pixel % TILE.columns - frame.left
     channel = c + tl.arange(0, CHANNELS)
-    # Rows are added where they lie: each sum over warps goes through shared memory.
+    # Rows are added element by element, and over the warps once at the end: that goes through shared memory.
     sum_gx = tl.full([TILE.images * TILE.columns, CHANNELS], 0.0, NUM.acc)
     sum_g = tl.full([TILE.images * TILE.columns, CHANNELS], 0.0, NUM.acc)
     for i in tl.static_range(len(accs)):
@@ -426,15 +427,13 @@ def conv3x3(
         stored: Any = x.new_empty((tile.shares, batch, height, width, filters), dtype=dtype)
     else:
         stored = y if heads else operand(y, tile, tile.outputs, tile.tma)
-    about = Partials(x, tiles, filters, stats and not shared)
+    partials = Partials(x, tiles, filters, stats and not shared)
     launch(
         _conv3x3_fwd_kernel, (tiles * cdiv(filters, tile.outputs), tile.shares),
-        operand(x, tile, tile.reduction, tile.tma), first.affine,
-        None if second is None else operand(second.x, tile, tile.reduction, tile.tma),
-        None if second is None else second.affine, real_word(x.device),
+        *side(first, tile, tile.reduction), *side(second, tile, tile.reduction), real_word(x.device),
         _weights(weight, tile, tile.outputs, tile.reduction), None if shared else dense(bias),
         None if shared else dense(affine), dense(head_weight) if heads else None, dense(head_bias) if heads else None,
-        stored, *about.pointers, None if pooled is None else operand(pooled, tile, tile.outputs, tile.tma, pooled=2),
+        stored, *partials.pointers, None if pooled is None else operand(pooled, tile, tile.outputs, tile.tma, pooled=2),
         dense(pool_scale) if pool else None,
         batch, *first.extent, *(second or first).extent, height, width,
         first.channels, channels - first.channels, filters, tiles_h, tiles_w, classes,
@@ -446,7 +445,7 @@ def conv3x3(
         y, mean, var = add_shares(stored, y, bias, stats)
         y = y if affine is None and not relu else affine_act(y, affine, relu)
     else:
-        mean, var = about.merged()
+        mean, var = partials.merged()
     if head is not None and not heads:
         y, _, _ = conv_down(Source(y, None, False), *head, False, 1)
     return y, mean, var, pooled
@@ -497,5 +496,4 @@ def conv3x3_dgrad(
         g, _, _ = add_shares(sums, empty_nhwc(dy, batch, total, height, width), None, False)
         return split_gradient(g, sources, mask)
     found = [(dx, affine_gradient(dx, partial)) for dx, partial in gradients]
-    nothing = dy.new_empty(0), dy.new_empty(0, dtype=dtype)
-    return [found.pop(0) if asked else nothing for _, asked in zip(sources, mask, strict=False)]
+    return [found.pop(0) if asked else no_gradients(dy) for _, asked in zip(sources, mask, strict=False)]

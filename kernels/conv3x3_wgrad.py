@@ -3,10 +3,10 @@
     dW[k,r,s,c] = Σ_{n,h,w} z[n,h,w,c] · dY[n, h − r + 1, w − s + 1, k],    z = act(scale·(x − centre) + shift)
 
 Summed over the pixels of the source, not of dY: then the operand that is normalised needs no padding, and what lies
-outside dY is zero by itself. A program sums one column s of the filter, its three rows r in an accumulator each, for
-BLOCK_C channels and BLOCK_K outputs over a slab of tiles: of ROWS rows of IMAGES·COLUMNS pixels it loads and normalises
-each row of z once, in registers, and multiplies it with three of the ROWS + 2 rows of dY. The slabs are summed in a
-fixed order.
+outside dY is zero by itself. A program sums one column s of the filter, its three rows r in an accumulator each, for a
+block of channels and one of outputs over a slab of tiles: of a tile's rows of images·columns pixels it loads and
+normalises each row of z once, in registers, and multiplies it with three of the rows + 2 rows of dY. The slabs are
+summed in a fixed order.
 
 Layout: activations NHWC, dW (K,3,3,C). Bytes: reads dY and each source, writes and reads the slabs of dW.
 Accumulation: float32 (float64 for float64).
@@ -34,6 +34,7 @@ from .gemm import (
     load_pixels,
     operand,
     release,
+    side,
     window,
     zeros,
 )
@@ -136,9 +137,7 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
     partial = dy.new_empty((slabs, filters, 3, 3, channels), dtype=stats_dtype(dy.dtype))
     launch(
         _conv3x3_wgrad_kernel, (slabs * blocks * 3,),
-        operand(first.x, tile, tile.reduction, tile.tma), first.affine,
-        None if second is None else operand(second.x, tile, tile.reduction, tile.tma),
-        None if second is None else second.affine, real_word(dy.device),
+        *side(first, tile, tile.reduction), *side(second, tile, tile.reduction), real_word(dy.device),
         operand(dy, tile, tile.outputs, tile.tma), partial,
         batch, *first.extent, *(second or first).extent, *size,
         first.channels, channels - first.channels, filters, *grid, *grid1, slabs,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastunet.layout import frame, stats_dtype
 
-from .affine import flat_tile, source_gradient, store_value
+from .affine import affine_gradient, flat_tile, no_gradients, source_gradient, store_value
 from .common import Source, cdiv, empty_nhwc, load_affine, nhwc, normalise
 from .launching import accumulator, launch
 from .statistics import batch_stats
@@ -118,13 +118,13 @@ def split_gradient(
     start = 0
     for source, wanted in zip(sources, mask, strict=False):
         if not wanted:
-            gradients.append((g.new_empty(0), g.new_empty(0, dtype=stats_dtype(g.dtype))))
+            gradients.append(no_gradients(g))
             continue
         share = slice(start, start + source.channels)
         part, value = g[:, share], None if z is None else z[:, share]
         start += source.channels
         if z is None and source.channels == total and _plain(source, size):
-            gradients.append((g, g.new_empty(0, dtype=stats_dtype(g.dtype))))
+            gradients.append((g, affine_gradient(g, None)))
         elif _fills(source, size):
             gradients.append(source_gradient(part, total, source.x, source.affine, source.relu, value))
         else:

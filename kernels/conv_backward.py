@@ -28,7 +28,7 @@ from torch import Tensor
 from fastunet.layout import frame, memory_format, stats_dtype
 
 from . import conv_aten
-from .affine import affine_act_backward
+from .affine import affine_act_backward, no_gradients
 from .common import Source, block, cdiv, dense, empty_nhwc, nhwc, sum_slabs
 from .conv import chosen, computing, joined, placed
 from .conv_down import conv_down_dgrad
@@ -121,7 +121,7 @@ def _backward3x3(
     whole = weighed and len(asked) == len(sources)
     if whole and all(chosen(kind, sources, *about) == "cudnn" for kind in ("conv3x3_dgrad", "conv3x3_wgrad")):
         return conv_aten.conv3x3_backward(dy, weight, sources)
-    pairs = [_nothing(source.x) for source in sources]
+    pairs = [no_gradients(source.x) for source in sources]
     if asked:
         dgrad, _ = computing("conv3x3_dgrad", asked, *about)
         pairs = dgrad(dy, weight, sources, mask)
@@ -145,7 +145,7 @@ def _down_backward(
     elif mask[2] and dy.numel():
         dweight = conv_strided_wgrad(dy, weight, source, False)
     if not (mask[0] or mask[1]):
-        return [empty for _ in sources for empty in _nothing(source.x)], dweight, dbias
+        return [empty for _ in sources for empty in no_gradients(source.x)], dweight, dbias
     if not few(weight):
         dz, daffine = conv_up_dgrad(dy, weight, source) if stride == 2 else conv_down_dgrad(dy, weight, source, 1)
     if source is sources[0]:
@@ -154,7 +154,7 @@ def _down_backward(
     shares = dz.split([each.channels for each in sources], 1)
     for each, share, wanted in zip(sources, shares, mask, strict=False):
         part = frame(share, (each.height, each.width), -each.top, -each.left)
-        grads += affine_act_backward(part, each.x, each.affine, each.relu) if wanted else _nothing(each.x)
+        grads += affine_act_backward(part, each.x, each.affine, each.relu) if wanted else no_gradients(each.x)
     return grads, dweight, dbias
 
 
@@ -165,11 +165,6 @@ def _like(dweight: Tensor, weight: Tensor, wanted: bool) -> Tensor:
     if dweight.numel() == 0:
         return torch.zeros_like(weight)
     return dweight.to(weight.dtype).contiguous(memory_format=memory_format(weight))
-
-
-def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What stands for the gradients of a source that were not asked for."""
-    return x.new_empty(0), x.new_empty(0, dtype=stats_dtype(x.dtype))
 
 
 def conv2d_backward(
@@ -208,7 +203,7 @@ def conv2d_backward(
     else:
         grads, dweight, dbias = _down_backward(dy, dbias, weight, sources, size, stride, mask)
     if x1 is None:
-        grads += _nothing(x0)
+        grads += no_gradients(x0)
     return grads[0], grads[1], grads[2], grads[3], _like(dweight, weight, mask[2]), dbias.to(weight.dtype)
 
 
@@ -227,6 +222,6 @@ def conv_transpose2d_backward(
     """See :func:`fastunet.aten.conv_transpose2d_backward`."""
     source = Source(x, affine, relu)
     dy, dbias = _form_dy(dy, dmean, dvar, y, mean, mask[2])
-    dx, daffine = conv_down_dgrad(dy, weight, source, 2) if mask[0] else _nothing(x)
+    dx, daffine = conv_down_dgrad(dy, weight, source, 2) if mask[0] else no_gradients(x)
     dweight = conv_strided_wgrad(dy, weight, source, True) if mask[1] and dy.numel() else weight.new_empty(0)
     return dx, daffine, _like(dweight, weight, mask[1]), dbias.to(weight.dtype)

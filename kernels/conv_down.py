@@ -6,9 +6,9 @@
 The gradients with respect to z of transposed convolutions of stride 2 (2×2, and 3×3) and of 1×1 convolutions are the
 same sum over dY; the epilogue of the dgrad kernel turns them into dx and daffine. One main loop serves both.
 
-A program computes IMAGES·COLUMNS pixels of one row, for BLOCK_K outputs. A step multiplies the KSIZE filters of one
-column s with BLOCK_C channels. z is zero outside its source: padding comes after normalisation. TMA (Hopper and later)
-fills zeros in by itself; act(shift) is masked only in tiles that touch the border.
+A program computes images·columns pixels of one row, for a block of outputs. A step multiplies the KSIZE filters of one
+column s with a block of channels. z is zero outside its source: padding comes after normalisation. TMA (Hopper and
+later) fills zeros in by itself; act(shift) is masked only in tiles that touch the border.
 
 Layout: activations NHWC, weights (outputs, taps, channels) or (channels, taps, outputs). Bytes: forward reads the
 source and W and writes y; dgrad reads dY, W and the source and writes dx. Accumulation: float32 (float64 for float64).
@@ -146,16 +146,16 @@ def conv_down(
     tma, tma_w, tma_y = movable(x, stride), movable_rows(weight), movable(y)
     tile = choose_strided(f"conv{ksize}x{ksize}_down", batch, channels, filters, height, width, x, tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
-    about = Partials(x, tiles, filters, stats)
+    partials = Partials(x, tiles, filters, stats)
     launch(
         _conv_down_fwd_kernel, (tiles * cdiv(filters, tile.outputs),),
         operand(x, tile, tile.reduction, tma, stride), source.affine, real_word(x.device),
         describe(weight, tuple(weight.shape), (tile.outputs, 1, tile.reduction), tma_w),
-        dense(bias), operand(y, tile, tile.outputs, tma_y), *about.pointers,
+        dense(bias), operand(y, tile, tile.outputs, tma_y), *partials.pointers,
         batch, x.shape[2], x.shape[3], height, width, channels, filters, tiles_h, tiles_w,
         KSIZE=ksize, STRIDE=stride, RELU=source.relu, **tile.constants(x),
     )  # fmt: skip
-    return result, *about.merged()
+    return result, *partials.merged()
 
 
 def conv_down_dgrad(dy: Tensor, weight: Tensor, source: Source, stride: int) -> tuple[Tensor, Tensor]:

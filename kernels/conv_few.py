@@ -163,5 +163,6 @@ def conv_few_backward(
             K=filters, RELU=source.relu,
             ROUNDS=_ROUNDS, BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(x.dtype), num_warps=4,
         )  # fmt: skip
-    sums = (x.new_empty(0, dtype=dtype) if each is None else sum_slabs(each) for each in (daffine, dweight, dbias))
-    return x.new_empty(0) if dx is None else dx, *sums  # type: ignore[return-value]
+    slabbed = daffine, dweight, dbias
+    daffine, dweight, dbias = (x.new_empty(0, dtype=dtype) if t is None else sum_slabs(t) for t in slabbed)
+    return x.new_empty(0) if dx is None else dx, daffine, dweight, dbias

@@ -145,15 +145,15 @@ def conv_image(
     block_m, block_t, block_k, warps = _blocks(x, filters)
     tiles = cdiv(pixels, block_m)
     each = cdiv(tiles, _PROGRAMS)
-    about = Partials(x, tiles, filters, stats)
+    partials = Partials(x, tiles, filters, stats)
     launch(
         _conv_image_fwd_kernel, (cdiv(tiles, each), cdiv(filters, block_k)),
-        x, nhwc(weight), dense(bias), dense(affine), y, *about.pointers,
+        x, nhwc(weight), dense(bias), dense(affine), y, *partials.pointers,
         pixels, tiles, each, source.height, source.width, filters,
         C=source.channels, RELU=relu, BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
         ACC=accumulator(x.dtype), PRECISION=precision(x.dtype), num_warps=warps,
     )  # fmt: skip
-    return y, *about.merged()
+    return y, *partials.merged()
 
 
 def conv_image_wgrad(dy: Tensor, source: Source) -> Tensor:

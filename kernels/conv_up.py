@@ -6,7 +6,7 @@
 The gradient with respect to z of a 3×3 convolution of stride 2 is the same sum over dY; the epilogue of the dgrad
 kernel turns it into dx and daffine. One main loop serves both.
 
-Of 2×2, which strided.py turns into 2×1, a program computes the rows 2p and 2p + 1 of y from IMAGES·COLUMNS pixels of
+Of 2×2, which strided.py turns into 2×1, a program computes the rows 2p and 2p + 1 of y from images·columns pixels of
 row p of x. Of 3×3 it computes the even and the odd columns of one row of y: row 2p needs one row of the filter and row
 p of x, row 2p + 1 two of each; over two neighbouring pixels of x lie three columns of the filter. Either way two
 accumulators share what was loaded and normalised once. Beyond its last row and column x counts as zeros.
@@ -170,16 +170,16 @@ def conv_up(source: Source, weight: Tensor, bias: Tensor | None, stats: bool) ->
     tile = choose_strided(f"conv{ksize}x{ksize}_up", batch, channels, outputs, height, width, x, tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     tiles *= ksize - 1  # rows of y
-    about = Partials(x, tiles, outputs, stats)
+    partials = Partials(x, tiles, outputs, stats)
     launch(
         _conv_up_fwd_kernel, (tiles * cdiv(outputs, tile.outputs),),
         operand(x, tile, tile.reduction, tma), source.affine, real_word(x.device),
         describe(weight, tuple(weight.shape), (tile.reduction, 1, tile.outputs), tma),
-        dense(bias), operand(y, tile, tile.outputs, tma, ksize - 1), *about.pointers,
+        dense(bias), operand(y, tile, tile.outputs, tma, ksize - 1), *partials.pointers,
         batch, height, width, channels, outputs, tiles_h, tiles_w,
         KSIZE=ksize, RELU=source.relu, **tile.constants(x),
     )  # fmt: skip
-    return result, *about.merged(filters)  # of a pixel pair, each a tile of its own
+    return result, *partials.merged(filters)  # of a pixel pair, each a tile of its own
 
 
 def conv_up_dgrad(dy: Tensor, weight: Tensor, source: Source) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .affine import source_backward, store_affine_gradient
-from .common import PROPAGATE_ALL, load_affine, normalise
+from .common import PROPAGATE_ALL, Source, load_affine, normalise
 from .launching import describe
 from .tiles import Tile
 
@@ -38,7 +38,7 @@ class Image(NamedTuple):
 
 
 class Pixel(NamedTuple):
-    """Picture, row and column, most often of a tile's first pixel."""
+    """Picture, row and column of a pixel."""
 
     n: Any
     h: Any
@@ -64,7 +64,7 @@ class Window(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """The numbers start … stop of tiles, which are tiles_h by tiles_w a picture."""
+    """Some tiles, by their numbers: start … stop, where a picture has tiles_h by tiles_w."""
 
     start: Any
     stop: Any
@@ -73,8 +73,8 @@ class Walk(NamedTuple):
 
 
 class Filters(NamedTuple):
-    """Weights, as memory (K,TAPS,C) if K_FIRST, else (C,TAPS,K): of K outputs those from k on, and the one of C
-    channels that is a source's first."""
+    """Weights, in memory (K,TAPS,C) if K_FIRST, else (C,TAPS,K). A program computes outputs from k on; channel 0 of the
+    source is the weights' channel ``first``."""
 
     w: Any
     first: Any
@@ -309,6 +309,11 @@ def _narrow_gradient(
 
 
 # ---- for the launchers -------------------------------------------------------------------------------------------
+
+
+def side(source: Source | None, tile: Tile, channels: int) -> tuple[Any, Tensor | None]:
+    """A source's memory and affine as the kernels take them; of no source None."""
+    return (None, None) if source is None else (operand(source.x, tile, channels, tile.tma), source.affine)
 
 
 def operand(x: Tensor, tile: Tile, channels: int, tma: bool, wide: int = 1, pooled: int = 1) -> Any:

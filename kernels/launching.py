@@ -105,8 +105,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """``kernel[grid](*args, **OPTIONS, **options)``, with ``args`` before all constants.
 
     Triton examines every argument at every launch: of a convolution for 31 µs, 10 here. What was launched before with
-    the same integers, options and types, and pointers as well aligned, is launched as it was compiled then: on the
-    device of its tensors, which is one, or a host's pointer would reach the GPU unexamined.
+    the same integers, options and types, and pointers as well aligned, is launched as it was compiled then, on the
+    device of its tensors. That must be one: else a pointer to the host's memory would reach the GPU unexamined.
     """
     # The interpreter's kernels; and those of AMD, whose addresses have 32 bits where a tensor is small.
     if not isinstance(kernel, JITFunction) or torch.version.hip is not None:

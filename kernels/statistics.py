@@ -28,8 +28,8 @@ def store_stats(
     """Mean and M2 of a tile by its number: ys are ROWS rows [pixels, BLOCK_K], of which the first ``rows`` [pixels]
     exist."""
     count = tl.sum(tl.minimum(rows, ROWS), 0)
-    n = tl.maximum(count, 1).to(ACC)  # a parity may have no pixel in the tile
-    # Rows are added where they lie, and what warps hold once: each sum over warps goes through shared memory.
+    n = tl.maximum(count, 1).to(ACC)  # a tile beyond the border may hold none
+    # Rows are added element by element, and over the warps once at the end: that goes through shared memory.
     total = tl.where((rows > 0)[:, None], ys[0].to(ACC), 0.0)
     for i in tl.static_range(1, ROWS):
         total += tl.where((rows > i)[:, None], ys[i].to(ACC), 0.0)
@@ -154,13 +154,13 @@ def _batch_stats(y: Tensor, sums: Tensor | None, bias: Tensor | None, stats: boo
     # Programs enough for a large GPU, of a few pixels each; the same on every GPU, for the same bits.
     rounds = max(1, min(8, pixels * cdiv(filters, block_k) // (2 * block_p * 2048)))
     tiles = cdiv(pixels, rounds * 2 * block_p)
-    about = Partials(y, tiles, filters, stats)
+    partials = Partials(y, tiles, filters, stats)
     launch(
         _batch_stats_kernel, (tiles, cdiv(filters, block_k)),
-        y, sums, dense(bias), *about.pointers, pixels, filters, 0 if sums is None else sums.shape[0], rounds,
+        y, sums, dense(bias), *partials.pointers, pixels, filters, 0 if sums is None else sums.shape[0], rounds,
         BLOCK_P=block_p, BLOCK_K=block_k, ACC=accumulator(y.dtype), num_warps=4,
     )  # fmt: skip
-    return y, *about.merged()
+    return y, *partials.merged()
 
 
 @triton.jit(do_not_specialize=["tiles"])

@@ -98,7 +98,7 @@ def _unshared(
         # CDNA prefetches into registers: it has none to spare for a second row or a third stage.
         rows, warps, stages = (1, 4, 2) if name.startswith("gfx") else (2, 8, 3)
         if wgrad:
-            both = 32 * rows  # or the warps would normalise the same
+            both = 32 * rows  # narrower, several warps would load and normalise the same pixels
             return Tile(1, 2 * rows, block(width, 32), block(outputs, both), block(channels, both), 4, 2)
         return Tile(images, rows, columns, block(outputs, 64), block(channels, 32), warps, stages)
     rows = 2 if name == "sm_90" else 1  # 128 accumulators a thread leave registers for the epilogue on Hopper only
@@ -140,9 +140,9 @@ def _choose_strided(
         pixels = 64  # two accumulators and the epilogues of gradients take registers
     if name.startswith("gfx") and kind == "conv3x3_down":
         pixels = min(pixels, 64)  # as do masks
-    # Each warp does what costs the same for few outputs as for many: half as many then do it less often. Beside the
-    # 2×2 transposed convolution and its gradient a second program of 4 warps hides loads and epilogue: 0.6 to 0.85 of
-    # the time on an H200.
+    # Loading and normalising cost a warp the same for few outputs as for many: half as many warps do it half as often.
+    # Beside the 2×2 transposed convolution and its gradient a second program of 4 warps hides loads and epilogue: 0.6
+    # to 0.85 of the time on an H200.
     few = large and narrow and (outputs <= 64 or kind in ("conv2x2_up", "conv2x2_down_dgrad"))
     if large and narrow and kind == "conv2x2_up":
         pixels = 64

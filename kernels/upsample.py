@@ -24,7 +24,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .affine import affine_gradient, affine_slabs, flat_tile, source_backward, source_gradient, store_affine_gradient
+from .affine import (
+    affine_gradient,
+    affine_slabs,
+    flat_tile,
+    no_gradients,
+    source_backward,
+    source_gradient,
+    store_affine_gradient,
+)
 from .common import cdiv, dense, empty_nhwc, load_affine, nhwc, normalise
 from .launching import accumulator, launch
 
@@ -285,6 +293,6 @@ def upsample_concat_backward(
         )  # fmt: skip
     daffine = affine_gradient(x, partial)
     if skip is None:
-        return dx, daffine, x.new_empty(0), affine_gradient(x, None)
+        return dx, daffine, *no_gradients(x)
     dz_skip = dy[:, :skip_channels] if skip_first else dy[:, channels:]
     return dx, daffine, *source_gradient(dz_skip, dy.shape[1], skip, skip_affine, skip_relu)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fastunet.layout import stats_dtype
 
-from .affine import affine_gradient, affine_slabs, source_backward, store_affine_gradient
+from .affine import affine_gradient, affine_slabs, no_gradients, source_backward, store_affine_gradient
 from .common import Source, block, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise
 from .gemm import Image, Window
 from .launching import accumulator, launch
@@ -342,13 +342,13 @@ def conv3x3(
     m = _products(sources, size, weight, False, slice(None))
     patches, patches_h, patches_w = _patches(x.shape[0], size)
     along, across, block_k = _grid(patches, filters)
-    about = Partials(x, along, filters, stats)
+    partials = Partials(x, along, filters, stats)
     launch(
         _winograd_output_kernel, (along, across),
-        m, dense(bias), y, *about.pointers, patches, *size, patches_h, patches_w, filters,
+        m, dense(bias), y, *partials.pointers, patches, *size, patches_h, patches_w, filters,
         FACTOR=1 / _factor(x.dtype), BLOCK_T=_BLOCK_T, BLOCK_K=block_k, ACC=accumulator(x.dtype), num_warps=4,
     )  # fmt: skip
-    return y, *about.merged()
+    return y, *partials.merged()
 
 
 def conv3x3_dgrad(
@@ -356,7 +356,6 @@ def conv3x3_dgrad(
 ) -> list[tuple[Tensor, Tensor]]:
     """See :func:`fastunet.kernels.conv3x3.conv3x3_dgrad`."""
     batch, _, *size = dy.shape
-    dtype = stats_dtype(dy.dtype)
     channels = [source.channels if wanted else 0 for source, wanted in zip(sources, mask, strict=False)]
     start = 0 if mask[0] else sources[0].channels
     total = sum(channels)
@@ -367,7 +366,7 @@ def conv3x3_dgrad(
     first = 0
     for source, wanted in zip(sources, channels, strict=True):
         if not wanted:
-            gradients.append((dy.new_empty(0), dy.new_empty(0, dtype=dtype)))
+            gradients.append(no_gradients(dy))
             continue
         dx = empty_nhwc(source.x, *source.x.shape)
         if source.sticks_out(size):
