@@ -104,6 +104,11 @@ class Task:
         return operands + [name for name, value in self._constants.items() if value is True]
 
     @property
+    def rank(self) -> tuple[int, int, str]:
+        """Greater for a variant that does more; of equals for one whose sizes and addresses are better aligned."""
+        return len(self.asked), sum(map(bool, self.wanted.attributes.values())), self.variant
+
+    @property
     def _constants(self) -> dict[str, Any]:
         names = list(self.wanted.signature)
         return flat({names[path[0]]: value for path, value in self.wanted.constants.items()})
@@ -229,7 +234,7 @@ def find(
         task = Task(chip, origin, specialise(launch, CHIPS[chip].target))
         name = task.variant if variants else task.name
         other = tasks.setdefault(name, task)
-        if (len(task.asked), task.variant) > (len(other.asked), other.variant):
+        if task.rank > other.rank:
             tasks[name] = task
     return tasks
 
