@@ -36,7 +36,6 @@ SPILLS = (
     Spill(r"^_conv_down_fwd_kernel fp32 KSIZE=3 STRIDE=2 images=1 rows=1 columns=32 .* precision=ieee .* sm_80$", 8),
     # Blackwell: odd channels, and float32 heads.
     Spill(r"^_conv3x3_fwd_kernel fp16 HEAD=16 .* outputs=32 reduction=32 .* stages=3 sm_100$", 40),
-    Spill(r"^_conv_image_wgrad_kernel fp16 BLOCK_M=64 BLOCK_T=64 BLOCK_K=16 .* sm_100$", 8),
     Spill(r"^_head_stats_backward_kernel fp32 .*C=17 K=3 .* sm_100$", 24),
     Spill(r"^_upsample_bwd_kernel fp16 .* BLOCK_W=8 BLOCK_C=32 .* sm_100$", 8),
 )
