@@ -122,9 +122,9 @@ class Case:
         if not self.algorithm:
             yield
             return
-        from fastunet.kernels import algorithms, table
+        from fastunet.kernels import conv, table
 
-        with table.forced({kind: self.algorithm for kind, name in algorithms.FUNCTIONS if name == self.algorithm}):
+        with table.forced({kind: self.algorithm for kind, name in conv.FUNCTIONS if name == self.algorithm}):
             yield
 
     def source(self, channels: int, device: str | torch.device) -> tuple[Tensor, Tensor | None, bool]:

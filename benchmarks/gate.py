@@ -52,7 +52,7 @@ from benchmarks import gate_limits
 from benchmarks.cases import CASES, UNTIMED, Case
 from benchmarks.gate_file import FILE, Numbers, load, numbers, regressions, save
 from benchmarks.machine_code import CHIPS, Resources, read
-from benchmarks.recorder import Launch, Specialisation, find_kernels, record, specialise
+from benchmarks.recorder import Launch, Specialisation, find_kernels, flat, record, specialise
 from benchmarks.trace import Call, traced
 from fastunet import kernels
 from fastunet.architecture import as_if_on
@@ -85,7 +85,7 @@ class Task:
     @functools.cached_property
     def name(self) -> str:
         """Of the entry: kernel, dtype, tile, warps and stages, chip. Its variants differ in what they are asked for."""
-        tile = " ".join(f"{name}={value}" for name, value in self._constants.items() if _is_tile(value))
+        tile = " ".join(f"{name}={value}" for name, value in self._constants.items() if _is_tile(name, value))
         options = self.wanted.options
         return f"{self._head} {tile} warps={options['num_warps']} stages={options['num_stages']} {self.chip}"
 
@@ -99,13 +99,19 @@ class Task:
 
     @property
     def asked(self) -> list[str]:
-        """What the variant does beyond the least: its true constants."""
-        return [name for name, value in self._constants.items() if value is True]
+        """What the variant does: its true constants, and the operands that it has."""
+        operands = [name for name, kind in self.wanted.signature.items() if kind.startswith(("*", "tensordesc"))]
+        return operands + [name for name, value in self._constants.items() if value is True]
+
+    @property
+    def rank(self) -> tuple[int, int, str]:
+        """Greater for a variant that does more; of equals for one whose sizes and addresses are better aligned."""
+        return len(self.asked), sum(map(bool, self.wanted.attributes.values())), self.variant
 
     @property
     def _constants(self) -> dict[str, Any]:
         names = list(self.wanted.signature)
-        return {names[path[0]]: value for path, value in self.wanted.constants.items()}
+        return flat({names[path[0]]: value for path, value in self.wanted.constants.items()})
 
     @property
     def _head(self) -> str:
@@ -129,8 +135,8 @@ class Task:
         return bool(self._constants.get("K", 0) % 2) or self.wanted.name.startswith("_conv_few_")
 
 
-def _is_tile(value: Any) -> bool:
-    return value is not None and not isinstance(value, bool)
+def _is_tile(name: str, value: Any) -> bool:
+    return value is not None and not isinstance(value, bool) and name not in ("warps", "stages", "shares")
 
 
 @dataclass(frozen=True)
@@ -228,7 +234,7 @@ def find(
         task = Task(chip, origin, specialise(launch, CHIPS[chip].target))
         name = task.variant if variants else task.name
         other = tasks.setdefault(name, task)
-        if (len(task.asked), task.variant) > (len(other.asked), other.variant):
+        if task.rank > other.rank:
             tasks[name] = task
     return tasks
 

@@ -21,7 +21,7 @@ import fastunet
 from benchmarks import traffic
 from fastunet.architecture import as_if_on
 from fastunet.backend import interpreting
-from fastunet.kernels import common
+from fastunet.kernels import launching
 
 BASE, SIZE, BATCH = 8, 64, 2
 
@@ -50,7 +50,7 @@ def launching_nothing(architecture: str = "sm_90") -> Iterator[None]:
         as_if_on(architecture),
         mock.patch.object(JITFunction, "run", run),
         mock.patch("fastunet.backend.triton_unavailable", return_value=None),
-        mock.patch.object(common, "_compiled", {}),
+        mock.patch.object(launching, "_compiled", {}),
     ):
         yield
 

@@ -91,14 +91,11 @@ def triton_rate(launch: Launch, architecture: str) -> float:
     chip = CHIPS.get(architecture)
     if not name.startswith("_conv3x3_") or chip is None:
         return UNKNOWN
-    given = launch.kwargs
-    sizes = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
-    rows, pixels = given["ROWS"], given["IMAGES"] * given["COLUMNS"]
-    reduction, outputs = given["BLOCK_C"], given["BLOCK_K"]
-    if "dgrad" in name:
-        reduction, outputs = outputs, reduction
+    given, tile = launch.kwargs, launch.kwargs["TILE"]
+    named = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    rows, pixels, reduction, outputs = tile.rows, tile.images * tile.columns, tile.reduction, tile.outputs
     fixed, per_load, per_row, wgrad = chip.slots
-    normalised = (given["AFFINE"] or given["RELU"]) and "dgrad" not in name
+    normalised = (named["affine_ptr"] is not None or given["RELU"]) and "dgrad" not in name
     if "wgrad" in name:
         first, second = rows * pixels * reduction, (rows + 2) * pixels * outputs
         reads = 3 * rows * pixels * outputs * reduction / chip.rows
@@ -116,9 +113,9 @@ def triton_rate(launch: Launch, architecture: str) -> float:
     places = resident * chip.processors
     programs = math.prod(launch.grid)
     busy = programs / (math.ceil(programs / places) * places)
-    covered = math.ceil(sizes["N"] / given["IMAGES"]) * given["IMAGES"] * sizes["tiles_h"] * rows
-    filled = sizes["N"] * sizes["P"] * sizes["Q"] / (covered * sizes["tiles_w"] * given["COLUMNS"])
-    for size in ("C", "K"):
-        filled *= sizes[size] / (math.ceil(sizes[size] / given[f"BLOCK_{size}"]) * given[f"BLOCK_{size}"])
+    covered = math.ceil(named["N"] / tile.images) * tile.images * named["tiles_h"] * rows
+    filled = named["N"] * named["P"] * named["Q"] / (covered * named["tiles_w"] * tile.columns)
+    for size, part in zip(("K", "C") if "dgrad" in name else ("C", "K"), (reduction, outputs), strict=True):
+        filled *= named[size] / (math.ceil(named[size] / part) * part)
     attained = ATTAINED.get(architecture, {}).get((name.split("_")[2], bool(normalised)), SUSTAINED)
     return float(min(attained, 1 / slots, from_l2, from_shared) * busy * filled)

@@ -8,7 +8,7 @@ what a GPU would compile, and the notes hold the grid and every argument for who
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -36,6 +36,15 @@ class Launch:
         """Equal for two launches on the meta device that compile to the same."""
         said = tuple(map(_type, self.args))
         return self.kernel, said, tuple(self.kwargs.items())
+
+
+def flat(constants: Mapping[str, Any]) -> dict[str, Any]:
+    """Constants by name, those in structs by the names of their fields."""
+    return {
+        name: value
+        for outer, constant in constants.items()
+        for name, value in (constant._asdict() if hasattr(constant, "_asdict") else {outer: constant}).items()
+    }
 
 
 def _type(argument: Any) -> Any:

@@ -1,7 +1,7 @@
 """The tuner: which algorithm and tile each convolution of a U-Net takes on the GPU that is here, by measuring.
 
 ``python -m benchmarks.tune`` walks over the layers of the U-Net (forward, dgrad and wgrad apart), those with the most
-work first. Of 3×3 convolutions of stride 1 it times every algorithm (see ``kernels/algorithms.py``) and the torch
+work first. Of 3×3 convolutions of stride 1 it times every algorithm (see ``kernels/conv.py``) and the torch
 backend. Where Triton's kernels are not far behind, it changes one parameter of the rule's tile, or two that go
 together, compiles the candidates on all cores, checks the numbers of each against float64, times all of them in turn,
 and goes on from the fastest. What beats the rule by more than the noise becomes an entry of ``kernels/tiles.json``,
@@ -221,7 +221,7 @@ def tune(case: Case, device: torch.device, seconds: float, pool: Executor | None
 
 def algorithms(kind: str) -> list[str]:
     """The algorithms beside Triton's implicit GEMM for kernels of this kind."""
-    from fastunet.kernels.algorithms import FUNCTIONS
+    from fastunet.kernels.conv import FUNCTIONS
 
     return [name for each, name in FUNCTIONS if each == kind and name != "triton"]
 

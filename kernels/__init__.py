@@ -10,14 +10,14 @@ if __name__ != "fastunet.kernels":
         "'pip install -e .' and import it by that name"
     )
 
-from fastunet.kernels.affine import affine_act, affine_act_backward, bn_affine, bn_affine_backward, bn_affine_running
-from fastunet.kernels.confusion import confusion_matrix, confusion_matrix_of_masks
-from fastunet.kernels.conv import conv2d, conv2d_act, conv_transpose2d
-from fastunet.kernels.conv_backward import conv2d_backward, conv_transpose2d_backward
-from fastunet.kernels.head import head_predict, head_stats, head_stats_backward
-from fastunet.kernels.pool import max_pool2x2, max_pool2x2_backward
-from fastunet.kernels.softmax_stats import softmax_stats, softmax_stats_backward
-from fastunet.kernels.upsample import upsample_concat, upsample_concat_backward
+from .affine import affine_act, affine_act_backward, bn_affine, bn_affine_backward, bn_affine_running
+from .confusion import confusion_matrix, confusion_matrix_of_masks
+from .conv import conv2d, conv2d_act, conv_transpose2d
+from .conv_backward import conv2d_backward, conv_transpose2d_backward
+from .head import head_predict, head_stats, head_stats_backward
+from .pool import max_pool2x2, max_pool2x2_backward
+from .softmax_stats import softmax_stats, softmax_stats_backward
+from .upsample import upsample_concat, upsample_concat_backward
 
 __all__ = [
     "affine_act",

@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels.common import OPTIONS, accumulator, block, cdiv, launch, load_affine, nhwc, normalise, sum_slabs
 from fastunet.layout import stats_dtype
+
+from .common import block, cdiv, dense, load_affine, nhwc, normalise, sum_slabs
+from .launching import accumulator, launch
 
 _ACCESSES = 2  # 16-byte accesses per thread, tensor and step: bytes enough in flight without crowding the registers
 _ROUNDS = 8  # steps per program of the backward: the sums it writes stay below 1 % of its traffic
@@ -26,16 +28,18 @@ _BN_BLOCK = 128
 
 
 @triton.jit
-def source_backward(dz, x, scale, shift, centre, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr):
+def source_backward(dz, x, affine, RELU: tl.constexpr, ACC: tl.constexpr):
     """(dx, g·(x − centre), g) of a tile (pixels, channels), where g = dz under the ReLU's mask; all in ACC."""
     g = dz.to(ACC)
     if RELU:
-        z = normalise(x, scale, shift, centre, HAS_AFFINE, False, ACC)
+        z = normalise(x, affine, False, ACC)
         g = tl.where(z <= 0, 0.0, g)
     dx = g
-    if HAS_AFFINE:
-        dx = g * scale[None, :]
-    return dx, g * (x.to(ACC) - centre[None, :]), g
+    gx = g  # which nobody reads without an affine
+    if len(affine) > 0:
+        dx = g * affine.scale[None, :]
+        gx = g * (x.to(ACC) - affine.centre[None, :])
+    return dx, gx, g
 
 
 @triton.jit
@@ -49,85 +53,52 @@ def store_affine_gradient(partial_ptr, slab, c, C, scale, sum_gx, sum_g):
 
 @triton.jit(do_not_specialize=["pixels"])
 def _affine_act_fwd_kernel(
-    x_ptr,
-    affine_ptr,
-    z_ptr,
-    pixels,
-    C,
-    z_stride,
-    HAS_AFFINE: tl.constexpr,
-    RELU: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x_ptr, affine_ptr, z_ptr, pixels, C, z_stride,
+    RELU: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (p < pixels)[:, None] & (c < C)[None, :]
-    at = p[:, None] * C + c[None, :]
-    scale, shift, centre = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0)
-    z = normalise(x, scale, shift, centre, HAS_AFFINE, RELU, ACC)
+    index = p[:, None] * C + c[None, :]
+    affine = load_affine(affine_ptr, c, C)
+    x = tl.load(x_ptr + index, mask=inside, other=0.0)
+    z = normalise(x, affine, RELU, ACC)
     tl.store(z_ptr + p[:, None] * z_stride + c[None, :], z, mask=inside)
 
 
 @triton.jit(do_not_specialize=["pixels"])
 def _affine_act_bwd_kernel(
-    dz_ptr,
-    x_ptr,
-    affine_ptr,
-    dx_ptr,
-    z_ptr,
-    partial_ptr,
-    pixels,
-    C,
-    stride,
-    HAS_AFFINE: tl.constexpr,
-    RELU: tl.constexpr,
-    ACC: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    dz_ptr, x_ptr, affine_ptr, dx_ptr, z_ptr, partial_ptr, pixels, C, stride,
+    RELU: tl.constexpr, ACC: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     slab = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    scale, shift, centre = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)
+    affine = load_affine(affine_ptr, c, C)
     sum_gx = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     sum_g = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for i in range(ROUNDS):
         p = (slab * ROUNDS + i) * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = (p < pixels)[:, None] & (c < C)[None, :]
-        at = p[:, None] * C + c[None, :]
+        index = p[:, None] * C + c[None, :]
         value = p[:, None] * stride + c[None, :]
         dz = tl.load(dz_ptr + value, mask=inside, other=0.0)
-        x = tl.load(x_ptr + at, mask=inside, other=0.0)
-        dx, gx, g = source_backward(dz, x, scale, shift, centre, HAS_AFFINE, RELU, ACC)
-        tl.store(dx_ptr + at, dx, mask=inside)
+        x = tl.load(x_ptr + index, mask=inside, other=0.0)
+        dx, gx, g = source_backward(dz, x, affine, RELU, ACC)
+        tl.store(dx_ptr + index, dx, mask=inside)
         if z_ptr is not None:
-            tl.store(z_ptr + value, normalise(x, scale, shift, centre, HAS_AFFINE, RELU, ACC), mask=inside)
-        if HAS_AFFINE:
+            tl.store(z_ptr + value, normalise(x, affine, RELU, ACC), mask=inside)
+        if affine_ptr is not None:
             sum_gx += gx
             sum_g += g
-    if HAS_AFFINE:
-        store_affine_gradient(partial_ptr, slab, c, C, scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
+    if affine_ptr is not None:
+        store_affine_gradient(partial_ptr, slab, c, C, affine.scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
 
 
 @triton.jit(do_not_specialize=["count"])
 def _bn_affine_fwd_kernel(
-    mean_ptr,
-    var_ptr,
-    weight_ptr,
-    bias_ptr,
-    running_mean_ptr,
-    running_var_ptr,
-    affine_ptr,
-    C,
-    count,
-    MOMENTUM: tl.constexpr,
-    EPS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    mean_ptr, var_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, affine_ptr, C, count,
+    MOMENTUM: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     mean = tl.load(mean_ptr + c, mask=inside, other=0.0)
@@ -154,18 +125,9 @@ def _bn_affine_fwd_kernel(
 
 @triton.jit
 def _bn_affine_bwd_kernel(
-    daffine_ptr,
-    var_ptr,
-    weight_ptr,
-    dmean_ptr,
-    dvar_ptr,
-    dweight_ptr,
-    dbias_ptr,
-    C,
-    EPS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    daffine_ptr, var_ptr, weight_ptr, dmean_ptr, dvar_ptr, dweight_ptr, dbias_ptr, C,
+    EPS: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < C
     rstd = tl.rsqrt(tl.load(var_ptr + c, mask=inside, other=1.0) + EPS)
@@ -179,15 +141,25 @@ def _bn_affine_bwd_kernel(
     tl.store(dmean_ptr + c, tl.load(daffine_ptr + 2 * C + c, mask=inside, other=0.0), mask=inside)
 
 
-def tile(channels: int, element_size: int, accesses: int) -> tuple[int, int]:
-    """(pixels, channels) of a tile that 4 warps read in ``accesses`` 16-byte accesses per thread; at most 128 × 64."""
+def flat_tile(channels: int, element_size: int, accesses: int) -> tuple[int, int]:
+    """(pixels, channels) that 4 warps read in ``accesses`` 16-byte accesses per thread; at most 128 × 64."""
     block_c = block(channels, 64, 4)
     return min(128, accesses * 128 * 16 // element_size // block_c), block_c
 
 
-def dense(vector: Tensor | None) -> Tensor | None:
-    """An affine or a parameter as the kernels address it: dense in memory, or None."""
-    return None if vector is None else vector.contiguous()
+def affine_slabs(x: Tensor, affine: Tensor | None, slabs: int) -> Tensor | None:
+    """Where so many programs leave their shares of the gradient of x's affine, if it has one."""
+    return None if affine is None else x.new_empty((slabs, 3, x.shape[1]), dtype=stats_dtype(x.dtype))
+
+
+def affine_gradient(x: Tensor, partial: Tensor | None) -> Tensor:
+    """daffine (3, C) from those shares, empty without an affine."""
+    return x.new_empty(0, dtype=stats_dtype(x.dtype)) if partial is None else sum_slabs(partial)
+
+
+def no_gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What stands for (dx, daffine) of a source whose gradients were not asked for."""
+    return x.new_empty(0), affine_gradient(x, None)
 
 
 def affine_act(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
@@ -205,19 +177,18 @@ def store_value(z: Tensor, stride: int, x: Tensor, affine: Tensor | None, relu: 
     channels = x.shape[1]
     pixels = x.numel() // max(channels, 1)
     if pixels:
-        block_p, block_c = tile(channels, x.element_size(), _ACCESSES)
+        block_p, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
         launch(
             _affine_act_fwd_kernel, (cdiv(pixels, block_p), cdiv(channels, block_c)),
             nhwc(x), dense(affine), z, pixels, channels, stride,
-            HAS_AFFINE=affine is not None, RELU=relu, **OPTIONS,
-            ACC=accumulator(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
+            RELU=relu, ACC=accumulator(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
         )  # fmt: skip
 
 
 def affine_act_backward(dz: Tensor, x: Tensor, affine: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
     """Gradients (dx, daffine) of :func:`affine_act`: dx like x; daffine (3, C), empty without an affine."""
     if affine is None and not relu:
-        return dz.clone(memory_format=torch.channels_last), x.new_empty(0, dtype=stats_dtype(x.dtype))
+        return dz.clone(memory_format=torch.channels_last), affine_gradient(x, None)
     return source_gradient(nhwc(dz), x.shape[1], x, affine, relu)
 
 
@@ -230,18 +201,16 @@ def source_gradient(
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     channels = x.shape[1]
     pixels = x.numel() // max(channels, 1)
-    block_p, block_c = tile(channels, x.element_size(), _ACCESSES)
+    block_p, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
     slabs = cdiv(pixels, block_p * _ROUNDS)
-    partial = x.new_empty(0 if affine is None else (slabs, 3, channels), dtype=stats_dtype(x.dtype))
+    partial = affine_slabs(x, affine, slabs)
     if x.numel() > 0:
         launch(
             _affine_act_bwd_kernel, (slabs, cdiv(channels, block_c)),
             dz, x, dense(affine), dx, z, partial, pixels, channels, stride,
-            HAS_AFFINE=affine is not None, RELU=relu, **OPTIONS,
-            ACC=accumulator(x.dtype), ROUNDS=_ROUNDS,
-            BLOCK_P=block_p, BLOCK_C=block_c,
+            RELU=relu, ACC=accumulator(x.dtype), ROUNDS=_ROUNDS, BLOCK_P=block_p, BLOCK_C=block_c,
         )  # fmt: skip
-    return dx, partial if affine is None else sum_slabs(partial)
+    return dx, affine_gradient(x, partial)
 
 
 def _bn_affine(
@@ -254,7 +223,7 @@ def _bn_affine(
         launch(
             _bn_affine_fwd_kernel, (cdiv(channels, _BN_BLOCK),),
             mean.contiguous(), var.contiguous(), dense(weight), dense(bias), *running, affine, channels, count,
-            MOMENTUM=momentum, EPS=eps, **OPTIONS, ACC=accumulator(mean.dtype), BLOCK_C=_BN_BLOCK,
+            MOMENTUM=momentum, EPS=eps, ACC=accumulator(mean.dtype), BLOCK_C=_BN_BLOCK,
         )  # fmt: skip
     return affine
 
@@ -294,6 +263,6 @@ def bn_affine_backward(
         launch(
             _bn_affine_bwd_kernel, (cdiv(channels, _BN_BLOCK),),
             daffine.contiguous(), var.contiguous(), dense(weight), dmean, dvar, dweight, dbias, channels,
-            EPS=eps, **OPTIONS, ACC=accumulator(var.dtype), BLOCK_C=_BN_BLOCK,
+            EPS=eps, ACC=accumulator(var.dtype), BLOCK_C=_BN_BLOCK,
         )  # fmt: skip
     return dmean, dvar, dweight, dbias

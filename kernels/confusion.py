@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels.common import OPTIONS, accumulator, cdiv, launch, power_of_2
-from fastunet.kernels.softmax_stats import alignment, by_pixel
+from .common import cdiv, power_of_2
+from .launching import accumulator, launch
+from .softmax_stats import alignment, by_pixel
 
 _PROGRAMS = 1024
 _CELLS = 1 << 20  # of all programs' histograms together
@@ -139,7 +140,7 @@ def confusion_matrix(logits: Tensor, labels: Tensor, ignore_index: int, threshol
         logits, labels, counts, pixels, programs, ignore_index, stride_xn, stride_xc, stride_yn, stride_yp,
         stride_xp=stride_xp, C=channels, ALIGN=alignment(stride_xn, channels), THRESHOLD=threshold,
         ACC=accumulator(logits.dtype), **choices, BLOCK_P=block_p, BLOCK_C=block_c,
-        **OPTIONS, num_warps=4 if channels <= 128 else 8,
+        num_warps=4 if channels <= 128 else 8,
     )  # fmt: skip
     return counts.sum(0)[: (classes + 1) * classes].view(classes + 1, classes)
 
@@ -157,6 +158,6 @@ def confusion_matrix_of_masks(mask: Tensor, labels: Tensor, classes: int, ignore
     launch(
         _confusion_matrix_of_masks_kernel, (programs,),
         mask, labels, counts, pixels, programs, ignore_index,
-        C=classes, **choices, BLOCK_P=_MASK_PIXELS, **OPTIONS, num_warps=4,
+        C=classes, **choices, BLOCK_P=_MASK_PIXELS, num_warps=4,
     )  # fmt: skip
     return counts.sum(0)[: (classes + 1) * classes].view(classes + 1, classes)

@@ -6,31 +6,85 @@
 summed over the taps (r, s) and channels c of z = act(scale·(x − centre) + shift); z is zero outside its source. With
 statistics, each tile also yields the mean and the centred sum of squares of its y as rounded to y's dtype.
 
+Of 3×3 convolutions of stride 1 there are several algorithms. "triton" normalises its sources while it loads them.
+"stored" is the same kernels on sources that were normalised in a pass of their own, which costs a write and a read of
+each and leaves the main loop nothing but products: on an H200 a loop with a prologue takes up to twice as long. "cudnn"
+and "winograd" are other products between the same edges.
+
 Layout: activations NHWC, weights as channels_last memory, (K,R,S,C) for conv2d and (C,R,S,K) for conv_transpose2d; one
 copy of the weights serves forward and dgrad. Bytes: each source and W are read, y is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastunet.kernels.affine import affine_act
-from fastunet.kernels.algorithms import computing
-from fastunet.kernels.common import Source
-from fastunet.kernels.conv3x3 import conv3x3
-from fastunet.kernels.conv_down import conv_down
-from fastunet.kernels.conv_few import conv_few
-from fastunet.kernels.conv_few import serves as few
-from fastunet.kernels.conv_image import conv_image, serves
-from fastunet.kernels.conv_up import conv_up
-from fastunet.kernels.pool import max_pool2x2
 from fastunet.layout import frame, stats_dtype
 
+from . import conv_aten, winograd
+from .affine import affine_act
+from .common import Source
+from .conv3x3 import conv3x3, conv3x3_dgrad
+from .conv3x3_wgrad import conv3x3_wgrad
+from .conv_down import conv_down
+from .conv_few import conv_few
+from .conv_few import serves as few
+from .conv_image import conv_image, serves
+from .conv_up import conv_up
+from .pool import max_pool2x2
+from .table import algorithm, algorithm_forced, arithmetic
 
-def alone(sources: Sequence[Source], size: Sequence[int]) -> Source:
+# By kind and algorithm; for a kind without an entry an algorithm is not offered.
+FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("conv3x3_fwd", "triton"): conv3x3,
+    ("conv3x3_fwd", "stored"): conv3x3,
+    ("conv3x3_fwd", "cudnn"): conv_aten.conv3x3,
+    ("conv3x3_fwd", "winograd"): winograd.conv3x3,
+    # Where the result is normalised before it is stored, as in inference.
+    ("conv3x3_act", "triton"): conv3x3,
+    ("conv3x3_act", "cudnn"): conv_aten.conv3x3,
+    ("conv3x3_dgrad", "triton"): conv3x3_dgrad,
+    ("conv3x3_dgrad", "cudnn"): conv_aten.conv3x3_dgrad,
+    ("conv3x3_dgrad", "winograd"): winograd.conv3x3_dgrad,
+    ("conv3x3_wgrad", "triton"): conv3x3_wgrad,
+    ("conv3x3_wgrad", "stored"): conv3x3_wgrad,
+    ("conv3x3_wgrad", "cudnn"): conv_aten.conv3x3_wgrad,
+}
+
+
+def chosen(kind: str, sources: Sequence[Source], filters: int, width: int, mixed: bool) -> str:
+    """The algorithm for ``kind`` on these sources: if ``mixed`` what the table says is the fastest, else Triton's own
+    way to it."""
+    name = algorithm_forced(kind)
+    if name is not None:
+        return name
+    x = sources[0].x
+    name = algorithm(kind, tuple(source.channels for source in sources), filters, width, x.shape[0], arithmetic(x))
+    if mixed or name in ("triton", "stored"):
+        return name
+    return "stored" if kind == "conv3x3_fwd" else "triton"
+
+
+def computing(
+    kind: str, sources: Sequence[Source], filters: int, width: int, mixed: bool
+) -> tuple[Callable[..., Any], Sequence[Source]]:
+    """The function for ``kind`` by the algorithm :func:`chosen`, and the sources as it takes them."""
+    name = chosen(kind, sources, filters, width, mixed)
+    return FUNCTIONS[kind, name], list(map(_stored, sources)) if name == "stored" else sources
+
+
+def _stored(source: Source) -> Source:
+    """The source, normalised: itself if it is plain."""
+    if source.affine is None and not source.relu:
+        return source
+    return Source(affine_act(source.x, source.affine, source.relu), None, False, source.top, source.left)
+
+
+def joined(sources: Sequence[Source], size: Sequence[int]) -> Source:
     """What is placed in the frame as one source; formed in memory unless it is one source that fills the frame."""
     first = sources[0]
     if len(sources) == 1 and [first.height, first.width, first.top, first.left] == [*size, 0, 0]:
@@ -72,10 +126,10 @@ def conv2d(
         else:
             y, mean, var = compute(sources, size, weight, bias, stats)
     elif few(weight) and not stats:
-        y = conv_few(alone(sources, size), weight, bias)
+        y = conv_few(joined(sources, size), weight, bias)
         mean, var = (x0.new_empty(0, dtype=stats_dtype(x0.dtype)) for _ in range(2))
     else:
-        y, mean, var = conv_down(alone(sources, size), weight, bias, stats, stride)
+        y, mean, var = conv_down(joined(sources, size), weight, bias, stats, stride)
     if pooled is None:
         pooled = max_pool2x2(y, pool_scale) if pool else x0.new_empty(0)
     return y, mean, var, x0.new_empty(0), pooled

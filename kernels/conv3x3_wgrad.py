@@ -3,10 +3,10 @@
     dW[k,r,s,c] = Σ_{n,h,w} z[n,h,w,c] · dY[n, h − r + 1, w − s + 1, k],    z = act(scale·(x − centre) + shift)
 
 Summed over the pixels of the source, not of dY: then the operand that is normalised needs no padding, and what lies
-outside dY is zero by itself. A program sums one column s of the filter, its three rows r in an accumulator each, for
-BLOCK_C channels and BLOCK_K outputs over a slab of tiles: of ROWS rows of IMAGES·COLUMNS pixels it loads and normalises
-each row of z once, in registers, and multiplies it with three of the ROWS + 2 rows of dY. The slabs are summed in a
-fixed order.
+outside dY is zero by itself. A program sums one column s of the filter, its three rows r in an accumulator each, for a
+block of channels and one of outputs over a slab of tiles: of a tile's rows of images·columns pixels it loads and
+normalises each row of z once, in registers, and multiplies it with three of the rows + 2 rows of dY. The slabs are
+summed in a fixed order.
 
 Layout: activations NHWC, dW (K,3,3,C). Bytes: reads dY and each source, writes and reads the slabs of dW.
 Accumulation: float32 (float64 for float64).
@@ -20,25 +20,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels.common import (
-    OPTIONS,
-    Source,
-    accumulator,
-    add_product,
-    cdiv,
-    held,
-    hold,
-    launch,
-    load_affine,
-    precision,
-    real_word,
-    release,
-    sum_slabs,
-    tile_place,
-)
-from fastunet.kernels.conv3x3 import cropped, load_row, operand, replace
-from fastunet.kernels.tiles import choose
 from fastunet.layout import stats_dtype
+
+from .common import Source, cdiv, load_affine, replace, sum_slabs
+from .gemm import (
+    Frame,
+    Image,
+    Pixel,
+    Walk,
+    Window,
+    add_product,
+    first_pixel,
+    load_pixels,
+    operand,
+    release,
+    side,
+    window,
+    zeros,
+)
+from .launching import launch, real_word
+from .tiles import choose
 
 SIZES = ["N", "H", "W", "top", "left", "H1", "W1", "top1", "left1", "P", "Q", "tiles", "tiles_h", "tiles_w",
          "tiles1", "tiles1_h", "tiles1_w", "slabs"]  # fmt: skip
@@ -46,32 +47,24 @@ SIZES = ["N", "H", "W", "top", "left", "H1", "W1", "top1", "left1", "P", "Q", "t
 
 @triton.jit
 def _accumulate(
-    accs, start, stop, x, affine_ptr, real_ptr, dy, s, c, C, k, K, N, H, W, top, left, P, Q, tiles_h, tiles_w,
-    HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
-    IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    HELD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    accs, walk, source, frame, dy, s, c, k, MASKED: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr
 ):  # fmt: skip
-    """Add tiles start … stop of a source placed at (top, left) in dY's frame (P, Q)."""
-    h_low, h_high = tl.maximum(0, -top), tl.minimum(H, P - top)
-    w_low, w_high = tl.maximum(0, -left), tl.minimum(W, Q - left)
-    scale, shift, centre = load_affine(affine_ptr, c + tl.arange(0, BLOCK_C), C, HAS_AFFINE, ACC)
-    none = tl.zeros([BLOCK_K], ACC)
-    for tile in tl.range(start, stop):
-        n, h, w = tile_place(tile, tiles_h, tiles_w, IMAGES, ROWS, COLUMNS)
+    """Add some tiles of a source in dY's frame."""
+    inside = window(source, frame)
+    affine = load_affine(source.affine, c + tl.arange(0, TILE.reduction), source.C)
+    everything = Window(0, frame.P, 0, frame.Q)
+    for number in tl.range(walk.start, walk.stop):
+        at = first_pixel(number, walk.tiles_h, walk.tiles_w, TILE)
         rows = ()
-        for i in tl.static_range(ROWS + 2):
-            row = load_row(
-                dy, dy, none, none, none, n, h + top + (i - 1), w + left + 1 - s, k, N, P, Q, K, 0, P, 0, Q,
-                False, False, True, TMA, IMAGES, COLUMNS, BLOCK_K, ACC,
-            )  # fmt: skip
+        for i in tl.static_range(TILE.rows + 2):
+            pixel = Pixel(at.n, at.h + frame.top + (i - 1), at.w + frame.left + 1 - s)
+            row = load_pixels(dy, (), pixel, 0, k, everything, TILE.outputs, True, TILE, NUM.acc)
             rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
-        for i in tl.static_range(ROWS):
-            z = load_row(
-                x, real_ptr, scale, shift, centre, n, h + i, w, c, N, H, W, C, h_low, h_high, w_low, w_high,
-                HAS_AFFINE, RELU, MASKED, TMA, IMAGES, COLUMNS, BLOCK_C, ACC, 0,
-            )  # fmt: skip
+        for i in tl.static_range(len(rows) - 2):
+            pixel = Pixel(at.n, at.h + i, at.w)
+            z = load_pixels(source, affine, pixel, 0, c, inside, TILE.reduction, MASKED, TILE, NUM.acc, 1, 0)
             for r in tl.static_range(3):  # dY's row h + i − r + 1 is number i − r + 2
-                accs = replace(accs, r, add_product(accs[r], z, rows[i - r + 2], HELD, ACC, PRECISION))
+                accs = replace(accs, r, add_product(accs[r], z, rows[i - r + 2], NUM))
     return accs
 
 
@@ -79,92 +72,75 @@ def _accumulate(
 def _conv3x3_wgrad_kernel(
     x, affine_ptr, x1, affine1_ptr, real_ptr, dy, partial_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles, tiles_h, tiles_w, tiles1, tiles1_h, tiles1_w, slabs,
-    AFFINE: tl.constexpr, RELU: tl.constexpr, TWO: tl.constexpr, AFFINE1: tl.constexpr, RELU1: tl.constexpr,
-    MASKED: tl.constexpr, TMA: tl.constexpr,
-    IMAGES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    HELD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    RELU: tl.constexpr, RELU1: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """partial[slab, k, r, s, c] over the slab's tiles, for the channels of one source and then of the other."""
-    blocks_k = tl.cdiv(K, BLOCK_K)
-    blocks0 = tl.cdiv(C, BLOCK_C)
+    blocks_k = tl.cdiv(K, TILE.outputs)
+    blocks0 = tl.cdiv(C, TILE.reduction)
     blocks = blocks0
-    if TWO:
-        blocks += tl.cdiv(C1, BLOCK_C)
+    if x1 is not None:
+        blocks += tl.cdiv(C1, TILE.reduction)
     program = tl.program_id(0)
     s = program % 3
     block = program // 3 % blocks
-    k = program // 3 // blocks % blocks_k * BLOCK_K
+    k = program // 3 // blocks % blocks_k * TILE.outputs
     slab = program // 3 // blocks // blocks_k
-    accs = (hold(tl.zeros([BLOCK_C, BLOCK_K], ACC), HELD),) * 3
-    c = block * BLOCK_C
+    accs = zeros(TILE.reduction, TILE.outputs, 3, NUM)
+    c = block * TILE.reduction
     c_stop = C
     per_slab = tl.cdiv(tiles, slabs)
     start = slab * per_slab
     stop = tl.minimum(start + per_slab, tiles)
-    if TWO:
+    if x1 is not None:
         stop = tl.where(block < blocks0, stop, start)  # two loops, of which one is empty
+    dy = Image(dy, N, P, Q, K, None, None, None)
     accs = _accumulate(
-        accs, start, stop, x, affine_ptr, real_ptr, dy, s, c, C, k, K, N, H, W, top, left, P, Q, tiles_h, tiles_w,
-        AFFINE, RELU, MASKED, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, HELD, ACC, PRECISION,
+        accs, Walk(start, stop, tiles_h, tiles_w), Image(x, N, H, W, C, affine_ptr, RELU, real_ptr),
+        Frame(P, Q, top, left), dy, s, c, k, MASKED, TILE, NUM,
     )  # fmt: skip
-    if TWO:
+    if x1 is not None:
         per_slab = tl.cdiv(tiles1, slabs)
         start = slab * per_slab
         stop = tl.where(block < blocks0, start, tl.minimum(start + per_slab, tiles1))
         accs = _accumulate(
-            accs, start, stop, x1, affine1_ptr, real_ptr, dy, s, tl.maximum(c - blocks0 * BLOCK_C, 0), C1, k, K,
-            N, H1, W1, top1, left1, P, Q, tiles1_h, tiles1_w,
-            AFFINE1, RELU1, MASKED, TMA, IMAGES, ROWS, COLUMNS, BLOCK_C, BLOCK_K, HELD, ACC, PRECISION,
+            accs, Walk(start, stop, tiles1_h, tiles1_w), Image(x1, N, H1, W1, C1, affine1_ptr, RELU1, real_ptr),
+            Frame(P, Q, top1, left1), dy, s, tl.maximum(c - blocks0 * TILE.reduction, 0), k, MASKED, TILE, NUM,
         )  # fmt: skip
         c_stop = tl.where(block < blocks0, C, C + C1)
-        c = tl.where(block < blocks0, c, c - blocks0 * BLOCK_C + C)
-    channel = c + tl.arange(0, BLOCK_C)
-    filters = k + tl.arange(0, BLOCK_K)
+        c = tl.where(block < blocks0, c, c - blocks0 * TILE.reduction + C)
+    channel = c + tl.arange(0, TILE.reduction)
+    filters = k + tl.arange(0, TILE.outputs)
     mask = (channel < c_stop)[:, None] & (filters < K)[None, :]
     row = ((slab.to(tl.int64) * K + filters) * 9 + s)[None, :]
     for r in tl.static_range(3):
-        tl.store(partial_ptr + (row + 3 * r) * (C + C1) + channel[:, None], release(accs[r], HELD, ACC), mask=mask)
+        tl.store(partial_ptr + (row + 3 * r) * (C + C1) + channel[:, None], release(accs[r], NUM), mask=mask)
 
 
 def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tensor:
     """dW (K, C, 3, 3), channels_last memory in stats_dtype, from dY (N, K, P, Q) and the sources."""
-    first, second = sources[0], sources[-1]
-    batch, filters, height, width = dy.shape
+    first, second = sources[0], sources[1] if len(sources) == 2 else None
+    batch, filters, *size = dy.shape
     channels = weight.shape[1]
+    sticks_out = any(source.sticks_out(size) for source in sources)
     tile = choose(
-        "conv3x3_wgrad", batch, [source.channels for source in sources], filters, height, width,
-        [dy, *(source.x for source in sources)], pointers=any(cropped(source, (height, width)) for source in sources),
+        "conv3x3_wgrad", batch, [source.channels for source in sources], filters, size[0], size[1],
+        [dy, *(source.x for source in sources)], pointers=sticks_out,
     )  # fmt: skip
-    grids = [
-        (
-            cdiv(batch, tile.images),
-            cdiv(source.height, tile.rows),
-            cdiv(source.width, tile.columns),
-        )
-        for source in (first, second)
-    ]
-    tiles, tiles1 = (a * b * c for a, b, c in grids)
+    grid, grid1 = (tile.grid(batch, source.height, source.width) for source in (first, second or first))
     exact = [tile.images, tile.rows, tile.columns]
-    masked = any(
-        size % part for source in sources for size, part in zip((batch, *source.x.shape[2:]), exact, strict=True)
+    masked = sticks_out or any(
+        length % part for source in sources for length, part in zip((batch, *source.x.shape[2:]), exact, strict=True)
     )
-    masked = masked or any(cropped(source, (height, width)) for source in sources)
     blocks = sum(cdiv(source.channels, tile.reduction) for source in sources) * cdiv(filters, tile.outputs)
     # Enough programs to fill a large GPU a few times, of a few tiles each; the same on every GPU, for the same bits.
-    slabs = max(1, min(cdiv(tiles, 4), cdiv(264, 3 * blocks)))
+    slabs = max(1, min(cdiv(grid[0], 4), cdiv(264, 3 * blocks)))
     partial = dy.new_empty((slabs, filters, 3, 3, channels), dtype=stats_dtype(dy.dtype))
     launch(
         _conv3x3_wgrad_kernel, (slabs * blocks * 3,),
-        operand(first.x, tile, tile.reduction), first.affine_or_x,
-        operand(second.x, tile, tile.reduction), second.affine_or_x, real_word(dy.device),
-        operand(dy, tile, tile.outputs), partial,
-        batch, first.height, first.width, first.top, first.left, second.height, second.width, second.top, second.left,
-        height, width, first.channels, channels - first.channels, filters,
-        tiles, grids[0][1], grids[0][2], tiles1, grids[1][1], grids[1][2], slabs,
-        AFFINE=first.affine is not None, RELU=first.relu, TWO=len(sources) == 2,
-        AFFINE1=second.affine is not None, RELU1=second.relu, MASKED=masked, TMA=tile.tma,
-        IMAGES=tile.images, ROWS=tile.rows, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
-        HELD=held(dy), ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype),
-        **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
+        *side(first, tile, tile.reduction), *side(second, tile, tile.reduction), real_word(dy.device),
+        operand(dy, tile, tile.outputs, tile.tma), partial,
+        batch, *first.extent, *(second or first).extent, *size,
+        first.channels, channels - first.channels, filters, *grid, *grid1, slabs,
+        RELU=first.relu, RELU1=second is not None and second.relu, MASKED=masked, **tile.constants(dy),
     )  # fmt: skip
     return sum_slabs(partial).permute(0, 3, 1, 2)

@@ -21,10 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels.affine import source_gradient, store_value, tile
-from fastunet.kernels.common import OPTIONS, Source, accumulator, cdiv, empty_nhwc, launch, load_affine, nhwc, normalise
-from fastunet.kernels.statistics import batch_stats
 from fastunet.layout import frame, stats_dtype
+
+from .affine import affine_gradient, flat_tile, no_gradients, source_gradient, store_value
+from .common import Source, cdiv, empty_nhwc, load_affine, nhwc, normalise
+from .launching import accumulator, launch
+from .statistics import batch_stats
 
 aten = torch.ops.aten
 
@@ -32,7 +34,7 @@ aten = torch.ops.aten
 @triton.jit(do_not_specialize=["pixels", "H", "W", "top", "left", "P", "Q"])
 def _place_kernel(
     x_ptr, affine_ptr, z_ptr, pixels, H, W, top, left, P, Q, C, C_FIRST, C_TOTAL,
-    AFFINE: tl.constexpr, RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Channels C_FIRST … of z in the frame (P, Q), from a source (H, W) placed at (top, left)."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -41,11 +43,11 @@ def _place_kernel(
     w = m % Q - left
     real = (m < pixels) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     mask = real[:, None] & (c < C)[None, :]
-    scale, shift, centre = load_affine(affine_ptr, c, C, AFFINE, ACC)
+    affine = load_affine(affine_ptr, c, C)
     x = tl.load(x_ptr + ((m // Q // P * H + h) * W + w)[:, None] * C + c[None, :], mask=mask, other=0.0)
-    z = tl.where(mask, normalise(x, scale, shift, centre, AFFINE, RELU, ACC), 0.0)
-    place = m[:, None] * C_TOTAL + (C_FIRST + c)[None, :]
-    tl.store(z_ptr + place, z.to(x.dtype), mask=(m < pixels)[:, None] & (c < C)[None, :])
+    z = tl.where(mask, normalise(x, affine, RELU, ACC), 0.0)
+    index = m[:, None] * C_TOTAL + (C_FIRST + c)[None, :]
+    tl.store(z_ptr + index, z.to(x.dtype), mask=(m < pixels)[:, None] & (c < C)[None, :])
 
 
 def _fills(source: Source, size: Sequence[int]) -> bool:
@@ -71,13 +73,12 @@ def _placed(sources: Sequence[Source], size: Sequence[int]) -> Tensor:
         if _fills(source, size):
             store_value(z[:, start : start + source.channels], total, source.x, source.affine, source.relu)
         elif pixels and source.channels:
-            block_p, block_c = tile(source.channels, z.element_size(), 2)
+            block_p, block_c = flat_tile(source.channels, z.element_size(), 2)
             launch(
                 _place_kernel, (cdiv(pixels, block_p), cdiv(source.channels, block_c)),
-                source.x, source.affine_or_x, z, pixels, source.height, source.width, source.top, source.left, *size,
+                source.x, source.affine, z, pixels, source.height, source.width, source.top, source.left, *size,
                 source.channels, start, total,
-                AFFINE=source.affine is not None, RELU=source.relu, BLOCK_P=block_p, BLOCK_C=block_c,
-                ACC=accumulator(z.dtype), **OPTIONS, num_warps=4,
+                RELU=source.relu, BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(z.dtype), num_warps=4,
             )  # fmt: skip
         start += source.channels
     return z
@@ -117,13 +118,13 @@ def split_gradient(
     start = 0
     for source, wanted in zip(sources, mask, strict=False):
         if not wanted:
-            gradients.append((g.new_empty(0), g.new_empty(0, dtype=stats_dtype(g.dtype))))
+            gradients.append(no_gradients(g))
             continue
         share = slice(start, start + source.channels)
         part, value = g[:, share], None if z is None else z[:, share]
         start += source.channels
         if z is None and source.channels == total and _plain(source, size):
-            gradients.append((g, g.new_empty(0, dtype=stats_dtype(g.dtype))))
+            gradients.append((g, affine_gradient(g, None)))
         elif _fills(source, size):
             gradients.append(source_gradient(part, total, source.x, source.affine, source.relu, value))
         else:

@@ -25,27 +25,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels import conv_aten
-from fastunet.kernels.affine import affine_act_backward
-from fastunet.kernels.algorithms import chosen, computing
-from fastunet.kernels.common import OPTIONS, Source, accumulator, block, cdiv, empty_nhwc, launch, nhwc, sum_slabs
-from fastunet.kernels.conv import alone, placed
-from fastunet.kernels.conv_down import conv_down_dgrad
-from fastunet.kernels.conv_few import conv_few_backward
-from fastunet.kernels.conv_few import serves as few
-from fastunet.kernels.conv_image import conv_image_wgrad, serves
-from fastunet.kernels.conv_strided_wgrad import conv_strided_wgrad
-from fastunet.kernels.conv_up import conv_up_dgrad
-from fastunet.kernels.pool import pool_backward
 from fastunet.layout import frame, memory_format, stats_dtype
+
+from . import conv_aten
+from .affine import affine_act_backward, no_gradients
+from .common import Source, block, cdiv, dense, empty_nhwc, nhwc, sum_slabs
+from .conv import chosen, computing, joined, placed
+from .conv_down import conv_down_dgrad
+from .conv_few import conv_few_backward
+from .conv_few import serves as few
+from .conv_image import conv_image_wgrad, serves
+from .conv_strided_wgrad import conv_strided_wgrad
+from .conv_up import conv_up_dgrad
+from .launching import accumulator, launch
+from .pool import pool_backward
 
 # ---- kernels ----------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["pixels", "chunk"])
 def _form_dy_kernel(
-    dy_ptr, dmean_ptr, dvar_ptr, y_ptr, mean_ptr, out_ptr, sum_ptr, pixels, chunk, K,
-    HAS_DY: tl.constexpr, HAS_DMEAN: tl.constexpr, HAS_DVAR: tl.constexpr, SUM: tl.constexpr,
+    dy_ptr, out_ptr, y_ptr, dmean_ptr, dvar_ptr, mean_ptr, sum_ptr, pixels, chunk, K,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dY for ``chunk`` rows of K values, and their sum per k for the bias; stored only if it differs from dy."""
@@ -54,9 +54,9 @@ def _form_dy_kernel(
     slope = tl.zeros([BLOCK_K], ACC)
     mean = tl.zeros([BLOCK_K], ACC)
     count = pixels.to(ACC)
-    if HAS_DMEAN:
+    if dmean_ptr is not None:
         level = tl.load(dmean_ptr + k, mask=k < K, other=0.0) / count
-    if HAS_DVAR:
+    if dvar_ptr is not None:
         slope = tl.load(dvar_ptr + k, mask=k < K, other=0.0) * (2.0 / count)
         mean = tl.load(mean_ptr + k, mask=k < K, other=0.0)
     total = tl.zeros([BLOCK_K], ACC)
@@ -64,18 +64,18 @@ def _form_dy_kernel(
     for start in range(0, chunk, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         mask = ((m < chunk) & (first + m < pixels))[:, None] & (k < K)[None, :]
-        place = (first + m)[:, None] * K + k[None, :]
+        index = (first + m)[:, None] * K + k[None, :]
         d = tl.zeros([BLOCK_M, BLOCK_K], ACC)
-        if HAS_DY:
-            d += tl.load(dy_ptr + place, mask=mask, other=0.0).to(ACC)
-        if HAS_DVAR:
-            d += slope[None, :] * (tl.load(y_ptr + place, mask=mask, other=0.0).to(ACC) - mean[None, :])
+        if dy_ptr is not None:
+            d += tl.load(dy_ptr + index, mask=mask, other=0.0).to(ACC)
+        if dvar_ptr is not None:
+            d += slope[None, :] * (tl.load(y_ptr + index, mask=mask, other=0.0).to(ACC) - mean[None, :])
         d += level[None, :]
-        if HAS_DMEAN or HAS_DVAR:
-            tl.store(out_ptr + place, d.to(out_ptr.dtype.element_ty), mask=mask)
-        if SUM:
+        if out_ptr is not None:
+            tl.store(out_ptr + index, d.to(out_ptr.dtype.element_ty), mask=mask)
+        if sum_ptr is not None:
             total += tl.sum(tl.where(mask, d, 0.0), 0)
-    if SUM:
+    if sum_ptr is not None:
         tl.store(sum_ptr + tl.program_id(0).to(tl.int64) * K + k, total, mask=k < K)
 
 
@@ -101,16 +101,14 @@ def _form_dy(
     block_m = min(4096 // block_k, 1024)
     chunk = block_m * max(1, cdiv(pixels, block_m * 2048))
     programs = cdiv(pixels, chunk)
-    sums = like.new_empty((programs, filters) if need_sum else 0, dtype=stats_dtype(like.dtype))
+    sums = like.new_empty((programs, filters), dtype=stats_dtype(like.dtype)) if need_sum else None
     launch(
         _form_dy_kernel, (programs, cdiv(filters, block_k)),
-        out if dy is None else dy, sums if dmean is None else dmean.contiguous(),
-        sums if dvar is None else dvar.contiguous(), nhwc(y) if dvar is not None else out, mean.contiguous(), out, sums,
-        pixels, chunk, filters,
-        HAS_DY=dy is not None, HAS_DMEAN=dmean is not None, HAS_DVAR=dvar is not None, SUM=need_sum,
-        BLOCK_M=block_m, BLOCK_K=block_k, ACC=accumulator(like.dtype), **OPTIONS, num_warps=4,
+        dy, out if forms else None, None if dvar is None else nhwc(y),
+        dense(dmean), dense(dvar), None if dvar is None else mean.contiguous(), sums, pixels, chunk, filters,
+        BLOCK_M=block_m, BLOCK_K=block_k, ACC=accumulator(like.dtype), num_warps=4,
     )  # fmt: skip
-    return out, sum_slabs(sums) if need_sum else sums
+    return out, like.new_empty(0, dtype=stats_dtype(like.dtype)) if sums is None else sum_slabs(sums)
 
 
 def _backward3x3(
@@ -123,7 +121,7 @@ def _backward3x3(
     whole = weighed and len(asked) == len(sources)
     if whole and all(chosen(kind, sources, *about) == "cudnn" for kind in ("conv3x3_dgrad", "conv3x3_wgrad")):
         return conv_aten.conv3x3_backward(dy, weight, sources)
-    pairs = [_nothing(source.x) for source in sources]
+    pairs = [no_gradients(source.x) for source in sources]
     if asked:
         dgrad, _ = computing("conv3x3_dgrad", asked, *about)
         pairs = dgrad(dy, weight, sources, mask)
@@ -140,14 +138,14 @@ def _down_backward(
     mask: Sequence[bool],
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     """Gradients of the sources, and dW and dbias in stats_dtype, of a convolution that is not 3×3 of stride 1."""
-    source = alone(sources, size)
+    source = joined(sources, size)
     dweight = weight.new_empty(0)
     if few(weight):
         dz, daffine, dweight, dbias = conv_few_backward(dy, weight, source, (mask[0] or mask[1], mask[2], mask[3]))
     elif mask[2] and dy.numel():
         dweight = conv_strided_wgrad(dy, weight, source, False)
     if not (mask[0] or mask[1]):
-        return [empty for _ in sources for empty in _nothing(source.x)], dweight, dbias
+        return [empty for _ in sources for empty in no_gradients(source.x)], dweight, dbias
     if not few(weight):
         dz, daffine = conv_up_dgrad(dy, weight, source) if stride == 2 else conv_down_dgrad(dy, weight, source, 1)
     if source is sources[0]:
@@ -156,7 +154,7 @@ def _down_backward(
     shares = dz.split([each.channels for each in sources], 1)
     for each, share, wanted in zip(sources, shares, mask, strict=False):
         part = frame(share, (each.height, each.width), -each.top, -each.left)
-        grads += affine_act_backward(part, each.x, each.affine, each.relu) if wanted else _nothing(each.x)
+        grads += affine_act_backward(part, each.x, each.affine, each.relu) if wanted else no_gradients(each.x)
     return grads, dweight, dbias
 
 
@@ -167,11 +165,6 @@ def _like(dweight: Tensor, weight: Tensor, wanted: bool) -> Tensor:
     if dweight.numel() == 0:
         return torch.zeros_like(weight)
     return dweight.to(weight.dtype).contiguous(memory_format=memory_format(weight))
-
-
-def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What stands for the gradients of a source that were not asked for."""
-    return x.new_empty(0), x.new_empty(0, dtype=stats_dtype(x.dtype))
 
 
 def conv2d_backward(
@@ -210,7 +203,7 @@ def conv2d_backward(
     else:
         grads, dweight, dbias = _down_backward(dy, dbias, weight, sources, size, stride, mask)
     if x1 is None:
-        grads += _nothing(x0)
+        grads += no_gradients(x0)
     return grads[0], grads[1], grads[2], grads[3], _like(dweight, weight, mask[2]), dbias.to(weight.dtype)
 
 
@@ -229,6 +222,6 @@ def conv_transpose2d_backward(
     """See :func:`fastunet.aten.conv_transpose2d_backward`."""
     source = Source(x, affine, relu)
     dy, dbias = _form_dy(dy, dmean, dvar, y, mean, mask[2])
-    dx, daffine = conv_down_dgrad(dy, weight, source, 2) if mask[0] else _nothing(x)
+    dx, daffine = conv_down_dgrad(dy, weight, source, 2) if mask[0] else no_gradients(x)
     dweight = conv_strided_wgrad(dy, weight, source, True) if mask[1] and dy.numel() else weight.new_empty(0)
     return dx, daffine, _like(dweight, weight, mask[1]), dbias.to(weight.dtype)

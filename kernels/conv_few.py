@@ -20,21 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels.affine import source_backward, store_affine_gradient
-from fastunet.kernels.common import (
-    OPTIONS,
-    Source,
-    accumulator,
-    block,
-    cdiv,
-    empty_nhwc,
-    launch,
-    load_affine,
-    normalise,
-    sum_slabs,
-)
-from fastunet.kernels.conv3x3 import replace
 from fastunet.layout import stats_dtype
+
+from .affine import affine_slabs, source_backward, store_affine_gradient
+from .common import Source, block, cdiv, dense, empty_nhwc, load_affine, normalise, replace, sum_slabs
+from .launching import accumulator, launch
 
 FEW = 4  # filters: of each the backward keeps a sum and a weight per channel in registers
 _ROUNDS = 2  # tiles whose loads are under way at a time
@@ -44,22 +34,20 @@ _PROGRAMS = 2048  # a constant, so that the order of summation is the same on ev
 @triton.jit(do_not_specialize=["pixels"])
 def _conv_few_fwd_kernel(
     x_ptr, affine_ptr, w_ptr, bias_ptr, y_ptr, pixels, C,
-    K: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    K: tl.constexpr, RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     ys = (tl.zeros([BLOCK_P], ACC),) * K
     for first in tl.range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         x = tl.load(x_ptr + m[:, None] * C + c[None, :], mask=(m < pixels)[:, None] & (c < C)[None, :], other=0.0)
-        scale, shift, centre = load_affine(affine_ptr, c, C, AFFINE, ACC)
-        z = normalise(x, scale, shift, centre, AFFINE, RELU, ACC)
+        z = normalise(x, load_affine(affine_ptr, c, C), RELU, ACC)
         for k in tl.static_range(K):
             w = tl.load(w_ptr + k * C + c, mask=c < C, other=0.0).to(ACC)
             ys = replace(ys, k, ys[k] + tl.sum(z * w[None, :], 1))
     for k in tl.static_range(K):
         y = ys[k]
-        if BIAS:
+        if bias_ptr is not None:
             y += tl.load(bias_ptr + k).to(ACC)
         tl.store(y_ptr + m * K + k, y, mask=m < pixels)
 
@@ -67,14 +55,13 @@ def _conv_few_fwd_kernel(
 @triton.jit(do_not_specialize=["pixels", "each"])
 def _conv_few_bwd_kernel(
     dy_ptr, x_ptr, affine_ptr, w_ptr, dx_ptr, daffine_ptr, dw_ptr, dbias_ptr, pixels, each, C,
-    K: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr,
-    SOURCE: tl.constexpr, FILTERS: tl.constexpr, BIAS: tl.constexpr,
+    K: tl.constexpr, RELU: tl.constexpr,
     ROUNDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx if SOURCE of ``each`` pixels × BLOCK_C channels; their shares of daffine, dW if FILTERS and dbias if BIAS."""
+    """Of ``each`` pixels × BLOCK_C channels dx and the shares of daffine, dW and dbias, as far as they are wanted."""
     slab = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    scale, shift, centre = load_affine(affine_ptr, c, C, AFFINE, ACC)
+    affine = load_affine(affine_ptr, c, C)
     sum_gx = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     sum_g = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     ws = ()
@@ -101,24 +88,24 @@ def _conv_few_bwd_kernel(
             for k in tl.static_range(K):
                 dy = dys[i * K + k].to(ACC)
                 g += dy[:, None] * ws[k][None, :]
-                if FILTERS:
-                    z = normalise(x, scale, shift, centre, AFFINE, RELU, ACC)
+                if dw_ptr is not None:
+                    z = normalise(x, affine, RELU, ACC)
                     dws = replace(dws, k, dws[k] + dy[:, None] * z)
-                if BIAS:
+                if dbias_ptr is not None:
                     dbs = replace(dbs, k, dbs[k] + dy)
-            if SOURCE:
-                dx, gx, g = source_backward(g, x, scale, shift, centre, AFFINE, RELU, ACC)
+            if dx_ptr is not None:
+                dx, gx, g = source_backward(g, x, affine, RELU, ACC)
                 mask = (m < pixels)[:, None] & (c < C)[None, :]
                 tl.store(dx_ptr + m[:, None] * C + c[None, :], dx, mask=mask)
-                if AFFINE:
+                if daffine_ptr is not None:
                     sum_gx += gx
                     sum_g += g
-    if SOURCE and AFFINE:
-        store_affine_gradient(daffine_ptr, slab, c, C, scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
+    if daffine_ptr is not None:
+        store_affine_gradient(daffine_ptr, slab, c, C, affine.scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
     for k in tl.static_range(K):
-        if FILTERS:
+        if dw_ptr is not None:
             tl.store(dw_ptr + (slab.to(tl.int64) * K + k) * C + c, tl.sum(dws[k], 0), mask=c < C)
-        if BIAS:
+        if dbias_ptr is not None:
             tl.store(dbias_ptr + slab * K + k, tl.sum(dbs[k], 0), mask=tl.program_id(1) == 0)
 
 
@@ -145,9 +132,8 @@ def conv_few(source: Source, weight: Tensor, bias: Tensor | None) -> Tensor:
         block_p, block_c = _tile(x, channels, 4)
         launch(
             _conv_few_fwd_kernel, (cdiv(pixels, block_p),),
-            x, source.affine_or_x, weight.contiguous(), x if bias is None else bias.contiguous(), y, pixels, channels,
-            K=filters, AFFINE=source.affine is not None, RELU=source.relu, BIAS=bias is not None,
-            BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(x.dtype), **OPTIONS, num_warps=4,
+            x, source.affine, weight.contiguous(), dense(bias), y, pixels, channels,
+            K=filters, RELU=source.relu, BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(x.dtype), num_warps=4,
         )  # fmt: skip
     return y
 
@@ -160,23 +146,23 @@ def conv_few_backward(
     ``mask`` says which are wanted of dx with daffine, dW and dbias. What is not is empty, as is daffine without affine.
     """
     x, filters, channels = source.x, weight.shape[0], source.channels
-    wanted, affine = dict(zip(("SOURCE", "FILTERS", "BIAS"), mask, strict=True)), source.affine is not None
     pixels = x.numel() // max(channels, 1)
     block_p, block_c = _tile(x, channels, 1)
     step = block_p * _ROUNDS
     each = step * cdiv(cdiv(pixels, step), _PROGRAMS)
     slabs = cdiv(pixels, max(each, 1))
-    dx = empty_nhwc(x, *x.shape) if mask[0] else x.new_empty(0)
     dtype = stats_dtype(x.dtype)
-    daffine = x.new_empty((slabs, 3, channels) if mask[0] and affine else 0, dtype=dtype)
-    dweight = x.new_empty((slabs, *weight.shape) if mask[1] else 0, dtype=dtype)
-    dbias = x.new_empty((slabs, filters) if mask[2] else 0, dtype=dtype)
+    dx = empty_nhwc(x, *x.shape) if mask[0] else None
+    daffine = affine_slabs(x, source.affine, slabs) if mask[0] else None
+    dweight = x.new_empty((slabs, *weight.shape), dtype=dtype) if mask[1] else None
+    dbias = x.new_empty((slabs, filters), dtype=dtype) if mask[2] else None
     if slabs:
         launch(
             _conv_few_bwd_kernel, (slabs, cdiv(channels, block_c)),
-            dy, x, source.affine_or_x, weight.contiguous(), dx, daffine, dweight, dbias, pixels, each, channels,
-            K=filters, AFFINE=affine, RELU=source.relu, **wanted,
-            ROUNDS=_ROUNDS, BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(x.dtype), **OPTIONS, num_warps=4,
+            dy, x, source.affine, weight.contiguous(), dx, daffine, dweight, dbias, pixels, each, channels,
+            K=filters, RELU=source.relu,
+            ROUNDS=_ROUNDS, BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(x.dtype), num_warps=4,
         )  # fmt: skip
-    daffine, dweight, dbias = (sum_slabs(each) if each.dim() > 1 else each for each in (daffine, dweight, dbias))
-    return dx, daffine, dweight, dbias
+    slabbed = daffine, dweight, dbias
+    daffine, dweight, dbias = (x.new_empty(0, dtype=dtype) if t is None else sum_slabs(t) for t in slabbed)
+    return x.new_empty(0) if dx is None else dx, daffine, dweight, dbias

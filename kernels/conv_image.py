@@ -17,22 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels.common import (
-    OPTIONS,
-    Source,
-    accumulator,
-    block,
-    cdiv,
-    empty_nhwc,
-    launch,
-    load_affine,
-    nhwc,
-    normalise,
-    precision,
-    sum_slabs,
-)
-from fastunet.kernels.statistics import merge_stats, store_stats
 from fastunet.layout import stats_dtype
+
+from .common import Source, block, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
+from .launching import accumulator, launch, precision
+from .statistics import Partials, of_nothing, store_stats
 
 _MOST_TAPS = 64
 # Constants, so that the order of summation is the same on every GPU.
@@ -78,31 +67,30 @@ def _gather(x_ptr, first, t, pixels, H, W, C: tl.constexpr, BLOCK_M: tl.constexp
 @triton.jit(do_not_specialize=["pixels", "tiles", "each", "H", "W"])
 def _conv_image_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, affine_ptr, y_ptr, mean_ptr, m2_ptr, count_ptr, pixels, tiles, each, H, W, K,
-    C: tl.constexpr, BIAS: tl.constexpr, AFFINE: tl.constexpr, RELU: tl.constexpr, STATS: tl.constexpr,
+    C: tl.constexpr, RELU: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``each`` tiles of BLOCK_M pixels, for which the weights are loaded once."""
     t = tl.arange(0, BLOCK_T)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    place = k.to(tl.int64)[None, :] * (9 * C) + t[:, None]
-    weights = tl.load(w_ptr + place, mask=(t < 9 * C)[:, None] & (k < K)[None, :], other=0.0)
+    index = k.to(tl.int64)[None, :] * (9 * C) + t[:, None]
+    weights = tl.load(w_ptr + index, mask=(t < 9 * C)[:, None] & (k < K)[None, :], other=0.0)
     start = tl.program_id(0) * each
     for i in tl.range(0, tl.minimum(each, tiles - start)):
-        tile = start + i
-        first = tile * BLOCK_M
+        number = start + i
+        first = number * BLOCK_M
         m = first + tl.arange(0, BLOCK_M)
         x = _gather(x_ptr, first, t, pixels, H, W, C, BLOCK_M)
         acc = tl.dot(x, weights, input_precision=PRECISION, out_dtype=ACC)
-        if BIAS:
+        if bias_ptr is not None:
             acc += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
-        if AFFINE or RELU:
-            scale, shift, centre = load_affine(affine_ptr, k, K, AFFINE, ACC)
-            acc = normalise(acc, scale, shift, centre, AFFINE, RELU, ACC)
+        if affine_ptr is not None or RELU:
+            acc = normalise(acc, load_affine(affine_ptr, k, K), RELU, ACC)
         y = acc.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + m.to(tl.int64)[:, None] * K + k[None, :], y, mask=(m < pixels)[:, None] & (k < K)[None, :])
-        if STATS:
-            store_stats((y,), (m < pixels).to(tl.int32), tile, k, K, mean_ptr, m2_ptr, count_ptr, 1, BLOCK_K, ACC)
+        if mean_ptr is not None:
+            store_stats((y,), (m < pixels).to(tl.int32), number, k, K, mean_ptr, m2_ptr, count_ptr, 1, BLOCK_K, ACC)
 
 
 @triton.jit(do_not_specialize=["pixels", "per_slab", "H", "W"])
@@ -122,16 +110,16 @@ def _conv_image_wgrad_kernel(
         dy = tl.load(dy_ptr + m.to(tl.int64)[:, None] * K + k[None, :], mask=mask, other=0.0)
         x = _gather(x_ptr, first, t, pixels, H, W, C, BLOCK_M)
         acc = tl.dot(dy.T, x, acc, input_precision=PRECISION, out_dtype=ACC)
-    place = (slab.to(tl.int64) * K + k)[:, None] * (9 * C) + t[None, :]
-    tl.store(partial_ptr + place, acc, mask=(k < K)[:, None] & (t < 9 * C)[None, :])
+    index = (slab.to(tl.int64) * K + k)[:, None] * (9 * C) + t[None, :]
+    tl.store(partial_ptr + index, acc, mask=(k < K)[:, None] & (t < 9 * C)[None, :])
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------------
 
 
-def serves(source: Source, frame: Sequence[int], weight: Tensor) -> bool:
+def serves(source: Source, size: Sequence[int], weight: Tensor) -> bool:
     """Whether a convolution of this one source is one of pictures."""
-    plain = source.affine is None and not source.relu and [source.height, source.width] == list(frame)
+    plain = source.affine is None and not source.relu and [source.height, source.width] == list(size)
     pixels = source.x.shape[0] * source.height * source.width
     return plain and weight.shape[-1] == 3 and 9 * weight.shape[1] <= _MOST_TAPS and pixels < 2**30  # 32-bit numbers
 
@@ -151,26 +139,21 @@ def conv_image(
     empty."""
     x, filters = source.x, weight.shape[0]
     y = empty_nhwc(x, x.shape[0], filters, source.height, source.width)
-    dtype = stats_dtype(x.dtype)
     if y.numel() == 0:
-        mean = x.new_zeros(filters if stats else 0, dtype=dtype)
-        return y, mean, mean.clone()
+        return y, *of_nothing(x, filters, stats)
     pixels = y.numel() // filters
     block_m, block_t, block_k, warps = _blocks(x, filters)
     tiles = cdiv(pixels, block_m)
     each = cdiv(tiles, _PROGRAMS)
-    partials = [x.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2)]
-    counts = x.new_empty(tiles if stats else 0, dtype=dtype)
+    partials = Partials(x, tiles, filters, stats)
     launch(
         _conv_image_fwd_kernel, (cdiv(tiles, each), cdiv(filters, block_k)),
-        x, nhwc(weight), x if bias is None else bias.contiguous(),
-        x if affine is None else affine.contiguous(), y, *partials, counts,
+        x, nhwc(weight), dense(bias), dense(affine), y, *partials.pointers,
         pixels, tiles, each, source.height, source.width, filters,
-        C=source.channels, BIAS=bias is not None, AFFINE=affine is not None, RELU=relu, STATS=stats,
-        BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
-        ACC=accumulator(x.dtype), PRECISION=precision(x.dtype), **OPTIONS, num_warps=warps,
+        C=source.channels, RELU=relu, BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
+        ACC=accumulator(x.dtype), PRECISION=precision(x.dtype), num_warps=warps,
     )  # fmt: skip
-    return y, *(merge_stats(partials[0], partials[1], counts) if stats else partials)
+    return y, *partials.merged()
 
 
 def conv_image_wgrad(dy: Tensor, source: Source) -> Tensor:
@@ -185,6 +168,6 @@ def conv_image_wgrad(dy: Tensor, source: Source) -> Tensor:
         _conv_image_wgrad_kernel, (slabs, cdiv(filters, block_k)),
         dy, x, partial, pixels, per_slab, source.height, source.width, filters,
         C=source.channels, BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
-        ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype), **OPTIONS, num_warps=warps, num_stages=2,
+        ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype), num_warps=warps, num_stages=2,
     )  # fmt: skip
     return sum_slabs(partial).permute(0, 3, 1, 2)

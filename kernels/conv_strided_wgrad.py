@@ -5,9 +5,9 @@
     z = act(scale·(x − centre) + shift)
 
 Summed over the pixels of the source: then the operand that is normalised needs no padding, and what lies outside dY is
-zero by itself. A program sums one column s of the filter, its KSIZE rows in an accumulator each, for BLOCK_C channels
-and BLOCK_K outputs over a slab of tiles of IMAGES·COLUMNS pixels of one row; what several rows of the filter read is
-loaded and normalised once. The slabs are summed in a fixed order.
+zero by itself. A program sums one column s of the filter, its KSIZE rows in an accumulator each, for a block of
+channels and one of outputs over a slab of tiles of images·columns pixels of one row; what several rows of the filter
+read is loaded and normalised once. The slabs are summed in a fixed order.
 
 Layout: activations NHWC, dW (K,taps,C) or (C,taps,K) as the weights. Bytes: reads dY and the source, writes and reads
 the slabs of dW. Accumulation: float32 (float64 for float64).
@@ -19,26 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels.common import (
-    OPTIONS,
-    Source,
-    accumulator,
-    add_product,
-    cdiv,
-    held,
-    hold,
-    launch,
-    load_affine,
-    precision,
-    real_word,
-    release,
-    sum_slabs,
-    tile_place,
-)
-from fastunet.kernels.conv3x3 import replace
-from fastunet.kernels.strided import as_rows, load_pixels, parts
-from fastunet.kernels.tiles import choose_strided, movable
 from fastunet.layout import stats_dtype
+
+from .common import Source, cdiv, load_affine, replace, sum_slabs
+from .gemm import Image, Pixel, add_product, first_pixel, load_pixels, operand, release, zeros
+from .launching import launch, real_word
+from .strided import as_rows
+from .tiles import choose_strided, movable
 
 SIZES = ["N", "H", "W", "P", "Q", "tiles", "tiles_h", "tiles_w", "slabs"]
 
@@ -47,69 +34,62 @@ SIZES = ["N", "H", "W", "P", "Q", "tiles", "tiles_h", "tiles_w", "slabs"]
 def _conv_strided_wgrad_kernel(
     x, affine_ptr, real_ptr, dy, partial_ptr,
     N, H, W, P, Q, C, K, tiles, tiles_h, tiles_w, slabs,
-    KSIZE: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr,
-    AFFINE: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr, TMA_X: tl.constexpr, TMA_Y: tl.constexpr,
-    IMAGES: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    HELD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    KSIZE: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr,
+    TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """partial[slab, …] from x (N,H,W,C) and dY (N,P,Q,K); tiles cover the coarser of the two."""
     WIDE: tl.constexpr = 2 if KSIZE == 3 else 1
     PAD: tl.constexpr = WIDE - 1
     TAPS: tl.constexpr = 2 * WIDE - 1  # a row
-    blocks_c = tl.cdiv(C, BLOCK_C)
-    blocks_k = tl.cdiv(K, BLOCK_K)
+    blocks_c = tl.cdiv(C, TILE.reduction)
+    blocks_k = tl.cdiv(K, TILE.outputs)
     program = tl.program_id(0)
     s = program % TAPS
-    c = program // TAPS % blocks_c * BLOCK_C
-    k = program // TAPS // blocks_c % blocks_k * BLOCK_K
+    c = program // TAPS % blocks_c * TILE.reduction
+    k = program // TAPS // blocks_c % blocks_k * TILE.outputs
     slab = program // TAPS // blocks_c // blocks_k
-    scale, shift, centre = load_affine(affine_ptr, c + tl.arange(0, BLOCK_C), C, AFFINE, ACC)
-    none = tl.zeros([BLOCK_K], ACC)
-    accs = (hold(tl.zeros([BLOCK_C, BLOCK_K], ACC), HELD),) * KSIZE
+    dy = Image(dy, N, P, Q, K, None, None, None)
+    affine = load_affine(affine_ptr, c + tl.arange(0, TILE.reduction), C)
+    none = ()
+    accs = zeros(TILE.reduction, TILE.outputs, KSIZE, NUM)
     per_slab = tl.cdiv(tiles, slabs)
-    for tile in tl.range(slab * per_slab, tl.minimum(slab * per_slab + per_slab, tiles)):
-        n, p, q = tile_place(tile, tiles_h, tiles_w, IMAGES, 1, COLUMNS)
+    for number in tl.range(slab * per_slab, tl.minimum(slab * per_slab + per_slab, tiles)):
+        at = first_pixel(number, tiles_h, tiles_w, TILE)
         if UP:
             z = load_pixels(
-                x, real_ptr, scale, shift, centre, n, p, q, 0, c, N, H, W, C,
-                1, AFFINE, RELU, MASKED, TMA_X, IMAGES, COLUMNS, BLOCK_C, ACC, 0,
+                Image(x, N, H, W, C, affine_ptr, RELU, real_ptr), affine, at, 0, c, None,
+                TILE.reduction, MASKED, TILE, NUM.acc, 1, 0,
             )  # fmt: skip
             for r in tl.static_range(KSIZE):
-                row = load_pixels(
-                    dy, dy, none, none, none, n, STRIDE * p + r - PAD, q, s - PAD, k, N, P, Q, K,
-                    WIDE, False, False, True, TMA_Y, IMAGES, COLUMNS, BLOCK_K, ACC,
-                )  # fmt: skip
-                accs = replace(accs, r, add_product(accs[r], z, row, HELD, ACC, PRECISION))
+                pixel = Pixel(at.n, STRIDE * at.h + r - PAD, at.w)
+                row = load_pixels(dy, none, pixel, s - PAD, k, None, TILE.outputs, True, TILE, NUM.acc, WIDE)
+                accs = replace(accs, r, add_product(accs[r], z, row, NUM))
         else:
             column = s + (WIDE - PAD)
             rows = ()
             for i in tl.static_range(PAD + 1):
-                row = load_pixels(
-                    dy, dy, none, none, none, n, p + i, q + 1 - column // WIDE, 0, k, N, P, Q, K,
-                    1, False, False, True, TMA_Y, IMAGES, COLUMNS, BLOCK_K, ACC,
-                )  # fmt: skip
+                pixel = Pixel(at.n, at.h + i, at.w + 1 - column // WIDE)
+                row = load_pixels(dy, none, pixel, 0, k, None, TILE.outputs, True, TILE, NUM.acc)
                 rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
             for a in tl.static_range(STRIDE):
                 z = load_pixels(
-                    x, real_ptr, scale, shift, centre, n, STRIDE * p + a, q, column % WIDE, c, N, H, W, C,
-                    WIDE, AFFINE, RELU, MASKED, TMA_X, IMAGES, COLUMNS, BLOCK_C, ACC, 0,
+                    Image(x, N, H, W, C, affine_ptr, RELU, real_ptr), affine, Pixel(at.n, STRIDE * at.h + a, at.w),
+                    column % WIDE, c, None, TILE.reduction, MASKED, TILE, NUM.acc, WIDE, 0,
                 )  # fmt: skip
                 for r in tl.static_range(KSIZE):
-                    if (r + PAD) % STRIDE == a:  # the row of the filter that lies on row STRIDE·p + a of x, over
-                        # dY's row p, or p + 1
-                        accs = replace(
-                            accs, r, add_product(accs[r], z, rows[1 if r < PAD else 0], HELD, ACC, PRECISION)
-                        )
-    channel = (c + tl.arange(0, BLOCK_C))[:, None]
-    filters = (k + tl.arange(0, BLOCK_K))[None, :]
+                    if (r + PAD) % STRIDE == a:  # the row of the filter that lies on row STRIDE·h + a of x, over dY's
+                        # row h, or h + 1
+                        accs = replace(accs, r, add_product(accs[r], z, rows[1 if r < PAD else 0], NUM))
+    channel = (c + tl.arange(0, TILE.reduction))[:, None]
+    filters = (k + tl.arange(0, TILE.outputs))[None, :]
     mask = (channel < C) & (filters < K)
     for r in tl.static_range(KSIZE):
         tap = r * TAPS + s
         if UP:
-            place = ((slab.to(tl.int64) * C + channel) * (KSIZE * TAPS) + tap) * K + filters
+            index = ((slab.to(tl.int64) * C + channel) * (KSIZE * TAPS) + tap) * K + filters
         else:
-            place = ((slab.to(tl.int64) * K + filters) * (KSIZE * TAPS) + tap) * C + channel
-        tl.store(partial_ptr + place, release(accs[r], HELD, ACC), mask=mask)
+            index = ((slab.to(tl.int64) * K + filters) * (KSIZE * TAPS) + tap) * C + channel
+        tl.store(partial_ptr + index, release(accs[r], NUM), mask=mask)
 
 
 def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> Tensor:
@@ -134,13 +114,9 @@ def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> 
     partial = dy.new_empty((slabs, weight.shape[0], ksize, ksize, weight.shape[1]), dtype=stats_dtype(dy.dtype))
     launch(
         _conv_strided_wgrad_kernel, (slabs * blocks,),
-        parts(x, tile, tile.reduction, 1 if up else wide, tma_x), source.affine_or_x, real_word(dy.device),
-        parts(dy, tile, tile.outputs, wide if up else 1, tma_y), partial,
+        operand(x, tile, tile.reduction, tma_x, 1 if up else wide), source.affine, real_word(dy.device),
+        operand(dy, tile, tile.outputs, tma_y, wide if up else 1), partial,
         batch, x.shape[2], x.shape[3], dy.shape[2], dy.shape[3], channels, filters, tiles, tiles_h, tiles_w, slabs,
-        KSIZE=ksize, STRIDE=stride, UP=up, AFFINE=source.affine is not None, RELU=source.relu,
-        MASKED=bool(masked), TMA_X=tma_x, TMA_Y=tma_y,
-        IMAGES=tile.images, COLUMNS=tile.columns, BLOCK_C=tile.reduction, BLOCK_K=tile.outputs,
-        HELD=held(dy), ACC=accumulator(dy.dtype), PRECISION=precision(dy.dtype),
-        **OPTIONS, num_warps=tile.warps, num_stages=tile.stages,
+        KSIZE=ksize, STRIDE=stride, UP=up, RELU=source.relu, MASKED=bool(masked), **tile.constants(dy),
     )  # fmt: skip
     return sum_slabs(partial).permute(0, 3, 1, 2)

@@ -19,7 +19,7 @@ into its slab, and sum_slabs adds up the programs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,54 +27,53 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.architecture import architecture
-from fastunet.kernels.affine import source_backward, store_affine_gradient
-from fastunet.kernels.common import (
-    OPTIONS,
-    Source,
-    accumulator,
-    block,
-    cdiv,
-    launch,
-    load_affine,
-    normalise,
-    precision,
-    sum_slabs,
-)
-from fastunet.kernels.confusion import first_largest
-from fastunet.kernels.softmax_stats import by_pixel, gradient, load_labels, sigmoid, softmax, store_stats, terms
 from fastunet.layout import memory_format, stats_dtype
+
+from .affine import affine_gradient, affine_slabs, source_backward, store_affine_gradient
+from .common import Source, block, cdiv, dense, load_affine, normalise, sum_slabs
+from .confusion import first_largest
+from .launching import accumulator, launch, precision
+from .softmax_stats import Labels, by_pixel, gradient, load_labels, sigmoid, softmax, store_stats, terms
 
 _PROGRAMS = 1024  # a constant, so that the order of summation is the same on every GPU
 _TILES = 4  # a program walks at least as many, if there are: what it adds to a slab of sums costs little beside them
 
 
+class Layer(NamedTuple):
+    """The head in a kernel: its source, and its weights and bias for K classes."""
+
+    x: Any
+    affine: Any
+    RELU: Any
+    C: Any
+    w: Any
+    bias: Any
+    K: Any
+
+
 @triton.jit
-def _load_z(
-    x_ptr, affine_ptr, pixel, c, inside, C: tl.constexpr, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+def _load_z(x_ptr, affine_ptr, pixel, c, inside, C: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr):
     """x of pixels (int64, counted over the batch) × channels, and z in x's dtype; 0 in channels beyond C."""
     mask = inside[:, None] & (c < C)[None, :]
     x = tl.load(x_ptr + pixel[:, None] * C + c[None, :], mask=mask, other=0.0)
-    scale, shift, centre = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)
-    return x, normalise(x, scale, shift, centre, HAS_AFFINE, RELU, ACC).to(x.dtype)
+    return x, normalise(x, load_affine(affine_ptr, c, C), RELU, ACC).to(x.dtype)
 
 
 @triton.jit
 def _logits(
-    x_ptr, affine_ptr, w_ptr, bias_ptr, pixel, k, inside,
-    C: tl.constexpr, K: tl.constexpr, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    layer, pixel, k, inside, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Logits of pixels × classes, in ACC."""
     acc = tl.zeros([BLOCK_P, BLOCK_K], ACC)
-    for first in tl.static_range(0, C, BLOCK_C):
+    for first in tl.static_range(0, layer.C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        _, z = _load_z(x_ptr, affine_ptr, pixel, c, inside, C, HAS_AFFINE, RELU, ACC)
-        w = tl.load(w_ptr + k[None, :] * C + c[:, None], mask=(c < C)[:, None] & (k < K)[None, :], other=0.0)
+        _, z = _load_z(layer.x, layer.affine, pixel, c, inside, layer.C, layer.RELU, ACC)
+        mask = (c < layer.C)[:, None] & (k < layer.K)[None, :]
+        w = tl.load(layer.w + k[None, :] * layer.C + c[:, None], mask=mask, other=0.0)
         acc = tl.dot(z, w, acc, input_precision=PRECISION, out_dtype=ACC)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
+    if layer.bias is not None:
+        acc += tl.load(layer.bias + k, mask=k < layer.K, other=0.0).to(ACC)[None, :]
     return acc
 
 
@@ -82,15 +81,15 @@ def _logits(
 def _head_stats_kernel(
     x_ptr, affine_ptr, w_ptr, bias_ptr, labels_ptr, weight_ptr, partial_ptr, batch, pixels, programs, ignore_index,
     stride_yn, stride_yc, stride_yp,
-    C: tl.constexpr, K: tl.constexpr, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SQUARES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr,
-    SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, RELU: tl.constexpr, SQUARES: tl.constexpr, ENTROPY: tl.constexpr,
+    SMOOTHING: tl.constexpr, SOFTMAX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """partial[program, n, :, :] = the seven sums over tiles program, program + programs, … of sample n."""
     program = tl.program_id(0) % programs
     n = (tl.program_id(0) // programs).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
+    labels = Labels(labels_ptr, weight_ptr, pixels, ignore_index, stride_yn, stride_yc, stride_yp)
     tp = tl.zeros([BLOCK_P, BLOCK_K], ACC)
     p_sum = tl.zeros([BLOCK_P, BLOCK_K], ACC)
     y_sum = tl.zeros([BLOCK_P, BLOCK_K], ACC)
@@ -101,26 +100,23 @@ def _head_stats_kernel(
     for tile in range(program, tl.cdiv(pixels.to(tl.int64), BLOCK_P).to(tl.int32), programs):
         pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         x = _logits(
-            x_ptr, affine_ptr, w_ptr, bias_ptr, n * pixels + pixel, k, pixel < pixels, C, K, HAS_AFFINE, RELU, HAS_BIAS,
+            Layer(x_ptr, affine_ptr, RELU, C, w_ptr, bias_ptr, K), n * pixels + pixel, k, pixel < pixels,
             ACC, PRECISION, BLOCK_P, BLOCK_C, BLOCK_K,
         )  # fmt: skip
-        y, valid, known, w = load_labels(
-            labels_ptr, weight_ptr, n, pixel, k, pixels, ignore_index, stride_yn, stride_yc, stride_yp,
-            K, SOFTMAX, HAS_WEIGHT, ACC,
-        )  # fmt: skip
-        p, ce, share, spread = terms(x, y, valid, known, w, k, K, SOFTMAX)
-        tp += tl.where(y, p, 0.0)
+        truth = load_labels(labels, n, pixel, k, K, SOFTMAX, ACC)
+        p, ce, share, spread = terms(x, truth, k, K, SOFTMAX)
+        tp += tl.where(truth.y, p, 0.0)
         p_sum += p
-        y_sum += tl.where(y, 1.0, 0.0)
+        y_sum += tl.where(truth.y, 1.0, 0.0)
         if SQUARES:
             p2_sum += p * p
         if ENTROPY:
             ce_sum += ce
-            if HAS_WEIGHT or not SOFTMAX:
+            if weight_ptr is not None or not SOFTMAX:
                 w_sum += share
         if SMOOTHING:
             spread_sum += spread
-    if ENTROPY and SOFTMAX and not HAS_WEIGHT:
+    if ENTROPY and SOFTMAX and weight_ptr is None:
         w_sum = y_sum
     slab = program.to(tl.int64) * batch + n
     store_stats(partial_ptr, slab, k, K, tp, p_sum, y_sum, p2_sum, ce_sum, w_sum, spread_sum)
@@ -130,21 +126,20 @@ def _head_stats_kernel(
 def _head_stats_backward_kernel(
     dstats_ptr, x_ptr, affine_ptr, w_ptr, bias_ptr, labels_ptr, weight_ptr, dx_ptr, daffine_ptr, dw_ptr, dbias_ptr,
     batch, pixels, programs, ignore_index, stride_yn, stride_yc, stride_yp,
-    C: tl.constexpr, K: tl.constexpr, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SQUARES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr,
-    SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    SOURCE: tl.constexpr, FILTERS: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, RELU: tl.constexpr, SQUARES: tl.constexpr, ENTROPY: tl.constexpr,
+    SMOOTHING: tl.constexpr, SOFTMAX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dx of the tiles program, program + programs, … of sample n, and their shares of daffine, dW and dbias.
 
-    Of the BLOCK_C channels from program_id(1) on; if SOURCE and if FILTERS.
+    Of the BLOCK_C channels from program_id(1) on; each as far as it is wanted.
     """
     program = tl.program_id(0) % programs
     n = (tl.program_id(0) // programs).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    scale, shift, centre = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)
+    labels = Labels(labels_ptr, weight_ptr, pixels, ignore_index, stride_yn, stride_yc, stride_yp)
+    affine = load_affine(affine_ptr, c, C)
     sum_gx = tl.zeros([BLOCK_C], ACC)
     sum_g = tl.zeros([BLOCK_C], ACC)
     dw = tl.zeros([BLOCK_C, BLOCK_K], ACC)
@@ -152,44 +147,41 @@ def _head_stats_backward_kernel(
     for tile in range(program, tl.cdiv(pixels.to(tl.int64), BLOCK_P).to(tl.int32), programs):
         pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = pixel < pixels
-        at = n * pixels + pixel
+        row = n * pixels + pixel
         logits = _logits(
-            x_ptr, affine_ptr, w_ptr, bias_ptr, at, k, inside, C, K, HAS_AFFINE, RELU, HAS_BIAS,
+            Layer(x_ptr, affine_ptr, RELU, C, w_ptr, bias_ptr, K), row, k, inside,
             ACC, PRECISION, BLOCK_P, BLOCK_C, BLOCK_K,
         )  # fmt: skip
-        y, valid, known, w = load_labels(
-            labels_ptr, weight_ptr, n, pixel, k, pixels, ignore_index, stride_yn, stride_yc, stride_yp,
-            K, SOFTMAX, HAS_WEIGHT, ACC,
-        )  # fmt: skip
-        g = gradient(dstats_ptr, n, logits, y, valid, known, w, k, K, SQUARES, ENTROPY, SMOOTHING, SOFTMAX)
-        x, z = _load_z(x_ptr, affine_ptr, at, c, inside, C, HAS_AFFINE, RELU, ACC)
+        truth = load_labels(labels, n, pixel, k, K, SOFTMAX, ACC)
+        g = gradient(dstats_ptr, n, logits, truth, k, K, SQUARES, ENTROPY, SMOOTHING, SOFTMAX)
+        x, z = _load_z(x_ptr, affine_ptr, row, c, inside, C, RELU, ACC)
         narrow = g.to(x.dtype)
-        if FILTERS:
+        if dw_ptr is not None:
             dbias += g
             dw = tl.dot(tl.trans(z), narrow, dw, input_precision=PRECISION, out_dtype=ACC)
-        if SOURCE:
+        if dx_ptr is not None:
             filters = tl.load(w_ptr + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0)
             dz = tl.dot(narrow, filters, input_precision=PRECISION, out_dtype=ACC)
-            dx, gx, g_source = source_backward(dz, x, scale, shift, centre, HAS_AFFINE, RELU, ACC)
+            dx, gx, g_source = source_backward(dz, x, affine, RELU, ACC)
             dx = dx.to(dx_ptr.dtype.element_ty)
-            tl.store(dx_ptr + at[:, None] * C + c[None, :], dx, mask=inside[:, None] & (c < C)[None, :])
-            if HAS_AFFINE:
+            tl.store(dx_ptr + row[:, None] * C + c[None, :], dx, mask=inside[:, None] & (c < C)[None, :])
+            if daffine_ptr is not None:
                 sum_gx += tl.sum(gx, 0)
                 sum_g += tl.sum(g_source, 0)
     slab = program.to(tl.int64) * batch + n
-    if FILTERS:
+    if dw_ptr is not None:
         mask = (c < C)[:, None] & (k < K)[None, :]
         tl.store(dw_ptr + (slab * K + k)[None, :] * C + c[:, None], dw, mask=mask)
         if tl.program_id(1) == 0:
             tl.store(dbias_ptr + slab * K + k, tl.sum(dbias, 0), mask=k < K)
-    if SOURCE and HAS_AFFINE:
-        store_affine_gradient(daffine_ptr, slab, c, C, scale, sum_gx, sum_g)
+    if daffine_ptr is not None:
+        store_affine_gradient(daffine_ptr, slab, c, C, affine.scale, sum_gx, sum_g)
 
 
 @triton.jit(do_not_specialize=["pixels"])
 def _head_predict_kernel(
     x_ptr, affine_ptr, w_ptr, bias_ptr, out_ptr, pixels,
-    C: tl.constexpr, K: tl.constexpr, HAS_AFFINE: tl.constexpr, RELU: tl.constexpr, HAS_BIAS: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, RELU: tl.constexpr,
     OUTPUT: tl.constexpr, THRESHOLD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -198,7 +190,7 @@ def _head_predict_kernel(
     inside = pixel < pixels
     k = tl.arange(0, BLOCK_K)
     x = _logits(
-        x_ptr, affine_ptr, w_ptr, bias_ptr, pixel, k, inside, C, K, HAS_AFFINE, RELU, HAS_BIAS,
+        Layer(x_ptr, affine_ptr, RELU, C, w_ptr, bias_ptr, K), pixel, k, inside,
         ACC, PRECISION, BLOCK_P, BLOCK_C, BLOCK_K,
     )  # fmt: skip
     if OUTPUT == "argmax":
@@ -217,9 +209,7 @@ def _head_predict_kernel(
 # ---- launchers ---------------------------------------------------------------------------------------------------
 
 
-def _choices(
-    source: Source, weight: Tensor, bias: Tensor | None, classes: int, logits: int, values: int, most_channels: int = 64
-) -> dict[str, Any]:
+def _choices(source: Source, classes: int, logits: int, values: int, most_channels: int = 64) -> dict[str, Any]:
     """What is compiled into every kernel here; of its tile, a thread has at most so many logits and values of x."""
     block_c, block_k = block(source.channels, most_channels), block(classes, 256)
     name = architecture(source.x.device)
@@ -234,9 +224,7 @@ def _choices(
     return {
         "C": source.channels,
         "K": classes,
-        "HAS_AFFINE": source.affine is not None,
         "RELU": source.relu,
-        "HAS_BIAS": bias is not None,
         "ACC": accumulator(source.x.dtype),
         "PRECISION": precision(source.x.dtype),
         "BLOCK_P": max(16, min(64, share * logits // block_k, share * values // block_c)),
@@ -244,25 +232,22 @@ def _choices(
         "BLOCK_K": block_k,
         "num_warps": warps,
         "num_stages": stages,
-        **OPTIONS,
     }
 
 
 def _statistics(
-    labels: Tensor, pixel_weight: Tensor | None, mode: str, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, tuple[int, int, int], dict[str, bool]]:
-    """Labels and weights (labels if there are none) as the kernels read them, the labels' strides, compiled choices."""
+    labels: Tensor, mode: str, wanted: Sequence[bool]
+) -> tuple[Tensor, tuple[int, int, int], dict[str, bool]]:
+    """Labels as the kernels read them, their strides, and compiled choices."""
     if labels.dtype == torch.bool:
         labels = labels.view(torch.uint8)
     labels, strides = by_pixel(labels if labels.dim() == 4 else labels.unsqueeze(1))
     choices = dict(zip(("SQUARES", "ENTROPY", "SMOOTHING"), map(bool, wanted), strict=True))
-    choices |= {"SOFTMAX": mode == "softmax", "HAS_WEIGHT": pixel_weight is not None}
-    return labels, labels if pixel_weight is None else pixel_weight.contiguous(), strides, choices
+    return labels, strides, choices | {"SOFTMAX": mode == "softmax"}
 
 
-def _operands(source: Source, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    filters = weight.reshape(weight.shape[:2]).contiguous()
-    return source.x, source.affine_or_x, filters, filters if bias is None else bias.contiguous()
+def _operands(source: Source, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    return source.x, source.affine, weight.reshape(weight.shape[:2]).contiguous(), dense(bias)
 
 
 def head_stats(
@@ -282,13 +267,13 @@ def head_stats(
     batch, classes, pixels = x.shape[0], weight.shape[0], source.height * source.width
     if batch * pixels * classes == 0:
         return x.new_zeros((batch, classes, 7), dtype=stats_dtype(x.dtype))
-    labels, pixel_weight_or_labels, strides, about = _statistics(labels, pixel_weight, mode, wanted)
-    choices = _choices(source, weight, bias, classes, 8 if all(wanted) else 16, 32)
+    labels, strides, about = _statistics(labels, mode, wanted)
+    choices = _choices(source, classes, 8 if all(wanted) else 16, 32)
     programs = min(cdiv(pixels, choices["BLOCK_P"] * _TILES), max(1, _PROGRAMS // batch))
     partial = x.new_empty((programs, batch, classes, 7), dtype=stats_dtype(x.dtype))
     launch(
         _head_stats_kernel, (programs * batch,),
-        *_operands(source, weight, bias), labels, pixel_weight_or_labels, partial, batch, pixels, programs,
+        *_operands(source, weight, bias), labels, dense(pixel_weight), partial, batch, pixels, programs,
         ignore_index, *strides, **about, **choices,
     )  # fmt: skip
     return sum_slabs(partial)
@@ -312,29 +297,28 @@ def head_stats_backward(
     source = Source(x, affine, relu)
     batch, classes, pixels = x.shape[0], weight.shape[0], source.height * source.width
     dtype = stats_dtype(x.dtype)
-    choices = _choices(source, weight, bias, classes, 8, 16, 64 if classes <= 64 else 32)
+    choices = _choices(source, classes, 8, 16, 64 if classes <= 64 else 32)
     programs = min(cdiv(pixels, choices["BLOCK_P"] * _TILES), max(1, _PROGRAMS // max(batch, 1)))
     need_source, need_filters = mask[0], mask[1] or mask[2]
     slabs = programs * batch if classes > 0 else 0
-    dx = torch.empty_like(source.x if need_source else x.new_empty(0))
-    daffine = x.new_empty((slabs, 3, source.channels) if need_source and affine is not None else 0, dtype=dtype)
-    dweight = x.new_empty((slabs, classes, source.channels) if need_filters else 0, dtype=dtype)
-    dbias = x.new_empty((slabs, classes) if need_filters else 0, dtype=dtype)
+    dx = torch.empty_like(source.x) if need_source else None
+    daffine = affine_slabs(x, affine, slabs) if need_source else None
+    dweight = x.new_empty((slabs, classes, source.channels), dtype=dtype) if need_filters else None
+    dbias = x.new_empty((slabs, classes), dtype=dtype) if need_filters else None
     if slabs * source.channels > 0:
-        labels, pixel_weight_or_labels, strides, about = _statistics(labels, pixel_weight, mode, wanted)
+        labels, strides, about = _statistics(labels, mode, wanted)
         launch(
             _head_stats_backward_kernel, (slabs, cdiv(source.channels, choices["BLOCK_C"])),
-            dstats.contiguous(), *_operands(source, weight, bias), labels, pixel_weight_or_labels,
-            dx, daffine, dweight, dbias, batch, pixels, programs, ignore_index, *strides,
-            SOURCE=need_source, FILTERS=need_filters, **about, **choices,
+            dstats.contiguous(), *_operands(source, weight, bias), labels, dense(pixel_weight),
+            dx, daffine, dweight, dbias, batch, pixels, programs, ignore_index, *strides, **about, **choices,
         )  # fmt: skip
-    elif need_source:
+    elif dx is not None:
         dx.zero_()
     return (
-        dx,
-        sum_slabs(daffine) if need_source and affine is not None else daffine,
-        _like(weight, sum_slabs(dweight)) if mask[1] else weight.new_empty(0),
-        sum_slabs(dbias).to(weight.dtype) if mask[2] else weight.new_empty(0),
+        x.new_empty(0) if dx is None else dx,
+        affine_gradient(x, daffine),
+        _like(weight, sum_slabs(dweight)) if mask[1] and dweight is not None else weight.new_empty(0),
+        sum_slabs(dbias).to(weight.dtype) if mask[2] and dbias is not None else weight.new_empty(0),
     )
 
 
@@ -365,7 +349,7 @@ def head_predict(
             device=x.device, memory_format=torch.channels_last,
         )  # fmt: skip
     if out.numel() > 0:
-        choices = _choices(source, weight, bias, classes, 16, 32)
+        choices = _choices(source, classes, 16, 32)
         launch(
             _head_predict_kernel, (cdiv(pixels, choices["BLOCK_P"]),),
             *_operands(source, weight, bias), out, pixels, OUTPUT=output, THRESHOLD=threshold, **choices,

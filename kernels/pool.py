@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels.affine import dense, tile
-from fastunet.kernels.common import OPTIONS, accumulator, cdiv, empty_nhwc, launch, nhwc
+from .affine import flat_tile
+from .common import cdiv, dense, empty_nhwc, nhwc
+from .launching import accumulator, launch
 
 _ACCESSES = 1  # 16-byte accesses per thread and pixel of a window
 
@@ -43,27 +44,17 @@ def _winner(x0, x1, x2, x3, negative, flat):
 
 
 @triton.jit
-def _order(affine_ptr, c, C, HAS_AFFINE: tl.constexpr):
+def _order(affine_ptr, c, C):
     """Whether the scale of channels ``c`` is negative, and whether it is zero: two rows (1, channels)."""
     scale = tl.full(c.shape, 1.0, tl.float32)
-    if HAS_AFFINE:
+    if affine_ptr is not None:
         scale = tl.load(affine_ptr + c, mask=c < C, other=1.0)
     return (scale < 0)[None, :], (scale == 0)[None, :]
 
 
 @triton.jit(do_not_specialize=["H", "W", "blocks"])
 def _max_pool2x2_fwd_kernel(
-    x_ptr,
-    affine_ptr,
-    p_ptr,
-    H,
-    W,
-    C,
-    blocks,
-    HAS_AFFINE: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    x_ptr, affine_ptr, p_ptr, H, W, C, blocks, ACC: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     pid = tl.program_id(0)
     q = pid // blocks  # row of windows, counted through the batch
@@ -71,40 +62,23 @@ def _max_pool2x2_fwd_kernel(
     w = (pid % blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (w < W // 2)[:, None] & (c < C)[None, :]
-    negative, flat = _order(affine_ptr, c, C, HAS_AFFINE)
+    negative, flat = _order(affine_ptr, c, C)
     row = W.to(tl.int64) * C
-    at = (first + 2 * w)[:, None] * C + c[None, :]
-    x0 = tl.load(x_ptr + at, mask=inside, other=0.0).to(ACC)
-    x1 = tl.load(x_ptr + at + C, mask=inside, other=0.0).to(ACC)
-    x2 = tl.load(x_ptr + at + row, mask=inside, other=0.0).to(ACC)
-    x3 = tl.load(x_ptr + at + row + C, mask=inside, other=0.0).to(ACC)
+    index = (first + 2 * w)[:, None] * C + c[None, :]
+    x0 = tl.load(x_ptr + index, mask=inside, other=0.0).to(ACC)
+    x1 = tl.load(x_ptr + index + C, mask=inside, other=0.0).to(ACC)
+    x2 = tl.load(x_ptr + index + row, mask=inside, other=0.0).to(ACC)
+    x3 = tl.load(x_ptr + index + row + C, mask=inside, other=0.0).to(ACC)
     best, _ = _winner(x0, x1, x2, x3, negative, flat)
-    p_at = (q.to(tl.int64) * (W // 2) + w)[:, None] * C + c[None, :]
-    tl.store(p_ptr + p_at, tl.where(negative, -best, best), mask=inside)
+    p_index = (q.to(tl.int64) * (W // 2) + w)[:, None] * C + c[None, :]
+    tl.store(p_ptr + p_index, tl.where(negative, -best, best), mask=inside)
 
 
 @triton.jit(do_not_specialize=["pixels", "H", "W", "blocks"])
 def _max_pool2x2_bwd_kernel(
-    x_ptr,
-    affine_ptr,
-    dp_ptr,
-    dskip_ptr,
-    dmean_ptr,
-    dvar_ptr,
-    mean_ptr,
-    dx_ptr,
-    pixels,
-    H,
-    W,
-    C,
-    blocks,
-    HAS_AFFINE: tl.constexpr,
-    HAS_SKIP: tl.constexpr,
-    STATS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x_ptr, affine_ptr, dp_ptr, dskip_ptr, dmean_ptr, dvar_ptr, mean_ptr, dx_ptr, pixels, H, W, C, blocks,
+    ACC: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0)
     q = pid // blocks  # row of windows, those cut off at an odd end included
     rows = (H + 1) // 2
@@ -118,26 +92,26 @@ def _max_pool2x2_bwd_kernel(
     below = tl.where(h + 1 < H, W, 0)  # the row below an odd end has no columns
     in2 = (2 * w < below)[:, None] & channel
     in3 = (2 * w + 1 < below)[:, None] & channel
-    at = ((n * H + h) * W + 2 * w)[:, None] * C + c[None, :]
+    index = ((n * H + h) * W + 2 * w)[:, None] * C + c[None, :]
     row = W.to(tl.int64) * C
-    negative, flat = _order(affine_ptr, c, C, HAS_AFFINE)
-    x0 = tl.load(x_ptr + at, mask=in0, other=0.0).to(ACC)
-    x1 = tl.load(x_ptr + at + C, mask=in1, other=0.0).to(ACC)
-    x2 = tl.load(x_ptr + at + row, mask=in2, other=0.0).to(ACC)
-    x3 = tl.load(x_ptr + at + row + C, mask=in3, other=0.0).to(ACC)
+    negative, flat = _order(affine_ptr, c, C)
+    x0 = tl.load(x_ptr + index, mask=in0, other=0.0).to(ACC)
+    x1 = tl.load(x_ptr + index + C, mask=in1, other=0.0).to(ACC)
+    x2 = tl.load(x_ptr + index + row, mask=in2, other=0.0).to(ACC)
+    x3 = tl.load(x_ptr + index + row + C, mask=in3, other=0.0).to(ACC)
     _, winner = _winner(x0, x1, x2, x3, negative, flat)
-    dp_at = ((n * (H // 2) + h // 2) * (W // 2) + w)[:, None] * C + c[None, :]
-    dp = tl.load(dp_ptr + dp_at, mask=in3, other=0.0).to(ACC)
+    dp_index = ((n * (H // 2) + h // 2) * (W // 2) + w)[:, None] * C + c[None, :]
+    dp = tl.load(dp_ptr + dp_index, mask=in3, other=0.0).to(ACC)
     dx0 = tl.where(winner == 0, dp, 0.0)
     dx1 = tl.where(winner == 1, dp, 0.0)
     dx2 = tl.where(winner == 2, dp, 0.0)
     dx3 = tl.where(winner == 3, dp, 0.0)
-    if HAS_SKIP:
-        dx0 += tl.load(dskip_ptr + at, mask=in0, other=0.0).to(ACC)
-        dx1 += tl.load(dskip_ptr + at + C, mask=in1, other=0.0).to(ACC)
-        dx2 += tl.load(dskip_ptr + at + row, mask=in2, other=0.0).to(ACC)
-        dx3 += tl.load(dskip_ptr + at + row + C, mask=in3, other=0.0).to(ACC)
-    if STATS:
+    if dskip_ptr is not None:
+        dx0 += tl.load(dskip_ptr + index, mask=in0, other=0.0).to(ACC)
+        dx1 += tl.load(dskip_ptr + index + C, mask=in1, other=0.0).to(ACC)
+        dx2 += tl.load(dskip_ptr + index + row, mask=in2, other=0.0).to(ACC)
+        dx3 += tl.load(dskip_ptr + index + row + C, mask=in3, other=0.0).to(ACC)
+    if mean_ptr is not None:
         count = pixels.to(ACC)
         mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)[None, :]
         level = (tl.load(dmean_ptr + c, mask=c < C, other=0.0) / count)[None, :]
@@ -146,10 +120,10 @@ def _max_pool2x2_bwd_kernel(
         dx1 += level + slope * (x1 - mean)
         dx2 += level + slope * (x2 - mean)
         dx3 += level + slope * (x3 - mean)
-    tl.store(dx_ptr + at, dx0, mask=in0)
-    tl.store(dx_ptr + at + C, dx1, mask=in1)
-    tl.store(dx_ptr + at + row, dx2, mask=in2)
-    tl.store(dx_ptr + at + row + C, dx3, mask=in3)
+    tl.store(dx_ptr + index, dx0, mask=in0)
+    tl.store(dx_ptr + index + C, dx1, mask=in1)
+    tl.store(dx_ptr + index + row, dx2, mask=in2)
+    tl.store(dx_ptr + index + row + C, dx3, mask=in3)
 
 
 def max_pool2x2(x: Tensor, affine: Tensor | None) -> Tensor:
@@ -163,12 +137,12 @@ def max_pool2x2(x: Tensor, affine: Tensor | None) -> Tensor:
         raise ValueError(f"max_pool2x2 needs pictures of at least 2×2 pixels, got {height}×{width}; use larger ones")
     p = empty_nhwc(x, batch, channels, height // 2, width // 2)
     if p.numel() > 0:
-        block_w, block_c = tile(channels, x.element_size(), _ACCESSES)
+        block_w, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
         blocks = cdiv(width // 2, block_w)
         launch(
             _max_pool2x2_fwd_kernel, (batch * (height // 2) * blocks, cdiv(channels, block_c)),
             nhwc(x), dense(affine), p, height, width, channels, blocks,
-            HAS_AFFINE=affine is not None, **OPTIONS, ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
+            ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
     return p
 
@@ -195,15 +169,13 @@ def pool_backward(
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
     if x.numel() > 0:
-        block_w, block_c = tile(channels, x.element_size(), _ACCESSES)
+        block_w, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
         blocks = cdiv((width + 1) // 2, block_w)
         dmean, dvar, mean = (None, None, None) if stats is None else stats
         launch(
             _max_pool2x2_bwd_kernel, (batch * ((height + 1) // 2) * blocks, cdiv(channels, block_c)),
             x, dense(scale), nhwc(dp), None if dskip is None else nhwc(dskip), dense(dmean), dense(dvar), dense(mean),
             dx, batch * height * width, height, width, channels, blocks,
-            HAS_AFFINE=scale is not None, HAS_SKIP=dskip is not None, STATS=stats is not None, **OPTIONS,
-            ACC=accumulator(x.dtype),
-            BLOCK_W=block_w, BLOCK_C=block_c,
+            ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
     return dx

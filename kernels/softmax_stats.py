@@ -20,47 +20,67 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels.common import OPTIONS, PROPAGATE_ALL, accumulator, cdiv, launch, power_of_2, sum_slabs
 from fastunet.layout import memory_format, stats_dtype
+
+from .common import PROPAGATE_ALL, cdiv, dense, power_of_2, sum_slabs
+from .launching import accumulator, launch
 
 _PROGRAMS = 1024  # of the forward pass; a constant, so that the order of summation is the same on every GPU
 
 
-@triton.jit
-def load_labels(
-    labels_ptr, weight_ptr, n, pixel, c, pixels, ignore_index, stride_yn, stride_yc, stride_yp,
-    C: tl.constexpr, SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """y, validity (ignored: 0) and known (has a class), pixels × classes, and weight (pixels × 1).
+class Labels(NamedTuple):
+    """Labels in a kernel, and the pixels' weights if there are any."""
 
-    ``pixel`` (int64) are pixels of sample n. In sigmoid mode known is validity.
-    """
-    row = pixel < pixels
+    labels: Any
+    weight: Any
+    pixels: Any
+    ignore_index: Any
+    stride_n: Any
+    stride_c: Any
+    stride_p: Any
+
+
+class Truth(NamedTuple):
+    """What labels say of a tile, pixels × classes: y, whether a pixel is valid (not ignored) and whether its class is
+    known (in sigmoid mode: whether it is valid); and the pixels' weights (pixels × 1)."""
+
+    y: Any
+    valid: Any
+    known: Any
+    weight: Any
+
+
+@triton.jit
+def load_labels(labels, n, pixel, c, C: tl.constexpr, SOFTMAX: tl.constexpr, ACC: tl.constexpr):
+    """The :class:`Truth` of ``pixel`` (int64), pixels of sample n."""
+    row = pixel < labels.pixels
     inside = row[:, None] & (c < C)[None, :]
     if SOFTMAX:
-        label = tl.load(labels_ptr + n * stride_yn + pixel * stride_yp, mask=row, other=0).to(tl.int64)
-        valid = inside & (label != ignore_index)[:, None]
+        label_ptr = labels.labels + n * labels.stride_n + pixel * labels.stride_p
+        label = tl.load(label_ptr, mask=row, other=0).to(tl.int64)
+        valid = inside & (label != labels.ignore_index)[:, None]
         label = tl.where((label >= 0) & (label < C), label, -1).to(tl.int32)
         known = valid & (label >= 0)[:, None]
         y = valid & (label[:, None] == c[None, :])
     else:
-        y_ptr = labels_ptr + n * stride_yn + (pixel * stride_yp)[:, None] + (c.to(tl.int64) * stride_yc)[None, :]
+        y_ptr = labels.labels + n * labels.stride_n + (pixel * labels.stride_p)[:, None]
+        y_ptr += (c.to(tl.int64) * labels.stride_c)[None, :]
         label = tl.load(y_ptr, mask=inside, other=0).to(tl.int64)
-        valid = inside & (label != ignore_index)
+        valid = inside & (label != labels.ignore_index)
         known = valid
         y = valid & (label == 1)
-    if HAS_WEIGHT:
-        w = tl.load(weight_ptr + n * pixels + pixel, mask=row, other=0.0).to(ACC)[:, None]
+    if labels.weight is not None:
+        w = tl.load(labels.weight + n * labels.pixels + pixel, mask=row, other=0.0).to(ACC)[:, None]
     else:
         w = tl.full([1, 1], 1.0, ACC)
-    return y, valid, known, w
+    return Truth(y, valid, known, w)
 
 
 @triton.jit
@@ -98,26 +118,26 @@ def _log1p(e):
 
 
 @triton.jit
-def terms(x, y, valid, known, w, c, C, SOFTMAX: tl.constexpr):
+def terms(x, truth, c, C, SOFTMAX: tl.constexpr):
     """What a tile of logits adds to the sums P, CE, W and S: p, and the terms of the other three, pixels × classes."""
     if SOFTMAX:
         p, ce = softmax(x, c, C)
         spread = ce
-        counted = y
+        counted = truth.y
     else:
         p, _, e = sigmoid(x)
         tail = _log1p(e)
-        ce = tl.maximum(tl.where(y, -x, x), 0.0, propagate_nan=PROPAGATE_ALL) + tail
+        ce = tl.maximum(tl.where(truth.y, -x, x), 0.0, propagate_nan=PROPAGATE_ALL) + tail
         spread = tl.abs(x) + 2.0 * tail
-        counted = valid
-    p = tl.where(valid, p, 0.0)
-    ce = tl.where(counted, ce * w, 0.0)
-    return p, ce, tl.where(counted, w, 0.0), tl.where(known, spread * w, 0.0)
+        counted = truth.valid
+    p = tl.where(truth.valid, p, 0.0)
+    ce = tl.where(counted, ce * truth.weight, 0.0)
+    return p, ce, tl.where(counted, truth.weight, 0.0), tl.where(truth.known, spread * truth.weight, 0.0)
 
 
 @triton.jit
 def gradient(
-    dstats_ptr, n, x, y, valid, known, w, c, C,
+    dstats_ptr, n, x, truth, c, C,
     SQUARES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr, SOFTMAX: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of logits of sample n."""
@@ -137,18 +157,18 @@ def gradient(
     if SOFTMAX:
         at_label = p * dtp
         if ENTROPY:
-            at_label -= w * dce
-        q = p * slope + tl.where(y, at_label, 0.0)
+            at_label -= truth.weight * dce
+        q = p * slope + tl.where(truth.y, at_label, 0.0)
         if SMOOTHING:
-            q -= tl.where(known, w * dspread, 0.0)
+            q -= tl.where(truth.known, truth.weight * dspread, 0.0)
         dx = q - p * tl.sum(q, axis=1)[:, None]
     else:
-        dx = p * p_not * (slope + tl.where(y, dtp, 0.0))
+        dx = p * p_not * (slope + tl.where(truth.y, dtp, 0.0))
         if ENTROPY:
-            dx += w * dce * tl.where(y, -p_not, p)
+            dx += truth.weight * dce * tl.where(truth.y, -p_not, p)
         if SMOOTHING:
-            dx += w * dspread * (p - p_not)
-    return tl.where(valid, dx, 0.0)
+            dx += truth.weight * dspread * (p - p_not)
+    return tl.where(truth.valid, dx, 0.0)
 
 
 @triton.jit
@@ -173,12 +193,13 @@ def _softmax_stats_kernel(
     stride_xn, stride_xc, stride_yn, stride_yc, stride_yp,
     stride_xp: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr,
     SQUARES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr,
-    SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    SOFTMAX: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """partial[program, n, :, :] = the seven sums over tiles program, program + programs, … of sample n."""
     program = tl.program_id(0) % programs
     n = (tl.program_id(0) // programs).to(tl.int64)
     c = tl.arange(0, BLOCK_C)
+    labels = Labels(labels_ptr, weight_ptr, pixels, ignore_index, stride_yn, stride_yc, stride_yp)
     tp = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     p_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     y_sum = tl.zeros([BLOCK_P, BLOCK_C], ACC)
@@ -189,23 +210,20 @@ def _softmax_stats_kernel(
     for tile in range(program, (pixels - 1) // BLOCK_P + 1, programs):  # cdiv would overflow just below 2³¹
         pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         x = _load_logits(logits_ptr, n, pixel, c, pixels, stride_xn, stride_xc, stride_xp, C, ALIGN, ACC)
-        y, valid, known, w = load_labels(
-            labels_ptr, weight_ptr, n, pixel, c, pixels, ignore_index, stride_yn, stride_yc, stride_yp,
-            C, SOFTMAX, HAS_WEIGHT, ACC,
-        )  # fmt: skip
-        p, ce, share, spread = terms(x, y, valid, known, w, c, C, SOFTMAX)
-        tp += tl.where(y, p, 0.0)
+        truth = load_labels(labels, n, pixel, c, C, SOFTMAX, ACC)
+        p, ce, share, spread = terms(x, truth, c, C, SOFTMAX)
+        tp += tl.where(truth.y, p, 0.0)
         p_sum += p
-        y_sum += tl.where(y, 1.0, 0.0)
+        y_sum += tl.where(truth.y, 1.0, 0.0)
         if SQUARES:
             p2_sum += p * p
         if ENTROPY:
             ce_sum += ce
-            if HAS_WEIGHT or not SOFTMAX:
+            if weight_ptr is not None or not SOFTMAX:
                 w_sum += share
         if SMOOTHING:
             spread_sum += spread
-    if ENTROPY and SOFTMAX and not HAS_WEIGHT:
+    if ENTROPY and SOFTMAX and weight_ptr is None:
         w_sum = y_sum
     store_stats(
         partial_ptr, program.to(tl.int64) * batch + n, c, C, tp, p_sum, y_sum, p2_sum, ce_sum, w_sum, spread_sum
@@ -218,18 +236,16 @@ def _softmax_stats_backward_kernel(
     stride_xn, stride_xc, stride_yn, stride_yc, stride_yp, stride_dn, stride_dc,
     stride_xp: tl.constexpr, stride_dp: tl.constexpr, C: tl.constexpr, ALIGN: tl.constexpr, ALIGN_D: tl.constexpr,
     SQUARES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr,
-    SOFTMAX: tl.constexpr, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    SOFTMAX: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx of one tile of one sample."""
     n = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.arange(0, BLOCK_C)
     x = _load_logits(logits_ptr, n, pixel, c, pixels, stride_xn, stride_xc, stride_xp, C, ALIGN, ACC)
-    y, valid, known, w = load_labels(
-        labels_ptr, weight_ptr, n, pixel, c, pixels, ignore_index, stride_yn, stride_yc, stride_yp,
-        C, SOFTMAX, HAS_WEIGHT, ACC,
-    )  # fmt: skip
-    dx = gradient(dstats_ptr, n, x, y, valid, known, w, c, C, SQUARES, ENTROPY, SMOOTHING, SOFTMAX)
+    labels = Labels(labels_ptr, weight_ptr, pixels, ignore_index, stride_yn, stride_yc, stride_yp)
+    truth = load_labels(labels, n, pixel, c, C, SOFTMAX, ACC)
+    dx = gradient(dstats_ptr, n, x, truth, c, C, SQUARES, ENTROPY, SMOOTHING, SOFTMAX)
     sample_ptr = dx_ptr + tl.multiple_of(n * stride_dn, ALIGN_D)
     dx_ptrs = sample_ptr + (pixel * stride_dp)[:, None] + (c.to(tl.int64) * stride_dc)[None, :]
     inside = (pixel < pixels)[:, None] & (c < C)[None, :]
@@ -248,15 +264,14 @@ def by_pixel(t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
 
 def _operands(
     logits: Tensor, labels: Tensor, pixel_weight: Tensor | None
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, ...], dict[str, int]]:
-    """Logits, labels and weights (logits if there are none) as the kernels read them, strides, and compiled strides."""
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple[int, ...], dict[str, int]]:
+    """Logits, labels and weights as the kernels read them, strides, and compiled strides."""
     if labels.dtype == torch.bool:
         labels = labels.view(torch.uint8)
     logits, (stride_xn, stride_xc, stride_xp) = by_pixel(logits)
     labels, y_strides = by_pixel(labels if labels.dim() == 4 else labels.unsqueeze(1))
-    weight = logits if pixel_weight is None else pixel_weight.contiguous()
     compiled = {"stride_xp": stride_xp, "ALIGN": alignment(stride_xn, logits.shape[1])}
-    return (logits, labels, weight), (stride_xn, stride_xc, *y_strides), compiled
+    return (logits, labels, dense(pixel_weight)), (stride_xn, stride_xc, *y_strides), compiled
 
 
 def alignment(stride: int, classes: int) -> int:
@@ -278,7 +293,7 @@ def _tile(classes: int, itemsize: int) -> tuple[int, int, int]:
     return block_p, block_c, block_p * block_c // (32 * work)
 
 
-def _choices(logits: Tensor, pixel_weight: Tensor | None, mode: str, wanted: Sequence[bool]) -> dict[str, Any]:
+def _choices(logits: Tensor, mode: str, wanted: Sequence[bool]) -> dict[str, Any]:
     """What is compiled into a kernel."""
     classes = logits.shape[1]
     block_p, block_c, warps = _tile(classes, logits.element_size())
@@ -286,12 +301,10 @@ def _choices(logits: Tensor, pixel_weight: Tensor | None, mode: str, wanted: Seq
         "C": classes,
         **dict(zip(("SQUARES", "ENTROPY", "SMOOTHING"), map(bool, wanted), strict=True)),
         "SOFTMAX": mode == "softmax",
-        "HAS_WEIGHT": pixel_weight is not None,
         "ACC": accumulator(logits.dtype),
         "BLOCK_P": block_p,
         "BLOCK_C": block_c,
         "num_warps": warps,
-        **OPTIONS,
     }
 
 
@@ -305,7 +318,7 @@ def softmax_stats(
     if batch * pixels == 0:
         return logits.new_zeros((batch, classes, 7), dtype=dtype)
     operands, strides, compiled = _operands(logits, labels, pixel_weight)
-    choices = _choices(logits, pixel_weight, mode, wanted)
+    choices = _choices(logits, mode, wanted)
     programs = min(cdiv(pixels, choices["BLOCK_P"]), max(1, _PROGRAMS // batch))
     partial = logits.new_empty((programs, batch, classes, 7), dtype=dtype)
     launch(
@@ -331,7 +344,7 @@ def softmax_stats_backward(
     if batch * pixels == 0:
         return dlogits
     operands, strides, compiled = _operands(logits, labels, pixel_weight)
-    choices = _choices(logits, pixel_weight, mode, wanted)
+    choices = _choices(logits, mode, wanted)
     tiles = cdiv(pixels, choices["BLOCK_P"])
     _, (stride_dn, stride_dc, stride_dp) = by_pixel(dlogits)
     launch(

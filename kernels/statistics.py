@@ -14,19 +14,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels.common import OPTIONS, PROPAGATE_ALL, accumulator, block, cdiv, launch
 from fastunet.layout import stats_dtype
+
+from .common import PROPAGATE_ALL, block, cdiv, dense
+from .launching import accumulator, launch
 
 
 @triton.jit
 def store_stats(
-    ys, rows, tile, k, K, mean_ptr, m2_ptr, count_ptr,
+    ys, rows, number, k, K, mean_ptr, m2_ptr, count_ptr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Mean and M2 of a tile: ys are its ROWS rows [pixels, BLOCK_K], of which the first ``rows`` [pixels] exist."""
+    """Mean and M2 of a tile by its number: ys are ROWS rows [pixels, BLOCK_K], of which the first ``rows`` [pixels]
+    exist."""
     count = tl.sum(tl.minimum(rows, ROWS), 0)
-    n = tl.maximum(count, 1).to(ACC)  # a parity may have no pixel in the tile
-    # Rows are added where they lie, and what warps hold once: each sum over warps goes through shared memory.
+    n = tl.maximum(count, 1).to(ACC)  # a tile beyond the border may hold none
+    # Rows are added element by element, and over the warps once at the end: that goes through shared memory.
     total = tl.where((rows > 0)[:, None], ys[0].to(ACC), 0.0)
     for i in tl.static_range(1, ROWS):
         total += tl.where((rows > i)[:, None], ys[i].to(ACC), 0.0)
@@ -36,78 +39,103 @@ def store_stats(
         apart = tl.where((rows > i)[:, None], ys[i].to(ACC) - mean[None, :], 0.0)
         squares += apart * apart
     m2 = tl.sum(squares, 0)
-    place = tile.to(tl.int64) * K + k
-    tl.store(mean_ptr + place, mean, mask=k < K)
-    tl.store(m2_ptr + place, m2, mask=k < K)
-    tl.store(count_ptr + tile, count.to(ACC))
+    index = number.to(tl.int64) * K + k
+    tl.store(mean_ptr + index, mean, mask=k < K)
+    tl.store(m2_ptr + index, m2, mask=k < K)
+    tl.store(count_ptr + number, count.to(ACC))
 
 
 @triton.jit
-def _formed(
-    y_ptr, sums_ptr, bias, m, k, pixels, K, shares, SHARED: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+def _formed(y_ptr, sums_ptr, bias, m, k, pixels, K, shares):
     """y at pixels ``m`` [BLOCK_P] and channels ``k`` [BLOCK_K] as it is or will be stored; where; and what exists."""
     mask = (m < pixels)[:, None] & (k < K)[None, :]
-    place = m[:, None] * K + k[None, :]
-    if SHARED:
-        total = tl.load(sums_ptr + place, mask=mask, other=0.0)
+    index = m[:, None] * K + k[None, :]
+    if sums_ptr is not None:
+        total = tl.load(sums_ptr + index, mask=mask, other=0.0)
         for share in range(1, shares):
-            total += tl.load(sums_ptr + share * pixels.to(tl.int64) * K + place, mask=mask, other=0.0)
+            total += tl.load(sums_ptr + share * pixels.to(tl.int64) * K + index, mask=mask, other=0.0)
         y = (total + bias[None, :]).to(y_ptr.dtype.element_ty)
     else:
-        y = tl.load(y_ptr + place, mask=mask, other=0.0)
-    return y, place, mask
+        y = tl.load(y_ptr + index, mask=mask, other=0.0)
+    return y, index, mask
 
 
 @triton.jit(do_not_specialize=["pixels", "shares", "rounds"])
 def _batch_stats_kernel(
     y_ptr, sums_ptr, bias_ptr, mean_ptr, m2_ptr, count_ptr, pixels, K, shares, rounds,
-    SHARED: tl.constexpr, BIAS: tl.constexpr, STATS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The statistics of a tile of rounds·2·BLOCK_P pixels of y (pixels, K), which is formed first if it is SHARED.
+    """The statistics of a tile of rounds·2·BLOCK_P pixels of y (pixels, K), which is formed first if there are sums.
 
     Sums are taken of the difference to the mean of the first pixels: what is subtracted from the sum of squares is then
     no larger than what remains.
     """
-    tile = tl.program_id(0)
+    number = tl.program_id(0)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    first = tile.to(tl.int64) * rounds * (2 * BLOCK_P)
+    first = number.to(tl.int64) * rounds * (2 * BLOCK_P)
     m = first + tl.arange(0, BLOCK_P)
     bias = tl.zeros([BLOCK_K], ACC)
-    if BIAS:
+    if bias_ptr is not None:
         bias += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)
     pivot = tl.zeros([BLOCK_K], ACC)
-    if STATS:
-        y, _, mask = _formed(y_ptr, sums_ptr, bias, m, k, pixels, K, shares, SHARED, ACC)
+    if mean_ptr is not None:
+        y, _, mask = _formed(y_ptr, sums_ptr, bias, m, k, pixels, K, shares)
         some = tl.minimum(pixels - first, BLOCK_P).to(ACC)
         pivot = tl.sum(tl.where(mask, y.to(ACC), 0.0), 0) / some
     total = tl.zeros([BLOCK_P, BLOCK_K], ACC)
     squares = tl.zeros([BLOCK_P, BLOCK_K], ACC)
     for _ in range(rounds):
         for _ in tl.static_range(2):  # loads of both are in flight at once
-            y, place, mask = _formed(y_ptr, sums_ptr, bias, m, k, pixels, K, shares, SHARED, ACC)
-            if SHARED:
-                tl.store(y_ptr + place, y, mask=mask)
-            if STATS:
+            y, index, mask = _formed(y_ptr, sums_ptr, bias, m, k, pixels, K, shares)
+            if sums_ptr is not None:
+                tl.store(y_ptr + index, y, mask=mask)
+            if mean_ptr is not None:
                 apart = tl.where(mask, y.to(ACC) - pivot[None, :], 0.0)
                 total += apart
                 squares += apart * apart
             m += BLOCK_P
-    if STATS:
+    if mean_ptr is not None:
         count = tl.maximum(tl.minimum(pixels - first, rounds * (2 * BLOCK_P)), 1).to(ACC)
         apart = tl.sum(total, 0)
-        out = tile.to(tl.int64) * K + k
+        out = number.to(tl.int64) * K + k
         tl.store(mean_ptr + out, pivot + apart / count, mask=k < K)
         m2 = tl.maximum(tl.sum(squares, 0) - apart * (apart / count), 0.0, propagate_nan=PROPAGATE_ALL)
         tl.store(m2_ptr + out, m2, mask=k < K)
-        tl.store(count_ptr + tile, count)
+        tl.store(count_ptr + number, count)
+
+
+class Partials:
+    """Where tiles leave mean, M2 and count of ``channels`` channels: ``pointers`` for the kernel, each None if no
+    statistics are ``wanted``."""
+
+    def __init__(self, x: Tensor, tiles: int, channels: int, wanted: bool):
+        self.x, dtype = x, stats_dtype(x.dtype)
+        self.pointers: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None)
+        if wanted:
+            mean, m2 = (x.new_empty((tiles, channels), dtype=dtype) for _ in range(2))
+            self.pointers = mean, m2, x.new_empty(tiles, dtype=dtype)
+
+    def merged(self, channels: int | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance (K,), empty if they are not wanted; of tiles that hold several pixels' ``channels``
+        side by side each counts as a tile."""
+        mean, m2, count = self.pointers
+        if mean is None or m2 is None or count is None:
+            return of_nothing(self.x, 0, False)
+        if channels is None or channels == mean.shape[1]:
+            return merge_stats(mean, m2, count)
+        return merge_stats(mean.view(-1, channels), m2.view(-1, channels), count, mean.shape[1] // channels)
+
+
+def of_nothing(x: Tensor, channels: int, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Mean and variance of no pixels: zeros (K,), or empty if they are not ``wanted``."""
+    zeros = x.new_zeros(channels if wanted else 0, dtype=stats_dtype(x.dtype))
+    return zeros, zeros.clone()
 
 
 def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (K,) of y (N, K, H, W) in NHWC memory."""
     if y.numel() == 0:
-        return (zero := y.new_zeros(y.shape[1], dtype=stats_dtype(y.dtype))), zero.clone()
+        return of_nothing(y, y.shape[1], True)
     _, mean, var = _batch_stats(y, None, None, True)
     return mean, var
 
@@ -119,22 +147,20 @@ def add_shares(sums: Tensor, y: Tensor, bias: Tensor | None, stats: bool) -> tup
 
 
 def _batch_stats(y: Tensor, sums: Tensor | None, bias: Tensor | None, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
-    filters, dtype = y.shape[1], stats_dtype(y.dtype)
+    filters = y.shape[1]
     pixels = y.numel() // filters
     block_k = block(filters, 64)
     block_p = 64 // y.element_size()
     # Programs enough for a large GPU, of a few pixels each; the same on every GPU, for the same bits.
     rounds = max(1, min(8, pixels * cdiv(filters, block_k) // (2 * block_p * 2048)))
     tiles = cdiv(pixels, rounds * 2 * block_p)
-    mean, m2 = (y.new_empty((tiles, filters) if stats else 0, dtype=dtype) for _ in range(2))
-    counts = y.new_empty(tiles if stats else 0, dtype=dtype)
+    partials = Partials(y, tiles, filters, stats)
     launch(
         _batch_stats_kernel, (tiles, cdiv(filters, block_k)),
-        y, y if sums is None else sums, y if bias is None else bias.contiguous(), mean, m2, counts, pixels, filters,
-        0 if sums is None else sums.shape[0], rounds, SHARED=sums is not None, BIAS=bias is not None, STATS=stats,
-        BLOCK_P=block_p, BLOCK_K=block_k, ACC=accumulator(y.dtype), **OPTIONS, num_warps=4,
+        y, sums, dense(bias), *partials.pointers, pixels, filters, 0 if sums is None else sums.shape[0], rounds,
+        BLOCK_P=block_p, BLOCK_K=block_k, ACC=accumulator(y.dtype), num_warps=4,
     )  # fmt: skip
-    return (y, *merge_stats(mean, m2, counts)) if stats else (y, mean, m2)
+    return y, *partials.merged()
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -148,10 +174,10 @@ def _merge_stats_kernel(
     t = group * GROUP + tl.arange(0, GROUP)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = (t < tiles)[:, None] & (k < K)[None, :]
-    place = t.to(tl.int64)[:, None] * K + k[None, :]
+    index = t.to(tl.int64)[:, None] * K + k[None, :]
     n = tl.load(count_ptr + t // COUNTED, mask=t < tiles, other=0.0)
-    mean = tl.load(mean_ptr + place, mask=mask, other=0.0)
-    m2 = tl.load(m2_ptr + place, mask=mask, other=0.0)
+    mean = tl.load(mean_ptr + index, mask=mask, other=0.0)
+    m2 = tl.load(m2_ptr + index, mask=mask, other=0.0)
     total = tl.sum(n, 0)
     merged = tl.sum(mean * n[:, None], 0) / tl.maximum(total, 1.0)
     apart = mean - merged[None, :]
@@ -180,7 +206,7 @@ def merge_stats(mean: Tensor, m2: Tensor, count: Tensor, counted: int = 1) -> tu
         launch(
             _merge_stats_kernel, (groups, cdiv(filters, block_k)),
             mean, m2, count, *merged, counts, tiles, filters,
-            COUNTED=counted, GROUP=group, BLOCK_K=block_k, LAST=last, **OPTIONS, num_warps=4,
+            COUNTED=counted, GROUP=group, BLOCK_K=block_k, LAST=last, num_warps=4,
         )  # fmt: skip
         mean, m2 = merged
         if last:

@@ -27,13 +27,15 @@ import torch
 from torch import Tensor
 
 from fastunet.architecture import architecture
-from fastunet.kernels.common import MOST_REMEMBERED, power_of_2, precision
+
+from .common import power_of_2
+from .launching import MOST_REMEMBERED, precision
 
 PATH = Path(__file__).parent / "tiles.json"
 Key = tuple[str, str, str, str, str, int, int, int]
 
 
-class Place(NamedTuple):
+class Arithmetic(NamedTuple):
     """What of a tensor decides, beside sizes."""
 
     architecture: str
@@ -51,9 +53,9 @@ class Place(NamedTuple):
         return self.dtype == "float32" and self.precision == "ieee"
 
 
-def place(x: Tensor) -> Place:
-    """The place of a tensor that is multiplied."""
-    return Place(architecture(x.device), _NAMES[x.dtype], precision(x.dtype))
+def arithmetic(x: Tensor) -> Arithmetic:
+    """How a tensor is multiplied."""
+    return Arithmetic(architecture(x.device), _NAMES[x.dtype], precision(x.dtype))
 
 
 _NAMES = {torch.float16: "16-bit", torch.bfloat16: "16-bit", torch.float32: "float32", torch.float64: "float64"}
@@ -102,9 +104,9 @@ def forced(choices: Mapping[str, Any]) -> Iterator[None]:
         _forced.update(kept)
 
 
-def key(kind: str, sources: Sequence[int], filters: int, width: int, batch: int, where: Place) -> Key:
+def key(kind: str, sources: Sequence[int], filters: int, width: int, batch: int, how: Arithmetic) -> Key:
     """What an entry is found by; ``sources`` are the channels of each."""
-    return kind, *where, "+".join(map(str, sources)), filters, power_of_2(width), power_of_2(batch)
+    return kind, *how, "+".join(map(str, sources)), filters, power_of_2(width), power_of_2(batch)
 
 
 @functools.cache
@@ -126,16 +128,16 @@ def _entry(wanted: Key) -> Entry | None:
 
 
 @functools.lru_cache(MOST_REMEMBERED)
-def algorithm(kind: str, sources: tuple[int, ...], filters: int, width: int, batch: int, where: Place) -> str:
-    """The algorithm that backend "auto" takes: one of :data:`fastunet.kernels.algorithms.FUNCTIONS`."""
-    entry = _entry(key(kind, sources, filters, width, batch, where))
-    return _rule(kind, sources, filters, where) if entry is None else entry.algorithm
+def algorithm(kind: str, sources: tuple[int, ...], filters: int, width: int, batch: int, how: Arithmetic) -> str:
+    """The algorithm that backend "auto" takes: one of :data:`fastunet.kernels.conv.FUNCTIONS`."""
+    entry = _entry(key(kind, sources, filters, width, batch, how))
+    return _rule(kind, sources, filters, how) if entry is None else entry.algorithm
 
 
-def _rule(kind: str, sources: Sequence[int], filters: int, where: Place) -> str:
+def _rule(kind: str, sources: Sequence[int], filters: int, how: Arithmetic) -> str:
     """What is the fastest where nothing was measured, by what was: on an H200 cuDNN's products reach up to twice the
     rate of Triton's, and for few channels the passes around them cost more than that saves."""
-    if where.architecture != "sm_90" or not where.narrow:
+    if how.architecture != "sm_90" or not how.narrow:
         return "triton"
     narrowest = min(*sources, filters)
     if kind == "conv3x3_act":  # the fused epilogue saves a pass, and two sources a concatenation
@@ -154,15 +156,15 @@ def algorithm_forced(kind: str) -> str | None:
 
 
 def overruled(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """``rule`` (kind, batch, sources, filters, height, width, place, tma, …), overruled wherever the table has a tile
+    """``rule`` (kind, batch, sources, filters, height, width, how, tma, …), overruled wherever the table has a tile
     that fits the call."""
 
     @functools.lru_cache(MOST_REMEMBERED)
     def both(*args: Any) -> tuple[Key, Any, Any]:
         """The key, the rule's tile, and the table's."""
         tile = rule(*args)
-        kind, batch, sources, filters, _, width, where, *_ = args
-        wanted = key(kind, sources, filters, width, batch, where)
+        kind, batch, sources, filters, _, width, how, *_ = args
+        wanted = key(kind, sources, filters, width, batch, how)
         entry = _entry(wanted)
         if entry is None or entry.tile is None:
             return wanted, tile, tile

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fastunet.architecture import architecture
-from fastunet.kernels.common import block, cdiv
-from fastunet.kernels.table import Place, overruled, place
+
+from .common import block, cdiv
+from .launching import numbers
+from .table import Arithmetic, arithmetic, overruled
 
 
 class Tile(NamedTuple):
@@ -32,6 +34,12 @@ class Tile(NamedTuple):
         tiles_h, tiles_w = cdiv(height, self.rows), cdiv(width, self.columns)
         return cdiv(batch, self.images) * tiles_h * tiles_w, tiles_h, tiles_w
 
+    def constants(self, x: Tensor, hold: bool = True) -> dict[str, Any]:
+        """What is compiled into a kernel of this tile that multiplies ``x``; see :func:`numbers` for ``hold``. How many
+        programs share a tile is not: as many binaries would do the same."""
+        tile = self if self.shares == 1 else self._replace(shares=1)
+        return {"TILE": tile, "NUM": numbers(x, hold), "num_warps": self.warps, "num_stages": self.stages}
+
 
 # Multiprocessors of the largest common GPU of an architecture.
 PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 188}
@@ -45,34 +53,34 @@ def choose(
     """The tile of a 3×3 convolution of sources of so many channels each, for so many filters; with a ``prologue`` it
     normalises what it reads."""
     tma = not pointers and all(map(movable, operands))
-    tile: Tile = _choose(kind, batch, tuple(sources), filters, height, width, place(operands[0]), tma, prologue)
+    tile: Tile = _choose(kind, batch, tuple(sources), filters, height, width, arithmetic(operands[0]), tma, prologue)
     return tile
 
 
 @overruled
 def _choose(
-    kind: str, batch: int, sources: Sequence[int], filters: int, height: int, width: int, where: Place, tma: bool,
+    kind: str, batch: int, sources: Sequence[int], filters: int, height: int, width: int, how: Arithmetic, tma: bool,
     prologue: bool,
 ) -> Tile:  # fmt: skip
-    tile = _unshared(kind, batch, sources, filters, width, where, tma, prologue)
+    tile = _unshared(kind, batch, sources, filters, width, how, tma, prologue)
     if kind == "conv3x3_wgrad":
         return tile
     reduced, kept = (sources, [filters]) if kind == "conv3x3_fwd" else ([filters], sources)
     programs = tile.grid(batch, height, width)[0] * sum(cdiv(each, tile.outputs) for each in kept)
     steps = sum(cdiv(each, tile.reduction) for each in reduced)
-    places = PROCESSORS.get(where.architecture, 0) * 8 // tile.warps
+    places = PROCESSORS.get(how.architecture, 0) * 8 // tile.warps
     # A share that is too small has more sums to store than products to form.
     most = min(places // max(programs, 1), steps // 2, 8)
     return tile._replace(shares=1 << most.bit_length() - 1 if most > 1 else 1)
 
 
 def _unshared(
-    kind: str, batch: int, sources: Sequence[int], filters: int, width: int, where: Place, tma: bool, prologue: bool
+    kind: str, batch: int, sources: Sequence[int], filters: int, width: int, how: Arithmetic, tma: bool, prologue: bool
 ) -> Tile:
     channels, outputs = max(sources), filters
     if kind == "conv3x3_dgrad":
         channels, outputs = outputs, channels
-    narrow, exact, name = where.narrow, where.exact, where.architecture
+    narrow, exact, name = how.narrow, how.exact, how.architecture
     wgrad = kind == "conv3x3_wgrad"
     # wgmma multiplies 64 rows; what lies outside the picture is left out. wgrad sums over pixels, 256 a step: with
     # fewer columns more rows share what lies above and below.
@@ -90,7 +98,7 @@ def _unshared(
         # CDNA prefetches into registers: it has none to spare for a second row or a third stage.
         rows, warps, stages = (1, 4, 2) if name.startswith("gfx") else (2, 8, 3)
         if wgrad:
-            both = 32 * rows  # or the warps would normalise the same
+            both = 32 * rows  # narrower, several warps would load and normalise the same pixels
             return Tile(1, 2 * rows, block(width, 32), block(outputs, both), block(channels, both), 4, 2)
         return Tile(images, rows, columns, block(outputs, 64), block(channels, 32), warps, stages)
     rows = 2 if name == "sm_90" else 1  # 128 accumulators a thread leave registers for the epilogue on Hopper only
@@ -114,16 +122,16 @@ def choose_strided(
     kind: str, batch: int, channels: int, outputs: int, height: int, width: int, operand: Tensor, tma: bool
 ) -> Tile:
     """The tile of another convolution, of one source and for so many outputs, with TMA or without."""
-    tile: Tile = _choose_strided(kind, batch, (channels,), outputs, height, width, place(operand), tma)
+    tile: Tile = _choose_strided(kind, batch, (channels,), outputs, height, width, arithmetic(operand), tma)
     return tile
 
 
 @overruled
 def _choose_strided(
-    kind: str, batch: int, sources: Sequence[int], outputs: int, height: int, width: int, where: Place, tma: bool
+    kind: str, batch: int, sources: Sequence[int], outputs: int, height: int, width: int, how: Arithmetic, tma: bool
 ) -> Tile:
     (channels,) = sources
-    narrow, exact, name = where.narrow, where.exact, where.architecture
+    narrow, exact, name = how.narrow, how.exact, how.architecture
     three, wgrad, dgrad = kind.startswith("conv3x3"), kind.endswith("wgrad"), kind.endswith("dgrad")
     # 128 accumulators a thread leave registers for the epilogue on Hopper only.
     large = tma and name == "sm_90"
@@ -132,9 +140,9 @@ def _choose_strided(
         pixels = 64  # two accumulators and the epilogues of gradients take registers
     if name.startswith("gfx") and kind == "conv3x3_down":
         pixels = min(pixels, 64)  # as do masks
-    # Each warp does what costs the same for few outputs as for many: half as many then do it less often. Beside the
-    # 2×2 transposed convolution and its gradient a second program of 4 warps hides loads and epilogue: 0.6 to 0.85 of
-    # the time on an H200.
+    # Loading and normalising cost a warp the same for few outputs as for many: half as many warps do it half as often.
+    # Beside the 2×2 transposed convolution and its gradient a second program of 4 warps hides loads and epilogue: 0.6
+    # to 0.85 of the time on an H200.
     few = large and narrow and (outputs <= 64 or kind in ("conv2x2_up", "conv2x2_down_dgrad"))
     if large and narrow and kind == "conv2x2_up":
         pixels = 64

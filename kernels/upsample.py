@@ -24,19 +24,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels.affine import dense, source_backward, source_gradient, store_affine_gradient, tile
-from fastunet.kernels.common import (
-    OPTIONS,
-    accumulator,
-    cdiv,
-    empty_nhwc,
-    launch,
-    load_affine,
-    nhwc,
-    normalise,
-    sum_slabs,
+from .affine import (
+    affine_gradient,
+    affine_slabs,
+    flat_tile,
+    no_gradients,
+    source_backward,
+    source_gradient,
+    store_affine_gradient,
 )
-from fastunet.layout import stats_dtype
+from .common import cdiv, dense, empty_nhwc, load_affine, nhwc, normalise
+from .launching import accumulator, launch
 
 _ACCESSES = 1  # 16-byte accesses per thread and tap
 _ROUNDS = 4  # tiles of one row per program of the backward, which share a slab of sums
@@ -76,34 +74,13 @@ def _lerp(a, b, fraction, ALIGN_CORNERS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["H", "W", "YH", "YW", "top", "left", "first_h", "first_w", "cells_h", "blocks"])
 def _upsample_concat_fwd_kernel(
-    x_ptr,
-    affine_ptr,
-    skip_ptr,
-    skip_affine_ptr,
-    y_ptr,
-    C,
-    CS,
-    H,
-    W,
-    YH,
-    YW,
-    top,  # y = (YH, YW) holds output (0, 0) at (top, left)
-    left,
-    first_h,  # the first cell that touches y; −1 is the first that holds an output
-    first_w,
-    cells_h,
-    blocks,
-    HAS_AFFINE: tl.constexpr,
-    RELU: tl.constexpr,
-    HAS_SKIP: tl.constexpr,
-    SKIP_AFFINE: tl.constexpr,
-    SKIP_RELU: tl.constexpr,
-    SKIP_FIRST: tl.constexpr,
-    ALIGN_CORNERS: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x_ptr, affine_ptr, skip_ptr, skip_affine_ptr, y_ptr,
+    C, CS, H, W, YH, YW, top, left, first_h, first_w, cells_h, blocks,
+    RELU: tl.constexpr, SKIP_RELU: tl.constexpr, SKIP_FIRST: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Cells from (first_h, first_w) on, the first that touch y (YH, YW), which holds output (0, 0) at (top, left); cell
+    −1 is the first that holds an output."""
     pid = tl.program_id(0)
     q = pid // blocks
     n = (q // cells_h).to(tl.int64)
@@ -125,7 +102,7 @@ def _upsample_concat_fwd_kernel(
     if group < up_groups:
         c = group * BLOCK_C + tl.arange(0, BLOCK_C)
         channel = (c < C)[None, :]
-        scale, shift, centre = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)
+        affine = load_affine(affine_ptr, c, C)
         source = ((j >= -1) & (j < tl.where((i >= -1) & (i < H), W, -1)))[:, None] & channel
         row0 = (n * H + tl.maximum(i, 0)) * W
         row1 = (n * H + tl.minimum(i + 1, H - 1)) * W
@@ -135,10 +112,10 @@ def _upsample_concat_fwd_kernel(
         z01 = tl.load(x_ptr + (row0 + j1)[:, None] * C + c[None, :], mask=source, other=0.0)
         z10 = tl.load(x_ptr + (row1 + j0)[:, None] * C + c[None, :], mask=source, other=0.0)
         z11 = tl.load(x_ptr + (row1 + j1)[:, None] * C + c[None, :], mask=source, other=0.0)
-        z00 = normalise(z00, scale, shift, centre, HAS_AFFINE, RELU, ACC)
-        z01 = normalise(z01, scale, shift, centre, HAS_AFFINE, RELU, ACC)
-        z10 = normalise(z10, scale, shift, centre, HAS_AFFINE, RELU, ACC)
-        z11 = normalise(z11, scale, shift, centre, HAS_AFFINE, RELU, ACC)
+        z00 = normalise(z00, affine, RELU, ACC)
+        z01 = normalise(z01, affine, RELU, ACC)
+        z10 = normalise(z10, affine, RELU, ACC)
+        z11 = normalise(z11, affine, RELU, ACC)
         lambda_h0 = _fraction(tl.maximum(2 * i + 1, 0), H, ALIGN_CORNERS, ACC)
         lambda_h1 = _fraction(tl.maximum(2 * i + 2, 0), H, ALIGN_CORNERS, ACC)
         lambda_w0 = _fraction(tl.maximum(2 * j + 1, 0), W, ALIGN_CORNERS, ACC)[:, None]
@@ -154,58 +131,41 @@ def _upsample_concat_fwd_kernel(
         y01 = tl.where(((j + 1 >= 0) & (j + 1 < end0))[:, None], _lerp(above1, below1, lambda_h0, ALIGN_CORNERS), 0.0)
         y10 = tl.where(((j >= 0) & (j < end1))[:, None], _lerp(above0, below0, lambda_h1, ALIGN_CORNERS), 0.0)
         y11 = tl.where(((j + 1 >= 0) & (j + 1 < end1))[:, None], _lerp(above1, below1, lambda_h1, ALIGN_CORNERS), 0.0)
-        at = pixel * stride + (CS if SKIP_FIRST else 0) + c[None, :]
-        tl.store(y_ptr + at, y00, mask=in00 & channel)
-        tl.store(y_ptr + at + stride, y01, mask=in01 & channel)
-        at += YW.to(tl.int64) * stride
-        tl.store(y_ptr + at, y10, mask=in10 & channel)
-        tl.store(y_ptr + at + stride, y11, mask=in11 & channel)
-    elif HAS_SKIP:
+        index = pixel * stride + (CS if SKIP_FIRST else 0) + c[None, :]
+        tl.store(y_ptr + index, y00, mask=in00 & channel)
+        tl.store(y_ptr + index + stride, y01, mask=in01 & channel)
+        index += YW.to(tl.int64) * stride
+        tl.store(y_ptr + index, y10, mask=in10 & channel)
+        tl.store(y_ptr + index + stride, y11, mask=in11 & channel)
+    elif skip_ptr is not None:
         c = (group - up_groups) * BLOCK_C + tl.arange(0, BLOCK_C)
         channel = (c < CS)[None, :]
-        scale, shift, centre = load_affine(skip_affine_ptr, c, CS, SKIP_AFFINE, ACC)
-        at = pixel * CS + c[None, :]
+        skip_affine = load_affine(skip_affine_ptr, c, CS)
+        index = pixel * CS + c[None, :]
         row = YW.to(tl.int64) * CS
-        z00 = tl.load(skip_ptr + at, mask=in00 & channel, other=0.0)
-        z01 = tl.load(skip_ptr + at + CS, mask=in01 & channel, other=0.0)
-        z10 = tl.load(skip_ptr + at + row, mask=in10 & channel, other=0.0)
-        z11 = tl.load(skip_ptr + at + row + CS, mask=in11 & channel, other=0.0)
-        z00 = normalise(z00, scale, shift, centre, SKIP_AFFINE, SKIP_RELU, ACC)
-        z01 = normalise(z01, scale, shift, centre, SKIP_AFFINE, SKIP_RELU, ACC)
-        z10 = normalise(z10, scale, shift, centre, SKIP_AFFINE, SKIP_RELU, ACC)
-        z11 = normalise(z11, scale, shift, centre, SKIP_AFFINE, SKIP_RELU, ACC)
-        at = pixel * stride + (0 if SKIP_FIRST else C) + c[None, :]
-        tl.store(y_ptr + at, z00, mask=in00 & channel)
-        tl.store(y_ptr + at + stride, z01, mask=in01 & channel)
-        at += YW.to(tl.int64) * stride
-        tl.store(y_ptr + at, z10, mask=in10 & channel)
-        tl.store(y_ptr + at + stride, z11, mask=in11 & channel)
+        z00 = tl.load(skip_ptr + index, mask=in00 & channel, other=0.0)
+        z01 = tl.load(skip_ptr + index + CS, mask=in01 & channel, other=0.0)
+        z10 = tl.load(skip_ptr + index + row, mask=in10 & channel, other=0.0)
+        z11 = tl.load(skip_ptr + index + row + CS, mask=in11 & channel, other=0.0)
+        z00 = normalise(z00, skip_affine, SKIP_RELU, ACC)
+        z01 = normalise(z01, skip_affine, SKIP_RELU, ACC)
+        z10 = normalise(z10, skip_affine, SKIP_RELU, ACC)
+        z11 = normalise(z11, skip_affine, SKIP_RELU, ACC)
+        index = pixel * stride + (0 if SKIP_FIRST else C) + c[None, :]
+        tl.store(y_ptr + index, z00, mask=in00 & channel)
+        tl.store(y_ptr + index + stride, z01, mask=in01 & channel)
+        index += YW.to(tl.int64) * stride
+        tl.store(y_ptr + index, z10, mask=in10 & channel)
+        tl.store(y_ptr + index + stride, z11, mask=in11 & channel)
 
 
 @triton.jit(do_not_specialize=["H", "W", "YH", "YW", "top", "left", "segments"])
 def _upsample_bwd_kernel(
-    dy_ptr,  # at the first channel of the upsampled half
-    x_ptr,
-    affine_ptr,
-    dx_ptr,
-    partial_ptr,
-    C,
-    dy_stride,
-    H,
-    W,
-    YH,
-    YW,
-    top,
-    left,
-    segments,
-    HAS_AFFINE: tl.constexpr,
-    RELU: tl.constexpr,
-    ALIGN_CORNERS: tl.constexpr,
-    ACC: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    dy_ptr, x_ptr, affine_ptr, dx_ptr, partial_ptr, C, dy_stride, H, W, YH, YW, top, left, segments,
+    RELU: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
+    ACC: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx and daffine from dy, whose pointer is at the first channel of the upsampled half."""
     slab = tl.program_id(0)
     q = slab // segments
     n = (q // H).to(tl.int64)
@@ -232,32 +192,32 @@ def _upsample_bwd_kernel(
                 if ALIGN_CORNERS is not None or ((r == 1 or r == 2) and (s == 1 or s == 2)):
                     ow = 2 * w - 1 + s
                     yw = ow + left
-                    at = ((n * YH + yh) * YW + yw)[:, None] * dy_stride + c[None, :]
-                    dy = tl.load(dy_ptr + at, mask=((yw >= first_w) & (yw < end))[:, None] & inside, other=0.0)
+                    index = ((n * YH + yh) * YW + yw)[:, None] * dy_stride + c[None, :]
+                    dy = tl.load(dy_ptr + index, mask=((yw >= first_w) & (yw < end))[:, None] & inside, other=0.0)
                     row += _weight(ow, s, W, ALIGN_CORNERS, ACC)[:, None] * dy.to(ACC)
             dz += _weight(oh, r, H, ALIGN_CORNERS, ACC) * row
-        x_at = ((n * H + h) * W + w)[:, None] * C + c[None, :]
-        x = tl.load(x_ptr + x_at, mask=inside, other=0.0)
-        scale, shift, centre = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)  # here: the taps need the registers
-        dx, gx, g = source_backward(dz, x, scale, shift, centre, HAS_AFFINE, RELU, ACC)
-        tl.store(dx_ptr + x_at, dx, mask=inside)
-        if HAS_AFFINE:
+        x_index = ((n * H + h) * W + w)[:, None] * C + c[None, :]
+        x = tl.load(x_ptr + x_index, mask=inside, other=0.0)
+        affine = load_affine(affine_ptr, c, C)  # here: the taps need the registers
+        dx, gx, g = source_backward(dz, x, affine, RELU, ACC)
+        tl.store(dx_ptr + x_index, dx, mask=inside)
+        if affine_ptr is not None:
             sum_gx += gx
             sum_g += g
         start += BLOCK_W
-    if HAS_AFFINE:
-        scale, _, _ = load_affine(affine_ptr, c, C, HAS_AFFINE, ACC)
-        store_affine_gradient(partial_ptr, slab, c, C, scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
+    if affine_ptr is not None:
+        affine = load_affine(affine_ptr, c, C)
+        store_affine_gradient(partial_ptr, slab, c, C, affine.scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
 
 
 def _tile(x: Tensor, *channels: int) -> tuple[int, int]:
     """(pixels, channels) of a tile for tensors like ``x`` with these numbers of channels; a quarter of the pixels where
     accesses are of single elements, as 16 taps with an address for each element do not fit into the registers."""
-    block_w, block_c = tile(max(channels), x.element_size(), _ACCESSES)
+    block_w, block_c = flat_tile(max(channels), x.element_size(), _ACCESSES)
     return block_w if all(c % 16 == 0 for c in channels) else block_w // 4, block_c
 
 
-def _frame(x: Tensor, skip: Tensor | None) -> tuple[int, int, int, int]:
+def _centred(x: Tensor, skip: Tensor | None) -> tuple[int, int, int, int]:
     """(height, width, top, left): the result's size, and where in it the doubled picture begins."""
     height, width = 2 * x.shape[2], 2 * x.shape[3]
     if skip is None:
@@ -282,7 +242,7 @@ def upsample_concat(
     """
     batch, channels, height, width = x.shape
     skip_channels = 0 if skip is None else skip.shape[1]
-    y_height, y_width, top, left = _frame(x, skip)
+    y_height, y_width, top, left = _centred(x, skip)
     y = empty_nhwc(x, batch, channels + skip_channels, y_height, y_width)
     if y.numel() == 0:
         return y
@@ -296,10 +256,8 @@ def upsample_concat(
         _upsample_concat_fwd_kernel, (batch * cells_h * blocks, groups),
         nhwc(x), dense(affine), None if skip is None else nhwc(skip), dense(skip_affine), y, channels, skip_channels,
         height, width, y_height, y_width, top, left, first_h, first_w, cells_h, blocks,
-        HAS_AFFINE=affine is not None, RELU=relu, HAS_SKIP=skip is not None, SKIP_AFFINE=skip_affine is not None,
-        SKIP_RELU=skip_relu, SKIP_FIRST=skip_first, ALIGN_CORNERS=align_corners, **OPTIONS,
-        ACC=accumulator(x.dtype),
-        BLOCK_W=block_w, BLOCK_C=block_c,
+        RELU=relu, SKIP_RELU=skip_relu, SKIP_FIRST=skip_first, ALIGN_CORNERS=align_corners,
+        ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
     )  # fmt: skip
     return y
 
@@ -319,24 +277,22 @@ def upsample_concat_backward(
     dy, x = nhwc(dy), nhwc(x)
     batch, channels, height, width = x.shape
     skip_channels = 0 if skip is None else skip.shape[1]
-    y_height, y_width, top, left = _frame(x, skip)
+    y_height, y_width, top, left = _centred(x, skip)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     block_w, block_c = _tile(x, channels, skip_channels)
     segments = cdiv(width, block_w * _ROUNDS)
     slabs = batch * height * segments
-    partial = x.new_empty(0 if affine is None else (slabs, 3, channels), dtype=stats_dtype(x.dtype))
+    partial = affine_slabs(x, affine, slabs)
     if x.numel() > 0:
         launch(
             _upsample_bwd_kernel, (slabs, cdiv(channels, block_c)),
             dy[:, skip_channels:] if skip_first else dy[:, :channels], x, dense(affine), dx, partial,
-            channels, dy.shape[1],
-            height, width, y_height, y_width, top, left, segments,
-            HAS_AFFINE=affine is not None, RELU=relu, ALIGN_CORNERS=align_corners, **OPTIONS,
-            ACC=accumulator(x.dtype),
-            ROUNDS=_ROUNDS, BLOCK_W=block_w, BLOCK_C=block_c,
+            channels, dy.shape[1], height, width, y_height, y_width, top, left, segments,
+            RELU=relu, ALIGN_CORNERS=align_corners,
+            ACC=accumulator(x.dtype), ROUNDS=_ROUNDS, BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
-    daffine = partial if affine is None else sum_slabs(partial)
+    daffine = affine_gradient(x, partial)
     if skip is None:
-        return dx, daffine, x.new_empty(0), x.new_empty(0, dtype=stats_dtype(x.dtype))
+        return dx, daffine, *no_gradients(x)
     dz_skip = dy[:, :skip_channels] if skip_first else dy[:, channels:]
     return dx, daffine, *source_gradient(dz_skip, dy.shape[1], skip, skip_affine, skip_relu)

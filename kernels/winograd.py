@@ -26,29 +26,20 @@ what the direct convolution's reads. Transforms in float32 (float64 for float64)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.kernels.affine import source_backward, store_affine_gradient
-from fastunet.kernels.common import (
-    OPTIONS,
-    Source,
-    accumulator,
-    block,
-    cdiv,
-    empty_nhwc,
-    launch,
-    load_affine,
-    nhwc,
-    normalise,
-    sum_slabs,
-)
-from fastunet.kernels.conv3x3 import cropped
-from fastunet.kernels.statistics import merge_stats, store_stats
 from fastunet.layout import stats_dtype
+
+from .affine import affine_gradient, affine_slabs, no_gradients, source_backward, store_affine_gradient
+from .common import Source, block, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise
+from .gemm import Image, Window
+from .launching import accumulator, launch
+from .statistics import Partials, of_nothing, store_stats
 
 _SIZES = ["patches", "H", "W", "top", "left", "P", "Q", "patches_h", "patches_w"]
 _BLOCK_T, _BLOCK_C = 16, 64  # 16 bytes a thread and access for 4 warps
@@ -82,63 +73,63 @@ def _g(a, b, c, u: tl.constexpr):
     return entry
 
 
-@triton.jit
-def _load_patch(
-    x_ptr, first, row, h, w, i: tl.constexpr, j: tl.constexpr, rows, columns, channels, C, scale, shift, centre,
-    AFFINE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Normalised pixel (i, j) of each patch [BLOCK_T, BLOCK_C]; ``rows`` and ``columns`` are (low, high) bounds."""
-    real = (h + i >= rows[0]) & (h + i < rows[1]) & (w + j >= columns[0]) & (w + j < columns[1])
-    mask = real[:, None] & channels[None, :]
-    x = tl.load(
-        x_ptr + (first + i * row + j)[:, None] * C + tl.arange(0, channels.shape[0])[None, :], mask=mask, other=0.0
-    )
-    return tl.where(mask, normalise(x, scale, shift, centre, AFFINE, RELU, ACC), 0.0)
+class Patch(NamedTuple):
+    """Patches of a source [BLOCK_T], at channels [BLOCK_C]: index, row and column of their first pixels, and where
+    the source is not zero."""
+
+    index: Any
+    h: Any
+    w: Any
+    window: Any
+    channels: Any
 
 
 @triton.jit
-def _input_line(
-    x_ptr, first, row, h, w, u: tl.constexpr, j: tl.constexpr, rows, columns, channels, C, scale, shift, centre,
-    AFFINE: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def _load_patch(source, affine, patch, i: tl.constexpr, j: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr):
+    """Normalised pixel (i, j) of each patch [BLOCK_T, BLOCK_C]."""
+    real = (patch.h + i >= patch.window.h_low) & (patch.h + i < patch.window.h_high)
+    real = real & (patch.w + j >= patch.window.w_low) & (patch.w + j < patch.window.w_high)
+    mask = real[:, None] & patch.channels[None, :]
+    pixel_ptr = source.x + (patch.index + i * source.W + j)[:, None] * source.C
+    x = tl.load(pixel_ptr + tl.arange(0, patch.channels.shape[0])[None, :], mask=mask, other=0.0)
+    return tl.where(mask, normalise(x, affine, RELU, ACC), 0.0)
+
+
+@triton.jit
+def _input_line(source, affine, patch, u: tl.constexpr, j: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr):
     """Entry (u, j) of Bᵀ d."""
-    a = _load_patch(
-        x_ptr, first, row, h, w, _FIRST[u], j, rows, columns, channels, C, scale, shift, centre, AFFINE, RELU, ACC
-    )
-    b = _load_patch(
-        x_ptr, first, row, h, w, _SECOND[u], j, rows, columns, channels, C, scale, shift, centre, AFFINE, RELU, ACC
-    )
-    return _combine(a, b, u)
+    a = _load_patch(source, affine, patch, _FIRST[u], j, RELU, ACC)
+    return _combine(a, _load_patch(source, affine, patch, _SECOND[u], j, RELU, ACC), u)
 
 
 @triton.jit
 def _weight_line(w_ptr, k, c, C, mask, u: tl.constexpr, s: tl.constexpr, MIRRORED: tl.constexpr, ACC: tl.constexpr):
     """Entry (u, s) of G g."""
-    place = w_ptr + k[:, None] * 9 * C + c[None, :]
+    index = w_ptr + k[:, None] * 9 * C + c[None, :]
     step = -C if MIRRORED else C
     if MIRRORED:
-        place += 8 * C
-    a = tl.load(place + s * step, mask=mask, other=0.0).to(ACC)
-    b = tl.load(place + (3 + s) * step, mask=mask, other=0.0).to(ACC)
-    return _g(a, b, tl.load(place + (6 + s) * step, mask=mask, other=0.0).to(ACC), u)
+        index += 8 * C
+    a = tl.load(index + s * step, mask=mask, other=0.0).to(ACC)
+    b = tl.load(index + (3 + s) * step, mask=mask, other=0.0).to(ACC)
+    return _g(a, b, tl.load(index + (6 + s) * step, mask=mask, other=0.0).to(ACC), u)
 
 
 @triton.jit
-def _at(m_ptr, plane, place, mask, number: tl.constexpr, ACC: tl.constexpr):
-    """Plane ``number`` of M at ``place``."""
-    return tl.load(m_ptr + number * plane + place, mask=mask, other=0.0).to(ACC)
+def _at(m_ptr, plane, index, mask, number: tl.constexpr, ACC: tl.constexpr):
+    """Plane ``number`` of M at ``index``."""
+    return tl.load(m_ptr + number * plane + index, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def _outputs(m_ptr, plane, place, mask, FACTOR: tl.constexpr, ACC: tl.constexpr):
+def _outputs(m_ptr, plane, index, mask, FACTOR: tl.constexpr, ACC: tl.constexpr):
     """FACTOR·Aᵀ M A: Y[0, 0], Y[0, 1], Y[1, 0], Y[1, 1]."""
-    y00 = tl.zeros(place.shape, ACC)
+    y00 = tl.zeros(index.shape, ACC)
     y01, y10, y11 = y00, y00, y00
     for u in tl.static_range(4):
-        m1 = _at(m_ptr, plane, place, mask, 4 * u + 1, ACC)
-        m2 = _at(m_ptr, plane, place, mask, 4 * u + 2, ACC)
-        left = (_at(m_ptr, plane, place, mask, 4 * u, ACC) + m1 + m2) * FACTOR
-        right = (m1 - m2 - _at(m_ptr, plane, place, mask, 4 * u + 3, ACC)) * FACTOR
+        m1 = _at(m_ptr, plane, index, mask, 4 * u + 1, ACC)
+        m2 = _at(m_ptr, plane, index, mask, 4 * u + 2, ACC)
+        left = (_at(m_ptr, plane, index, mask, 4 * u, ACC) + m1 + m2) * FACTOR
+        right = (m1 - m2 - _at(m_ptr, plane, index, mask, 4 * u + 3, ACC)) * FACTOR
         if u < 3:
             y00 += left
             y01 += right
@@ -157,8 +148,7 @@ def _outputs(m_ptr, plane, place, mask, FACTOR: tl.constexpr, ACC: tl.constexpr)
 @triton.jit(do_not_specialize=_SIZES)
 def _winograd_input_kernel(
     x_ptr, affine_ptr, v_ptr, patches, H, W, top, left, P, Q, patches_h, patches_w, C, C_FIRST, C_TOTAL,
-    AFFINE: tl.constexpr, RELU: tl.constexpr, FACTOR: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    RELU: tl.constexpr, FACTOR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """FACTOR·V of a source (H, W) placed at (top, left) in the frame (P, Q), at channels C_FIRST … of C_TOTAL."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -166,24 +156,27 @@ def _winograd_input_kernel(
     h = t // patches_w % patches_h * 2 - 1 - top
     w = t % patches_w * 2 - 1 - left
     # Beyond the last patch nothing is real.
-    rows = tl.maximum(0, -top), tl.where(t < patches, tl.minimum(H, P - top), 0)
-    columns = tl.maximum(0, -left), tl.minimum(W, Q - left)
-    scale, shift, centre = load_affine(affine_ptr, c, C, AFFINE, ACC)
+    window = Window(
+        tl.maximum(0, -top), tl.where(t < patches, tl.minimum(H, P - top), 0),
+        tl.maximum(0, -left), tl.minimum(W, Q - left),
+    )  # fmt: skip
+    affine = load_affine(affine_ptr, c, C)
     first = (t // patches_w // patches_h * H + h) * W + w
     mask = (t < patches)[:, None] & (c < C)[None, :]
-    place = t[:, None] * C_TOTAL + (C_FIRST + c)[None, :]
+    patch = Patch(first, h, w, window, c < C)
+    index = t[:, None] * C_TOTAL + (C_FIRST + c)[None, :]
     plane = patches.to(tl.int64) * C_TOTAL
-    x_ptr += tl.program_id(1) * BLOCK_C
+    source = Image(x_ptr + tl.program_id(1) * BLOCK_C, 0, H, W, C, None, None, None)
     for u in tl.static_range(4):
         line = (
-            _input_line(x_ptr, first, W, h, w, u, 0, rows, columns, c < C, C, scale, shift, centre, AFFINE, RELU, ACC),
-            _input_line(x_ptr, first, W, h, w, u, 1, rows, columns, c < C, C, scale, shift, centre, AFFINE, RELU, ACC),
-            _input_line(x_ptr, first, W, h, w, u, 2, rows, columns, c < C, C, scale, shift, centre, AFFINE, RELU, ACC),
-            _input_line(x_ptr, first, W, h, w, u, 3, rows, columns, c < C, C, scale, shift, centre, AFFINE, RELU, ACC),
+            _input_line(source, affine, patch, u, 0, RELU, ACC),
+            _input_line(source, affine, patch, u, 1, RELU, ACC),
+            _input_line(source, affine, patch, u, 2, RELU, ACC),
+            _input_line(source, affine, patch, u, 3, RELU, ACC),
         )
         for v in tl.static_range(4):
             value = _combine(line[_FIRST[v]], line[_SECOND[v]], v) * FACTOR
-            tl.store(v_ptr + (4 * u + v) * plane + place, value.to(v_ptr.dtype.element_ty), mask=mask)
+            tl.store(v_ptr + (4 * u + v) * plane + index, value.to(v_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -202,15 +195,14 @@ def _winograd_weight_kernel(
         )
         for v in tl.static_range(4):
             value = _g(line[0], line[1], line[2], v)
-            place = ((4 * u + v) * K + k)[:, None] * C + c[None, :]
-            tl.store(u_ptr + place, value.to(u_ptr.dtype.element_ty), mask=mask)
+            index = ((4 * u + v) * K + k)[:, None] * C + c[None, :]
+            tl.store(u_ptr + index, value.to(u_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _winograd_output_kernel(
     m_ptr, bias_ptr, y_ptr, mean_ptr, m2_ptr, count_ptr, patches, P, Q, patches_h, patches_w, K,
-    BIAS: tl.constexpr, STATS: tl.constexpr, FACTOR: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    FACTOR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y = FACTOR·Aᵀ M A + bias, and its statistics."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -223,7 +215,7 @@ def _winograd_output_kernel(
     plane = patches.to(tl.int64) * K
     ys = _outputs(m_ptr, plane, t[:, None] * K + k[None, :], there[:, None] & filters[None, :], FACTOR, ACC)
     bias = tl.zeros([BLOCK_K], ACC)
-    if BIAS:
+    if bias_ptr is not None:
         bias = tl.load(bias_ptr + k, mask=filters, other=0.0).to(ACC)
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     rounded = (
@@ -234,9 +226,9 @@ def _winograd_output_kernel(
     )
     for i in tl.static_range(4):
         real = there & (p + i // 2 < P) & (q + i % 2 < Q)
-        place = (first + i // 2 * Q + i % 2)[:, None] * K + k[None, :]
-        tl.store(y_ptr + place, rounded[i], mask=real[:, None] & filters[None, :])
-    if STATS:
+        index = (first + i // 2 * Q + i % 2)[:, None] * K + k[None, :]
+        tl.store(y_ptr + index, rounded[i], mask=real[:, None] & filters[None, :])
+    if mean_ptr is not None:
         # Those that exist come first: without a second column that is the one below, not the one to the right.
         narrow = q + 1 == Q
         second = tl.where(narrow[:, None], rounded[2], rounded[1])
@@ -250,8 +242,7 @@ def _winograd_output_kernel(
 def _winograd_gradient_kernel(
     m_ptr, x_ptr, affine_ptr, dx_ptr, partial_ptr, patches, H, W, top, left, P, Q, patches_h, patches_w,
     C, C_FIRST, C_TOTAL,
-    AFFINE: tl.constexpr, RELU: tl.constexpr, FACTOR: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    RELU: tl.constexpr, FACTOR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx and a share of daffine of a source, from g = FACTOR·Aᵀ M A at channels C_FIRST … of C_TOTAL."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -263,7 +254,7 @@ def _winograd_gradient_kernel(
     plane = patches.to(tl.int64) * C_TOTAL
     read = there[:, None] & (c < C)[None, :]
     gs = _outputs(m_ptr, plane, t[:, None] * C_TOTAL + (C_FIRST + c)[None, :], read, FACTOR, ACC)
-    scale, shift, centre = load_affine(affine_ptr, c, C, AFFINE, ACC)
+    affine = load_affine(affine_ptr, c, C)
     sum_gx = tl.zeros([BLOCK_C], ACC)
     sum_g = tl.zeros([BLOCK_C], ACC)
     for i in tl.static_range(4):
@@ -271,17 +262,17 @@ def _winograd_gradient_kernel(
         w = q + i % 2 - left
         real = there & (h + top < P) & (w + left < Q) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         mask = real[:, None] & (c < C)[None, :]
-        place = (first + i // 2 * W + i % 2)[:, None] * C + c[None, :]
+        index = (first + i // 2 * W + i % 2)[:, None] * C + c[None, :]
         g = tl.where(mask, gs[i], 0.0)
-        if AFFINE or RELU:
-            x = tl.load(x_ptr + place, mask=mask, other=0.0)
-            g, gx, masked = source_backward(g, x, scale, shift, centre, AFFINE, RELU, ACC)
-            if AFFINE:
+        if affine_ptr is not None or RELU:
+            x = tl.load(x_ptr + index, mask=mask, other=0.0)
+            g, gx, masked = source_backward(g, x, affine, RELU, ACC)
+            if affine_ptr is not None:
                 sum_gx += tl.sum(gx, 0)
                 sum_g += tl.sum(masked, 0)
-        tl.store(dx_ptr + place, g.to(dx_ptr.dtype.element_ty), mask=mask)
-    if AFFINE:
-        store_affine_gradient(partial_ptr, tl.program_id(0), c, C, scale, sum_gx, sum_g)
+        tl.store(dx_ptr + index, g.to(dx_ptr.dtype.element_ty), mask=mask)
+    if affine_ptr is not None:
+        store_affine_gradient(partial_ptr, tl.program_id(0), c, C, affine.scale, sum_gx, sum_g)
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------------
@@ -315,10 +306,10 @@ def _products(sources: Sequence[Source], size: Sequence[int], weight: Tensor, mi
         along, across, block_c = _grid(patches, source.channels)
         launch(
             _winograd_input_kernel, (along, across),
-            source.x, source.affine_or_x, v, patches, source.height, source.width, source.top, source.left, *size,
+            source.x, source.affine, v, patches, source.height, source.width, source.top, source.left, *size,
             patches_h, patches_w, source.channels, first, total,
-            AFFINE=source.affine is not None, RELU=source.relu, FACTOR=_factor(x.dtype),
-            BLOCK_T=_BLOCK_T, BLOCK_C=block_c, ACC=accumulator(x.dtype), **OPTIONS, num_warps=4,
+            RELU=source.relu, FACTOR=_factor(x.dtype),
+            BLOCK_T=_BLOCK_T, BLOCK_C=block_c, ACC=accumulator(x.dtype), num_warps=4,
         )  # fmt: skip
         first += source.channels
     u = weight.new_empty((16, filters, channels))
@@ -327,7 +318,7 @@ def _products(sources: Sequence[Source], size: Sequence[int], weight: Tensor, mi
     launch(
         _winograd_weight_kernel, (cdiv(filters, block_k), across),
         nhwc(weight), u, channels, filters, MIRRORED=mirrored,
-        BLOCK_K=block_k, BLOCK_C=block_c, ACC=accumulator(x.dtype), **OPTIONS, num_warps=4,
+        BLOCK_K=block_k, BLOCK_C=block_c, ACC=accumulator(x.dtype), num_warps=4,
     )  # fmt: skip
     return _bmm(v, u[:, :, columns] if mirrored else u.transpose(1, 2))
 
@@ -344,25 +335,20 @@ def conv3x3(
     sources: Sequence[Source], size: Sequence[int], weight: Tensor, bias: Tensor | None, stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastunet.kernels.conv3x3.conv3x3`."""
-    x, filters, dtype = sources[0].x, weight.shape[0], stats_dtype(weight.dtype)
+    x, filters = sources[0].x, weight.shape[0]
     y = empty_nhwc(x, x.shape[0], filters, *size)
     if y.numel() == 0:
-        mean = x.new_zeros(filters if stats else 0, dtype=dtype)
-        return y, mean, mean.clone()
+        return y, *of_nothing(x, filters, stats)
     m = _products(sources, size, weight, False, slice(None))
     patches, patches_h, patches_w = _patches(x.shape[0], size)
     along, across, block_k = _grid(patches, filters)
-    mean, m2 = (x.new_empty((along, filters) if stats else 0, dtype=dtype) for _ in range(2))
-    counts = x.new_empty(along if stats else 0, dtype=dtype)
+    partials = Partials(x, along, filters, stats)
     launch(
         _winograd_output_kernel, (along, across),
-        m, x if bias is None else bias.contiguous(), y, mean, m2, counts, patches, *size, patches_h, patches_w, filters,
-        BIAS=bias is not None, STATS=stats, FACTOR=1 / _factor(x.dtype),
-        BLOCK_T=_BLOCK_T, BLOCK_K=block_k, ACC=accumulator(x.dtype), **OPTIONS, num_warps=4,
+        m, dense(bias), y, *partials.pointers, patches, *size, patches_h, patches_w, filters,
+        FACTOR=1 / _factor(x.dtype), BLOCK_T=_BLOCK_T, BLOCK_K=block_k, ACC=accumulator(x.dtype), num_warps=4,
     )  # fmt: skip
-    if stats:
-        mean, m2 = merge_stats(mean, m2, counts)
-    return y, mean, m2
+    return y, *partials.merged()
 
 
 def conv3x3_dgrad(
@@ -370,7 +356,6 @@ def conv3x3_dgrad(
 ) -> list[tuple[Tensor, Tensor]]:
     """See :func:`fastunet.kernels.conv3x3.conv3x3_dgrad`."""
     batch, _, *size = dy.shape
-    dtype = stats_dtype(dy.dtype)
     channels = [source.channels if wanted else 0 for source, wanted in zip(sources, mask, strict=False)]
     start = 0 if mask[0] else sources[0].channels
     total = sum(channels)
@@ -381,21 +366,21 @@ def conv3x3_dgrad(
     first = 0
     for source, wanted in zip(sources, channels, strict=True):
         if not wanted:
-            gradients.append((dy.new_empty(0), dy.new_empty(0, dtype=dtype)))
+            gradients.append(no_gradients(dy))
             continue
         dx = empty_nhwc(source.x, *source.x.shape)
-        if cropped(source, size):
+        if source.sticks_out(size):
             dx.zero_()  # what lies outside the frame
         along, across, block_c = _grid(patches, wanted)
-        partial = dy.new_empty(0 if source.affine is None else (along, 3, wanted), dtype=dtype)
+        partial = affine_slabs(source.x, source.affine, along)
         if dy.numel():
             launch(
                 _winograd_gradient_kernel, (along, across),
-                m, source.x, source.affine_or_x, dx, partial, patches, source.height, source.width, source.top,
+                m, source.x, source.affine, dx, partial, patches, source.height, source.width, source.top,
                 source.left, *size, patches_h, patches_w, wanted, first, total,
-                AFFINE=source.affine is not None, RELU=source.relu, FACTOR=1 / _factor(dy.dtype),
-                BLOCK_T=_BLOCK_T, BLOCK_C=block_c, ACC=accumulator(dy.dtype), **OPTIONS, num_warps=4,
+                RELU=source.relu, FACTOR=1 / _factor(dy.dtype),
+                BLOCK_T=_BLOCK_T, BLOCK_C=block_c, ACC=accumulator(dy.dtype), num_warps=4,
             )  # fmt: skip
-        gradients.append((dx, partial if source.affine is None else sum_slabs(partial)))
+        gradients.append((dx, affine_gradient(dy, partial)))
         first += wanted
     return gradients

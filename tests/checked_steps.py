@@ -17,7 +17,7 @@ from triton.backends.nvidia import driver
 from triton.runtime.jit import JITFunction
 
 from fastunet import UNet, backend, ops
-from fastunet.kernels import common
+from fastunet.kernels import launching
 
 
 class Driver(driver.CudaDriver):  # type: ignore[misc]
@@ -100,13 +100,13 @@ def main() -> None:
         "UNet": [step(network, x) for _ in range(2)],
         "strided": [step(down_and_up, features) for _ in range(2)],
     }
-    found["short"] = all(remembered.call is not None for remembered in common._compiled.values())
+    found["short"] = all(remembered.call is not None for remembered in launching._compiled.values())
     hooked: list[str] = []
     knobs.runtime.launch_enter_hook.add(lambda about: hooked.append(about.get()["name"]))
     told, _ = step(down_and_up, features)
     found["hooked"] = hooked, [line.split()[1] for line in told if line.startswith("launch")]
     knobs.runtime.launch_enter_hook.calls.clear()
-    for about in common._described.values():
+    for about in launching._described.values():
         about["strides"][0] += 4  # 8 bytes more than there are
     try:
         step(network, x)

@@ -606,7 +606,7 @@ def test_statistics_without_a_gradient_stay_so(backend: str, device: str) -> Non
 
 @pytest.mark.parametrize("allowed", [True, False])
 def test_float32_follows_pytorchs_convolutions(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    conv = pytest.importorskip("fastunet.kernels.common")
+    conv = pytest.importorskip("fastunet.kernels.launching")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
     assert conv.precision(torch.float32) == ("tf32" if allowed else "ieee")
     assert conv.precision(torch.bfloat16) == "ieee"

@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 from test_conv import CASES, Conv, Inputs, assert_near, draw, gradients, run
 
 from fastunet.kernels import conv_aten, table, winograd
-from fastunet.kernels.algorithms import FUNCTIONS
 from fastunet.kernels.common import Source
+from fastunet.kernels.conv import FUNCTIONS
 
 KINDS = ("conv3x3_fwd", "conv3x3_dgrad", "conv3x3_wgrad")
 ALGORITHMS = {  # and the kinds of kernel for which there is one
@@ -124,7 +124,7 @@ def test_auto_takes_what_the_table_says_and_triton_is_triton(
     inputs = draw(case, device)
     monkeypatch.delenv("FASTUNET_BACKEND", raising=False)
     monkeypatch.setattr(table, "PATH", tmp_path / "tiles.json")
-    keys = [table.key(kind, (3, 2), 2, 5, len(inputs.x0), table.place(inputs.x0)) for kind in KINDS]
+    keys = [table.key(kind, (3, 2), 2, 5, len(inputs.x0), table.arithmetic(inputs.x0)) for kind in KINDS]
     table.PATH.write_text(json.dumps([{"key": key, "algorithm": "cudnn", "source": "modelled"} for key in keys]))
     calls = []
     for name in ("_placed", "_backward"):

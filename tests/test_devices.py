@@ -96,7 +96,7 @@ from unittest import mock
 import torch
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
-from fastunet.kernels import common
+from fastunet.kernels import common, launching
 
 class Elsewhere(torch.Tensor):
     def get_device(self):
@@ -114,9 +114,9 @@ def run(kernel, *args, **options):
 
 x, y = torch.zeros(4096), torch.zeros(64)
 far = torch.zeros(4096).as_subclass(Elsewhere)
-with mock.patch.object(JITFunction, "run", run), mock.patch.object(common, "_compiled", {}):
+with mock.patch.object(JITFunction, "run", run), mock.patch.object(launching, "_compiled", {}):
     def launch(x, y):
-        common.launch(common._sum_slabs_kernel, (1,), x, y, 64, 64, GROUP=64, BLOCK=64)
+        launching.launch(common._sum_slabs_kernel, (1,), x, y, 64, 64, GROUP=64, BLOCK=64)
     launch(x, y), launch(x, y)
     assert len(launched) == 2
     for mixed in ((far, y), (x, far), (TensorDescriptor(far, [64, 64], [64, 1], [16, 16]), y)):

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.cases import CASES
 from fastunet import kernels
 from fastunet.architecture import as_if_on
-from fastunet.kernels import common
+from fastunet.kernels import common, launching
 
 class Compiled:
     def __init__(self, kernel):
@@ -50,7 +50,7 @@ launched = set()
 for name in ("sm_80", "sm_90"):
     for case in dict.fromkeys(CASES):
         triton, shorter = [], []
-        patched = mock.patch.object(JITFunction, "run", run), mock.patch.object(common, "_compiled", {})
+        patched = mock.patch.object(JITFunction, "run", run), mock.patch.object(launching, "_compiled", {})
         with as_if_on(name), patched[0], patched[1]:
             case.launch(kernels)
             first = [*triton]
@@ -74,9 +74,9 @@ print(len(launched))
 kernel = common._sum_slabs_kernel
 x, y = torch.zeros(4096 + 8), torch.zeros(64)
 triton, shorter = [], []
-with mock.patch.object(JITFunction, "run", run), mock.patch.object(common, "_compiled", {}):
+with mock.patch.object(JITFunction, "run", run), mock.patch.object(launching, "_compiled", {}):
     def launch(x=x[:4096], slabs=64, block=64, **more):
-        common.launch(kernel, (1,), x, y.to(x.device), slabs, 64, GROUP=64, BLOCK=block, **more)
+        launching.launch(kernel, (1,), x, y.to(x.device), slabs, 64, GROUP=64, BLOCK=block, **more)
     for _ in range(2):
         launch(), launch(slabs=48), launch(block=32), launch(num_warps=4)
         launch(x[:4096].double()), launch(x.to("meta"))
@@ -85,7 +85,7 @@ with mock.patch.object(JITFunction, "run", run), mock.patch.object(common, "_com
     assert (len(triton), len(shorter)) == (8, 6)
     launch(x[4:4100])
     assert (len(triton), len(shorter)) == (8, 7)
-    assert len(common._compiled) == 6
+    assert len(launching._compiled) == 6
 print("ok")
 """
 

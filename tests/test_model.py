@@ -23,16 +23,14 @@ def launch(
     architecture: str = "sm_90",
     height: int = 8,
     channels: int = 128,
-    **changes: int | bool,
+    normalised: bool = True,
+    **changes: int,
 ) -> float:
-    constants = {
-        "IMAGES": 1, "ROWS": 2, "COLUMNS": 128, "BLOCK_C": 64, "BLOCK_K": 128, "AFFINE": True, "RELU": True,
-        "num_warps": 8, "num_stages": 2,
-    }  # fmt: skip
-    kernel = SimpleNamespace(__name__=name, arg_names=["N", "P", "Q", "tiles_h", "tiles_w", "C", "K"])
-    constants |= changes
-    tiles = 8 // constants["ROWS"], 8192 // constants["COLUMNS"]
-    args = (1, height, 8192, *tiles, channels, 128)
+    shape = {"images": 1, "rows": 2, "columns": 128, "outputs": 128, "reduction": 64} | changes
+    tile = SimpleNamespace(**shape)
+    kernel = SimpleNamespace(__name__=name, arg_names=["affine_ptr", "N", "P", "Q", "tiles_h", "tiles_w", "C", "K"])
+    args = (1 if normalised else None, 1, height, 8192, 8 // tile.rows, 8192 // tile.columns, channels, 128)
+    constants = {"TILE": tile, "RELU": normalised, "num_warps": 8, "num_stages": 2}
     return triton_rate(SimpleNamespace(kernel=kernel, grid=(programs,), args=args, kwargs=constants), architecture)
 
 
@@ -50,16 +48,16 @@ def test_a_last_wave_of_one_program_takes_as_long_as_a_full_one():
 
 
 def test_more_bytes_from_the_l2_cache_attain_less(unbounded):
-    assert launch(BLOCK_K=64) < launch(BLOCK_K=128)
-    assert launch(ROWS=1) < launch(ROWS=2)
+    assert launch(outputs=64) < launch(outputs=128)
+    assert launch(rows=1) < launch(rows=2)
 
 
 def test_a_prologue_costs_where_outputs_are_few(monkeypatch, unbounded):
     monkeypatch.setitem(CHIPS, "sm_90", replace(CHIPS["sm_90"], l2=1e9))
-    narrow = {"ROWS": 4, "COLUMNS": 4096, "BLOCK_K": 32}  # where the weights' bytes count for nothing
-    plain = launch(**narrow, AFFINE=False, RELU=False)
+    narrow = {"rows": 4, "columns": 4096, "outputs": 32}  # where the weights' bytes count for nothing
+    plain = launch(**narrow, normalised=False)
     assert launch(**narrow) < plain
-    assert launch("_conv3x3_dgrad_kernel", **(narrow | {"BLOCK_C": 32, "BLOCK_K": 64})) == plain
+    assert launch("_conv3x3_dgrad_kernel", **narrow) == plain
 
 
 def test_what_a_tile_multiplies_outside_the_picture_or_the_channels_is_lost():
@@ -74,7 +72,7 @@ def test_nothing_attains_more_than_is_sustained(kernel, architecture):
 
 
 def test_nothing_attains_more_than_was_measured():
-    assert launch(AFFINE=False, RELU=False) == pytest.approx(model.ATTAINED["sm_90"]["fwd", False])
+    assert launch(normalised=False) == pytest.approx(model.ATTAINED["sm_90"]["fwd", False])
     assert launch() == pytest.approx(model.ATTAINED["sm_90"]["fwd", True])
 
 

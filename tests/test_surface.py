@@ -126,22 +126,33 @@ def test_what_no_case_has_is_named() -> None:
 
 # In a process of its own, whose kernels are not the interpreter's.
 SWITCHES = """
-import collections, json
+import collections, json, re
 from benchmarks.cases import CASES, UNTIMED
-from benchmarks.recorder import record
+from benchmarks.recorder import flat, record
 from fastunet import kernels
 from fastunet.architecture import as_if_on
 
-def one_way(cases):
-    seen = collections.defaultdict(set)
+def launched(cases):
     for chip in ("sm_80", "sm_90"):
         with as_if_on(chip), record() as launches:
             for case in cases:
                 case.launch(kernels)
         for launch in launches:
-            for name, value in launch.kwargs.items():
-                if isinstance(value, bool) and name in launch.kernel.arg_names:
-                    seen[launch.kernel.__name__, name].add(value)
+            yield launch.kernel, dict(zip(launch.kernel.arg_names, launch.args)), launch.kwargs
+
+may_be_left_out = set()  # what a kernel compares with None, or what is None somewhere
+for kernel, operands, _ in launched([*CASES, *UNTIMED]):
+    compared = re.findall(r"(\\w+) is (?:not )?None", kernel.src)
+    may_be_left_out |= {(kernel, name) for name, x in operands.items() if x is None or name in compared}
+
+def one_way(cases):
+    seen = collections.defaultdict(set)
+    for kernel, operands, options in launched(cases):
+        constants = flat({name: value for name, value in options.items() if name in kernel.arg_names})
+        switches = {name: value for name, value in constants.items() if isinstance(value, bool)}
+        switches |= {name: x is not None for name, x in operands.items() if (kernel, name) in may_be_left_out}
+        for name, value in switches.items():
+            seen[kernel.__name__, name].add(value)
     return [switch for switch, values in seen.items() if len(values) == 1]
 
 print(json.dumps([one_way([*CASES, *UNTIMED]), one_way(CASES)]))
@@ -153,4 +164,4 @@ def test_every_switch_of_every_kernel_is_thrown_both_ways() -> None:
     assert done.returncode == 0, done.stderr
     of_all, of_timed = json.loads(done.stdout)
     assert of_all == []
-    assert ["_conv3x3_fwd_kernel", "HEAD_BIAS"] in of_timed
+    assert ["_conv3x3_fwd_kernel", "head_bias_ptr"] in of_timed

@@ -344,7 +344,7 @@ COUNTS = """
     from benchmarks.access import storage
     from benchmarks.cases import Case
     from benchmarks.traffic import MODES, Net, Roofs, accounts, made, op_bytes, run, summary
-    from fastunet.kernels.common import real_word
+    from fastunet.kernels.launching import real_word
 
     nets = {nets}
     found = {{}}

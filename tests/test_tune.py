@@ -18,7 +18,7 @@ from benchmarks.cases import Case
 from benchmarks.measure import Times, machine
 from fastunet.architecture import as_if_on
 from fastunet.kernels import table
-from fastunet.kernels.algorithms import FUNCTIONS
+from fastunet.kernels.conv import FUNCTIONS
 from fastunet.kernels.tiles import Tile, choose, choose_strided
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +110,7 @@ def test_a_measured_tile_of_a_strided_convolution_is_taken(tiles):
         return choose_strided(kind, 2, 16, 32, 8, 16, x, False)
 
     rule = chosen_strided("conv3x3_down")
-    key = table.key("conv3x3_down", [16], 32, 16, 2, table.place(torch.empty(0, dtype=torch.float16)))
+    key = table.key("conv3x3_down", [16], 32, 16, 2, table.arithmetic(torch.empty(0, dtype=torch.float16)))
     better = rule._replace(stages=rule.stages + 1)
     tune.write(tiles, [entry(better, rule) | {"key": list(key)}])
     table.forget()
@@ -273,7 +273,7 @@ import json
 from pathlib import Path
 from benchmarks import tune
 from fastunet.kernels import table
-from fastunet.kernels.algorithms import FUNCTIONS
+from fastunet.kernels.conv import FUNCTIONS
 
 table.PATH = Path({path!r})
 tune.main(["--model", "--only", "8x512x64x64"])
@@ -360,7 +360,7 @@ def test_the_model_gives_layers_to_cudnn_as_a_gpu_does(tmp_path):
     ids=str,
 )
 def test_what_nobody_measured_goes_by_what_an_h200_showed(tiles, kind, sources, filters, chosen):
-    hopper = table.Place("sm_90", "16-bit", "ieee")
+    hopper = table.Arithmetic("sm_90", "16-bit", "ieee")
     assert table.algorithm(kind, sources, filters, 256, 8, hopper) == chosen
     for other in (hopper._replace(architecture="sm_80"), hopper._replace(dtype="float32")):
         assert table.algorithm(kind, sources, filters, 256, 8, other) == "triton"
