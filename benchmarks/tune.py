@@ -9,16 +9,13 @@ which is data, reviewed in a diff; entries for other GPUs are kept. What was mea
 ``tune-<gpu>.json`` in ``--results``. Both files are written after every layer; a layer that crashes or hangs costs its
 own entry.
 
-Two things need no GPU. ``--model`` writes the entries of layers to which the model (``benchmarks/model.py``) gives
-another algorithm than Triton's, or another tile than the rule's that compiles as the gate wants it, marked "modelled";
-measured entries stay. ``--dry-run`` prints the layers, and checks some candidates in the interpreter.
+``--dry-run`` needs no GPU: it prints the layers, and checks some candidates in the interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -37,14 +34,12 @@ if "--dry-run" in sys.argv:
 import torch
 from tqdm import tqdm
 
-from benchmarks import cases, peers, report, traffic
+from benchmarks import cases, peers, report
 from benchmarks.cases import Case
 from benchmarks.isolation import LostError, Message, give_up_if_poisoned, messages
 from benchmarks.measure import Times, interleaved, machine
-from benchmarks.model import LAUNCH
 from benchmarks.peers import PROVIDERS, Step
 from benchmarks.report import RESULTS
-from benchmarks.trace import trace
 
 KINDS = {"inference": "conv3x3_fwd", "dgrad": "conv3x3_dgrad", "wgrad": "conv3x3_wgrad"}
 ACT = "conv3x3_act"  # the forward's kernel with the result normalised: a choice of algorithm, and the forward's tile
@@ -52,10 +47,6 @@ GAIN = 1.02  # a tile must be this much faster than the rule's, and outside its 
 ROUNDS = 2  # changes of one parameter, one after the other
 REACH = 1.25  # where Triton takes longer than that beside another algorithm, no tile is tried
 PATIENCE = 60  # seconds a layer may be silent
-MODEL_GAIN = 1.03  # a model must see that much between two algorithms or tiles
-MODELLED = "modelled"  # the source of an entry that was not measured
-MODELLED_GPUS = ("a100", "h200")
-BATCHES = (1, 8)
 REGISTERS = 128  # 32-bit accumulators a thread at most: more spill
 
 TRITON, TORCH = PROVIDERS["fastunet-triton"], PROVIDERS["fastunet-torch"]
@@ -263,15 +254,10 @@ def _faster(new: Times, old: Times) -> bool:
 
 def write(path: Path, found: Iterable[dict[str, Any]]) -> None:
     """Put ``found`` into the table at ``path``, an entry a line; layers of which there is nothing to say for any batch
-    have none.
-
-    What was measured gives way only to what was measured.
-    """
+    have none."""
     table = {tuple(entry["key"]): entry for entry in json.loads(path.read_text())}
     for one in found:
         key = tuple(one["key"])
-        if one["source"] == MODELLED and key in table and table[key]["source"] != MODELLED:
-            continue
         table[key] = {"key": list(key)}
         if one["algorithm"] != "triton":
             table[key]["algorithm"] = one["algorithm"]
@@ -290,90 +276,7 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-# ---- without a GPU -----------------------------------------------------------------------------------------------
-
-
-def modelled(case: Case, gpu: str) -> dict[str, Any]:
-    """What :func:`tune` gives, by the model."""
-    from fastunet.kernels import table
-
-    kind = KINDS[case.mode]
-    with table.observed() as asked:
-        _modelled_passes(case, gpu, "triton")
-    key, rule = asked[kind]
-    tile = rule  # not what the table has now
-    choices = {"triton": rule, "cudnn": "cudnn"}
-    microseconds = {
-        name: _microseconds(_modelled_passes(case, gpu, choice)[0], gpu) for name, choice in choices.items()
-    }
-    for other in neighbours(rule, case, kind):
-        if other.warps != rule.warps or other.stages != rule.stages:  # of which the model knows too little
-            continue
-        found, launch = _modelled_passes(case, gpu, other)
-        faster = _microseconds(found, gpu) * MODEL_GAIN < microseconds["triton"]
-        if faster and _sound(launch, traffic.GPUS[gpu][0], case.name):
-            tile, microseconds["triton"] = other, _microseconds(found, gpu)
-    algorithm = "cudnn" if microseconds["cudnn"] * MODEL_GAIN < microseconds["triton"] else "triton"
-    about = {"case": case.name, "key": list(key), "rule": list(rule), "tile": list(tile), "algorithm": algorithm}
-    return about | microseconds | {"source": MODELLED}
-
-
-def _modelled_passes(case: Case, gpu: str, choice: Any) -> tuple[list[traffic.Pass], Any]:
-    """The passes of a layer in one direction by an algorithm or with a tile, and their first launch."""
-    from fastunet.kernels import table
-
-    forced = table.forced({KINDS[case.mode]: choice})
-    with torch.device("meta"), torch.no_grad(), trace(traffic.GPUS[gpu][0]) as calls, forced:
-        operands = case.operands("meta")
-        results = torch.ops.fastunet.conv2d(*operands, "triton")
-        if case.mode != "inference":
-            torch.ops.fastunet.conv2d_backward(*case.backward_operands(operands, results), "triton")
-    last = [call for call in calls if call.name.startswith("fastunet.")][-1]
-    launches = [launch for launch in last.launches if launch.kernel.__name__ == f"_{KINDS[case.mode]}_kernel"]
-    return traffic.account(traffic.Step([last], [""], [""], 0), traffic.made).passes, next(iter(launches), None)
-
-
-def _microseconds(passes: Iterable[traffic.Pass], gpu: str) -> float:
-    """The modelled time; every pass takes at least a launch's."""
-    _, bandwidth, rate, _ = traffic.GPUS[gpu]
-    return 1e6 * sum(max(LAUNCH, one.seconds(traffic.Roofs(bandwidth, rate))) for one in passes)
-
-
-def _sound(launch: Any, chip: str, origin: str) -> bool:
-    """Whether a launch compiles for ``chip`` and breaks no rule of the gate."""
-    from benchmarks import gate  # which has no use for the interpreter, and ends it
-    from benchmarks.machine_code import CHIPS
-    from benchmarks.recorder import specialise
-
-    task = gate.Task(chip, origin, specialise(launch, CHIPS[chip].target))
-    if (name := task.variant) not in _sound_variants:
-        _sound_variants[name] = not gate.judge(task, None).problems
-    return _sound_variants[name]
-
-
-_sound_variants: dict[str, bool] = {}
-
-
-def model_entries(only: str) -> int:
-    """Write the modelled entries of the U-Net's layers at base 32 and 64, 256 to 1024 pixels, batch 1 and 8; print
-    times."""
-    from fastunet.kernels import table
-
-    sizes = itertools.product((64, 32), (1024, 512, 256), BATCHES)
-    cases_ = {case.name: case for about in sizes for case in layers(torch.bfloat16, *about) if only in case.name}
-    todo = [(gpu, case) for gpu in MODELLED_GPUS for case in cases_.values()]
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for gpu, case in tqdm(todo, desc="layers", disable=None):
-        one = modelled(case, gpu)
-        found.setdefault(tuple(one["key"]), one)
-    lines = [("layer", "gpu", "triton µs", "cudnn µs", "")]
-    for one in found.values():
-        times = (f"{one[name]:.0f}" for name in ("triton", "cudnn"))
-        choice = "cudnn" if one["algorithm"] == "cudnn" else "" if one["tile"] == one["rule"] else str(one["tile"])
-        lines.append((one["case"], one["key"][1], *times, choice))
-    print(traffic.aligned(lines))
-    write(table.PATH, found.values())
-    return 0
+# ---- commands ----------------------------------------------------------------------------------------------------
 
 
 def dry_run(chosen: Sequence[Case]) -> int:
@@ -410,10 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="for tune-<gpu>.json")
     parser.add_argument("--table", type=Path, metavar="FILE", help="which to complete; kernels/tiles.json")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: print the layers, check some candidates")
-    parser.add_argument("--model", action="store_true", help="no GPU: write the entries that the model gives")
     options = parser.parse_args(arguments)
-    if options.model:
-        return model_entries(options.only)
     dtype = getattr(torch, options.dtype)
     everything = layers(dtype) + normalising_layers(dtype) + strided_layers(dtype)
     chosen = [case for case in everything if options.only in case.name]
@@ -422,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         return dry_run(chosen)
     if not torch.cuda.is_available():
-        parser.error("tuning needs a CUDA GPU; --model and --dry-run do not")
+        parser.error("tuning needs a CUDA GPU; --dry-run does not")
     chosen.sort(key=lambda case: -case.flops)
     return measure(chosen, time.time() + options.budget, options.results, options.table or table.PATH)
 
