@@ -23,6 +23,7 @@ from torch import nn
 from benchmarks import nets, peers
 from benchmarks.cases import Case
 from benchmarks.checks import describe, small_picture
+from benchmarks.chips import target_of
 from benchmarks.isolation import Message
 from benchmarks.measure import DTYPES, nvidia_smi, precision
 from benchmarks.nets import NetCase
@@ -69,17 +70,14 @@ def _architecture() -> str | None:
 
 def specialisations(chosen: Sequence[AnyCase], architecture: str) -> dict[tuple[str, str], Any]:
     """What is to be compiled, by what it is and the name of the first case that launches it; networks first."""
-    from triton.backends.compiler import GPUTarget
-
     from benchmarks.recorder import specialise
 
-    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     launches: dict[Any, tuple[str, Any]] = {}
     for name, launch in _launches(chosen, architecture):
         launches.setdefault(launch.key, (name, launch))
     found: dict[str, tuple[str, Any]] = {}
     for name, launch in launches.values():
-        one = specialise(launch, target)
+        one = specialise(launch, target_of(architecture))
         found.setdefault(str((one.name, one.signature, one.constants, one.attributes, one.options)), (name, one))
     return {(key, name): one for key, (name, one) in found.items()}
 

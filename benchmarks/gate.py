@@ -9,12 +9,12 @@ every entry, ``--variants`` every variant too. It prints a table, the worst of e
 1 on a broken rule:
 
 - every kernel of fastunet.kernels is launched by something, and compiles;
-- nothing spills to local memory but what benchmarks/gate_limits.py lists, and shared memory fits the chip;
+- nothing spills to local memory but what benchmarks/gate_file.py lists, and shared memory fits the chip;
 - every dot of a tensor-core dtype becomes tensor-core instructions, whose wgmma are not serialised;
 - no instruction computes in float64;
 - on NVIDIA, where the dtype has 16 bits and all channel counts are multiples of 16, activations are loaded 16 bytes at
   a time and never stored one by one, unless the classes of a head are odd;
-- the main loop keeps within benchmarks/gate_limits.py (benchmarks/main_loop.py says how it is found and counted);
+- the main loop keeps within benchmarks/gate_file.py (benchmarks/main_loop.py says how it is found and counted);
 - benchmarks/gate.json has an entry for each launch, and under the Triton that wrote it no number is worse than there.
   ``--update`` rewrites the file.
 
@@ -48,10 +48,11 @@ import triton
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks import gate_limits
+from benchmarks import gate_file
 from benchmarks.cases import CASES, UNTIMED, Case
+from benchmarks.chips import CHIPS
 from benchmarks.gate_file import FILE, Numbers, load, numbers, regressions, save
-from benchmarks.machine_code import CHIPS, Resources, read
+from benchmarks.machine_code import Resources, read
 from benchmarks.recorder import Launch, Specialisation, find_kernels, record, specialise
 from benchmarks.trace import Call, traced
 from fastunet import kernels
@@ -161,7 +162,7 @@ def _as_on(chip: str, tf32: bool) -> Iterator[None]:
     """Launchers choose as on ``chip``, and float32 convolutions may or may not use TF32."""
     kept = torch.backends.cudnn.allow_tf32, torch.version.hip
     torch.backends.cudnn.allow_tf32 = tf32
-    torch.version.hip = "0" if CHIPS[chip].target.backend == "hip" else None
+    torch.version.hip = "0" if CHIPS[chip].amd else None
     try:
         with as_if_on(chip):
             yield
@@ -275,7 +276,7 @@ def _broken_rules(found: Resources, task: Task) -> Iterator[str]:
         yield "its wgmma are serialised: the tensor cores drain after each of them, not after each dot"
     if found.float64 and "fp64" not in str(task.wanted.signature):
         yield f"computes in float64 ({found.float64} instructions)"
-    if task.wide and CHIPS[task.chip].target.backend == "cuda":
+    if task.wide and not CHIPS[task.chip].amd:
         # Where TMA moves the activations, what else is loaded are vectors of a value a channel.
         if found.loads and not found.tma and (max(found.loads) < 16 or (min(found.loads) < 4 and not task.odd)):
             yield f"loads {_accesses(found.loads)} where 16 bytes at a time are possible"
@@ -286,9 +287,9 @@ def _broken_rules(found: Resources, task: Task) -> Iterator[str]:
 
 
 def _costs(found: Resources, task: Task) -> Iterator[str]:
-    if found.spilled_bytes > max((x.most for x in gate_limits.SPILLS if re.search(x.pattern, task.name)), default=0):
+    if found.spilled_bytes > max((x.most for x in gate_file.SPILLS if re.search(x.pattern, task.name)), default=0):
         yield f"spills {found.spilled_bytes} bytes a thread"
-    for held in gate_limits.LIMITS:
+    for held in gate_file.LIMITS:
         if (loop := found.loop) and re.search(held.pattern, task.name):
             slots = loop.issue_slots or 0
             least = slots if loop.least_slots is None else loop.least_slots

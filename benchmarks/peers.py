@@ -34,8 +34,7 @@ from torch import Tensor
 
 import fastunet
 from benchmarks import engines, nets
-from benchmarks.cases import Case
-from benchmarks.loss_cases import LossCase
+from benchmarks.cases import Case, LossCase
 from benchmarks.measure import DTYPES, precision
 from benchmarks.nets import NetCase
 from fastunet import metrics, ops, reference

@@ -46,11 +46,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastunet
-from benchmarks import ahead, cases, checks, loss_cases, nets, peers, report, traffic
-from benchmarks.cases import Case
+from benchmarks import ahead, cases, checks, nets, peers, report, traffic
+from benchmarks.cases import Case, LossCase
 from benchmarks.checks import describe
 from benchmarks.isolation import LostError, Message, give_up_if_poisoned, messages
-from benchmarks.loss_cases import LossCase
 from benchmarks.measure import DTYPES, ROOT, Memory, interleaved, layout_conversions, machine, precision, roofs
 from benchmarks.nets import NetCase
 from benchmarks.peers import PROVIDERS, AnyCase, Provider, Step
@@ -90,7 +89,7 @@ class Job:
 def plan(device: torch.device) -> list[Job]:
     """Every job, most important first. Compilers come in jobs of their own, beside eager PyTorch and fastunet."""
     if device.type != "cuda":
-        small: list[AnyCase] = [*_unfrozen(nets.SMALL_CASES), *loss_cases.SMALL_CASES, *cases.SMALL_CASES]
+        small: list[AnyCase] = [*_unfrozen(nets.SMALL_CASES), *cases.SMALL_LOSS_CASES, *cases.SMALL_CASES]
         jobs = [*map(_quick, small), _dear(small[0], "compile"), *(_dear(case, "onnxruntime") for case in small)]
         return [job for job in jobs if job.providers]
     headline = _unfrozen(nets.HEADLINE)
@@ -105,12 +104,12 @@ def plan(device: torch.device) -> list[Job]:
         *(_dear(case, "compile") for case in second),
         *map(_quick, frozen),
         *map(_quick, [case for case in ops if case.op.startswith("conv")]),
-        *map(_quick, loss_cases.CASES),
+        *map(_quick, cases.LOSS_CASES),
         *map(_quick, [case for case in ops if not case.op.startswith("conv")]),
         *map(_quick, second),
         *(_dear(case, name) for name in DEAR for case in frozen),
         *(_dear(case, "compile-max-autotune") for case in first + second),
-        *(_dear(case, "compile") for case in loss_cases.CASES),
+        *(_dear(case, "compile") for case in cases.LOSS_CASES),
         *map(_quick, others),
         *(_dear(case, "compile") for case in ops),
         *(_dear(case, name) for name in DEAR for case in others),
@@ -607,7 +606,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = plan(device)
     if options.quick:
         jobs = [job for job in jobs if not set(job.providers) & set(DEAR)]
-        jobs = [job for job in jobs if job.case in (*nets.HEADLINE, *loss_cases.CASES, *cases.CASES)] or jobs
+        jobs = [job for job in jobs if job.case in (*nets.HEADLINE, *cases.LOSS_CASES, *cases.CASES)] or jobs
     jobs = [job for job in jobs if options.only in job.case.name]
     if not jobs:
         parser.error(f"no case's name contains '{options.only}'; --dry-run prints all names")

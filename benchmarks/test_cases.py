@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, loss_cases, nets, peers
+from benchmarks import cases, nets, peers
 from benchmarks.conftest import DEVICE, NEEDS_GPU
 from benchmarks.measure import interleaved, machine, precision
 from benchmarks.peers import PROVIDERS, AnyCase, Problem
 
-SMALL: list[AnyCase] = [*cases.SMALL_CASES, *loss_cases.SMALL_CASES, *nets.SMALL_CASES]
-LARGE: list[AnyCase] = [*cases.CASES, *loss_cases.CASES, *nets.HEADLINE]
+SMALL: list[AnyCase] = [*cases.SMALL_CASES, *cases.SMALL_LOSS_CASES, *nets.SMALL_CASES]
+LARGE: list[AnyCase] = [*cases.CASES, *cases.LOSS_CASES, *nets.HEADLINE]
 
 
 def pairs() -> Iterator[Any]:

@@ -46,6 +46,7 @@ from torch.utils.flop_counter import flop_registry
 import fastunet
 from benchmarks.access import Access, distinct, of_aten, storage
 from benchmarks.cases import Case
+from benchmarks.chips import GPUS
 from benchmarks.model import aten_rate, triton_rate
 from benchmarks.trace import Call, tensors_of, trace
 from fastunet import ops, reference
@@ -62,18 +63,6 @@ class Roofs:
 
     bandwidth: float
     tflops: float
-
-
-# By data sheet: architecture, GB/s, and dense TFLOP/s, accumulating in float32, of 16-bit operands and of TF32.
-GPUS = {
-    "a100": ("sm_80", 2039.0, 312.0, 156.0),
-    "rtx4090": ("sm_89", 1008.0, 165.2, 82.6),
-    "l40s": ("sm_89", 864.0, 362.0, 183.0),
-    "h100": ("sm_90", 3350.0, 989.0, 494.0),
-    "h200": ("sm_90", 4800.0, 989.0, 494.0),
-    "b200": ("sm_100", 8000.0, 2250.0, 1125.0),
-    "mi300x": ("gfx942", 5300.0, 1307.0, 654.0),
-}
 
 
 # ---- the step ----------------------------------------------------------------------------------------------------
@@ -629,18 +618,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the layers (needs matplotlib)")
     options = parser.parse_args(arguments)
     net = net_of(parser, options)
-    architecture, bandwidth, *rates = GPUS[options.gpu]
-    rate = rates[net.dtype == torch.float32]
-    roofs = Roofs(options.bandwidth or bandwidth, options.tflops or rate)
+    gpu = GPUS[options.gpu]
+    rate = gpu.tf32_tflops if net.dtype == torch.float32 else gpu.tflops
+    roofs = Roofs(options.bandwidth or gpu.bandwidth, options.tflops or rate)
     if min(roofs.bandwidth, roofs.tflops) <= 0:
         parser.error("expected --bandwidth and --tflops above 0; leave them out for the data sheet's")
     for needed, flag in (("triton", True), ("matplotlib", options.chart is not None)):
         if flag and importlib.util.find_spec(needed) is None:
             parser.error(f"expected {needed}, which is not installed: pip install 'fastunet[bench]'")
     if options.op:
-        return _print_op(net, options.op, architecture, options.json)
+        return _print_op(net, options.op, gpu.architecture, options.json)
 
-    found = {mode: accounts(net, mode, architecture) for mode in (MODES if options.json else (options.mode,))}
+    found = {mode: accounts(net, mode, gpu.architecture) for mode in (MODES if options.json else (options.mode,))}
     about = {"net": net.net, "bilinear": net.bilinear, "base": net.base, "size": net.size, "batch": net.batch}
     about |= {"dtype": options.dtype, "classes": net.classes}
     named = f"{net.net}{' bilinear' if net.bilinear else ''}, base {net.base}, {net.batch}×3×{net.size}×{net.size}"

@@ -140,7 +140,7 @@ def compiled_ahead(case: Case, kind: str, choices: Iterable[Any], architecture: 
 
 
 def _compile(case: Case, kind: str, choice: Any, architecture: str) -> None:
-    from benchmarks.machine_code import CHIPS
+    from benchmarks.chips import CHIPS
     from benchmarks.recorder import record, specialise
     from fastunet import kernels
     from fastunet.architecture import as_if_on

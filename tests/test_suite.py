@@ -18,7 +18,7 @@ from processes import ROOT, python
 from test_checks import plant
 from torch import nn
 
-from benchmarks import ahead, cases, checks, engines, loss_cases, nets, peers, report, suite, traffic
+from benchmarks import ahead, cases, checks, engines, nets, peers, report, suite, traffic
 from benchmarks.measure import Times, interleaved, machine
 from benchmarks.nets import NetCase
 from benchmarks.suite import Job, Order
@@ -26,7 +26,7 @@ from fastunet import aten, verify
 
 CPU = torch.device("cpu")
 TINY_NET = NetCase(base=4, size=32, batch=2, dtype="fp32")
-TINY_LOSS = replace(loss_cases.SMALL_CASES[0], shape=(2, 4, 8, 8))
+TINY_LOSS = replace(cases.SMALL_LOSS_CASES[0], shape=(2, 4, 8, 8))
 TINY_POOL = replace(cases.SMALL_CASES[3], shape=(1, 4, 8, 8))
 NO_COST = {(kind, name): 0.0 for kind in suite.EXPECTED for name in peers.PROVIDERS}
 
@@ -228,7 +228,7 @@ def test_a_row_says_what_it_depends_on_and_can_be_measured_again(tmp_path, capsy
     assert suite.main([*arguments, "--row", "nonsense"]) == 2
 
 
-@pytest.mark.parametrize("case", [cases.CASES[0], cases.SMALL_CASES[-1], loss_cases.CASES[0], nets.CASES[-1]])
+@pytest.mark.parametrize("case", [cases.CASES[0], cases.SMALL_CASES[-1], cases.LOSS_CASES[0], nets.CASES[-1]])
 def test_a_case_is_rebuilt_from_its_row(case):
     row = json.loads(json.dumps(suite._row(case, "eager")))
     assert suite.rebuilt(row) == case
@@ -306,7 +306,7 @@ def test_plan_begins_with_what_matters_and_misses_nothing():
     assert jobs[6:26] == layers
     assert all({"eager", "fastunet", "fastunet-triton", "fastunet-torch"} <= set(job.providers) for job in layers)
     planned = {(job.case.name, name) for job in jobs for name in job.providers}
-    everything = [*suite._unfrozen(nets.CASES), *loss_cases.CASES, *cases.CASES, *cases.unet_layers()]
+    everything = [*suite._unfrozen(nets.CASES), *cases.LOSS_CASES, *cases.CASES, *cases.unet_layers()]
     assert planned >= {(case.name, provider.name) for case in everything for provider in peers.serving(case)}
     for job in jobs:
         if set(job.providers) & set(suite.DEAR):
