@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from benchmarks import nets, peers
+import fastunet
+from benchmarks import nets, peers, traffic
 from benchmarks.cases import Case
 from benchmarks.checks import describe, small_picture
 from benchmarks.chips import target_of
 from benchmarks.isolation import Message
-from benchmarks.measure import DTYPES, nvidia_smi, precision
+from benchmarks.measure import nvidia_smi, precision
 from benchmarks.nets import NetCase
 from benchmarks.peers import PROVIDERS, AnyCase
 
@@ -84,36 +84,18 @@ def specialisations(chosen: Sequence[AnyCase], architecture: str) -> dict[tuple[
 
 def _launches(chosen: Sequence[AnyCase], architecture: str) -> Iterator[tuple[str, Any]]:
     from benchmarks.recorder import record
-    from benchmarks.trace import traced
     from fastunet import kernels
     from fastunet.architecture import as_if_on
 
     networks = [case for case in nets.HEADLINE if case in chosen]
     for net, backend in itertools.product(networks, ("auto", "triton")):
-        for call in traced(functools.partial(_meta_step, net, backend), architecture):
+        for call in traffic.run(net, fastunet, architecture, backend=backend).calls:
             yield from ((net.name, launch) for launch in call.launches)
     ops = [case for case in chosen if isinstance(case, Case)]
     for name, case in [*((case.name, small_picture(case)) for case in ops), *((case.name, case) for case in ops)]:
         with as_if_on(architecture), record() as launches:
             case.launch(kernels)
         yield from ((name, launch) for launch in launches)
-
-
-def _meta_step(case: NetCase, backend: str) -> None:
-    """A step as it is under autocast, which does nothing on the meta device: convolutions in the case's dtype, batch
-    norms in float32."""
-    model = case.ours(backend)
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            layer.to(DTYPES[case.dtype])
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x, labels = case.data("meta")
-    x = x.to(DTYPES[case.dtype]).contiguous(memory_format=torch.channels_last)
-    if case.mode == "training":
-        nets.our_loss(case, backend)(model(x), labels).backward()
-    else:
-        with torch.no_grad():
-            model.eval()(x)
 
 
 def _compile(one: Any) -> None:

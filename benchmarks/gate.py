@@ -34,7 +34,7 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,29 +45,24 @@ os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: the inter
 
 import torch
 import triton
-from torch import nn
 from tqdm import tqdm
 
+import fastunet
 from benchmarks import gate_file
 from benchmarks.cases import CASES, UNTIMED, Case
 from benchmarks.chips import CHIPS
 from benchmarks.gate_file import FILE, Numbers, load, numbers, regressions, save
 from benchmarks.machine_code import Resources, read
+from benchmarks.nets import NetCase
 from benchmarks.recorder import Launch, Specialisation, find_kernels, record, specialise
 from benchmarks.trace import Call, traced
 from fastunet import kernels
 from fastunet.architecture import as_if_on
 from fastunet.kernels import table as tiles
-from fastunet.models import BrainUNet, PlainUNet, StridedUNet, UNet
 
-Networks = Mapping[str, Callable[[], nn.Module]]
-NETWORKS: Networks = {
-    "unet": lambda: UNet(3, 2),
-    "unet-bilinear": lambda: UNet(3, 2, bilinear=True),
-    "strided": StridedUNet,
-    "plain": lambda: PlainUNet(3, 22, 64),
-    "brain": BrainUNet,
-}
+NETWORKS = (
+    *map(NetCase, ("unet", "unet-bilinear", "strided")), NetCase("plain", classes=22), NetCase("brain", base=32)
+)  # fmt: skip
 # float16 compiles to the code of bfloat16 with other type names; of it and of float32 CASES have enough.
 DTYPE = torch.bfloat16
 # One chip with asynchronous copies, one with the tensor memory accelerator and warpgroups, one of AMD's.
@@ -171,7 +166,7 @@ def _as_on(chip: str, tf32: bool) -> Iterator[None]:
 
 
 def _launched(
-    chip: str, cases: Iterable[Case], networks: Networks, backend: ModuleType
+    chip: str, cases: Iterable[Case], networks: Iterable[NetCase], backend: ModuleType
 ) -> Iterator[tuple[str, Launch]]:
     """(origin, launch) of everything that is launched on ``chip``."""
     for tf32 in (True, False):
@@ -182,9 +177,9 @@ def _launched(
                         case.launch(backend)
                     yield from ((case.name, launch) for launch in launches)
     with _as_on(chip, True):
-        for name, network in networks.items():
+        for network in networks:
             calls = traced(functools.partial(_steps, network), chip)
-            yield from ((name, launch) for launch in _launches(calls))
+            yield from ((network.net, launch) for launch in _launches(calls))
 
 
 def tabled(chip: str) -> Iterator[Case]:
@@ -199,9 +194,9 @@ def tabled(chip: str) -> Iterator[Case]:
                 yield Case("conv2d", shape, like, modes[kind], filters=filters, skip=sum(others))  # type: ignore[arg-type]
 
 
-def _steps(network: Callable[[], nn.Module]) -> None:
+def _steps(network: NetCase) -> None:
     """For each size one training step, without a loss, and one inference."""
-    net = network().to(DTYPE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = network.model(fastunet).to(DTYPE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for batch, size in SIZES:
         x = torch.empty((batch, 3, size, size), dtype=DTYPE).contiguous(memory_format=torch.channels_last)
         y = net.train()(x)
@@ -217,7 +212,7 @@ def _launches(calls: Iterable[Call]) -> Iterator[Launch]:
 
 
 def find(
-    chip: str, cases: Iterable[Case], networks: Networks, backend: ModuleType, variants: bool = False
+    chip: str, cases: Iterable[Case], networks: Iterable[NetCase], backend: ModuleType, variants: bool = False
 ) -> dict[str, Task]:
     """What ``chip`` has to compile, by name: of each entry the variant that does most, or all ``variants``."""
     tasks: dict[str, Task] = {}
@@ -347,7 +342,7 @@ def table(groups: Mapping[str, list[Entry]]) -> str:
 def main(
     arguments: Sequence[str] | None = None,
     cases: Sequence[Case] = CASES,
-    networks: Networks = NETWORKS,
+    networks: Sequence[NetCase] = NETWORKS,
     backend: ModuleType = kernels,
     file: Path = FILE,
 ) -> int:
@@ -377,7 +372,7 @@ def main(
     for chip in tqdm(options.arch, "tracing", disable=None):
         every, rare = ([*cases, *tabled(chip)], UNTIMED) if backend is kernels else (cases, ())
         # An entry that is timed is stood for by what is timed.
-        found |= find(chip, rare, {}, backend, options.variants)
+        found |= find(chip, rare, (), backend, options.variants)
         found |= find(chip, every, networks, backend, options.variants)
     chosen = [task for task in found.values() if options.only in task.name]
     if not chosen:

@@ -299,7 +299,7 @@ def _pose_net(case: NetCase, device: torch.device) -> Problem:
         step = _net_step(PROVIDERS["eager-nchw"], case, data, exact=True)
         truth = [t.clone() for t in step()]
     forward, gradients, slack = _SLACK[case.dtype]
-    names = [name for name, _ in case.plain().named_parameters()] if case.mode == "training" else []
+    names = [name for name, _ in case.model(reference).named_parameters()] if case.mode == "training" else []
     problem = _NetProblem(data, truth, 1, (math.inf, math.inf), names, _scales(names, truth[1:]), slack=slack)
     runs = [_net_step(PROVIDERS[name], case, data)() for name in ("eager", "eager-nchw")]
     errors = [problem.errors(run) for run in runs]
@@ -325,7 +325,7 @@ def _scales(names: list[str], gradients: list[Tensor]) -> list[Tensor]:
 
 
 def _net_data(case: NetCase, device: torch.device) -> _NetData:
-    model = case.plain()
+    model = case.model(reference)
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(0, 0.1)
@@ -343,7 +343,7 @@ def once(provider: Provider, case: NetCase, device: torch.device) -> None:
 def _net_step(provider: Provider, case: NetCase, data: _NetData, exact: bool = False) -> Step:
     """``exact``: in float32, whatever the case's dtype."""
     backend = provider.backend
-    model = case.plain() if backend is None else case.ours(backend)
+    model = case.model(reference) if backend is None else case.model(fastunet, backend=backend)
     model.load_state_dict(data.weights)
     model = model.to(data.x.device).to(memory_format=provider.layout)  # type: ignore[call-overload]
     x = data.x.contiguous(memory_format=provider.layout)
@@ -455,7 +455,7 @@ def _loss_function(provider: Provider, case: LossCase) -> Callable[[Tensor, Tens
         monai = MonaiLoss(softmax=True, to_onehot_y=True, batch=True)
         return lambda logits, labels: monai(logits.float(), labels.unsqueeze(1))
     plain = reference.functional.soft_miou if case.function == "soft_miou" else nets.plain_dice_ce
-    return lambda logits, labels: plain(logits if logits.dtype == torch.float64 else logits.float(), labels)
+    return lambda logits, labels: plain(nets.single(logits), labels)
 
 
 def _score_step(provider: Provider, case: LossCase, logits: Tensor, labels: Tensor) -> Step:

@@ -22,7 +22,6 @@ import shlex
 import sys
 import tempfile
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,21 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 
 import fastunet
-from benchmarks.measure import roofs
-from benchmarks.traffic import (
-    MODES,
-    Mode,
-    Net,
-    Pass,
-    Roofs,
-    Step,
-    account,
-    add_net_arguments,
-    aligned,
-    made,
-    net_of,
-    run,
-)
+from benchmarks.measure import DTYPES, roofs
+from benchmarks.nets import NetCase, computing_in, our_loss
+from benchmarks.traffic import Pass, Roofs, Traced, account, add_net_arguments, aligned, case_of, made, run
 
 TOP = 20  # lines of a table
 CPU_ONLY = (
@@ -79,18 +66,18 @@ class Tables:
 # ---- the step and its ranges -------------------------------------------------------------------------------------
 
 
-def traced(net: Net, mode: Mode, device: torch.device) -> Step:
+def traced(case: NetCase, device: torch.device) -> Traced:
     """The step as the ledger knows it, with the kernels that ``device`` gets."""
     if device.type == "cpu":
-        return run(net, mode, fastunet, backend="torch")
+        return run(case, fastunet, backend="torch")
     properties = torch.cuda.get_device_properties(device)
     name = properties.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return run(net, mode, fastunet, name)
+    return run(case, fastunet, name)
 
 
-def labels(step: Step) -> list[str]:
+def labels(step: Traced) -> list[str]:
     """The range of each operator of fastunet in a step, in order: "layer operator"."""
-    return [_label(layer, call.name) for call, _, layer in step.places if call.name.startswith("fastunet.")]
+    return [_label(layer, call.name) for call, _, layer in step if call.name.startswith("fastunet.")]
 
 
 def _label(layer: str, op: str) -> str:
@@ -114,22 +101,23 @@ class Ranges(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
 
 
-def prepare(net: Net, mode: Mode, device: torch.device) -> Callable[[], None]:
-    """A function that does one step of ``net`` on random data, as the ledger counts it."""
+def prepare(case: NetCase, device: torch.device) -> Callable[[], None]:
+    """A function that does one step of ``case`` on random data, as the ledger counts it."""
+    training, dtype = case.mode == "training", DTYPES[case.dtype]
     # On a CPU networks run as plain modules unless somebody asks for operators, which alone have ranges.
     chosen = {"backend": "torch"} if device.type == "cpu" else {}
     with device:
-        model = net.model(fastunet, **chosen).train(mode == "training")
-        x = torch.randn((net.batch, 3, net.size, net.size), dtype=net.dtype).to(memory_format=torch.channels_last)
-        labels = torch.randint(0, net.classes if net.logits else 2, (net.batch, net.size, net.size))
-    loss = net.loss(fastunet)
+        model = computing_in(dtype, case.model(fastunet, **chosen)).train(training)
+    x, labels = case.data(device)
+    x = x.to(dtype, memory_format=torch.channels_last)
+    loss = our_loss(case, "auto")
     parameters = list(model.parameters())
 
     def step() -> None:
-        with torch.set_grad_enabled(mode == "training"):
+        with torch.set_grad_enabled(training):
             with record_function("forward"):
                 y = model(x)
-            if mode == "training":
+            if training:
                 with record_function("loss"):
                     value = loss(y, labels)
                 with record_function("backward"):
@@ -233,7 +221,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description="Profile one step of a network.")
     add_net_arguments(parser)
-    parser.add_argument("--mode", choices=MODES, default=MODES[0], help="default: %(default)s")
     parser.add_argument("--trace", type=Path, metavar="FILE.json", help="keep the Chrome trace")
     parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="a roof, instead of measuring it")
     parser.add_argument("--tflops", type=float, metavar="TFLOP/s", help="a roof, instead of measuring it")
@@ -243,18 +230,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cpu":
         parser.set_defaults(base=16, size=128, batch=1, dtype="fp32")
     options = parser.parse_args(arguments)
-    net = net_of(parser, options)
+    case = case_of(parser, options)
     for name in ("bandwidth", "tflops"):
         if (given := getattr(options, name)) is not None and given <= 0:
             parser.error(f"expected --{name} above 0, got {given:g}; leave it out and it is measured")
     if options.nvtx and device.type == "cpu":
         parser.error("expected a CUDA GPU for --nvtx, got a machine without one; leave it out for CPU times")
     if options.ncu:
-        return _print_ncu(parser, net, options)
+        return _print_ncu(parser, case, options)
 
-    step = traced(net, options.mode, device)
+    step = traced(case, device)
     passes = account(step, made).passes
-    one = prepare(net, options.mode, device)
+    one = prepare(case, device)
     for _ in range(3):  # compiles the kernels, and lets the allocator settle
         one()
     if options.nvtx:
@@ -264,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.bandwidth and options.tflops:
         limits = Roofs(options.bandwidth, options.tflops)
     else:
-        found = measured_roofs(device, net.dtype)
+        found = measured_roofs(device, DTYPES[case.dtype])
         limits = Roofs(options.bandwidth or found.bandwidth, options.tflops or found.tflops)
     seconds = Timer("one()", globals={"one": one}).timeit(5).median
     with tempfile.TemporaryDirectory(dir=None if options.trace is None else options.trace.absolute().parent) as folder:
@@ -274,8 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.trace:
             path.replace(options.trace)
     tables = tabulate(events, passes)
-    size = f"{net.batch}×3×{net.size}×{net.size}"
-    print(f"{options.mode} step of {net.net}, base {net.base}, {size}, {options.dtype}: {seconds * 1e3:.2f} ms")
+    size = f"{case.batch}×3×{case.size}×{case.size}"
+    print(f"{case.mode} step of {case.net}, base {case.base}, {size}, {case.dtype}: {seconds * 1e3:.2f} ms")
     print(f"roofs: {limits.bandwidth:.0f} GB/s, {limits.tflops:.3g} TFLOP/s; bytes and FLOPs are the ledger's\n")
     print(table("layer and operator", tables.ranges, tables.seconds, limits))
     if tables.kernels:
@@ -286,13 +273,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _print_ncu(parser: argparse.ArgumentParser, net: Net, options: argparse.Namespace) -> int:
-    names = Counter(
-        p.name for p in account(run(net, options.mode, fastunet), made).passes if p.name.endswith("_kernel")
-    )
+def _print_ncu(parser: argparse.ArgumentParser, case: NetCase, options: argparse.Namespace) -> int:
+    names = {p.name for p in account(run(case, fastunet), made).passes if p.name.endswith("_kernel")}
     if options.ncu not in names:
         parser.error(f"expected a kernel of this step, one of {', '.join(sorted(names))}, got {options.ncu}")
-    arguments = ["--net", net.net, *(["--bilinear"] if net.bilinear else []), "--mode", options.mode]
+    arguments = ["--net", options.net, *(["--bilinear"] if options.bilinear else []), "--mode", options.mode]
     for name in ("base", "size", "batch", "classes", "dtype"):
         arguments += [f"--{name}", str(getattr(options, name))]
     print(ncu_command(options.ncu, arguments))

@@ -50,7 +50,7 @@ from benchmarks import ahead, cases, checks, nets, peers, report, traffic
 from benchmarks.cases import Case, LossCase
 from benchmarks.checks import describe
 from benchmarks.isolation import LostError, Message, give_up_if_poisoned, messages
-from benchmarks.measure import DTYPES, ROOT, Memory, interleaved, layout_conversions, machine, precision, roofs
+from benchmarks.measure import ROOT, Memory, interleaved, layout_conversions, machine, precision, roofs
 from benchmarks.nets import NetCase
 from benchmarks.peers import PROVIDERS, AnyCase, Provider, Step
 from fastunet import reference
@@ -400,11 +400,7 @@ def _traffic(row: dict[str, Any], capability: Sequence[int] | None) -> dict[str,
 
 @functools.cache
 def _step_bytes(case: NetCase, package: ModuleType, architecture: str) -> int:
-    name, _, bilinear = case.net.partition("-")
-    shape = (case.base, case.size, case.batch, DTYPES[case.dtype], case.network.classes)
-    net = traffic.Net(name, bool(bilinear), *shape)
-    mode: traffic.Mode = "training" if case.mode == "training" else "inference"
-    return traffic.account(traffic.run(net, mode, package, architecture), traffic.made).bytes
+    return traffic.account(traffic.run(case, package, architecture), traffic.made).bytes
 
 
 class Run:

@@ -33,9 +33,10 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -44,17 +45,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 import fastunet
+from benchmarks import nets
 from benchmarks.access import Access, distinct, of_aten, storage
 from benchmarks.cases import Case
 from benchmarks.chips import GPUS
+from benchmarks.measure import DTYPES
 from benchmarks.model import aten_rate, triton_rate
+from benchmarks.nets import NetCase, plain_dice_ce
 from benchmarks.trace import Call, tensors_of, trace
 from fastunet import ops, reference
 from fastunet.losses import DiceCELoss
 
-Mode = Literal["training", "inference"]
-MODES: tuple[Mode, ...] = ("training", "inference")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MODES: tuple[Literal["training", "inference"], ...] = ("training", "inference")
 
 
 @dataclass(frozen=True)
@@ -69,58 +71,7 @@ class Roofs:
 
 
 @dataclass(frozen=True)
-class Net:
-    """A network and what it is given."""
-
-    net: str = "unet"
-    bilinear: bool = False
-    base: int = 64
-    size: int = 512
-    batch: int = 8
-    dtype: torch.dtype = torch.bfloat16
-    classes: int = 2
-
-    def model(self, package: Any, **config: str) -> nn.Module:
-        """The network of ``package`` (:mod:`fastunet` or :mod:`fastunet.reference`): convolutions in this dtype."""
-        model = _NETS[self.net](package, self, config)
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                module.to(self.dtype)
-        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-    @property
-    def logits(self) -> bool:
-        """Whether the network returns logits; else probabilities."""
-        return self.net in ("unet", "plain")
-
-    def loss(self, package: Any, backend: str = "auto") -> Callable[[Tensor, Tensor], Tensor]:
-        """fastunet's loss, or the same in plain PyTorch."""
-        if not self.logits:
-            return _probability_dice
-        return DiceCELoss(backend=backend) if package is fastunet else plain_dice_ce
-
-
-_NETS: dict[str, Callable[[Any, Net, dict[str, str]], nn.Module]] = {
-    "unet": lambda package, n, config: package.UNet(3, n.classes, n.bilinear, n.base, **config),
-    "strided": lambda package, n, config: package.StridedUNet(3, n.classes, n.base, **config),
-    "plain": lambda package, n, config: package.PlainUNet(3, n.classes, n.base, **config),
-    "brain": lambda package, n, config: package.BrainUNet(3, n.classes, n.base, **config),
-}
-
-
-def plain_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Seed 002's Dice with a one-hot, and cross-entropy, in float32 as autocast has them."""
-    logits = logits.float()
-    return F.cross_entropy(logits, labels) + reference.functional.dice_loss(logits, labels)
-
-
-def _probability_dice(p: Tensor, labels: Tensor) -> Tensor:
-    p, y = p.float(), labels.unsqueeze(1)
-    return 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
-
-
-@dataclass(frozen=True)
-class Step:
+class Traced:
     """A step as it was traced: operations, where each belongs, and the bytes autograd kept for the backward."""
 
     calls: list[Call]
@@ -128,14 +79,14 @@ class Step:
     layers: list[str]  # the convolution whose module, or "loss"
     saved: int
 
-    @property
-    def places(self) -> Iterable[tuple[Call, str, str]]:
-        """(operation, phase, layer)"""
+    def __iter__(self) -> Iterator[tuple[Call, str, str]]:
+        """Each (operation, phase, layer)."""
         return zip(self.calls, self.phases, self.layers, strict=True)
 
 
-def run(net: Net, mode: Mode, package: Any, architecture: str = "sm_90", **config: str) -> Step:
-    """Trace a step of ``net`` as ``package`` (:mod:`fastunet` or :mod:`fastunet.reference`) does it."""
+def run(case: NetCase, package: ModuleType, architecture: str = "sm_90", **settings: str) -> Traced:
+    """Trace a step of ``case`` as ``package`` (:mod:`fastunet` or :mod:`fastunet.reference`) does it."""
+    training, dtype = case.mode == "training", DTYPES[case.dtype]
     kept: dict[int, Tensor] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -143,16 +94,17 @@ def run(net: Net, mode: Mode, package: Any, architecture: str = "sm_90", **confi
         return x
 
     with torch.device("meta"):
-        model = net.model(package, **config).train(mode == "training")
-        x = torch.empty((net.batch, 3, net.size, net.size), dtype=net.dtype).to(memory_format=torch.channels_last)
-        labels = torch.empty((net.batch, net.size, net.size), dtype=torch.int64)
-        loss = net.loss(package, config.get("backend", "auto"))
+        model = nets.computing_in(dtype, case.model(package, **settings)).train(training)
+        x, labels = case.data("meta")
+        x = x.to(dtype, memory_format=torch.channels_last)
+        backend = settings.get("backend", "auto")
+        loss = nets.our_loss(case, backend) if package is fastunet else nets.plain_loss(case)
         parameters = list(model.parameters())
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
-        with trace(architecture) as calls, torch.set_grad_enabled(mode == "training"), hooks:
+        with trace(architecture) as calls, torch.set_grad_enabled(training), hooks:
             y = model(x)
             ends = [len(calls)]
-            if mode == "training":
+            if training:
                 value = loss(y, labels)
                 ends.append(len(calls))
                 torch.autograd.grad(value, parameters)
@@ -160,7 +112,7 @@ def run(net: Net, mode: Mode, package: Any, architecture: str = "sm_90", **confi
     phases = [phase for phase, start, end in starts for _ in range(start, end)]
     own = {storage(t) for t in (*parameters, *model.buffers())}
     saved = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-    return Step(calls, phases, name_layers(model, calls, phases), saved)
+    return Traced(calls, phases, name_layers(model, calls, phases), saved)
 
 
 # ---- layers ------------------------------------------------------------------------------------------------------
@@ -268,10 +220,10 @@ class Account:
 Rule = Callable[[Call], list[tuple[str, Access, int]]]  # (name, access, bytes) of each pass
 
 
-def account(step: Step, rule: Rule) -> Account:
+def account(step: Traced, rule: Rule) -> Account:
     """The passes that ``rule`` finds in a step; an operation's FLOPs are shared by its matrix products."""
     passes = []
-    for call, phase, layer in step.places:
+    for call, phase, layer in step:
         found = rule(call)
         products = sum(access.multiplies for _, access, _ in found)
         each = flops_of(call) // products if products else 0
@@ -308,7 +260,7 @@ def compiled(call: Call) -> list[tuple[str, Access, int]]:
     return found
 
 
-def floor(step: Step) -> Rule:
+def floor(step: Traced) -> Rule:
     """The rule that finds the passes of fastunet's operators at the floor; ATen's between them could be left out."""
     small = {  # what stands in for an upsampled tensor
         storage(call.results[0]): tensors_of([call.named["x"], call.named["affine"]])
@@ -388,23 +340,17 @@ def flops_of(call: Call) -> int:
     raise RuntimeError(f"expected a formula for the FLOPs of {call.name}, which multiplies matrices: add one")
 
 
-def accounts(net: Net, mode: Mode, architecture: str = "sm_90") -> dict[str, Account]:
-    """The five accounts of a step of ``net``, by name."""
-    ours = run(net, mode, fastunet, architecture, backend="triton", policy="memory")
-    plain = run(net, mode, reference)
+def accounts(case: NetCase, architecture: str = "sm_90") -> dict[str, Account]:
+    """The five accounts of a step of ``case``, by name."""
+    ours = run(case, fastunet, architecture, backend="triton", policy="memory")
+    plain = run(case, reference)
     return {
         "fastunet": account(ours, made),
-        "auto": account(run(net, mode, fastunet, architecture), made),
+        "auto": account(run(case, fastunet, architecture), made),
         "eager": account(plain, made),
         "compile": replace(account(plain, compiled), saved=0),
         "floor": replace(account(ours, floor(ours)), saved=0),
     }
-
-
-def eager_cost(net: Net, mode: Mode = "training") -> tuple[int, int]:
-    """(bytes, FLOPs) of a step of ``net`` in eager PyTorch; needs no Triton."""
-    eager = account(run(net, mode, reference), made)
-    return eager.bytes, eager.flops
 
 
 # ---- single operations -------------------------------------------------------------------------------------------
@@ -448,26 +394,10 @@ def _cost(
     return OpBytes(sum(moved[:forward]), sum(moved[forward:]))
 
 
-def _our_loss(logits: Tensor, labels: Tensor, *settings: Any) -> Tensor:
-    return DiceCELoss()(logits, labels)  # type: ignore[no-any-return]
-
-
-def _plain_loss(logits: Tensor, labels: Tensor, *settings: Any) -> Tensor:
-    return plain_dice_ce(logits, labels)
-
-
-def _our_head(*operands: Any) -> Tensor:
-    return DiceCELoss().from_stats(ops.call(ops.head_stats, *operands, "triton"))
-
-
 def _plain_head(
     x: Tensor, affine: Tensor, relu: bool, weight: Tensor, bias: Tensor, labels: Tensor, *settings: Any
 ) -> Tensor:
     return plain_dice_ce(F.conv2d(_normalised(x, affine), weight, bias), labels)
-
-
-def _our_upsample(*operands: Any) -> Tensor:
-    return ops.call(ops.upsample_concat, *operands, "triton")  # type: ignore[no-any-return]
 
 
 def _plain_upsample(
@@ -484,10 +414,14 @@ def _normalised(x: Tensor, affine: Tensor) -> Tensor:
     return F.batch_norm(x, centre.detach(), torch.ones_like(centre), scale, shift).relu_()
 
 
+# By operator: fastunet's function of its operands, and plain PyTorch's.
 _PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "head_stats": (_our_head, _plain_head),
-    "softmax_stats": (_our_loss, _plain_loss),
-    "upsample_concat": (_our_upsample, _plain_upsample),
+    "head_stats": (lambda *all: DiceCELoss().from_stats(ops.call(ops.head_stats, *all, "triton")), _plain_head),
+    "softmax_stats": (
+        lambda logits, labels, *settings: DiceCELoss()(logits, labels),
+        lambda logits, labels, *settings: plain_dice_ce(logits, labels),
+    ),
+    "upsample_concat": (lambda *all: ops.call(ops.upsample_concat, *all, "triton"), _plain_upsample),
 }
 
 
@@ -579,26 +513,34 @@ def draw(found: dict[str, Account], title: str, path: Path) -> None:
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
+_BILINEAR = "unet-bilinear"
+
+
 def add_net_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that :func:`net_of` reads."""
-    default = Net()
-    parser.add_argument("--net", choices=sorted(_NETS), default=default.net, help="default: %(default)s")
+    """The arguments that :func:`case_of` reads."""
+    parser.add_argument(
+        "--net", choices=sorted(set(nets.NETWORKS) - {_BILINEAR}), default="unet", help="default: %(default)s"
+    )
     parser.add_argument("--bilinear", action="store_true", help="upsample by interpolation (unet)")
-    for name, text in (("base", "channels of the first block"), ("size", "height and width of a picture"),
-                       ("batch", "pictures in a batch"), ("classes", "channels of the output")):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help=f"{text}; default: %(default)s")
+    for name, default, text in (
+        ("base", 64, "channels of the first block"), ("size", 512, "height and width of a picture"),
+        ("batch", 8, "pictures in a batch"), ("classes", 2, "channels of the output"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}; default: %(default)s")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="default: %(default)s")
+    parser.add_argument("--mode", choices=MODES, default=MODES[0], help="default: %(default)s")
 
 
-def net_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Net:
-    """The network that the arguments name."""
+def case_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> NetCase:
+    """The step of a network that the arguments name."""
     for name, least in (("base", 1), ("size", 16), ("batch", 1), ("classes", 1)):
         if getattr(options, name) < least:
             parser.error(f"expected --{name} of at least {least}, got {getattr(options, name)}")
     if options.bilinear and options.net != "unet":
         parser.error(f"expected --bilinear with --net unet, got --net {options.net}; leave one of them out")
     sizes = (options.base, options.size, options.batch)
-    return Net(options.net, options.bilinear, *sizes, DTYPES[options.dtype], options.classes)
+    net = _BILINEAR if options.bilinear else options.net
+    return NetCase(net, *sizes, options.dtype, options.mode, options.classes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -607,7 +549,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.traffic", description="Count the bytes and FLOPs of a step, with no GPU."
     )
     add_net_arguments(parser)
-    parser.add_argument("--mode", choices=MODES, default=MODES[0], help="the step to print; default: %(default)s")
     parser.add_argument("--op", choices=sorted(_PAIRS), help="one operation at this size instead of a network")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h200", help="its data sheet models the times")
     parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="instead of the data sheet's")
@@ -617,9 +558,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object: training, and under it inference")
     parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the layers (needs matplotlib)")
     options = parser.parse_args(arguments)
-    net = net_of(parser, options)
+    case = case_of(parser, options)
     gpu = GPUS[options.gpu]
-    rate = gpu.tf32_tflops if net.dtype == torch.float32 else gpu.tflops
+    rate = gpu.tf32_tflops if DTYPES[case.dtype] == torch.float32 else gpu.tflops
     roofs = Roofs(options.bandwidth or gpu.bandwidth, options.tflops or rate)
     if min(roofs.bandwidth, roofs.tflops) <= 0:
         parser.error("expected --bandwidth and --tflops above 0; leave them out for the data sheet's")
@@ -627,12 +568,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flag and importlib.util.find_spec(needed) is None:
             parser.error(f"expected {needed}, which is not installed: pip install 'fastunet[bench]'")
     if options.op:
-        return _print_op(net, options.op, gpu.architecture, options.json)
+        return _print_op(case, options.op, gpu.architecture, options.json)
 
-    found = {mode: accounts(net, mode, gpu.architecture) for mode in (MODES if options.json else (options.mode,))}
-    about = {"net": net.net, "bilinear": net.bilinear, "base": net.base, "size": net.size, "batch": net.batch}
-    about |= {"dtype": options.dtype, "classes": net.classes}
-    named = f"{net.net}{' bilinear' if net.bilinear else ''}, base {net.base}, {net.batch}×3×{net.size}×{net.size}"
+    modes = MODES if options.json else (options.mode,)
+    found = {mode: accounts(replace(case, mode=mode), gpu.architecture) for mode in modes}
+    about = {name: getattr(options, name) for name in ("net", "bilinear", "base", "size", "batch", "dtype", "classes")}
+    form = f"{options.net}{' bilinear' if options.bilinear else ''}"
+    named = f"{form}, base {case.base}, {case.batch}×3×{case.size}×{case.size}"
     if options.json:
         training, inference = (summary(found[mode], roofs) for mode in MODES)
         print(json.dumps(about | {"gpu": options.gpu, **asdict(roofs)} | training | {"inference": inference}))
@@ -651,14 +593,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _print_op(net: Net, op: str, architecture: str, as_json: bool) -> int:
-    half = net.size // 2
+def _print_op(net: NetCase, op: str, architecture: str, as_json: bool) -> int:
+    full, half, dtype = (net.size, net.size), (net.size // 2, net.size // 2), DTYPES[net.dtype]
     cases = {
-        "head_stats": Case(
-            "head_stats", (net.batch, net.base, net.size, net.size), net.dtype, filters=net.classes, kernel=1
-        ),
-        "softmax_stats": Case("softmax_stats", (net.batch, net.classes, net.size, net.size), net.dtype),
-        "upsample_concat": Case("upsample_concat", (net.batch, net.base, half, half), net.dtype, skip=net.base),
+        "head_stats": Case("head_stats", (net.batch, net.base, *full), dtype, filters=net.classes, kernel=1),
+        "softmax_stats": Case("softmax_stats", (net.batch, net.classes, *full), dtype),
+        "upsample_concat": Case("upsample_concat", (net.batch, net.base, *half), dtype, skip=net.base),
     }
     ours, eager = op_bytes(cases[op], architecture)
     if as_json:

@@ -124,7 +124,7 @@ def judged(module, file, *arguments):
     """(exit status, what it printed, what it complained about)."""
     said, complaints = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaints):
-        status = gate.main(["--arch", "sm_90", "--jobs", "1", *arguments], [CASE], {}, module, file)
+        status = gate.main(["--arch", "sm_90", "--jobs", "1", *arguments], [CASE], (), module, file)
     return status, said.getvalue(), complaints.getvalue()
 
 

@@ -198,15 +198,13 @@ def test_kernels_are_compiled_ahead(tmp_path):
 
 
 AUTOCAST = """
-import functools
-import torch
-from benchmarks import ahead, nets
-from benchmarks.trace import traced
+import fastunet
+from benchmarks import ahead, nets, traffic
 case = nets.NetCase("unet-bilinear", 4, 32, 2, "bf16")
 nets.HEADLINE[:] = [case]
 norms = set()
 for backend in ("auto", "triton"):
-    for call in traced(functools.partial(ahead._meta_step, case, backend), "sm_90"):
+    for call in traffic.run(case, fastunet, "sm_90", backend=backend).calls:
         norms |= {x.dtype for x in call.tensors if call.name.startswith("fastunet.bn") and x is not None}
 names = {one.name for one in ahead.specialisations([case], "sm_90").values()}
 print(norms, "_conv3x3_fwd_kernel" in names)

@@ -10,6 +10,7 @@ import time
 import weakref
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
 from unittest.mock import MagicMock
 
 import pytest
@@ -22,7 +23,7 @@ from benchmarks import ahead, cases, checks, engines, nets, peers, report, suite
 from benchmarks.measure import Times, interleaved, machine
 from benchmarks.nets import NetCase
 from benchmarks.suite import Job, Order
-from fastunet import aten, verify
+from fastunet import aten, reference, verify
 
 CPU = torch.device("cpu")
 TINY_NET = NetCase(base=4, size=32, batch=2, dtype="fp32")
@@ -253,7 +254,8 @@ def test_a_network_moves_the_bytes_that_the_ledger_counts():
     done = python("-c", TRAFFIC, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     found, others = json.loads(done.stdout)
-    eager, _ = traffic.eager_cost(traffic.Net("unet", True, 4, 32, 2, torch.float32, 2), "inference")
+    case = NetCase("unet-bilinear", 4, 32, 2, "fp32", "inference")
+    eager = traffic.account(traffic.run(case, reference), traffic.made).bytes
     assert found["eager"] == {"bytes": eager, "gbs": eager / 2e6}
     assert 0 < found["fastunet"]["bytes"] < eager
     assert found["tensorrt"] == {}
@@ -364,17 +366,18 @@ def test_machine_is_told_by_its_sources_without_git():
 class CrashingNet(NetCase):
     """Its fastunet form ends the process, as a sticky CUDA error does."""
 
-    def ours(self, backend: str) -> nn.Module:
-        os._exit(7)
+    def model(self, package: ModuleType, **settings: str) -> nn.Module:
+        return os._exit(7) if settings else super().model(package)
 
 
 @dataclass(frozen=True)
 class HangingNet(NetCase):
     """Its fastunet form never comes to an end, as a kernel in a dead lock."""
 
-    def ours(self, backend: str) -> nn.Module:
-        time.sleep(1e6)
-        raise AssertionError
+    def model(self, package: ModuleType, **settings: str) -> nn.Module:
+        if settings:
+            time.sleep(1e6)
+        return super().model(package)
 
 
 def of_same_size(build: type[NetCase]) -> NetCase:
