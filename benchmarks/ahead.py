@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-import multiprocessing
-import multiprocessing.connection
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +21,9 @@ import torch
 import fastunet
 from benchmarks import nets, peers, traffic
 from benchmarks.cases import Case
-from benchmarks.checks import describe, small_picture
+from benchmarks.checks import small_picture
 from benchmarks.chips import target_of
-from benchmarks.isolation import Message
+from benchmarks.isolation import Message, describe, on_all_cores
 from benchmarks.measure import nvidia_smi, precision
 from benchmarks.nets import NetCase
 from benchmarks.peers import PROVIDERS, AnyCase
@@ -56,7 +55,7 @@ def kernels(wanted: Wanted) -> Iterator[Message]:
     found = specialisations(wanted.cases, architecture)
     tasks = [functools.partial(_compile, one) for one in found.values()]
     good = 0
-    for number, failure in on_all_cores(tasks, wanted.deadline):
+    for number, _, failure in on_all_cores(tasks, wanted.deadline):
         good += failure is None
         if failure is not None:
             yield "failed", (list(found)[number][1], failure)
@@ -70,10 +69,33 @@ def _architecture() -> str | None:
 
 def specialisations(chosen: Sequence[AnyCase], architecture: str) -> dict[tuple[str, str], Any]:
     """What is to be compiled, by what it is and the name of the first case that launches it; networks first."""
+    ops = [(case.name, case) for case in chosen if isinstance(case, Case)]
+    small = [(name, small_picture(case)) for name, case in ops]
+    of_ops = [(name, launch) for name, case in small + ops for launch in _launches(case, architecture)]
+    return _specialised([*_of_networks(chosen, architecture), *of_ops], architecture)
+
+
+def choices(case: Case, kind: str, chosen: Iterable[Any], architecture: str, pool: Executor) -> None:
+    """Compile into Triton's cache what the algorithms and tiles ``chosen`` for a ``kind`` of kernel launch, on all of
+    ``pool``; what fails fails where it is used."""
+    with suppress(BrokenProcessPool):  # a compiler crashed
+        wait([pool.submit(_compile_choice, case, kind, choice, architecture) for choice in chosen])
+
+
+def _compile_choice(case: Case, kind: str, choice: Any, architecture: str) -> None:
+    from fastunet.kernels import table
+
+    with table.forced({kind: choice}):
+        launches = [(case.name, launch) for launch in _launches(case, architecture)]
+    for one in _specialised(launches, architecture).values():
+        one.compile()
+
+
+def _specialised(named: Iterable[tuple[str, Any]], architecture: str) -> dict[tuple[str, str], Any]:
     from benchmarks.recorder import specialise
 
     launches: dict[Any, tuple[str, Any]] = {}
-    for name, launch in _launches(chosen, architecture):
+    for name, launch in named:
         launches.setdefault(launch.key, (name, launch))
     found: dict[str, tuple[str, Any]] = {}
     for name, launch in launches.values():
@@ -82,20 +104,21 @@ def specialisations(chosen: Sequence[AnyCase], architecture: str) -> dict[tuple[
     return {(key, name): one for key, (name, one) in found.items()}
 
 
-def _launches(chosen: Sequence[AnyCase], architecture: str) -> Iterator[tuple[str, Any]]:
+def _launches(case: Case, architecture: str) -> list[Any]:
     from benchmarks.recorder import record
     from fastunet import kernels
     from fastunet.architecture import as_if_on
 
+    with as_if_on(architecture), record() as launches:
+        case.launch(kernels)
+    return launches
+
+
+def _of_networks(chosen: Sequence[AnyCase], architecture: str) -> Iterator[tuple[str, Any]]:
     networks = [case for case in nets.HEADLINE if case in chosen]
     for net, backend in itertools.product(networks, ("auto", "triton")):
         for call in traffic.run(net, fastunet, architecture, backend=backend).calls:
             yield from ((net.name, launch) for launch in call.launches)
-    ops = [case for case in chosen if isinstance(case, Case)]
-    for name, case in [*((case.name, small_picture(case)) for case in ops), *((case.name, case) for case in ops)]:
-        with as_if_on(architecture), record() as launches:
-            case.launch(kernels)
-        yield from ((name, launch) for launch in launches)
 
 
 def _compile(one: Any) -> None:
@@ -108,62 +131,6 @@ def _compile(one: Any) -> None:
             src=source, name="__triton_launcher", library_dirs=driver.library_dirs(),
             include_dirs=driver.include_dirs, libraries=driver.libraries,
         )  # fmt: skip
-
-
-def on_all_cores(tasks: Sequence[Callable[[], Any]], deadline: float) -> Iterator[tuple[int, str | None]]:
-    """Run ``tasks`` in forked processes: the number of each that is done, and how it failed if it did.
-
-    A process that dies costs its task alone; those still at work at the deadline are killed. Nothing needs to be
-    pickled.
-    """
-    forked = multiprocessing.get_context("fork")
-    left = iter(range(len(tasks)))
-    workers: dict[Any, tuple[Any, int]] = {}  # by the end of the pipe that is here: the process, and what it does
-
-    def begin(connection: Any = None, process: Any = None) -> None:
-        """Give a worker, or a new one, the next task; without any, it ends."""
-        number = next(left, None)
-        if number is None and connection is None:
-            return
-        if connection is None:
-            connection, other = forked.Pipe()
-            process = forked.Process(target=_serve, args=(tasks, other), daemon=True)
-            process.start()
-            other.close()
-        connection.send(number)
-        if number is None:
-            process.join()
-        else:
-            workers[connection] = process, number
-
-    try:
-        for _ in range(os.cpu_count() or 1):
-            begin()
-        while workers and time.time() < deadline:
-            ready: list[Any] = multiprocessing.connection.wait(list(workers), max(0.0, deadline - time.time()))
-            for connection in ready:
-                process, number = workers.pop(connection)
-                try:
-                    failure = connection.recv()
-                    begin(connection, process)
-                except (EOFError, ConnectionError):
-                    process.join()
-                    failure = f"the process ended with status {process.exitcode}"
-                    begin()
-                yield number, failure
-    finally:
-        for process, _ in workers.values():
-            process.kill()
-
-
-def _serve(tasks: Sequence[Callable[[], Any]], connection: Any) -> None:
-    for number in iter(connection.recv, None):
-        try:
-            tasks[number]()
-        except Exception as error:
-            connection.send(describe(error))
-        else:
-            connection.send(None)
 
 
 # ---- torch.compile -----------------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ import functools
 import hashlib
 import importlib
 import json
-import multiprocessing
 import os
 import pkgutil
 import re
@@ -52,6 +51,7 @@ from benchmarks import gate_file
 from benchmarks.cases import CASES, UNTIMED, Case
 from benchmarks.chips import CHIPS
 from benchmarks.gate_file import FILE, Numbers, load, numbers, regressions, save
+from benchmarks.isolation import on_all_cores
 from benchmarks.machine_code import Resources, read
 from benchmarks.nets import NetCase
 from benchmarks.recorder import Launch, Specialisation, find_kernels, record, specialise
@@ -147,6 +147,9 @@ class Entry:
         task = self.task
         about = {"entry": task.name, "kernel": task.wanted.name, "chip": task.chip, "origin": task.origin}
         return about | {"numbers": self.numbers, "problems": self.problems + self.costly}
+
+
+Judgement = tuple[Resources | None, list[str], list[str]]  # an entry's, without the task
 
 
 # ---- what there is to compile ------------------------------------------------------------------------------------
@@ -247,16 +250,16 @@ def heaviest(tasks: Iterable[Task], recorded: Mapping[str, Numbers]) -> list[Tas
 # ---- compiling and judging ---------------------------------------------------------------------------------------
 
 
-def judge(task: Task, before: Numbers | None) -> Entry:
+def judge(task: Task, before: Numbers | None) -> Judgement:
     """Compile one binary, read it, and apply the rules; ``before`` is what the record says, if it counts."""
     try:
         found = read(task.wanted.compile(), CHIPS[task.chip])
     except Exception as error:
-        return Entry(task, None, [f"does not compile: {type(error).__name__}: {error}"], [])
+        return None, [f"does not compile: {type(error).__name__}: {error}"], []
     problems = list(_broken_rules(found, task))
     if before is not None:
         problems += [f"{text}: see the change, then --update" for text in regressions(numbers(found), before)]
-    return Entry(task, found, problems, list(_costs(found, task)))
+    return found, problems, list(_costs(found, task))
 
 
 def _broken_rules(found: Resources, task: Task) -> Iterator[str]:
@@ -302,19 +305,11 @@ def _accesses(widths: dict[int, int]) -> str:
 
 def run(tasks: list[Task], before: Mapping[str, Numbers], jobs: int) -> list[Entry]:
     """Judge every task, ``jobs`` at a time."""
-    global _work
-    _work = [(task, before.get(task.name)) for task in tasks]
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        judged = tqdm(pool.imap(_judge_number, range(len(tasks))), "compiling", len(tasks), disable=None)
-        return [Entry(task, *found) for task, found in zip(tasks, judged, strict=True)]
-
-
-_work: list[tuple[Task, Numbers | None]] = []  # inherited by the forked workers: jit functions do not pickle
-
-
-def _judge_number(number: int) -> tuple[Resources | None, list[str], list[str]]:
-    entry = judge(*_work[number])
-    return entry.resources, entry.problems, entry.costly
+    work = [functools.partial(judge, task, before.get(task.name)) for task in tasks]
+    found: dict[int, Judgement] = {}
+    for number, judgement, failure in tqdm(on_all_cores(work, jobs=jobs), "compiling", len(work), disable=None):
+        found[number] = judgement or (None, [f"does not compile: {failure}"], [])
+    return [Entry(task, *found[number]) for number, task in enumerate(tasks)]
 
 
 # ---- the command -------------------------------------------------------------------------------------------------

@@ -144,6 +144,16 @@ def prepare(provider: Provider, case: AnyCase, problem: Problem) -> Step:
     return _graphed(step) if provider.graph else step
 
 
+def checked(provider: Provider, case: AnyCase, problem: Problem) -> tuple[Step, dict[str, float]]:
+    """The step of ``provider``, whose results and gradients are right, and their errors.
+
+    Raises:
+        WrongNumbersError: they are not.
+    """
+    step = prepare(provider, case, problem)
+    return step, problem.check(step(), compared(provider, case))
+
+
 def compared(provider: Provider, case: AnyCase) -> int | None:
     """How many of a step's results have a truth to be compared with; None for all of them.
 

@@ -31,7 +31,7 @@ import statistics
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -48,8 +48,7 @@ from tqdm import tqdm
 import fastunet
 from benchmarks import ahead, cases, checks, nets, peers, report, traffic
 from benchmarks.cases import Case, LossCase
-from benchmarks.checks import describe
-from benchmarks.isolation import LostError, Message, give_up_if_poisoned, messages
+from benchmarks.isolation import LostError, Message, describe, give_up_if_poisoned, messages, outliving
 from benchmarks.measure import ROOT, Memory, interleaved, layout_conversions, machine, precision, roofs
 from benchmarks.nets import NetCase
 from benchmarks.peers import PROVIDERS, AnyCase, Provider, Step
@@ -330,28 +329,31 @@ class _Watch:
         left = self.order.deadline + GRACE - time.time()
         return min(left, seconds), IN_TIME if left <= seconds else f"for {seconds:.0f} s"
 
+    def rest(self, error: LostError) -> Generator[Message, None, Order | None]:
+        """The rows that a lost process costs, and then what is left to do, without the culprit."""
+        if self.number is None:  # it will not begin next time either
+            yield "lost", str(error)
+            return None
+        job, later = self.order.jobs[self.number], self.order.jobs[self.number + 1 :]
+        failed, again = _after(job, self.done, self.provider)
+        for name in failed:
+            yield "row", _row(job.case, name, failure=str(error))
+        self.order, self.number = replace(self.order, jobs=(Job(job.case, again), *later)), None
+        return _worth_it(self.order)
+
 
 def isolated(order: Order) -> Iterator[Message]:
     """:func:`work` in a process of its own, begun anew without the culprit when it dies, and ended when it hangs."""
-    while any(job.providers for job in order.jobs):
-        watch = _Watch(order)
-        try:
-            with contextlib.closing(messages(work, order, watch.patience)) as stream:
-                for what, value in stream:
-                    watch.see(what, value)
-                    yield what, value
-            return
-        except LostError as error:
-            if watch.number is None:  # it will not begin next time either
-                yield "lost", str(error)
-                return
-            job = order.jobs[watch.number]
-            failed, again = _after(job, watch.done, watch.provider)
-            for name in failed:
-                yield "row", _row(job.case, name, failure=str(error))
-            order = replace(order, jobs=(Job(job.case, again), *order.jobs[watch.number + 1 :]))
-            if time.time() > order.deadline:
-                return
+    watch = _Watch(order)
+    with contextlib.closing(outliving(work, _worth_it(order), watch.patience, watch.rest)) as stream:
+        for what, value in stream:
+            watch.see(what, value)
+            yield what, value
+
+
+def _worth_it(order: Order) -> Order | None:
+    """The order, if anything of it can be done."""
+    return order if any(job.providers for job in order.jobs) and time.time() <= order.deadline else None
 
 
 def _after(job: Job, done: set[str], provider: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -483,8 +485,8 @@ class Run:
         """Every operation, small: Triton's kernels first, and for a while what is left; which of them are wrong."""
         wanted = checks.checks([job.case for job in jobs], self.device)
         first = tuple(check for check in wanted if check.provider == wanted[0].provider)
-        orders = [(checks.Order(self.device.type, first, networks=False), self.until("checks"))]
-        orders.append((checks.Order(self.device.type, wanted[len(first) :]), self.until("extras", self.begun)))
+        orders = [(checks.CheckOrder(self.device.type, first, networks=False), self.until("checks"))]
+        orders.append((checks.CheckOrder(self.device.type, wanted[len(first) :]), self.until("extras", self.begun)))
         self.red, done = [], 0
         for verdict in itertools.chain.from_iterable(itertools.starmap(checks.verdicts, orders)):
             print(verdict, flush=True)
@@ -558,7 +560,7 @@ def dry_run(jobs: Sequence[Job], expected: dict[tuple[str, str], float]) -> int:
         try:
             if case not in posed:
                 posed = {case: peers.pose(case, device)}
-            posed[case].check(peers.prepare(provider, case, posed[case])(), peers.compared(provider, case))
+            peers.checked(provider, case, posed[case])
         except Exception as error:
             wrong += 1
             print(f"WRONG {name}: {case.name}: {describe(error)}")

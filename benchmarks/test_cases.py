@@ -46,8 +46,7 @@ def test_case(case: AnyCase, name: str, benchmark: Any) -> None:
         pytest.skip(reason)
     with precision(case.dtype if isinstance(case, nets.NetCase) else ""):
         posed = problem(case)
-        step = peers.prepare(provider, case, posed)
-        errors = posed.check(step(), peers.compared(provider, case))
+        step, errors = peers.checked(provider, case, posed)
         for _ in range(2):
             step()
         benchmark.group = case.name

@@ -21,9 +21,8 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,9 @@ if "--dry-run" in sys.argv:
 import torch
 from tqdm import tqdm
 
-from benchmarks import cases, peers, report
+from benchmarks import ahead, cases, peers, report
 from benchmarks.cases import Case
-from benchmarks.isolation import LostError, Message, give_up_if_poisoned, messages
+from benchmarks.isolation import LostError, Message, describe, give_up_if_poisoned, outliving
 from benchmarks.measure import Times, interleaved, machine
 from benchmarks.peers import PROVIDERS, Step
 from benchmarks.report import RESULTS
@@ -133,25 +132,6 @@ def _accumulators(tile: Any, kind: str) -> float:
     return float(area * tile.outputs / (32 * tile.warps))
 
 
-def compiled_ahead(case: Case, kind: str, choices: Iterable[Any], architecture: str, pool: Executor) -> None:
-    """Compile into Triton's cache what the choices launch, on all of ``pool``; what fails fails where it is used."""
-    with contextlib.suppress(BrokenProcessPool):  # a compiler crashed
-        wait([pool.submit(_compile, case, kind, choice, architecture) for choice in choices])
-
-
-def _compile(case: Case, kind: str, choice: Any, architecture: str) -> None:
-    from benchmarks.chips import CHIPS
-    from benchmarks.recorder import record, specialise
-    from fastunet import kernels
-    from fastunet.architecture import as_if_on
-    from fastunet.kernels import table
-
-    with as_if_on(architecture), record() as launches, table.forced({kind: choice}):
-        case.launch(kernels)
-    for launch in {launch.key: launch for launch in launches}.values():
-        specialise(launch, CHIPS[architecture].target).compile()
-
-
 def tune(case: Case, device: torch.device, seconds: float, pool: Executor | None = None) -> dict[str, Any]:
     """Measure one layer: the key of its entry, the rule's tile, the best one, the best algorithm, and milliseconds."""
     from fastunet.architecture import architecture
@@ -172,7 +152,7 @@ def tune(case: Case, device: torch.device, seconds: float, pool: Executor | None
                 if choice == Choice("triton", rule):
                     raise
                 said = choice if isinstance(choice, str) else tuple(choice)
-                tqdm.write(f"  {case.name}: {said}: {type(error).__name__}: {str(error)[:120]}")
+                tqdm.write(f"  {case.name}: {said}: {describe(error)[:160]}")
 
     triton = [name for name in ("triton", "stored") if name == "triton" or name in algorithms(kind)]
     others = [name for name in algorithms(kind) if name not in triton]
@@ -186,7 +166,7 @@ def tune(case: Case, device: torch.device, seconds: float, pool: Executor | None
             choices = [Choice(base.algorithm, tile) for tile in neighbours(best.tile, case, kind)]
             choices = [choice for choice in choices if choice not in steps]
             if pool is not None:
-                compiled_ahead(case, kind, choices, architecture(device), pool)
+                ahead.choices(case, kind, choices, architecture(device), pool)
             add(choices)
             times = interleaved(steps, device, seconds, head_start=True)
             tiles = [choice for choice in steps if isinstance(choice, Choice) and choice.algorithm == base.algorithm]
@@ -226,20 +206,14 @@ def ruled(case: Case, problem: peers.Problem) -> tuple[Any, Any]:
     return list(asked.values())[-1]  # before it the forward's, if this is a backward
 
 
-def _checked(provider: peers.Provider, case: Case, problem: peers.Problem) -> Step:
-    step = peers.prepare(provider, case, problem)
-    problem.check(step(), None)
-    return step
-
-
 def _forcing(kind: str, choice: Any, case: Case, problem: peers.Problem) -> Step:
     """The step that takes ``choice``, checked; "torch" is the backend."""
     from fastunet.kernels import table
 
     if choice == "torch":
-        return _checked(TORCH, case, problem)
+        return peers.checked(TORCH, case, problem)[0]
     with table.forced({kind: choice}):
-        step = _checked(TRITON, case, problem)
+        step, _ = peers.checked(TRITON, case, problem)
 
     def run() -> Any:
         with table.forced({kind: choice}):
@@ -294,10 +268,10 @@ def dry_run(chosen: Sequence[Case]) -> int:
             checked += 1
             try:
                 with table.forced({kind: choice}):
-                    _checked(TRITON, case, problem)
+                    peers.checked(TRITON, case, problem)
             except Exception as error:
                 wrong += 1
-                print(f"WRONG {kind} {choice}: {type(error).__name__}: {error}")
+                print(f"WRONG {kind} {choice}: {describe(error)}")
     print(f"{len(chosen)} layers; {checked} small candidates checked, {wrong} wrong")
     return 1 if wrong else 0
 
@@ -341,7 +315,7 @@ def work(chosen: Sequence[Case]) -> Iterator[Message]:
         try:
             yield "found", tune(case, device, 0.2, pool)
         except Exception as error:
-            yield "failed", f"{type(error).__name__}: {str(error)[:200]}"
+            yield "failed", describe(error)
             give_up_if_poisoned(device)
 
 
@@ -352,33 +326,36 @@ def measure(chosen: Sequence[Case], deadline: float, results: Path, path: Path) 
     left = list(chosen)
     bar = tqdm(total=len(chosen), desc="layers", disable=None)
     patience = lambda: (min(PATIENCE, deadline - time.time()), f"for {PATIENCE} s, or in time")  # noqa: E731
-    while left and time.time() < deadline:
-        case = left[0]
-        try:
-            with contextlib.closing(messages(work, list(left), patience)) as stream:
-                for what, value in stream:
-                    if what == "machine":
-                        if not about:
-                            print(report.machine_text(value), flush=True)
-                        about = value
-                    elif what == "layer" and time.time() > deadline:
-                        break
-                    elif what == "layer":
-                        case = value
-                        left.remove(case)
-                        bar.update()
-                    elif what == "failed":
-                        tqdm.write(f"failed: {case.name}: {value}")
-                    else:
-                        file = results / f"tune-{report.slug(about['gpu'])}.json"
-                        found.append(value | {"source": f"{file.stem}: {case.name}"})
-                        tqdm.write(_line(value))
-                        write(path, found)
-                        _record(file, about, found[-1])
+    case = left[0]
+
+    def rest(error: LostError) -> Generator[Message, None, list[Case] | None]:
+        nonlocal case, left
+        yield "failed", str(error)
+        left = [each for each in left if each != case]
+        case = left[0] if left else case
+        return list(left) if left and time.time() < deadline else None
+
+    begun = list(left) if time.time() < deadline else None
+    with contextlib.closing(outliving(work, begun, patience, rest)) as stream:
+        for what, value in stream:
+            if what == "machine":
+                if not about:
+                    print(report.machine_text(value), flush=True)
+                about = value
+            elif what == "layer" and time.time() > deadline:
                 break
-        except LostError as error:
-            tqdm.write(f"failed: {case.name}: {error}")
-            left = [each for each in left if each != case]
+            elif what == "layer":
+                case = value
+                left.remove(case)
+                bar.update()
+            elif what == "failed":
+                tqdm.write(f"failed: {case.name}: {value}")
+            else:
+                file = results / f"tune-{report.slug(about['gpu'])}.json"
+                found.append(value | {"source": f"{file.stem}: {case.name}"})
+                tqdm.write(_line(value))
+                write(path, found)
+                _record(file, about, found[-1])
     for case in left:
         tqdm.write(f"not measured: {case.name}")
     better = sum(one["tile"] != one["rule"] for one in found)

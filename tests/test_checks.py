@@ -14,7 +14,7 @@ from processes import python
 
 from benchmarks import ahead, cases, checks, isolation, peers
 from benchmarks.cases import Case, Operands
-from benchmarks.checks import Check, Order, Verdict
+from benchmarks.checks import Check, CheckOrder, Verdict
 from fastunet import aten, verify
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ TINY_POOL = replace(cases.SMALL_CASES[3], shape=(1, 4, 8, 8))
 @pytest.fixture
 def in_this_process(monkeypatch):
     """So that what a test plants is there."""
-    monkeypatch.setattr(checks, "messages", lambda work, order, patience: work(order))
+    monkeypatch.setattr(isolation, "messages", lambda work, order, patience: work(order))
 
 
 def plant(monkeypatch, module, name: str) -> None:
@@ -38,11 +38,11 @@ def plant(monkeypatch, module, name: str) -> None:
     monkeypatch.setattr(module, name, wrong)
 
 
-def order(*chosen: Case, networks: bool = False) -> Order:
-    return Order("cpu", checks.checks(chosen, CPU), networks)
+def order(*chosen: Case, networks: bool = False) -> CheckOrder:
+    return CheckOrder("cpu", checks.checks(chosen, CPU), networks)
 
 
-def found(order: Order) -> list[Verdict]:
+def found(order: CheckOrder) -> list[Verdict]:
     return list(checks.verdicts(order, time.time() + 300))
 
 
@@ -136,7 +136,9 @@ class HangingCase(Case):
 def test_a_crash_and_a_hang_cost_one_case_each(monkeypatch):
     crashing, hanging = (build(**vars(TINY_POOL)) for build in (CrashingCase, HangingCase))
     chosen = {"crash": crashing, "sound": TINY_POOL, "hang": hanging, "last": TINY_POOL}
-    todo = Order("cpu", tuple(Check(name, case, "fastunet-torch") for name, case in chosen.items()), networks=False)
+    todo = CheckOrder(
+        "cpu", tuple(Check(name, case, "fastunet-torch") for name, case in chosen.items()), networks=False
+    )
     problems = {}
     for verdict in checks.verdicts(todo, time.time() + 300):
         problems[verdict.name] = verdict.problem
@@ -153,7 +155,7 @@ def test_a_crash_and_a_hang_cost_one_case_each(monkeypatch):
 
 
 def test_checks_end_at_the_deadline():
-    todo = Order("cpu", (Check("hang", HangingCase(**vars(TINY_POOL)), "fastunet-torch"),), networks=False)
+    todo = CheckOrder("cpu", (Check("hang", HangingCase(**vars(TINY_POOL)), "fastunet-torch"),), networks=False)
     begun = time.time()
     assert list(checks.verdicts(todo, begun + 1)) == [], "who was just late is not wrong"
     assert time.time() < begun + 60
@@ -228,7 +230,7 @@ def test_a_compiler_that_dies_costs_its_own_kernel(monkeypatch):
         raise ValueError("no such\ntile")
 
     tasks = [bool, killed, refused, bool, killed, bool]
-    done = dict(ahead.on_all_cores(tasks, time.time() + 60))
+    done = {number: failure for number, _, failure in isolation.on_all_cores(tasks, time.time() + 60)}
     dead = "the process ended with status -9"
     assert done == {0: None, 1: dead, 2: "ValueError: no such tile", 3: None, 4: dead, 5: None}
 
@@ -241,7 +243,8 @@ def test_a_compiler_that_is_late_is_killed(monkeypatch, tmp_path):
         time.sleep(1e6)
 
     begun = time.time()
-    assert dict(ahead.on_all_cores([late, bool, bool], begun + 2)) == {1: None, 2: None}
+    done = isolation.on_all_cores([late, bool, lambda: 7], begun + 2)
+    assert sorted(done) == [(1, False, None), (2, 7, None)]
     assert time.time() < begun + 30
     pid = int((tmp_path / "pid").read_text())
     _, status = os.waitpid(pid, 0)

@@ -19,7 +19,7 @@ from processes import ROOT, python
 from test_checks import plant
 from torch import nn
 
-from benchmarks import ahead, cases, checks, engines, nets, peers, report, suite, traffic
+from benchmarks import ahead, cases, engines, isolation, nets, peers, report, suite, traffic
 from benchmarks.measure import Times, interleaved, machine
 from benchmarks.nets import NetCase
 from benchmarks.suite import Job, Order
@@ -43,7 +43,7 @@ def rows_of(*jobs: Job, seconds: float = 300) -> dict[str, dict]:
 @pytest.fixture
 def in_this_process(monkeypatch):
     """So that what a test plants is there; `fastunet verify` has tests of its own."""
-    for module in (suite, checks):
+    for module in (suite, isolation):
         monkeypatch.setattr(module, "messages", lambda work, order, patience: work(order))
     monkeypatch.setattr(verify, "networks", lambda *args, **settings: iter(()))
 
@@ -78,7 +78,8 @@ def test_what_crashes_or_is_late_stops_nothing(monkeypatch, in_this_process, tmp
             yield
         yield from work(replace(order, jobs=order.jobs[:1]) if work is suite.work else order)
 
-    monkeypatch.setattr(suite, "messages", lost)
+    for module in (suite, isolation):
+        monkeypatch.setattr(module, "messages", lost)
     assert suite.main(["--device", "cpu", "--results", str(tmp_path)]) == 0
     assert [row["provider"] for row in report.read(tmp_path)] == ["seed002"]
     printed = capsys.readouterr().out

@@ -13,7 +13,7 @@ from processes import python
 
 pytest.importorskip("triton")
 
-from benchmarks import peers, tune
+from benchmarks import isolation, peers, tune
 from benchmarks.cases import Case
 from benchmarks.measure import Times, machine
 from fastunet.architecture import as_if_on
@@ -242,7 +242,7 @@ def test_a_lost_process_costs_one_layer_and_what_was_found_is_kept(tiles, tmp_pa
             better = entry(RULE._replace(stages=3), width=case.filters)
             yield "found", better | {"case": case.name, "ms": 1.0, "rule_ms": 2.0}
 
-    monkeypatch.setattr(tune, "messages", messages)
+    monkeypatch.setattr(isolation, "messages", messages)
     assert tune.measure(layers, time.time() + 60, tmp_path / "results", tiles) == 0
     assert begun == [[16, 32, 64], [64]]
     _, *found = json.loads((tmp_path / "results" / "tune-cpu.json").read_text())
@@ -262,7 +262,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import torch
-from benchmarks import tune
+from benchmarks import ahead
 from benchmarks.cases import Case
 from fastunet.kernels.tiles import Tile
 
@@ -271,7 +271,7 @@ tile = Tile(1, 1, 16, 16, 16, 4, 2)
 cache = Path({path!r})
 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
     for choices in ([tile, tile._replace(warps=8), tile._replace(warps=3)], [tile]):
-        tune.compiled_ahead(case, "conv3x3_fwd", choices, "sm_90", pool)
+        ahead.choices(case, "conv3x3_fwd", choices, "sm_90", pool)
         print(len(list(cache.rglob("_conv3x3_fwd_kernel.cubin"))))
 """
 
