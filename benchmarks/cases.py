@@ -191,10 +191,6 @@ def _affine_act(case: Case, device: Any) -> Operands:
     return case.source(case.shape[1], device)
 
 
-def _affine_act_backward(case: Case, operands: Operands, results: Operands) -> Operands:
-    return torch.randn_like(results[0]), *operands
-
-
 def _bn_affine(case: Case, device: Any) -> Operands:
     mean, var, weight, bias = torch.rand((4, case.shape[1]), dtype=stats_dtype(case.dtype), device=device).unbind(0)
     return mean, var, weight, bias, 1e-5
@@ -275,10 +271,6 @@ def _upsample_concat(case: Case, device: Any) -> Operands:
     return *case.source(case.shape[1], device), *skip, None if case.nearest else True, True
 
 
-def _upsample_concat_backward(case: Case, operands: Operands, results: Operands) -> Operands:
-    return torch.randn_like(results[0]), *operands
-
-
 def _softmax_stats(case: Case, device: Any) -> Operands:
     batch, classes, height, width = case.shape
     multilabel = case.loss == "sigmoid" and classes > 1
@@ -286,10 +278,6 @@ def _softmax_stats(case: Case, device: Any) -> Operands:
     labels = torch.randint(0, 2 if case.loss == "sigmoid" else classes, shape, device=device).to(case.labels)
     weight = torch.rand((batch, height, width), dtype=torch.float32, device=device) if case.weighted else None
     return case.random(case.shape, device), labels, weight, case.loss, -100, list(case.wanted)
-
-
-def _softmax_stats_backward(case: Case, operands: Operands, results: Operands) -> Operands:
-    return torch.randn_like(results[0]), *operands
 
 
 def _confusion_matrix(case: Case, device: Any) -> Operands:
@@ -311,6 +299,10 @@ def _head_stats(case: Case, device: Any) -> Operands:
     return *case.source(channels, device), weight, bias, *_softmax_stats(logits, device)[1:]
 
 
+def _of_operands_backward(case: Case, operands: Operands, results: Operands) -> Operands:
+    return torch.randn_like(results[0]), *operands
+
+
 def _head_stats_backward(case: Case, operands: Operands, results: Operands) -> Operands:
     return torch.randn_like(results[0]), *operands, [True, True, True]
 
@@ -320,28 +312,18 @@ def _head_predict(case: Case, device: Any) -> Operands:
 
 
 _OPERANDS: dict[str, Callable[[Case, Any], Operands]] = {
-    "affine_act": _affine_act,
-    "bn_affine": _bn_affine,
-    "bn_affine_running": _bn_affine_running,
-    "conv2d": _conv2d,
-    "conv2d_act": _conv2d_act,
-    "conv_transpose2d": _conv_transpose2d,
-    "max_pool2x2": _max_pool2x2,
-    "upsample_concat": _upsample_concat,
-    "softmax_stats": _softmax_stats,
-    "confusion_matrix": _confusion_matrix,
-    "confusion_matrix_of_masks": _confusion_matrix_of_masks,
-    "head_stats": _head_stats,
-    "head_predict": _head_predict,
-}
+    function.__name__.removeprefix("_"): function
+    for function in (
+        _affine_act, _bn_affine, _bn_affine_running, _conv2d, _conv2d_act, _conv_transpose2d, _max_pool2x2,
+        _upsample_concat, _softmax_stats, _confusion_matrix, _confusion_matrix_of_masks, _head_stats, _head_predict,
+    )
+}  # fmt: skip
 _BACKWARD: dict[str, Callable[[Case, Operands, Operands], Operands]] = {
-    "affine_act": _affine_act_backward,
+    **dict.fromkeys(("affine_act", "upsample_concat", "softmax_stats"), _of_operands_backward),
     "bn_affine": _bn_affine_backward,
     "conv2d": _conv2d_backward,
     "conv_transpose2d": _conv_transpose2d_backward,
     "max_pool2x2": _max_pool2x2_backward,
-    "upsample_concat": _upsample_concat_backward,
-    "softmax_stats": _softmax_stats_backward,
     "head_stats": _head_stats_backward,
 }
 

@@ -6,7 +6,10 @@ the same step, so that each line has its GB/s and TFLOP/s, and their share of wh
 of a copy and of a matrix product, measured first or given.
 
 ``--trace FILE`` keeps the Chrome trace, for https://ui.perfetto.dev. ``--nvtx`` runs the step for a profiler outside,
-inside NVTX ranges and between cudaProfilerStart and cudaProfilerStop; ``--ncu KERNEL`` prints a command that uses it.
+inside NVTX ranges and between cudaProfilerStart and cudaProfilerStop. Nsight Compute, of one kernel:
+
+    ncu --profile-from-start off --set full --import-source yes --kernel-name KERNEL --launch-count 4 --export KERNEL \\
+        python -m benchmarks.profile --nvtx
 
 Ranges come from a TorchDispatchMode and not from hooks, which would make blocks run as ordinary modules. A step inside
 one takes longer on the CPU; a kernel does not. The first line has the time of a step outside.
@@ -18,7 +21,6 @@ import argparse
 import contextlib
 import json
 import os
-import shlex
 import sys
 import tempfile
 from bisect import bisect_right
@@ -210,13 +212,6 @@ def measured_roofs(device: torch.device, dtype: torch.dtype) -> Roofs:
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
-def ncu_command(kernel: str, arguments: Sequence[str]) -> str:
-    """A command line of Nsight Compute for the launches of one kernel in a step."""
-    ncu = ["ncu", "--profile-from-start", "off", "--set", "full", "--import-source", "yes"]
-    ncu += ["--kernel-name", kernel, "--launch-count", "4", "--export", kernel.strip("_")]
-    return shlex.join([*ncu, "python", "-m", "benchmarks.profile", "--nvtx", *arguments])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description="Profile one step of a network.")
@@ -225,7 +220,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="a roof, instead of measuring it")
     parser.add_argument("--tflops", type=float, metavar="TFLOP/s", help="a roof, instead of measuring it")
     parser.add_argument("--nvtx", action="store_true", help="run the step once for nsys or ncu, and print nothing")
-    parser.add_argument("--ncu", metavar="KERNEL", help="print the ncu command line for one kernel")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         parser.set_defaults(base=16, size=128, batch=1, dtype="fp32")
@@ -236,8 +230,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"expected --{name} above 0, got {given:g}; leave it out and it is measured")
     if options.nvtx and device.type == "cpu":
         parser.error("expected a CUDA GPU for --nvtx, got a machine without one; leave it out for CPU times")
-    if options.ncu:
-        return _print_ncu(parser, case, options)
 
     step = traced(case, device)
     passes = account(step, made).passes
@@ -270,17 +262,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nkernels ran for {tables.seconds * 1e3:.2f} ms")
     else:
         print(f"\n{CPU_ONLY}")
-    return 0
-
-
-def _print_ncu(parser: argparse.ArgumentParser, case: NetCase, options: argparse.Namespace) -> int:
-    names = {p.name for p in account(run(case, fastunet), made).passes if p.name.endswith("_kernel")}
-    if options.ncu not in names:
-        parser.error(f"expected a kernel of this step, one of {', '.join(sorted(names))}, got {options.ncu}")
-    arguments = ["--net", options.net, *(["--bilinear"] if options.bilinear else []), "--mode", options.mode]
-    for name in ("base", "size", "batch", "classes", "dtype"):
-        arguments += [f"--{name}", str(getattr(options, name))]
-    print(ncu_command(options.ncu, arguments))
     return 0
 
 

@@ -49,7 +49,7 @@ import fastunet
 from benchmarks import ahead, cases, checks, nets, peers, report, traffic
 from benchmarks.cases import Case, LossCase
 from benchmarks.isolation import LostError, Message, describe, give_up_if_poisoned, messages, outliving
-from benchmarks.measure import ROOT, Memory, interleaved, layout_conversions, machine, precision, roofs
+from benchmarks.measure import ROOT, Memory, interleaved, machine, precision, roofs
 from benchmarks.nets import NetCase
 from benchmarks.peers import PROVIDERS, AnyCase, Provider, Step
 from fastunet import reference
@@ -256,9 +256,6 @@ def _prepared(
         "layouts": layouts,
         "peak_bytes": memory.peak(step, provider.memory),
     }
-    if provider.compiled and case.kind == "net":
-        with contextlib.suppress(Exception):  # what the profiler cannot say must not cost the row
-            found["layout_conversions"] = layout_conversions(step, device)
     return step, _row(case, provider.name, seconds=time.perf_counter() - begun, **found)
 
 

@@ -35,7 +35,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
@@ -475,41 +474,6 @@ def summary(found: dict[str, Account], roofs: Roofs) -> dict[str, Any]:
     return totals | {"modelled_ms": {name: round(a.seconds(roofs) * 1e3, 3) for name, a in found.items()}}
 
 
-def draw(found: dict[str, Account], title: str, path: Path) -> None:
-    """A picture of the bytes of each layer, eager's above fastunet's, forward and backward, with the floor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    layers = list(dict.fromkeys(p.layer for p in found["eager"].passes))
-    figure, axes = pyplot.subplots(figsize=(10, 0.42 * len(layers) + 1.6), layout="constrained")
-    colours = {"eager": ("#b9c2cc", "#8793a1"), "fastunet": ("#f2a65a", "#d9662b")}
-    for offset, name in ((-0.2, "eager"), (0.2, "fastunet")):
-        places = [i + offset for i in range(len(layers))]
-        start = [0.0] * len(layers)
-        for colour, phases in zip(colours[name], (("forward",), ("loss", "backward")), strict=True):
-            passes = [found[name].of_layer(layer).passes for layer in layers]
-            width = [sum(p.bytes for p in each if p.phase in phases) / 1e9 for each in passes]
-            axes.barh(places, width, 0.38, start, color=colour, label=f"{name}, {phases[-1]}" if any(width) else None)
-            start = [a + b for a, b in zip(start, width, strict=True)]
-    least = [found["floor"].of_layer(layer).bytes / 1e9 for layer in layers]
-    axes.scatter(least, [i + 0.2 for i in range(len(layers))], marker="|", s=90, color="black", label="floor", zorder=3)
-    axes.set_yticks(range(len(layers)), layers, fontsize=8)
-    axes.set_ylim(len(layers) - 0.5, -0.5)
-    axes.set_xlabel("GB moved to and from memory, counted")
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center right", fontsize=8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    try:
-        figure.savefig(temporary, dpi=150)
-        temporary.replace(path)
-    finally:
-        pyplot.close(figure)
-        temporary.unlink(missing_ok=True)
-
-
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
@@ -556,7 +520,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tflops", type=float, metavar="TFLOP/s", help="of matrix products, instead of the data sheet's"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object: training, and under it inference")
-    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the layers (needs matplotlib)")
     options = parser.parse_args(arguments)
     case = case_of(parser, options)
     gpu = GPUS[options.gpu]
@@ -564,9 +527,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     roofs = Roofs(options.bandwidth or gpu.bandwidth, options.tflops or rate)
     if min(roofs.bandwidth, roofs.tflops) <= 0:
         parser.error("expected --bandwidth and --tflops above 0; leave them out for the data sheet's")
-    for needed, flag in (("triton", True), ("matplotlib", options.chart is not None)):
-        if flag and importlib.util.find_spec(needed) is None:
-            parser.error(f"expected {needed}, which is not installed: pip install 'fastunet[bench]'")
+    if importlib.util.find_spec("triton") is None:
+        parser.error("expected triton, which is not installed: pip install 'fastunet[bench]'")
     if options.op:
         return _print_op(case, options.op, gpu.architecture, options.json)
 
@@ -585,11 +547,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = {name: step[name].saved / 1e9 for name in ("fastunet", "auto", "eager")}
         print("\nkept for the backward: " + ", ".join(f"{name} {size:.2f} GB" for name, size in kept.items()))
         print(f"times are modelled: {options.gpu}, {roofs.bandwidth:g} GB/s, {roofs.tflops:g} TFLOP/s; no launch costs")
-    if options.chart:
-        step = found[options.mode]
-        eager, ours, least = (step[name].bytes / 1e9 for name in ("eager", "fastunet", "floor"))
-        totals = f"eager {eager:.1f} GB, fastunet {ours:.1f} GB, floor {least:.1f} GB"
-        draw(step, f"{named}, {options.dtype}, {options.mode}: {totals}", options.chart)
     return 0
 
 

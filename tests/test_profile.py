@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -150,19 +149,6 @@ def test_the_roofs_of_this_machine_are_measured():
     roofs = profile.measured_roofs(CPU, torch.float32)
     assert 0.1 < roofs.bandwidth < 10_000
     assert 0.0005 < roofs.tflops < 100
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, pip install 'fastunet[test]'")
-def test_ncu_is_given_one_kernel_of_the_step():
-    small = "--base 16 --size 64 --batch 1 --dtype bf16"
-    done = run(f"--ncu _conv3x3_dgrad_kernel {small}")
-    assert done.stdout.split()[0] == "ncu"
-    assert "--kernel-name _conv3x3_dgrad_kernel" in done.stdout
-    assert "python -m benchmarks.profile --nvtx --net unet --mode training --base 16 --size 64" in done.stdout
-    done = run(f"--ncu _conv3x3_dgrad_kernel --mode inference {small}")
-    assert done.returncode == 2
-    assert "expected a kernel of this step, one of _" in done.stderr
-    assert ", _conv3x3_fwd_kernel, _conv_image_fwd_kernel, " in done.stderr
 
 
 @pytest.mark.parametrize(

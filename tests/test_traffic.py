@@ -635,26 +635,18 @@ def test_the_command_prints_one_operation():
     assert found["fastunet"]["forward"] < found["eager"]["forward"]
 
 
-def test_a_chart_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib", reason="drawing needs matplotlib, which is part of pip install 'fastunet[bench]'")
-    plain = eager(NetCase(base=4, size=32))
-    traffic.draw(dict.fromkeys(("eager", "fastunet", "floor"), plain), "title", tmp_path / "chart.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["chart.png"]  # and nothing temporary
-    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--net strided --bilinear", "expected --bilinear with --net unet, got --net strided"),
         ("--size 8", "expected --size of at least 16, got 8"),
         ("--bandwidth -1", "expected --bandwidth and --tflops above 0"),
-        ("--chart x.png", "expected matplotlib, which is not installed"),
+        ("--size 16", "expected triton, which is not installed"),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments, message, capsys, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
     with pytest.raises(SystemExit):
         traffic.main(arguments.split())
     assert message in capsys.readouterr().err
