@@ -149,26 +149,13 @@ class Case:
         return self.random(shape, device) / math.sqrt(channels * self.kernel**2)
 
 
+# What of a case is in its name, where it is not the usual.
 _SUFFIXES = {
-    "filters": "k{}",
-    "kernel": "f{}",
-    "stride": "s{}",
-    "skip": "skip{}",
-    "affine": "plain",
-    "stats": "nostats",
-    "bias": "bias",
-    "pool": "pooled",
-    "head": "head{}",
-    "image": "image",
-    "loss": "{}",
-    "labels": "{}",
-    "weighted": "weighted",
-    "nearest": "nearest",
-    "output": "{}",
-    "wanted": "wanted{}",
-    "layout": "{}",
+    "filters": "k{}", "kernel": "f{}", "stride": "s{}", "skip": "skip{}", "affine": "plain", "stats": "nostats",
+    "bias": "bias", "pool": "pooled", "head": "head{}", "image": "image", "loss": "{}", "labels": "{}",
+    "weighted": "weighted", "nearest": "nearest", "output": "{}", "wanted": "wanted{}", "layout": "{}",
     "algorithm": "{}",
-}
+}  # fmt: skip
 
 
 def _arguments(operator: str) -> list[Any]:

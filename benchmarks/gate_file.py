@@ -8,7 +8,6 @@ patterns in entries' names: a bound that a kernel has reached belongs to them.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import triton
 
 from benchmarks.machine_code import Resources
+from benchmarks.measure import rewrite
 
 FILE = Path(__file__).with_name("gate.json")
 Numbers = dict[str, Any]  # what one entry costs: int, float or str by name
@@ -78,9 +78,7 @@ def load(file: Path) -> Recorded:
 def save(file: Path, entries: Mapping[str, Numbers]) -> None:
     """Write ``entries`` as compiled by the Triton at hand, sorted, one a line."""
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries))
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(f'{{"triton": "{triton.__version__}", "entries": {{\n{lines}\n}}}}\n', encoding="utf-8")
-    os.replace(temporary, file)
+    rewrite(file, f'{{"triton": "{triton.__version__}", "entries": {{\n{lines}\n}}}}\n')
 
 
 def regressions(now: Numbers, before: Numbers) -> Iterator[str]:

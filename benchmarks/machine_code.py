@@ -78,9 +78,7 @@ def _read_nvidia(compiled: Any, shared: int, dots: int, chip: Chip) -> Resources
     code = parse_sass(dump)
     opcodes = Counter(instruction.opcode for instruction in code)
     warps = int(re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)[1]) // 32  # type: ignore[index]
-    names: Counter[str] = Counter()
-    for opcode, count in opcodes.items():
-        names[opcode.partition(".")[0]] += count
+    names = Counter(instruction.opcode.partition(".")[0] for instruction in code)
     return Resources(
         registers=numbers["REG"],
         spilled_bytes=numbers["STACK"] + numbers["LOCAL"] or 4 * (names["LDL"] + names["STL"]),

@@ -103,6 +103,14 @@ def _code() -> dict[str, Any]:
     }
 
 
+def rewrite(path: Path, text: str) -> None:
+    """Put ``text`` into a file, all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def _output(*command: str) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=20)

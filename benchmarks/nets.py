@@ -175,13 +175,21 @@ def autocast(case: NetCase, device: torch.device) -> contextlib.AbstractContextM
     return torch.autocast(device.type, DTYPES[case.dtype]) if lower else contextlib.nullcontext()
 
 
-def computing_in(dtype: torch.dtype, model: nn.Module) -> nn.Module:
-    """``model``, in place, as it computes under autocast, which does nothing on the meta device: convolutions in
-    ``dtype``, batch norms as they are; in channels_last."""
+def parts(
+    case: NetCase, package: ModuleType, device: torch.device | str, **settings: str
+) -> tuple[nn.Module, Loss, Tensor, Tensor]:
+    """(network, loss, pictures, labels) of a step of ``case`` by ``package``, in channels_last: as under autocast, which
+    does nothing on the meta device, with convolutions in the case's dtype and batch norms in float32."""
+    dtype = DTYPES[case.dtype]
+    with torch.device(device):
+        model = case.model(package, **settings).train(case.mode == "training")
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             layer.to(dtype)
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    x, labels = case.data(device)
+    loss = plain_loss(case) if package is reference else our_loss(case, settings.get("backend", "auto"))
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model, loss, x.to(dtype, memory_format=torch.channels_last), labels
 
 
 def folded(model: nn.Module) -> nn.Module:

@@ -18,7 +18,6 @@ one takes longer on the CPU; a kernel does not. The first line has the time of a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -36,8 +35,9 @@ from torch.utils.benchmark import Timer
 
 import fastunet
 from benchmarks.measure import DTYPES, roofs
-from benchmarks.nets import NetCase, computing_in, our_loss
+from benchmarks.nets import NetCase, parts
 from benchmarks.traffic import Pass, Roofs, Traced, account, add_net_arguments, aligned, case_of, made, run
+from fastunet.architecture import architecture
 
 TOP = 20  # lines of a table
 CPU_ONLY = (
@@ -72,9 +72,7 @@ def traced(case: NetCase, device: torch.device) -> Traced:
     """The step as the ledger knows it, with the kernels that ``device`` gets."""
     if device.type == "cpu":
         return run(case, fastunet, backend="torch")
-    properties = torch.cuda.get_device_properties(device)
-    name = properties.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return run(case, fastunet, name)
+    return run(case, fastunet, architecture(device))
 
 
 def labels(step: Traced) -> list[str]:
@@ -105,14 +103,10 @@ class Ranges(TorchDispatchMode):
 
 def prepare(case: NetCase, device: torch.device) -> Callable[[], None]:
     """A function that does one step of ``case`` on random data, as the ledger counts it."""
-    training, dtype = case.mode == "training", DTYPES[case.dtype]
+    training = case.mode == "training"
     # On a CPU networks run as plain modules unless somebody asks for operators, which alone have ranges.
     chosen = {"backend": "torch"} if device.type == "cpu" else {}
-    with device:
-        model = computing_in(dtype, case.model(fastunet, **chosen)).train(training)
-    x, labels = case.data(device)
-    x = x.to(dtype, memory_format=torch.channels_last)
-    loss = our_loss(case, "auto")
+    model, loss, x, labels = parts(case, fastunet, device, **chosen)
     parameters = list(model.parameters())
 
     def step() -> None:
@@ -136,14 +130,6 @@ def chrome_trace(step: Callable[[], None], names: Iterable[str], device: torch.d
         if device.type == "cuda":
             torch.cuda.synchronize()
     profiler.export_chrome_trace(str(path))
-
-
-@contextlib.contextmanager
-def nvtx(device: torch.device) -> Iterator[None]:
-    """Ranges inside are NVTX ranges, and a profiler outside that waits for cudaProfilerStart sees this block."""
-    with torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx():
-        yield
-        torch.cuda.synchronize(device)
 
 
 # ---- from a trace to tables --------------------------------------------------------------------------------------
@@ -237,8 +223,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for _ in range(3):  # compiles the kernels, and lets the allocator settle
         one()
     if options.nvtx:
-        with nvtx(device), Ranges(labels(step)):
+        # A profiler outside that waits for cudaProfilerStart sees this block, and its ranges are NVTX ranges.
+        with torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx(), Ranges(labels(step)):
             one()
+            torch.cuda.synchronize()
         return 0
     if options.bandwidth and options.tflops:
         limits = Roofs(options.bandwidth, options.tflops)

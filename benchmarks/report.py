@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT
+from benchmarks.measure import ROOT, rewrite
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -223,12 +222,6 @@ def roofline(rows: Sequence[Row], path: Path) -> bool:
     return True
 
 
-def draw(rows: Sequence[Row], gpu: str, folder: Path) -> Path | None:
-    """:func:`roofline` of the latest rows of ``gpu``, into ``folder``; its path, or None where nothing is drawn."""
-    path = folder / f"{slug(gpu)}.svg"
-    return path if roofline([row for row in latest(rows) if row["gpu"] == gpu], path) else None
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").partition("\n")[0])
@@ -237,16 +230,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = read(RESULTS)
     if not options.check:
         for gpu in {row["gpu"] for row in rows} - {"cpu"}:
-            draw(rows, gpu, RESULTS)
+            roofline([row for row in latest(rows) if row["gpu"] == gpu], RESULTS / f"{slug(gpu)}.svg")
     pictures = [path.relative_to(ROOT).as_posix() for path in sorted(RESULTS.glob("*.svg"))]
     old = README.read_text()
     new = with_section(old, section(rows, pictures))
     if options.check:
         print("README is up to date" if old == new else "README is not up to date: run python -m benchmarks.report")
         return 0 if old == new else 1
-    temporary = README.with_suffix(".tmp")
-    temporary.write_text(new)
-    os.replace(temporary, README)
+    rewrite(README, new)
     print(f"README.md: {len(latest(rows))} rows")
     return 0
 

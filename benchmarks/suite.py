@@ -49,12 +49,12 @@ import fastunet
 from benchmarks import ahead, cases, checks, nets, peers, report, traffic
 from benchmarks.cases import Case, LossCase
 from benchmarks.isolation import LostError, Message, describe, give_up_if_poisoned, messages, outliving
-from benchmarks.measure import ROOT, Memory, interleaved, machine, precision, roofs
+from benchmarks.measure import Memory, interleaved, machine, precision, roofs
 from benchmarks.nets import NetCase
 from benchmarks.peers import PROVIDERS, AnyCase, Provider, Step
+from benchmarks.report import RESULTS
 from fastunet import reference
 
-RESULTS = ROOT / "benchmarks" / "results"
 GRACE = 15  # seconds after the deadline until a process that does not answer is ended
 PATIENCE = 45  # seconds a process may be silent; and while it prepares a provider, 4 × as expected
 IN_TIME = f"{GRACE} s after the deadline"
@@ -584,7 +584,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="all of it, compiling too; 480")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT")
-    parser.add_argument("--quick", action="store_true", help="no compilers, and only the first of each kind of case")
     parser.add_argument("--row", metavar="ID", help="measure one recorded row again, and print both")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: check everything small, and print the plan")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cpu: small cases, to try the suite itself")
@@ -599,9 +598,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.row:
         return _again(options.row, recorded, device, expected, options)
     jobs = plan(device)
-    if options.quick:
-        jobs = [job for job in jobs if not set(job.providers) & set(DEAR)]
-        jobs = [job for job in jobs if job.case in (*nets.HEADLINE, *cases.LOSS_CASES, *cases.CASES)] or jobs
     jobs = [job for job in jobs if options.only in job.case.name]
     if not jobs:
         parser.error(f"no case's name contains '{options.only}'; --dry-run prints all names")
@@ -628,16 +624,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case, names in missed.items():
         print(f"not measured: {case}: {', '.join(names)}")
     print(report.table(rows))
-    _draw(options.results, rows)
     print(f"{len(rows)} rows in {time.time() - begun:.0f} s, {len(missed)} cases not complete")
     return run.conclude()
-
-
-def _draw(results: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The roofline of a GPU's rows, those of earlier runs too; a CPU has none."""
-    gpu = rows[0]["gpu"] if rows else "cpu"
-    if gpu != "cpu" and (path := report.draw(report.read(results), gpu, results)):
-        print(f"roofline: {path}")
 
 
 def _again(

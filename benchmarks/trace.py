@@ -6,7 +6,7 @@ are noted instead of made; ATen operations are noted as they come, also those in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -127,10 +127,3 @@ def trace(architecture: str = "sm_90") -> Iterator[list[Call]]:
     tracer = _Tracer(architecture)
     with as_if_on(architecture), tracer:
         yield tracer.calls
-
-
-def traced(step: Callable[[], Any], architecture: str = "sm_90") -> list[Call]:
-    """The operations of ``step()``, a function that computes on the meta device."""
-    with torch.device("meta"), trace(architecture) as calls:
-        step()
-    return calls

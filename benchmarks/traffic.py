@@ -85,7 +85,7 @@ class Traced:
 
 def run(case: NetCase, package: ModuleType, architecture: str = "sm_90", **settings: str) -> Traced:
     """Trace a step of ``case`` as ``package`` (:mod:`fastunet` or :mod:`fastunet.reference`) does it."""
-    training, dtype = case.mode == "training", DTYPES[case.dtype]
+    training = case.mode == "training"
     kept: dict[int, Tensor] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -93,11 +93,7 @@ def run(case: NetCase, package: ModuleType, architecture: str = "sm_90", **setti
         return x
 
     with torch.device("meta"):
-        model = nets.computing_in(dtype, case.model(package, **settings)).train(training)
-        x, labels = case.data("meta")
-        x = x.to(dtype, memory_format=torch.channels_last)
-        backend = settings.get("backend", "auto")
-        loss = nets.our_loss(case, backend) if package is fastunet else nets.plain_loss(case)
+        model, loss, x, labels = nets.parts(case, package, "meta", **settings)
         parameters = list(model.parameters())
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
         with trace(architecture) as calls, torch.set_grad_enabled(training), hooks:
@@ -355,20 +351,8 @@ def accounts(case: NetCase, architecture: str = "sm_90") -> dict[str, Account]:
 # ---- single operations -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class OpBytes:
-    """Bytes of one operation and of its backward."""
-
-    forward: int
-    backward: int
-
-    @property
-    def total(self) -> int:
-        return self.forward + self.backward
-
-
-def op_bytes(case: Case, architecture: str = "sm_90") -> tuple[OpBytes, OpBytes]:
-    """(fastunet's, eager PyTorch's) bytes of a case of one of ``_PAIRS``, with its neighbours.
+def op_bytes(case: Case, architecture: str = "sm_90") -> tuple[tuple[int, int], tuple[int, int]]:
+    """(fastunet's, eager PyTorch's) bytes, each (forward, backward), of a case of one of ``_PAIRS``, with its neighbours.
 
     softmax_stats: the whole loss, Dice and cross-entropy, against seed 002's formula with its one-hot.
     head_stats: that loss from the last raw convolution output, eager's with the logits.
@@ -383,14 +367,14 @@ def op_bytes(case: Case, architecture: str = "sm_90") -> tuple[OpBytes, OpBytes]
 
 def _cost(
     function: Callable[..., Tensor], operands: tuple[Any, ...], leaves: list[Tensor], architecture: str
-) -> OpBytes:
+) -> tuple[int, int]:
     incoming = torch.empty_like(function(*operands))
     with trace(architecture) as calls:
         result = function(*operands)
         forward = len(calls)
         torch.autograd.grad(result, leaves, incoming)
     moved = [sum(bytes for _, _, bytes in made(call)) for call in calls]
-    return OpBytes(sum(moved[:forward]), sum(moved[forward:]))
+    return sum(moved[:forward]), sum(moved[forward:])
 
 
 def _plain_head(
@@ -476,7 +460,6 @@ def summary(found: dict[str, Account], roofs: Roofs) -> dict[str, Any]:
 
 # ---- the command -------------------------------------------------------------------------------------------------
 
-
 _BILINEAR = "unet-bilinear"
 
 
@@ -513,7 +496,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.traffic", description="Count the bytes and FLOPs of a step, with no GPU."
     )
     add_net_arguments(parser)
-    parser.add_argument("--op", choices=sorted(_PAIRS), help="one operation at this size instead of a network")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h200", help="its data sheet models the times")
     parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="instead of the data sheet's")
     parser.add_argument(
@@ -529,8 +511,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("expected --bandwidth and --tflops above 0; leave them out for the data sheet's")
     if importlib.util.find_spec("triton") is None:
         parser.error("expected triton, which is not installed: pip install 'fastunet[bench]'")
-    if options.op:
-        return _print_op(case, options.op, gpu.architecture, options.json)
 
     modes = MODES if options.json else (options.mode,)
     found = {mode: accounts(replace(case, mode=mode), gpu.architecture) for mode in modes}
@@ -547,25 +527,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = {name: step[name].saved / 1e9 for name in ("fastunet", "auto", "eager")}
         print("\nkept for the backward: " + ", ".join(f"{name} {size:.2f} GB" for name, size in kept.items()))
         print(f"times are modelled: {options.gpu}, {roofs.bandwidth:g} GB/s, {roofs.tflops:g} TFLOP/s; no launch costs")
-    return 0
-
-
-def _print_op(net: NetCase, op: str, architecture: str, as_json: bool) -> int:
-    full, half, dtype = (net.size, net.size), (net.size // 2, net.size // 2), DTYPES[net.dtype]
-    cases = {
-        "head_stats": Case("head_stats", (net.batch, net.base, *full), dtype, filters=net.classes, kernel=1),
-        "softmax_stats": Case("softmax_stats", (net.batch, net.classes, *full), dtype),
-        "upsample_concat": Case("upsample_concat", (net.batch, net.base, *half), dtype, skip=net.base),
-    }
-    ours, eager = op_bytes(cases[op], architecture)
-    if as_json:
-        print(json.dumps({"op": cases[op].name, "fastunet": asdict(ours), "eager": asdict(eager)}))
-        return 0
-    lines = [(cases[op].name, "fastunet GB", "eager GB", "ratio")]
-    for name in ("forward", "backward", "total"):
-        a, b = getattr(ours, name), getattr(eager, name)
-        lines.append((name, f"{a / 1e9:.3f}", f"{b / 1e9:.3f}", f"{a / b:.3f}"))
-    print(aligned(lines))
     return 0
 
 

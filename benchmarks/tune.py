@@ -36,7 +36,7 @@ from tqdm import tqdm
 from benchmarks import ahead, cases, peers, report
 from benchmarks.cases import Case
 from benchmarks.isolation import LostError, Message, describe, give_up_if_poisoned, outliving
-from benchmarks.measure import Times, interleaved, machine
+from benchmarks.measure import Times, interleaved, machine, rewrite
 from benchmarks.peers import PROVIDERS, Step
 from benchmarks.report import RESULTS
 
@@ -240,14 +240,7 @@ def write(path: Path, found: Iterable[dict[str, Any]]) -> None:
         table[key]["source"] = one["source"]
     special = {key[:-1] for key, entry in table.items() if "algorithm" in entry or "tile" in entry}
     lines = [json.dumps(table[key]) for key in sorted(table) if key[:-1] in special]
-    _write(path, "[" + ",".join(f"\n{line}" for line in lines) + ("\n]" if lines else "]") + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    rewrite(path, "[" + ",".join(f"\n{line}" for line in lines) + ("\n]" if lines else "]") + "\n")
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------
@@ -368,7 +361,7 @@ def _record(file: Path, about: dict[str, Any], one: dict[str, Any]) -> None:
     """Put ``one`` into ``file``, a list that begins with the machine; of each case what was measured last is kept."""
     kept = json.loads(file.read_text())[1:] if file.exists() else []
     kept = [other for other in kept if other["case"] != one["case"]]
-    _write(file, json.dumps([about, *kept, one], indent=1) + "\n")
+    rewrite(file, json.dumps([about, *kept, one], indent=1) + "\n")
 
 
 def _line(one: dict[str, Any]) -> str:

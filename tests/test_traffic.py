@@ -360,7 +360,7 @@ COUNTS = """
     up = Case("upsample_concat", (8, 64, 256, 256), skip=64)
     head = Case("head_stats", (8, 64, 512, 512), filters=22, kernel=1)
     for case in (loss, up, head):
-        found[case.op] = [[cost.forward, cost.backward] for cost in op_bytes(case)]
+        found[case.op] = op_bytes(case)
 
     found["wrong"] = wrong = []
     for net in nets.values():
@@ -627,12 +627,6 @@ def test_the_command_prints_layers_and_takes_other_roofs():
     assert "modelled:" in lines["times"]
     total = list(map(float, lines["total"]))
     assert total[6:11] == pytest.approx([1e3 * x for x in total[:5]], abs=0.51)  # at 1 GB/s a gigabyte takes a second
-
-
-@NEEDS_TRITON
-def test_the_command_prints_one_operation():
-    found = json.loads(ledger("--op upsample_concat --size 32 --base 16 --json"))
-    assert found["fastunet"]["forward"] < found["eager"]["forward"]
 
 
 @pytest.mark.parametrize(
