@@ -30,8 +30,8 @@ from benchmarks.peers import PROVIDERS, AnyCase
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to compile for whom, and until when."""
+class CompileOrder:
+    """What a compiling process is to do."""
 
     cases: tuple[AnyCase, ...]
     deadline: float  # seconds since the epoch
@@ -42,20 +42,20 @@ class Wanted:
 # ---- kernels -----------------------------------------------------------------------------------------------------
 
 
-def kernels(wanted: Wanted) -> Iterator[Message]:
+def kernels(order: CompileOrder) -> Iterator[Message]:
     """Compile what the cases launch into Triton's cache, on all cores, without touching the GPU.
 
     Tells every failure, as (name of a case that launches it, what went wrong), and at the end how many were "compiled"
     of how many. What is late is given up: it is compiled where it is used.
     """
-    architecture = wanted.architecture or _architecture()
+    architecture = order.architecture or _architecture()
     if architecture is None:
         yield "compiled", (0, 0)
         return
-    found = specialisations(wanted.cases, architecture)
+    found = specialisations(order.cases, architecture)
     tasks = [functools.partial(_compile, one) for one in found.values()]
     good = 0
-    for number, _, failure in on_all_cores(tasks, wanted.deadline):
+    for number, _, failure in on_all_cores(tasks, order.deadline):
         good += failure is None
         if failure is not None:
             yield "failed", (list(found)[number][1], failure)
@@ -136,16 +136,16 @@ def _compile(one: Any) -> None:
 # ---- torch.compile -----------------------------------------------------------------------------------------------
 
 
-def networks(wanted: Wanted) -> Iterator[Message]:
+def networks(order: CompileOrder) -> Iterator[Message]:
     """Run torch.compile's form of the cases, all of them networks, once: inductor's cache then has it."""
     torch.backends.cudnn.benchmark = True
-    for case in wanted.cases:
+    for case in order.cases:
         assert isinstance(case, NetCase)
         begun = time.time()
         torch.compiler.reset()
         try:
             with precision(case.dtype):
-                peers.once(PROVIDERS["compile"], case, torch.device(wanted.device))
+                peers.once(PROVIDERS["compile"], case, torch.device(order.device))
         except Exception as error:
             yield "failed", (case.name, describe(error))
         else:

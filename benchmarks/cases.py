@@ -49,7 +49,7 @@ class Case:
     output: str = "argmax"  # head_predict
     algorithm: str = ""  # 3×3 convolutions: another one than the Triton backend's (see fastunet.kernels.table)
     wanted: tuple[bool, bool, bool] = (False, True, False)  # softmax_stats: squares, cross-entropy, label smoothing
-    changes: tuple[tuple[str, Any], ...] = ()  # arguments of the operator or its backward, by name, that are otherwise
+    changes: tuple[tuple[str, Any], ...] = ()  # other values for arguments of the operator or its backward, by name
 
     @property
     def name(self) -> str:

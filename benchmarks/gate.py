@@ -63,7 +63,7 @@ from fastunet.kernels import table as tiles
 NETWORKS = (
     *map(NetCase, ("unet", "unet-bilinear", "strided")), NetCase("plain", classes=22), NetCase("brain", base=32)
 )  # fmt: skip
-# float16 compiles to the code of bfloat16 with other type names; of it and of float32 CASES have enough.
+# Of networks. float16 compiles to the same code with other type names, and CASES have some of it and of float32.
 DTYPE = torch.bfloat16
 # One chip with asynchronous copies, one with the tensor memory accelerator and warpgroups, one of AMD's.
 QUICK = ("sm_80", "sm_90", "gfx942")
@@ -276,12 +276,11 @@ def _broken_rules(found: Resources, task: Task) -> Iterator[str]:
     if found.float64 and "fp64" not in str(task.wanted.signature):
         yield f"computes in float64 ({found.float64} instructions)"
     if task.wide and not CHIPS[task.chip].amd:
-        # Where TMA moves the activations, what else is loaded are vectors of a value a channel.
+        # Where TMA moves the activations, all other loads are of vectors with one value a channel.
         if found.loads and not found.tma and (max(found.loads) < 16 or (min(found.loads) < 4 and not task.odd)):
             yield f"loads {_accesses(found.loads)} where 16 bytes at a time are possible"
-        if (
-            2 in found.stores and not task.odd
-        ):  # wider but short of 16: sums in float32, which the code does not tell apart
+        # Stores of 4 or 8 bytes may be sums in float32, which the machine code does not tell apart: they pass.
+        if 2 in found.stores and not task.odd:
             yield f"stores {_accesses(found.stores)} where 16 bytes at a time are possible"
 
 
@@ -350,7 +349,7 @@ def main(
         "or --update",
     )  # fmt: skip
     parser.add_argument("--all", action="store_true", help="compile every entry, not one or two of each kernel")
-    parser.add_argument("--variants", action="store_true", help="compile every variant of every entry; rules alone")
+    parser.add_argument("--variants", action="store_true", help="compile every variant of every entry; no comparison")
     parser.add_argument("--update", action="store_true", help="compile every entry and write benchmarks/gate.json")
     parser.add_argument("--only", metavar="TEXT", default="", help="only entries whose name contains TEXT")
     parser.add_argument("--verbose", action="store_true", help="print every entry, not the worst of each kernel")
@@ -367,7 +366,7 @@ def main(
     found: dict[str, Task] = {}
     for chip in tqdm(options.arch, "tracing", disable=None):
         every, rare = ([*cases, *tabled(chip)], UNTIMED) if backend is kernels else (cases, ())
-        # An entry that is timed is stood for by what is timed.
+        # Where a timed and an untimed case make the same entry, the timed one replaces the other.
         found |= find(chip, rare, (), backend, options.variants)
         found |= find(chip, every, networks, backend, options.variants)
     chosen = [task for task in found.values() if options.only in task.name]

@@ -12,7 +12,7 @@ A program of the 3×3 kernels is bounded by the slowest of four that overlap:
 The last wave of programs leaves processors idle: a processor holds what its shared memory holds and no more than 8
 warps, since these kernels take all registers. What of a tile lies outside the picture or the channels multiplies zeros.
 Memory's time is the ledger's (:mod:`benchmarks.traffic`). Programs at a border of the picture, which mask, count like
-the others. cuDNN's fraction depends on the channels alone.
+the others. cuDNN's fraction depends on nothing but the channels.
 
 What was measured bounds all of that where it was: on an H200 a product of ours waits for the one before it, and what a
 program does before and after its loop is hidden by one other program at most. The rest are assumptions, or read from
@@ -62,7 +62,7 @@ ATTAINED = {
 SUSTAINED = 0.76  # an H200 multiplies matrices of 8192² at 0.80
 UNKNOWN = 0.35  # of matrix products in Triton that are not modelled here
 SHARED = 128 / 4096  # bytes a floating-point operation: of shared memory at the matrix rate of 16-bit operands
-WINOGRAD = 2.25 * SUSTAINED  # of a product that stands for a convolution of so many times its multiplications
+WINOGRAD = 2.25 * SUSTAINED  # of Winograd's products: the convolution itself has 2.25 times their multiplications
 # By the fewer of input and output channels: an H200's, all three directions; of 16 and 32 an assumption.
 CUDNN = {16: 0.12, 32: 0.24, 64: 0.50, 128: 0.70, 256: 0.74}
 

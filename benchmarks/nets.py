@@ -120,7 +120,7 @@ def _flops(case: NetCase) -> int:
 
 
 def plain_loss(case: NetCase) -> Loss:
-    """Dice and cross-entropy by seed 002's formulas; Dice alone of a network that returns probabilities."""
+    """Dice and cross-entropy by seed 002's formulas; only Dice for a network that returns probabilities."""
     return _scaled(case, plain_dice_ce if case.logits else probability_dice)
 
 
@@ -178,8 +178,8 @@ def autocast(case: NetCase, device: torch.device) -> contextlib.AbstractContextM
 def parts(
     case: NetCase, package: ModuleType, device: torch.device | str, **settings: str
 ) -> tuple[nn.Module, Loss, Tensor, Tensor]:
-    """(network, loss, pictures, labels) of a step of ``case`` by ``package``, in channels_last: as under autocast, which
-    does nothing on the meta device, with convolutions in the case's dtype and batch norms in float32."""
+    """(network, loss, pictures, labels) of a step of ``case`` by ``package``, in channels_last. Convolutions are in the
+    case's dtype and batch norms in float32, as under autocast, which does nothing on the meta device."""
     dtype = DTYPES[case.dtype]
     with torch.device(device):
         model = case.model(package, **settings).train(case.mode == "training")

@@ -6,7 +6,7 @@ gradients. All providers of a case get the same numbers and are compared with th
 ======================  ============================================================================================
 eager                   PyTorch's own modules in channels_last, with AMP in a network
 eager-nchw              the same, contiguous
-eager-bare              the convolution, pooling or upsampling alone, without normalisation: a bound, not an equal
+eager-bare              the convolution, pooling or upsampling without normalisation: less work than the others do
 eager-graph             eager in a CUDA graph
 compile                 torch.compile of eager, default mode; compile-max-autotune: mode="max-autotune"
 seed002                 a loss by seed 002's formulas, as written
@@ -56,7 +56,7 @@ class Provider:
     name: str
     kinds: tuple[str, ...]
     backend: str | None = None  # of fastunet
-    compiled: str | None = None  # a mode of torch.compile; or "trace": its front end alone, which takes seconds
+    compiled: str | None = None  # a mode of torch.compile; or "trace": only its front end, which takes seconds
     graph: bool = False
     engine: bool = False  # one of engines.py
     layout: torch.memory_format = torch.channels_last
@@ -110,7 +110,7 @@ def _serves(provider: Provider, case: AnyCase) -> bool:
             return provider.name in ("torchmetrics", "fastunet")
         return provider.name != "torchmetrics" and (provider.name != "monai" or case.function == "dice_ce")
     if case.algorithm and provider.backend == "auto":
-        return False  # the case has chosen
+        return False  # the case names its algorithm, where "auto" would choose one
     if provider.engine:
         plain = not (case.skip or case.bias or case.pool or case.algorithm) and case.layout == "channels_last"
         fused = case.op == "conv2d" and case.mode == "inference" and case.affine and case.stats
@@ -208,7 +208,7 @@ class Problem:
             raise WrongNumbersError(f"expected {len(self.truth)} results and gradients, got {len(found)}")
         errors = self.errors(found[:compared])
         for part, allowed in zip(("forward", "gradient"), self.allowed, strict=True):
-            if not errors.get(part, 0.0) <= allowed:  # NaN is not
+            if not errors.get(part, 0.0) <= allowed:  # a NaN is refused too
                 raise WrongNumbersError(f"{part}: relative error {errors[part]:.1e}, allowed {allowed:.1e}")
         return errors
 
@@ -294,8 +294,8 @@ class _NetProblem(Problem):
         return [(error, shift) for error, shift in torch.stack(pairs).tolist()] if pairs else []
 
 
-# Relative error granted beyond plain PyTorch's: of the forward, of all gradients together, and of one of them, which a
-# ReLU that rounding turns changes by a leap.
+# Relative error granted beyond plain PyTorch's: of the forward, of all gradients together, and of a single gradient,
+# which jumps where rounding turns a ReLU on or off.
 _SLACK = {
     "fp32": (1e-5, 1e-4, 1e-2), "tf32": (2e-3, 2e-2, 2e-2), "fp16": (4e-3, 2e-2, 2e-2), "bf16": (3e-2, 5e-2, 5e-2),
 }  # fmt: skip
@@ -523,7 +523,8 @@ def _pose_op(case: Case, device: torch.device) -> Problem:
     allowed = TF32_TOLERANCE if tf32 else TOLERANCE[case.dtype]
     if case.op == "confusion_matrix":
         allowed = 0  # of the same logits
-    # Where rounding decides what is pooled, whole gradients move to other pixels: their error is the root of a share.
+    # Rounding can decide which of four pixels a pool takes; the gradient then goes to another one. Where that happens
+    # to a share s of the pixels, the error in the Euclidean norm is about the root of s.
     return Problem(data, truth, results, (allowed, math.sqrt(allowed) if case.pool else allowed))
 
 

@@ -23,7 +23,7 @@ import os
 import sys
 import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ class Ranges(TorchDispatchMode):
 def prepare(case: NetCase, device: torch.device) -> Callable[[], None]:
     """A function that does one step of ``case`` on random data, as the ledger counts it."""
     training = case.mode == "training"
-    # On a CPU networks run as plain modules unless somebody asks for operators, which alone have ranges.
+    # On a CPU networks run as plain modules unless somebody asks for operators, and only those have ranges.
     chosen = {"backend": "torch"} if device.type == "cpu" else {}
     model, loss, x, labels = parts(case, fastunet, device, **chosen)
     parameters = list(model.parameters())

@@ -188,8 +188,8 @@ def with_section(readme: str, text: str) -> str:
 def roofline(rows: Sequence[Row], path: Path) -> bool:
     """Draw the operations of one GPU under its measured roofs; False where there is nothing to draw, or no matplotlib.
 
-    A row's place is the FLOP per byte that its operation needs at least, and the TFLOP/s it reached. Operations without
-    matrix products have no such place.
+    A row is a point: the FLOP per byte that its operation needs at least, and the TFLOP/s that it reached. Operations
+    without matrix products are left out.
     """
     points = [
         row for row in rows if row["kind"] == "op" and row["ms"] and row["flops"] and row["bytes"] and row["roofs"]
@@ -213,8 +213,8 @@ def roofline(rows: Sequence[Row], path: Path) -> bool:
         axes.loglog(edge, [edge[0] * bandwidth, rate, rate], color="black", label="measured copy and bf16 matrix rate")
         for provider in dict.fromkeys(row["provider"] for row in points):
             mine = [row for row in points if row["provider"] == provider]
-            places = [row["flops"] / row["bytes"] for row in mine]
-            axes.scatter(places, [row["tflops"] for row in mine], s=14, label=provider)
+            needed = [row["flops"] / row["bytes"] for row in mine]
+            axes.scatter(needed, [row["tflops"] for row in mine], s=14, label=provider)
         axes.set(xlabel="FLOP per byte", ylabel="TFLOP/s", title=f"{points[-1]['gpu']}: bf16 operations of the U-Net")
         axes.legend(fontsize="small")
         figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")

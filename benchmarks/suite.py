@@ -58,9 +58,9 @@ from fastunet import reference
 GRACE = 15  # seconds after the deadline until a process that does not answer is ended
 PATIENCE = 45  # seconds a process may be silent; and while it prepares a provider, 4 × as expected
 IN_TIME = f"{GRACE} s after the deadline"
-LATE = f"did not answer {IN_TIME}"  # the failure of who may just have been slow: it is no fault
+LATE = f"did not answer {IN_TIME}"  # it may only have been slow: this failure alone does not make a run fail
 
-# Of the budget, and in seconds at most, from a stage's beginning on; of networks and extras from the run's.
+# A stage's share of the budget, and its seconds at most, from its beginning on; of networks and extras, from the run's.
 SHARES = {"roofs": (0.2, 60), "kernels": (0.2, 60), "checks": (0.3, 90), "networks": (0.5, 240), "extras": (0.36, 180)}
 
 # Seconds to prepare and check a step, until rows of the same GPU say better: an H200's, inductor's cache being warm.
@@ -169,7 +169,7 @@ def look(order: tuple[str, bool]) -> Iterator[Message]:
 
 
 @dataclass(frozen=True)
-class Order:
+class TimingOrder:
     """What a measuring process is to do."""
 
     device: str
@@ -182,7 +182,7 @@ class Order:
         return self.expected[job.case.kind, name]
 
 
-def work(order: Order) -> Iterator[Message]:
+def work(order: TimingOrder) -> Iterator[Message]:
     """Do it, telling how it goes: (what, value), as :class:`Run` reads them."""
     device = torch.device(order.device)
     torch.backends.cudnn.benchmark = True  # the peers' convolutions take the fastest algorithm
@@ -191,7 +191,7 @@ def work(order: Order) -> Iterator[Message]:
         yield from _measure(order, job, device)
 
 
-def _measure(order: Order, job: Job, device: torch.device) -> Iterator[Message]:
+def _measure(order: TimingOrder, job: Job, device: torch.device) -> Iterator[Message]:
     """The rows of one job; providers that no longer fit in the time are left out."""
     names = [name for name in job.providers if time.time() + order.seconds(job, name) < order.deadline]
     if not names:
@@ -306,7 +306,7 @@ def _layouts(found: Sequence[Tensor]) -> dict[str, int]:
 class _Watch:
     """How far a measuring process has come, and for how long it may be silent now."""
 
-    order: Order
+    order: TimingOrder
     number: int | None = None  # of the job
     provider: str | None = None  # who is being prepared
     done: set[str] = field(default_factory=set)  # who has a row of the job
@@ -326,7 +326,7 @@ class _Watch:
         left = self.order.deadline + GRACE - time.time()
         return min(left, seconds), IN_TIME if left <= seconds else f"for {seconds:.0f} s"
 
-    def rest(self, error: LostError) -> Generator[Message, None, Order | None]:
+    def rest(self, error: LostError) -> Generator[Message, None, TimingOrder | None]:
         """The rows that a lost process costs, and then what is left to do, without the culprit."""
         if self.number is None:  # it will not begin next time either
             yield "lost", str(error)
@@ -339,7 +339,7 @@ class _Watch:
         return _worth_it(self.order)
 
 
-def isolated(order: Order) -> Iterator[Message]:
+def isolated(order: TimingOrder) -> Iterator[Message]:
     """:func:`work` in a process of its own, begun anew without the culprit when it dies, and ended when it hangs."""
     watch = _Watch(order)
     with contextlib.closing(outliving(work, _worth_it(order), watch.patience, watch.rest)) as stream:
@@ -348,7 +348,7 @@ def isolated(order: Order) -> Iterator[Message]:
             yield what, value
 
 
-def _worth_it(order: Order) -> Order | None:
+def _worth_it(order: TimingOrder) -> TimingOrder | None:
     """The order, if anything of it can be done."""
     return order if any(job.providers for job in order.jobs) and time.time() <= order.deadline else None
 
@@ -363,7 +363,7 @@ def _after(job: Job, done: set[str], provider: str | None) -> tuple[tuple[str, .
     return failed, tuple(name for name in left if name not in failed)
 
 
-class Ledger:
+class RowFile:
     """The file of rows of one GPU: appended to, a row at a time, and on disk before the next is measured."""
 
     def __init__(self, folder: Path, gpu: str) -> None:
@@ -411,7 +411,7 @@ class Run:
         self.about: dict[str, Any] = {"roofs": None}
         self.red: list[str] | None = None  # the operations that are wrong; None: not checked
         self.failed: dict[str, list[str]] = {}  # by the command that repeats it
-        self.ledger: Ledger | None = None
+        self.file: RowFile | None = None
 
     def say(self, text: str) -> None:
         print(f"[{time.time() - self.begun:4.0f} s] {text}", flush=True)
@@ -435,14 +435,14 @@ class Run:
                 for what, value in stream:
                     if what == "machine":
                         print(report.machine_text(value), flush=True)
-                        self.ledger, self.about = Ledger(self.folder, value["gpu"]), {**value, **self.about}
+                        self.file, self.about = RowFile(self.folder, value["gpu"]), {**value, **self.about}
                     else:
                         self.about["roofs"] = value
                         self.say("roofs: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in value.items()))
         except LostError as error:
             self.say(f"the machine: {error}")
             self.fail("", f"the machine and its roofs: {error}", "nvidia-smi")
-        return self.ledger is not None
+        return self.file is not None
 
     @contextlib.contextmanager
     def compiling_networks(self, jobs: Sequence[Job]) -> Iterator[None]:
@@ -453,7 +453,7 @@ class Run:
         if not chosen:
             yield
             return
-        stream = messages(ahead.networks, ahead.Wanted(chosen, limit, device=self.device.type), _before(limit))
+        stream = messages(ahead.networks, ahead.CompileOrder(chosen, limit, device=self.device.type), _before(limit))
         with contextlib.closing(stream):
             yield
             try:
@@ -467,7 +467,7 @@ class Run:
         limit = self.until("kernels")
         chosen = tuple(dict.fromkeys(job.case for job in jobs))
         try:
-            order = ahead.Wanted(chosen, limit, device=self.device.type)
+            order = ahead.CompileOrder(chosen, limit, device=self.device.type)
             with contextlib.closing(messages(ahead.kernels, order, _before(limit + GRACE))) as stream:
                 for what, value in stream:
                     if what == "failed":
@@ -499,9 +499,9 @@ class Run:
         self.say(f"checked {done} of {len(wanted)} operations, {len(self.red)} wrong")
 
     def measure(self, jobs: Sequence[Job], expected: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
-        """Time the jobs; the rows, which are in the ledger."""
-        assert self.ledger is not None
-        order = Order(self.device.type, tuple(jobs), self.deadline, expected)
+        """Time the jobs; the rows, which are in the file."""
+        assert self.file is not None
+        order = TimingOrder(self.device.type, tuple(jobs), self.deadline, expected)
         for what, value in isolated(order):
             if what == "doing":
                 self.say(value)
@@ -512,11 +512,11 @@ class Run:
                 with contextlib.suppress(Exception):  # what the ledger cannot say must not cost the row
                     value |= _traffic(value, self.about["capability"])
                 value |= {"red": self.red} if value["kind"] == "net" else {}
-                print(report.line(self.ledger.add(value, self.about)), flush=True)
+                print(report.line(self.file.add(value, self.about)), flush=True)
                 failure = value["failure"] or value.get("wrong")
                 if failure not in (None, LATE):
                     self.fail(value["case"], f"{value['provider']}: {failure}")
-        return self.ledger.added
+        return self.file.added
 
     def conclude(self) -> int:
         """Print what failed and how to repeat it; the exit status."""

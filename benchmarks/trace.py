@@ -98,7 +98,7 @@ class _Tracer(TorchDispatchMode):
         namespace, _, name = func._schema.name.partition("::")
         if namespace != "fastunet":
             if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-                with self:  # composites come in one piece inside an operator
+                with self:  # inside an operator they come in one piece: take them apart
                     return func._op_dk(_COMPOSITE, *args, **kwargs)
             call = Call(f"{namespace}.{name}.{func._overloadname}", func, args, kwargs)
             results = _AS_ON_A_GPU.get(func, func)(*args, **kwargs)

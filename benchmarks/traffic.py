@@ -75,7 +75,7 @@ class Traced:
 
     calls: list[Call]
     phases: list[str]  # "forward", "loss", "backward", of each operation
-    layers: list[str]  # the convolution whose module, or "loss"
+    layers: list[str]  # the name of a convolution, or "loss"
     saved: int
 
     def __iter__(self) -> Iterator[tuple[Call, str, str]]:
@@ -352,7 +352,7 @@ def accounts(case: NetCase, architecture: str = "sm_90") -> dict[str, Account]:
 
 
 def op_bytes(case: Case, architecture: str = "sm_90") -> tuple[tuple[int, int], tuple[int, int]]:
-    """(fastunet's, eager PyTorch's) bytes, each (forward, backward), of a case of one of ``_PAIRS``, with its neighbours.
+    """(fastunet's, eager PyTorch's) bytes, each (forward, backward), of an operation of ``_PAIRS`` with its neighbours.
 
     softmax_stats: the whole loss, Dice and cross-entropy, against seed 002's formula with its one-hot.
     head_stats: that loss from the last raw convolution output, eager's with the logits.
@@ -411,7 +411,7 @@ _PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 # ---- what is printed ---------------------------------------------------------------------------------------------
 
 
-def report(found: dict[str, Account], roofs: Roofs) -> str:
+def as_text(found: dict[str, Account], roofs: Roofs) -> str:
     """Layer by layer, then kernel by kernel, as text."""
     lines = [("layer", *(f"{name} GB" for name in found), "ratio", *(f"{name} ms" for name in found), "launches")]
     for layer in [*dict.fromkeys(p.layer for p in found["eager"].passes), "total"]:
@@ -523,7 +523,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         step = found[options.mode]
         print(f"{options.mode} step of {named}, {options.dtype}; counted, not measured\n")
-        print(report(step, roofs))
+        print(as_text(step, roofs))
         kept = {name: step[name].saved / 1e9 for name in ("fastunet", "auto", "eager")}
         print("\nkept for the backward: " + ", ".join(f"{name} {size:.2f} GB" for name, size in kept.items()))
         print(f"times are modelled: {options.gpu}, {roofs.bandwidth:g} GB/s, {roofs.tflops:g} TFLOP/s; no launch costs")

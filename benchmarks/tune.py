@@ -41,10 +41,10 @@ from benchmarks.peers import PROVIDERS, Step
 from benchmarks.report import RESULTS
 
 KINDS = {"inference": "conv3x3_fwd", "dgrad": "conv3x3_dgrad", "wgrad": "conv3x3_wgrad"}
-ACT = "conv3x3_act"  # the forward's kernel with the result normalised: a choice of algorithm, and the forward's tile
+ACT = "conv3x3_act"  # inference normalises its results: the algorithm is chosen apart, the tile is the forward's
 GAIN = 1.02  # a tile must be this much faster than the rule's, and outside its spread
 ROUNDS = 2  # changes of one parameter, one after the other
-REACH = 1.25  # where Triton takes longer than that beside another algorithm, no tile is tried
+REACH = 1.25  # no tile is tried where Triton takes so many times as long as another algorithm
 PATIENCE = 60  # seconds a layer may be silent
 REGISTERS = 128  # 32-bit accumulators a thread at most: more spill
 
@@ -87,10 +87,10 @@ def neighbours(tile: Any, case: Case, kind: str) -> list[Any]:
     pixels = 64 if tile.tma else 16  # rows of a wgmma
     if kind.endswith("wgrad"):
         least["reduction"], pixels = pixels, 16
-    if kind == "conv3x3_wgrad":  # which has slabs of pixels for shares, and no sums for each row
+    if kind == "conv3x3_wgrad":  # it divides pixels into slabs instead of shares, and rows cost it no accumulators
         del most["shares"]
         most["rows"] = 8
-    if kind not in KINDS.values():  # they know rows and columns as one, and no shares
+    if kind not in KINDS.values():  # their tiles have only columns of pixels, and no shares
         del most["rows"], most["shares"]
         most |= {"columns": 256, "outputs": 256}
     read, written = max(case.shape[1], case.skip), case.filters
@@ -98,7 +98,7 @@ def neighbours(tile: Any, case: Case, kind: str) -> list[Any]:
         read, written = written, read
     most |= {"reduction": min(most["reduction"], _power(read)), "outputs": min(most["outputs"], _power(written))}
     moves = [{name: up} for name in most for up in (True, False)]
-    # As many accumulators a thread, of more warps or fewer; rows for columns.
+    # Two at once: a larger tile with more warps, so that a thread has as many accumulators; rows traded for columns.
     moves += [{name: up, "warps": up} for name in ("rows", "columns", "outputs") for up in (True, False)]
     moves += [{"rows": up, "columns": not up} for up in (True, False)]
     made = [(_moved(tile, move), move) for move in moves if most.keys() >= move.keys()]
@@ -203,7 +203,7 @@ def ruled(case: Case, problem: peers.Problem) -> tuple[Any, Any]:
 
     with table.observed() as asked:
         peers.prepare(TRITON, case, problem)()
-    return list(asked.values())[-1]  # before it the forward's, if this is a backward
+    return list(asked.values())[-1]  # the last one: before a backward the forward asks too
 
 
 def _forcing(kind: str, choice: Any, case: Case, problem: peers.Problem) -> Step:

@@ -191,7 +191,7 @@ def test_kernels_are_compiled_ahead(tmp_path):
         "import time\n"
         "from benchmarks import ahead, cases\n"
         "chosen = tuple(case for case in cases.CASES if case.op == 'max_pool2x2')[2:]\n"
-        "((what, (good, all_)),) = ahead.kernels(ahead.Wanted(chosen, time.time() + 300, 'sm_90'))\n"
+        "((what, (good, all_)),) = ahead.kernels(ahead.CompileOrder(chosen, time.time() + 300, 'sm_90'))\n"
         "print(good if good == all_ else None)"
     )
     done = python("-c", code, TRITON_CACHE_DIR=str(tmp_path), CUDA_VISIBLE_DEVICES="")
@@ -255,7 +255,7 @@ def test_networks_are_compiled_ahead_and_a_failure_is_told(monkeypatch):
     case = replace(ahead.nets.SMALL_CASES[0], base=4, size=32)
     compiled = []
     monkeypatch.setattr(peers, "once", lambda provider, case, device: compiled.append((provider.name, case)))
-    wanted = ahead.Wanted((case,), time.time(), device="cpu")
+    wanted = ahead.CompileOrder((case,), time.time(), device="cpu")
     ((what, (name, _)),) = ahead.networks(wanted)
     assert (what, name, compiled) == ("ready", case.name, [("compile", case)])
     monkeypatch.setattr(peers, "once", lambda *args: {}["no luck"])

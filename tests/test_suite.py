@@ -22,7 +22,7 @@ from torch import nn
 from benchmarks import ahead, cases, engines, isolation, nets, peers, report, suite, traffic
 from benchmarks.measure import Times, interleaved, machine
 from benchmarks.nets import NetCase
-from benchmarks.suite import Job, Order
+from benchmarks.suite import Job, TimingOrder
 from fastunet import aten, reference, verify
 
 CPU = torch.device("cpu")
@@ -32,8 +32,8 @@ TINY_POOL = replace(cases.SMALL_CASES[3], shape=(1, 4, 8, 8))
 NO_COST = {(kind, name): 0.0 for kind in suite.EXPECTED for name in peers.PROVIDERS}
 
 
-def order(*jobs: Job, seconds: float = 300) -> Order:
-    return Order("cpu", jobs, time.time() + seconds, NO_COST)
+def order(*jobs: Job, seconds: float = 300) -> TimingOrder:
+    return TimingOrder("cpu", jobs, time.time() + seconds, NO_COST)
 
 
 def rows_of(*jobs: Job, seconds: float = 300) -> dict[str, dict]:
