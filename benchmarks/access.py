@@ -21,17 +21,19 @@ from benchmarks.trace import Call, tensors_of
 
 @dataclass(frozen=True)
 class Access:
-    """One pass: the tensors it reads and writes, whether it has a matrix product, and the fraction of the GPU's matrix
-    rate that this attains."""
+    """One pass: the tensors it reads and writes, whether it has a matrix product, the fraction of the GPU's matrix rate
+    that this attains, the name of the kernel or operation, and bytes of its tensors that it need not move."""
 
     read: tuple[Tensor, ...]
     written: tuple[Tensor, ...]
     multiplies: bool = False
     rate: float = 1.0
+    name: str = ""
+    spared: int = 0
 
     @property
     def bytes(self) -> int:
-        return sum(map(extent, self.read + self.written))
+        return sum(map(extent, self.read + self.written)) - self.spared
 
 
 def extent(x: Tensor) -> int:

@@ -203,8 +203,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description="Profile one step of a network.")
     add_net_arguments(parser)
     parser.add_argument("--trace", type=Path, metavar="FILE.json", help="keep the Chrome trace")
-    parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="a roof, instead of measuring it")
-    parser.add_argument("--tflops", type=float, metavar="TFLOP/s", help="a roof, instead of measuring it")
     parser.add_argument("--nvtx", action="store_true", help="run the step once for nsys or ncu, and print nothing")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":

@@ -260,13 +260,10 @@ def _prepared(
 
 
 def _row(case: AnyCase, provider: str, failure: str | None = None, **found: Any) -> dict[str, Any]:
-    spec = {f.name: _plain(getattr(case, f.name)) for f in fields(case)}
+    given = {f.name: getattr(case, f.name) for f in fields(case)}
+    spec = {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in given.items()}
     about = {"case": case.name, "kind": case.kind, "provider": provider, "spec": spec}
     return {**about, "group": None, "ms": None, "flops": case.flops, "bytes": case.bytes, "failure": failure, **found}
-
-
-def _plain(value: Any) -> Any:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def rebuilt(row: dict[str, Any]) -> AnyCase:

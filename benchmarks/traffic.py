@@ -212,7 +212,7 @@ class Account:
         return Account([p for p in self.passes if p.layer == layer])
 
 
-Rule = Callable[[Call], list[tuple[str, Access, int]]]  # (name, access, bytes) of each pass
+Rule = Callable[[Call], list[Access]]  # the passes of an operation
 
 
 def account(step: Traced, rule: Rule) -> Account:
@@ -220,16 +220,16 @@ def account(step: Traced, rule: Rule) -> Account:
     passes = []
     for call, phase, layer in step:
         found = rule(call)
-        products = sum(access.multiplies for _, access, _ in found)
+        products = sum(access.multiplies for access in found)
         each = flops_of(call) // products if products else 0
         passes += [
-            Pass(layer, phase, call.name, name, moved, each if access.multiplies else 0, access.rate)
-            for name, access, moved in found
+            Pass(layer, phase, call.name, access.name, access.bytes, each if access.multiplies else 0, access.rate)
+            for access in found
         ]
     return Account(passes, step.saved)
 
 
-def made(call: Call) -> list[tuple[str, Access, int]]:
+def made(call: Call) -> list[Access]:
     """The passes that an operation makes: its launches, and the ATen operations in it or that it is."""
     found = []
     if call.launches:
@@ -237,22 +237,19 @@ def made(call: Call) -> list[tuple[str, Access, int]]:
 
         for launch in call.launches:
             rate = triton_rate(launch, call.architecture)
-            found.append((launch.kernel.__name__, replace(of_launch(launch), rate=rate)))
+            found.append(replace(of_launch(launch), name=launch.kernel.__name__, rate=rate))
     for inner in [call] if call.name.startswith("aten.") else call.inner:
-        found += [(inner.name, replace(access, rate=aten_rate(inner))) for access in of_aten(inner)]
-    return [(name, access, access.bytes) for name, access in found]
+        found += [replace(access, name=inner.name, rate=aten_rate(inner)) for access in of_aten(inner)]
+    return found
 
 
-def compiled(call: Call) -> list[tuple[str, Access, int]]:
+def compiled(call: Call) -> list[Access]:
     """The passes of an operation of plain PyTorch in the model of torch.compile."""
     kind = call.name.partition(".")[2]
     if torch.Tag.pointwise in call.func.tags or kind.startswith(("constant_pad_nd.", "_to_copy.", "copy_.")):
         return []
-    found = made(call)
-    if kind.startswith("max_pool2d"):
-        winners = [x for x in call.tensors + call.results if x.dtype == torch.int64]
-        found = [(name, access, moved - sum(7 * x.numel() for x in winners)) for name, access, moved in found]
-    return found
+    winners = [x for x in call.tensors + call.results if x.dtype == torch.int64 and kind.startswith("max_pool2d")]
+    return [replace(access, spared=sum(7 * x.numel() for x in winners)) for access in made(call)]
 
 
 def floor(step: Traced) -> Rule:
@@ -263,25 +260,23 @@ def floor(step: Traced) -> Rule:
         if call.name == "fastunet.upsample_concat" and call.named["skip"] is None
     }
 
-    def rule(call: Call) -> list[tuple[str, Access, int]]:
+    def rule(call: Call) -> list[Access]:
         kind = call.name.partition(".")[2]
         if not call.name.startswith("fastunet.") or (kind.startswith("upsample") and call.named["skip"] is None):
             return []
         if kind == "max_pool2x2":
-            found = [("pool", Access((), tuple(call.results)))]
-        elif kind in ("conv2d", "conv2d_act", "conv_transpose2d"):
+            return [Access((), tuple(call.results), name="pool")]
+        if kind in ("conv2d", "conv2d_act", "conv_transpose2d"):
             read = [t for x in call.tensors for t in small.get(storage(x), [x])]
-            found = [("fprop", Access(distinct(read), distinct(call.results), True))]
-        elif kind in ("conv2d_backward", "conv_transpose2d_backward"):
-            found = _least_of_convolution_backward(call, small)
-        else:
-            found = [("once", Access(distinct(call.tensors), distinct(call.results)))]
-        return [(name, access, access.bytes) for name, access in found]
+            return [Access(distinct(read), distinct(call.results), True, name="fprop")]
+        if kind in ("conv2d_backward", "conv_transpose2d_backward"):
+            return _least_of_convolution_backward(call, small)
+        return [Access(distinct(call.tensors), distinct(call.results), name="once")]
 
     return rule
 
 
-def _least_of_convolution_backward(call: Call, small: dict[int, list[Tensor]]) -> list[tuple[str, Access]]:
+def _least_of_convolution_backward(call: Call, small: dict[int, list[Tensor]]) -> list[Access]:
     given = call.named
     *gradients, dweight, dbias = call.results
     read = tensors_of([given["dy"], given["dmean"], given["dvar"]])
@@ -301,10 +296,9 @@ def _least_of_convolution_backward(call: Call, small: dict[int, list[Tensor]]) -
             wanted += source
             if affine is not None or relu or storage(x) in small:
                 masks += source
-    passes = [("wgrad", Access(distinct(read), distinct([dweight, dbias, *(formed if wanted else [])]), True))]
-    if wanted:
-        passes.append(("dgrad", Access(distinct([*dy, given["weight"], *masks]), distinct(wanted), True)))
-    return passes
+    wgrad = Access(distinct(read), distinct([dweight, dbias, *(formed if wanted else [])]), True, name="wgrad")
+    dgrad = Access(distinct([*dy, given["weight"], *masks]), distinct(wanted), True, name="dgrad")
+    return [wgrad, dgrad] if wanted else [wgrad]
 
 
 def flops_of(call: Call) -> int:
@@ -373,7 +367,7 @@ def _cost(
         result = function(*operands)
         forward = len(calls)
         torch.autograd.grad(result, leaves, incoming)
-    moved = [sum(bytes for _, _, bytes in made(call)) for call in calls]
+    moved = [sum(access.bytes for access in made(call)) for call in calls]
     return sum(moved[:forward]), sum(moved[forward:])
 
 
@@ -476,6 +470,8 @@ def add_net_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}; default: %(default)s")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="default: %(default)s")
     parser.add_argument("--mode", choices=MODES, default=MODES[0], help="default: %(default)s")
+    for name, unit in (("bandwidth", "GB/s"), ("tflops", "TFLOP/s")):
+        parser.add_argument(f"--{name}", type=float, metavar=unit, help="a roof, instead of this command's own")
 
 
 def case_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> NetCase:
@@ -497,10 +493,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_net_arguments(parser)
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h200", help="its data sheet models the times")
-    parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="instead of the data sheet's")
-    parser.add_argument(
-        "--tflops", type=float, metavar="TFLOP/s", help="of matrix products, instead of the data sheet's"
-    )
     parser.add_argument("--json", action="store_true", help="print one JSON object: training, and under it inference")
     options = parser.parse_args(arguments)
     case = case_of(parser, options)

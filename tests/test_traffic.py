@@ -368,7 +368,7 @@ COUNTS = """
         initialised = {{storage(real_word(torch.device("meta")))}}
         for call in step.calls:
             given = {{storage(x) for x in call.tensors}}
-            passes = [access for _, access, _ in made(call)]
+            passes = made(call)
             written = {{storage(x) for access in passes for x in access.written}}
             for x in call.results:
                 if x.numel() and storage(x) not in given | written and "empty" not in call.name:
