@@ -21,17 +21,19 @@ from benchmarks.trace import Call, tensors_of
 
 @dataclass(frozen=True)
 class Access:
-    """One pass: the tensors it reads and writes, whether it has a matrix product, and the fraction of the GPU's matrix
-    rate that this attains."""
+    """One pass: the tensors it reads and writes, whether it has a matrix product, the fraction of the GPU's matrix rate
+    that this attains, the name of the kernel or operation, and bytes of its tensors that it need not move."""
 
     read: tuple[Tensor, ...]
     written: tuple[Tensor, ...]
     multiplies: bool = False
     rate: float = 1.0
+    name: str = ""
+    spared: int = 0
 
     @property
     def bytes(self) -> int:
-        return sum(map(extent, self.read + self.written))
+        return sum(map(extent, self.read + self.written)) - self.spared
 
 
 def extent(x: Tensor) -> int:
@@ -56,21 +58,11 @@ def distinct(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
 
 _EMPTY = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 
-# Operands that only give a shape, or that are overwritten unread.
-_UNREAD = {
-    "copy_": {"self"},
-    "fill_": {"self"},
-    "zero_": {"self"},
-    "zeros_like": {"self"},
-    "ones_like": {"self"},
-    "full_like": {"self"},
-    "new_zeros": {"self"},
-    "new_ones": {"self"},
-    "new_full": {"self"},
-    "max_pool2d_with_indices_backward": {"self"},
-    "nll_loss_backward": {"self"},
-    "nll_loss2d_backward": {"self"},
-}
+# Operations whose "self" only gives a shape, or is overwritten unread.
+_SELF_UNREAD = {
+    "copy_", "fill_", "zero_", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full",
+    "max_pool2d_with_indices_backward", "nll_loss_backward", "nll_loss2d_backward",
+}  # fmt: skip
 
 
 def of_aten(call: Call) -> list[Access]:
@@ -91,8 +83,7 @@ def of_aten(call: Call) -> list[Access]:
         return []
     if name == "convolution_backward":
         return _convolution_backward(given, call.results)
-    unread = _UNREAD.get(name, set())
-    read = distinct(tensors_of([value for key, value in given.items() if key not in unread]))
+    read = distinct(tensors_of([x for key, x in given.items() if key != "self" or name not in _SELF_UNREAD]))
     if name == "native_batch_norm" and given["training"]:
         read += (given["input"],)
     elif name == "native_batch_norm_backward" and given["output_mask"][0]:

@@ -8,30 +8,30 @@ from __future__ import annotations
 
 import functools
 import itertools
-import multiprocessing
-import multiprocessing.connection
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from benchmarks import nets, peers
+import fastunet
+from benchmarks import nets, peers, traffic
 from benchmarks.cases import Case
-from benchmarks.checks import describe, small_picture
-from benchmarks.isolation import Message
-from benchmarks.measure import DTYPES, nvidia_smi, precision
+from benchmarks.checks import small_picture
+from benchmarks.chips import target_of
+from benchmarks.isolation import Message, describe, on_all_cores
+from benchmarks.measure import nvidia_smi, precision
 from benchmarks.nets import NetCase
 from benchmarks.peers import PROVIDERS, AnyCase
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to compile for whom, and until when."""
+class CompileOrder:
+    """What a compiling process is to do."""
 
     cases: tuple[AnyCase, ...]
     deadline: float  # seconds since the epoch
@@ -42,20 +42,20 @@ class Wanted:
 # ---- kernels -----------------------------------------------------------------------------------------------------
 
 
-def kernels(wanted: Wanted) -> Iterator[Message]:
+def kernels(order: CompileOrder) -> Iterator[Message]:
     """Compile what the cases launch into Triton's cache, on all cores, without touching the GPU.
 
     Tells every failure, as (name of a case that launches it, what went wrong), and at the end how many were "compiled"
     of how many. What is late is given up: it is compiled where it is used.
     """
-    architecture = wanted.architecture or _architecture()
+    architecture = order.architecture or _architecture()
     if architecture is None:
         yield "compiled", (0, 0)
         return
-    found = specialisations(wanted.cases, architecture)
+    found = specialisations(order.cases, architecture)
     tasks = [functools.partial(_compile, one) for one in found.values()]
     good = 0
-    for number, failure in on_all_cores(tasks, wanted.deadline):
+    for number, _, failure in on_all_cores(tasks, order.deadline):
         good += failure is None
         if failure is not None:
             yield "failed", (list(found)[number][1], failure)
@@ -69,53 +69,56 @@ def _architecture() -> str | None:
 
 def specialisations(chosen: Sequence[AnyCase], architecture: str) -> dict[tuple[str, str], Any]:
     """What is to be compiled, by what it is and the name of the first case that launches it; networks first."""
-    from triton.backends.compiler import GPUTarget
+    ops = [(case.name, case) for case in chosen if isinstance(case, Case)]
+    small = [(name, small_picture(case)) for name, case in ops]
+    of_ops = [(name, launch) for name, case in small + ops for launch in _launches(case, architecture)]
+    return _specialised([*_of_networks(chosen, architecture), *of_ops], architecture)
 
+
+def choices(case: Case, kind: str, chosen: Iterable[Any], architecture: str, pool: Executor) -> None:
+    """Compile into Triton's cache what the algorithms and tiles ``chosen`` for a ``kind`` of kernel launch, on all of
+    ``pool``; what fails fails where it is used."""
+    with suppress(BrokenProcessPool):  # a compiler crashed
+        wait([pool.submit(_compile_choice, case, kind, choice, architecture) for choice in chosen])
+
+
+def _compile_choice(case: Case, kind: str, choice: Any, architecture: str) -> None:
+    from fastunet.kernels import table
+
+    with table.forced({kind: choice}):
+        launches = [(case.name, launch) for launch in _launches(case, architecture)]
+    for one in _specialised(launches, architecture).values():
+        one.compile()
+
+
+def _specialised(named: Iterable[tuple[str, Any]], architecture: str) -> dict[tuple[str, str], Any]:
     from benchmarks.recorder import specialise
 
-    target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     launches: dict[Any, tuple[str, Any]] = {}
-    for name, launch in _launches(chosen, architecture):
+    for name, launch in named:
         launches.setdefault(launch.key, (name, launch))
     found: dict[str, tuple[str, Any]] = {}
     for name, launch in launches.values():
-        one = specialise(launch, target)
+        one = specialise(launch, target_of(architecture))
         found.setdefault(str((one.name, one.signature, one.constants, one.attributes, one.options)), (name, one))
     return {(key, name): one for key, (name, one) in found.items()}
 
 
-def _launches(chosen: Sequence[AnyCase], architecture: str) -> Iterator[tuple[str, Any]]:
+def _launches(case: Case, architecture: str) -> list[Any]:
     from benchmarks.recorder import record
-    from benchmarks.trace import traced
     from fastunet import kernels
     from fastunet.architecture import as_if_on
 
+    with as_if_on(architecture), record() as launches:
+        case.launch(kernels)
+    return launches
+
+
+def _of_networks(chosen: Sequence[AnyCase], architecture: str) -> Iterator[tuple[str, Any]]:
     networks = [case for case in nets.HEADLINE if case in chosen]
     for net, backend in itertools.product(networks, ("auto", "triton")):
-        for call in traced(functools.partial(_meta_step, net, backend), architecture):
+        for call in traffic.run(net, fastunet, architecture, backend=backend).calls:
             yield from ((net.name, launch) for launch in call.launches)
-    ops = [case for case in chosen if isinstance(case, Case)]
-    for name, case in [*((case.name, small_picture(case)) for case in ops), *((case.name, case) for case in ops)]:
-        with as_if_on(architecture), record() as launches:
-            case.launch(kernels)
-        yield from ((name, launch) for launch in launches)
-
-
-def _meta_step(case: NetCase, backend: str) -> None:
-    """A step as it is under autocast, which does nothing on the meta device: convolutions in the case's dtype, batch
-    norms in float32."""
-    model = case.ours(backend)
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            layer.to(DTYPES[case.dtype])
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x, labels = case.data("meta")
-    x = x.to(DTYPES[case.dtype]).contiguous(memory_format=torch.channels_last)
-    if case.mode == "training":
-        nets.our_loss(case, backend)(model(x), labels).backward()
-    else:
-        with torch.no_grad():
-            model.eval()(x)
 
 
 def _compile(one: Any) -> None:
@@ -130,75 +133,19 @@ def _compile(one: Any) -> None:
         )  # fmt: skip
 
 
-def on_all_cores(tasks: Sequence[Callable[[], Any]], deadline: float) -> Iterator[tuple[int, str | None]]:
-    """Run ``tasks`` in forked processes: the number of each that is done, and how it failed if it did.
-
-    A process that dies costs its task alone; those still at work at the deadline are killed. Nothing needs to be
-    pickled.
-    """
-    forked = multiprocessing.get_context("fork")
-    left = iter(range(len(tasks)))
-    workers: dict[Any, tuple[Any, int]] = {}  # by the end of the pipe that is here: the process, and what it does
-
-    def begin(connection: Any = None, process: Any = None) -> None:
-        """Give a worker, or a new one, the next task; without any, it ends."""
-        number = next(left, None)
-        if number is None and connection is None:
-            return
-        if connection is None:
-            connection, other = forked.Pipe()
-            process = forked.Process(target=_serve, args=(tasks, other), daemon=True)
-            process.start()
-            other.close()
-        connection.send(number)
-        if number is None:
-            process.join()
-        else:
-            workers[connection] = process, number
-
-    try:
-        for _ in range(os.cpu_count() or 1):
-            begin()
-        while workers and time.time() < deadline:
-            ready: list[Any] = multiprocessing.connection.wait(list(workers), max(0.0, deadline - time.time()))
-            for connection in ready:
-                process, number = workers.pop(connection)
-                try:
-                    failure = connection.recv()
-                    begin(connection, process)
-                except (EOFError, ConnectionError):
-                    process.join()
-                    failure = f"the process ended with status {process.exitcode}"
-                    begin()
-                yield number, failure
-    finally:
-        for process, _ in workers.values():
-            process.kill()
-
-
-def _serve(tasks: Sequence[Callable[[], Any]], connection: Any) -> None:
-    for number in iter(connection.recv, None):
-        try:
-            tasks[number]()
-        except Exception as error:
-            connection.send(describe(error))
-        else:
-            connection.send(None)
-
-
 # ---- torch.compile -----------------------------------------------------------------------------------------------
 
 
-def networks(wanted: Wanted) -> Iterator[Message]:
+def networks(order: CompileOrder) -> Iterator[Message]:
     """Run torch.compile's form of the cases, all of them networks, once: inductor's cache then has it."""
     torch.backends.cudnn.benchmark = True
-    for case in wanted.cases:
+    for case in order.cases:
         assert isinstance(case, NetCase)
         begun = time.time()
         torch.compiler.reset()
         try:
             with precision(case.dtype):
-                peers.once(PROVIDERS["compile"], case, torch.device(wanted.device))
+                peers.once(PROVIDERS["compile"], case, torch.device(order.device))
         except Exception as error:
             yield "failed", (case.name, describe(error))
         else:

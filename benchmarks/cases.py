@@ -1,4 +1,4 @@
-"""The cases that the compile gate compiles and the benchmarks time: one operation, one shape, one dtype.
+"""The cases that the compile gate compiles and the benchmarks time: one operation or loss, one shape, one dtype.
 
 A case makes its own operands, on any device (the meta device for the gate), in the order of the operator's signature.
 """
@@ -49,7 +49,7 @@ class Case:
     output: str = "argmax"  # head_predict
     algorithm: str = ""  # 3×3 convolutions: another one than the Triton backend's (see fastunet.kernels.table)
     wanted: tuple[bool, bool, bool] = (False, True, False)  # softmax_stats: squares, cross-entropy, label smoothing
-    changes: tuple[tuple[str, Any], ...] = ()  # arguments of the operator or its backward, by name, that are otherwise
+    changes: tuple[tuple[str, Any], ...] = ()  # other values for arguments of the operator or its backward, by name
 
     @property
     def name(self) -> str:
@@ -149,26 +149,13 @@ class Case:
         return self.random(shape, device) / math.sqrt(channels * self.kernel**2)
 
 
+# What of a case is in its name, where it is not the usual.
 _SUFFIXES = {
-    "filters": "k{}",
-    "kernel": "f{}",
-    "stride": "s{}",
-    "skip": "skip{}",
-    "affine": "plain",
-    "stats": "nostats",
-    "bias": "bias",
-    "pool": "pooled",
-    "head": "head{}",
-    "image": "image",
-    "loss": "{}",
-    "labels": "{}",
-    "weighted": "weighted",
-    "nearest": "nearest",
-    "output": "{}",
-    "wanted": "wanted{}",
-    "layout": "{}",
+    "filters": "k{}", "kernel": "f{}", "stride": "s{}", "skip": "skip{}", "affine": "plain", "stats": "nostats",
+    "bias": "bias", "pool": "pooled", "head": "head{}", "image": "image", "loss": "{}", "labels": "{}",
+    "weighted": "weighted", "nearest": "nearest", "output": "{}", "wanted": "wanted{}", "layout": "{}",
     "algorithm": "{}",
-}
+}  # fmt: skip
 
 
 def _arguments(operator: str) -> list[Any]:
@@ -189,10 +176,6 @@ def _size(operands: Operands) -> int:
 
 def _affine_act(case: Case, device: Any) -> Operands:
     return case.source(case.shape[1], device)
-
-
-def _affine_act_backward(case: Case, operands: Operands, results: Operands) -> Operands:
-    return torch.randn_like(results[0]), *operands
 
 
 def _bn_affine(case: Case, device: Any) -> Operands:
@@ -275,10 +258,6 @@ def _upsample_concat(case: Case, device: Any) -> Operands:
     return *case.source(case.shape[1], device), *skip, None if case.nearest else True, True
 
 
-def _upsample_concat_backward(case: Case, operands: Operands, results: Operands) -> Operands:
-    return torch.randn_like(results[0]), *operands
-
-
 def _softmax_stats(case: Case, device: Any) -> Operands:
     batch, classes, height, width = case.shape
     multilabel = case.loss == "sigmoid" and classes > 1
@@ -286,10 +265,6 @@ def _softmax_stats(case: Case, device: Any) -> Operands:
     labels = torch.randint(0, 2 if case.loss == "sigmoid" else classes, shape, device=device).to(case.labels)
     weight = torch.rand((batch, height, width), dtype=torch.float32, device=device) if case.weighted else None
     return case.random(case.shape, device), labels, weight, case.loss, -100, list(case.wanted)
-
-
-def _softmax_stats_backward(case: Case, operands: Operands, results: Operands) -> Operands:
-    return torch.randn_like(results[0]), *operands
 
 
 def _confusion_matrix(case: Case, device: Any) -> Operands:
@@ -311,6 +286,10 @@ def _head_stats(case: Case, device: Any) -> Operands:
     return *case.source(channels, device), weight, bias, *_softmax_stats(logits, device)[1:]
 
 
+def _of_operands_backward(case: Case, operands: Operands, results: Operands) -> Operands:
+    return torch.randn_like(results[0]), *operands
+
+
 def _head_stats_backward(case: Case, operands: Operands, results: Operands) -> Operands:
     return torch.randn_like(results[0]), *operands, [True, True, True]
 
@@ -320,28 +299,18 @@ def _head_predict(case: Case, device: Any) -> Operands:
 
 
 _OPERANDS: dict[str, Callable[[Case, Any], Operands]] = {
-    "affine_act": _affine_act,
-    "bn_affine": _bn_affine,
-    "bn_affine_running": _bn_affine_running,
-    "conv2d": _conv2d,
-    "conv2d_act": _conv2d_act,
-    "conv_transpose2d": _conv_transpose2d,
-    "max_pool2x2": _max_pool2x2,
-    "upsample_concat": _upsample_concat,
-    "softmax_stats": _softmax_stats,
-    "confusion_matrix": _confusion_matrix,
-    "confusion_matrix_of_masks": _confusion_matrix_of_masks,
-    "head_stats": _head_stats,
-    "head_predict": _head_predict,
-}
+    function.__name__.removeprefix("_"): function
+    for function in (
+        _affine_act, _bn_affine, _bn_affine_running, _conv2d, _conv2d_act, _conv_transpose2d, _max_pool2x2,
+        _upsample_concat, _softmax_stats, _confusion_matrix, _confusion_matrix_of_masks, _head_stats, _head_predict,
+    )
+}  # fmt: skip
 _BACKWARD: dict[str, Callable[[Case, Operands, Operands], Operands]] = {
-    "affine_act": _affine_act_backward,
+    **dict.fromkeys(("affine_act", "upsample_concat", "softmax_stats"), _of_operands_backward),
     "bn_affine": _bn_affine_backward,
     "conv2d": _conv2d_backward,
     "conv_transpose2d": _conv_transpose2d_backward,
     "max_pool2x2": _max_pool2x2_backward,
-    "upsample_concat": _upsample_concat_backward,
-    "softmax_stats": _softmax_stats_backward,
     "head_stats": _head_stats_backward,
 }
 
@@ -565,4 +534,58 @@ SMALL_CASES = [
     Case("confusion_matrix", (2, 22, 128, 128), dtype=FP32, mode="inference"),
     Case("head_stats", (2, 16, 128, 128), filters=22, kernel=1, dtype=FP32),
     Case("head_predict", (2, 16, 128, 128), filters=22, kernel=1, dtype=FP32, mode="inference"),
+]
+
+
+# ---- losses and scores: from logits and integer labels, the loss with its backward ---------------------------------
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """One loss or score of logits (N, C, H, W)."""
+
+    kind: ClassVar[str] = "loss"
+    function: Literal["dice_ce", "soft_miou", "confusion_matrix"]
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        """A readable identifier."""
+        return f"{self.function}-{'x'.join(map(str, self.shape))}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def flops(self) -> int:
+        """0: bound by memory."""
+        return 0
+
+    @property
+    def bytes(self) -> int:
+        """Logits and labels once; a loss reads both again in its backward and writes a gradient."""
+        batch, classes, height, width = self.shape
+        pixels = batch * height * width
+        logits, labels = pixels * classes * self.dtype.itemsize, pixels * 8
+        return logits + labels if self.function == "confusion_matrix" else 3 * logits + 2 * labels
+
+    def data(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Logits, as a network gives them in this dtype, and labels."""
+        logits = torch.randn(self.shape, device=device).to(self.dtype)
+        if self.dtype != torch.float32:
+            logits = logits.contiguous(memory_format=torch.channels_last)
+        labels = torch.randint(0, self.shape[1], (self.shape[0], *self.shape[2:]), device=device)
+        return logits.requires_grad_(self.function != "confusion_matrix"), labels
+
+
+LOSS_CASES = [
+    LossCase("dice_ce", (8, 22, 512, 512)),
+    LossCase("dice_ce", (8, 2, 512, 512)),
+    LossCase("dice_ce", (8, 22, 512, 512), torch.float32),
+    LossCase("soft_miou", (8, 22, 512, 512)),
+    LossCase("confusion_matrix", (8, 22, 512, 512)),
+]
+
+SMALL_LOSS_CASES = [
+    LossCase("dice_ce", (2, 22, 64, 64), torch.float32),
+    LossCase("soft_miou", (2, 22, 64, 64), torch.float32),
+    LossCase("confusion_matrix", (2, 22, 64, 64), torch.float32),
 ]

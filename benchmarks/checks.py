@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.cases import Case
-from benchmarks.isolation import LostError, Message, give_up_if_poisoned, messages
+from benchmarks.isolation import LostError, Message, describe, give_up_if_poisoned, outliving
 from benchmarks.measure import precision
 from benchmarks.peers import PROVIDERS, AnyCase
 from fastunet import verify
@@ -49,7 +49,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Order:
+class CheckOrder:
     """What a checking process is to do."""
 
     device: str
@@ -78,7 +78,7 @@ def checks(chosen: Sequence[AnyCase], device: torch.device) -> tuple[Check, ...]
     return tuple(Check(named[case], case, provider) for provider in here for case in ordered)
 
 
-def work(order: Order) -> Iterator[Message]:
+def work(order: CheckOrder) -> Iterator[Message]:
     """Check, telling before each its number, and after each its verdict."""
     device = torch.device(order.device)
     for number, check in enumerate(order.checks):
@@ -117,42 +117,36 @@ def _verified(device: torch.device) -> Iterator[Verdict]:
         yield Verdict("the networks", VERIFY, describe(error))
 
 
-def verdicts(order: Order, deadline: float) -> Iterator[Verdict]:
+def verdicts(order: CheckOrder, deadline: float) -> Iterator[Verdict]:
     """Carry out ``order`` in processes that may die. What is not done at the deadline has no verdict."""
-    while time.time() < deadline:
-        number: int | None = None
-        judged = True  # what is being checked
+    number: int | None = None  # of what is being checked
+    judged = True  # whether it has its verdict
 
-        def patience() -> tuple[float, str]:
-            return min(PATIENCE, deadline - time.time()), f"for {PATIENCE} s"
+    def patience() -> tuple[float, str]:
+        return min(PATIENCE, deadline - time.time()), f"for {PATIENCE} s"
 
-        try:
-            with contextlib.closing(messages(work, order, patience)) as stream:
-                for what, value in stream:
-                    judged = what == "verdict"
-                    if judged:
-                        yield value
-                    else:
-                        number = value
-                    if time.time() > deadline:
-                        return
-                return
-        except LostError as error:
-            if time.time() >= deadline:
-                return
-            if number is None:  # it will not begin next time either
-                yield Verdict("every operation", "", f"not begun: {error}")
-                return
-            if number == len(order.checks):
-                yield Verdict("the networks", VERIFY, str(error))
-                return
-            check = order.checks[number]
-            if not judged:
-                yield Verdict(check.name, check.provider, str(error))
-            order = replace(order, checks=order.checks[number + 1 :])
+    def rest(error: LostError) -> Generator[Message, None, CheckOrder | None]:
+        nonlocal order, number
+        if time.time() >= deadline:
+            return None
+        if number is None:  # it will not begin next time either
+            yield "verdict", Verdict("every operation", "", f"not begun: {error}")
+            return None
+        if number == len(order.checks):
+            yield "verdict", Verdict("the networks", VERIFY, str(error))
+            return None
+        check = order.checks[number]
+        if not judged:
+            yield "verdict", Verdict(check.name, check.provider, str(error))
+        order, number = replace(order, checks=order.checks[number + 1 :]), None
+        return order
 
-
-def describe(error: BaseException) -> str:
-    """An error in a line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    with contextlib.closing(outliving(work, order, patience, rest)) as stream:
+        for what, value in stream:
+            judged = what == "verdict"
+            if judged:
+                yield value
+            else:
+                number = value
+            if time.time() > deadline:
+                return

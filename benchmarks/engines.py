@@ -105,7 +105,7 @@ def _onnxruntime(file: bytes, x: Tensor, y: Tensor, tf32: bool, stream: torch.cu
         bind(name, tensor.device.type, tensor.device.index or 0, dtype, tuple(tensor.shape), tensor.data_ptr())
     if stream is not None:  # the events wait for the stream; the host need not
         once.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    kept = x, y  # the binding has their addresses alone
+    kept = x, y  # the binding has only their addresses
 
     def run() -> Any:
         return session.run_with_iobinding(binding, once), kept
@@ -134,7 +134,7 @@ def _tensorrt(file: bytes, x: Tensor, y: Tensor, tf32: bool, stream: torch.cuda.
     context = engine.create_execution_context()
     for name, tensor in (("x", x), ("y", y)):
         context.set_tensor_address(name, tensor.data_ptr())
-    kept = x, y, runtime, engine  # the context has addresses alone
+    kept = x, y, runtime, engine  # the context has only addresses
 
     def run() -> Any:
         if not context.execute_async_v3(stream.cuda_stream):

@@ -9,12 +9,12 @@ every entry, ``--variants`` every variant too. It prints a table, the worst of e
 1 on a broken rule:
 
 - every kernel of fastunet.kernels is launched by something, and compiles;
-- nothing spills to local memory but what benchmarks/gate_limits.py lists, and shared memory fits the chip;
+- nothing spills to local memory but what benchmarks/gate_file.py lists, and shared memory fits the chip;
 - every dot of a tensor-core dtype becomes tensor-core instructions, whose wgmma are not serialised;
 - no instruction computes in float64;
 - on NVIDIA, where the dtype has 16 bits and all channel counts are multiples of 16, activations are loaded 16 bytes at
   a time and never stored one by one, unless the classes of a head are odd;
-- the main loop keeps within benchmarks/gate_limits.py (benchmarks/main_loop.py says how it is found and counted);
+- the main loop keeps within benchmarks/gate_file.py (benchmarks/main_loop.py says how it is found and counted);
 - benchmarks/gate.json has an entry for each launch, and under the Triton that wrote it no number is worse than there.
   ``--update`` rewrites the file.
 
@@ -29,12 +29,11 @@ import functools
 import hashlib
 import importlib
 import json
-import multiprocessing
 import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,29 +44,26 @@ os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: the inter
 
 import torch
 import triton
-from torch import nn
 from tqdm import tqdm
 
-from benchmarks import gate_limits
+import fastunet
+from benchmarks import gate_file
 from benchmarks.cases import CASES, UNTIMED, Case
+from benchmarks.chips import CHIPS
 from benchmarks.gate_file import FILE, Numbers, load, numbers, regressions, save
-from benchmarks.machine_code import CHIPS, Resources, read
+from benchmarks.isolation import on_all_cores
+from benchmarks.machine_code import Resources, read
+from benchmarks.nets import NetCase
 from benchmarks.recorder import Launch, Specialisation, find_kernels, flat, record, specialise
-from benchmarks.trace import Call, traced
+from benchmarks.trace import Call, trace
 from fastunet import kernels
 from fastunet.architecture import as_if_on
 from fastunet.kernels import table as tiles
-from fastunet.models import BrainUNet, PlainUNet, StridedUNet, UNet
 
-Networks = Mapping[str, Callable[[], nn.Module]]
-NETWORKS: Networks = {
-    "unet": lambda: UNet(3, 2),
-    "unet-bilinear": lambda: UNet(3, 2, bilinear=True),
-    "strided": StridedUNet,
-    "plain": lambda: PlainUNet(3, 22, 64),
-    "brain": BrainUNet,
-}
-# float16 compiles to the code of bfloat16 with other type names; of it and of float32 CASES have enough.
+NETWORKS = (
+    *map(NetCase, ("unet", "unet-bilinear", "strided")), NetCase("plain", classes=22), NetCase("brain", base=32)
+)  # fmt: skip
+# Of networks. float16 compiles to the same code with other type names, and CASES have some of it and of float32.
 DTYPE = torch.bfloat16
 # One chip with asynchronous copies, one with the tensor memory accelerator and warpgroups, one of AMD's.
 QUICK = ("sm_80", "sm_90", "gfx942")
@@ -159,6 +155,9 @@ class Entry:
         return about | {"numbers": self.numbers, "problems": self.problems + self.costly}
 
 
+Judgement = tuple[Resources | None, list[str], list[str]]  # an entry's, without the task
+
+
 # ---- what there is to compile ------------------------------------------------------------------------------------
 
 
@@ -167,7 +166,7 @@ def _as_on(chip: str, tf32: bool) -> Iterator[None]:
     """Launchers choose as on ``chip``, and float32 convolutions may or may not use TF32."""
     kept = torch.backends.cudnn.allow_tf32, torch.version.hip
     torch.backends.cudnn.allow_tf32 = tf32
-    torch.version.hip = "0" if CHIPS[chip].target.backend == "hip" else None
+    torch.version.hip = "0" if CHIPS[chip].amd else None
     try:
         with as_if_on(chip):
             yield
@@ -176,7 +175,7 @@ def _as_on(chip: str, tf32: bool) -> Iterator[None]:
 
 
 def _launched(
-    chip: str, cases: Iterable[Case], networks: Networks, backend: ModuleType
+    chip: str, cases: Iterable[Case], networks: Iterable[NetCase], backend: ModuleType
 ) -> Iterator[tuple[str, Launch]]:
     """(origin, launch) of everything that is launched on ``chip``."""
     for tf32 in (True, False):
@@ -187,9 +186,10 @@ def _launched(
                         case.launch(backend)
                     yield from ((case.name, launch) for launch in launches)
     with _as_on(chip, True):
-        for name, network in networks.items():
-            calls = traced(functools.partial(_steps, network), chip)
-            yield from ((name, launch) for launch in _launches(calls))
+        for network in networks:
+            with torch.device("meta"), trace(chip) as calls:
+                _steps(network)
+            yield from ((network.net, launch) for launch in _launches(calls))
 
 
 def tabled(chip: str) -> Iterator[Case]:
@@ -204,9 +204,9 @@ def tabled(chip: str) -> Iterator[Case]:
                 yield Case("conv2d", shape, like, modes[kind], filters=filters, skip=sum(others))  # type: ignore[arg-type]
 
 
-def _steps(network: Callable[[], nn.Module]) -> None:
+def _steps(network: NetCase) -> None:
     """For each size one training step, without a loss, and one inference."""
-    net = network().to(DTYPE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = network.model(fastunet).to(DTYPE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for batch, size in SIZES:
         x = torch.empty((batch, 3, size, size), dtype=DTYPE).contiguous(memory_format=torch.channels_last)
         y = net.train()(x)
@@ -222,7 +222,7 @@ def _launches(calls: Iterable[Call]) -> Iterator[Launch]:
 
 
 def find(
-    chip: str, cases: Iterable[Case], networks: Networks, backend: ModuleType, variants: bool = False
+    chip: str, cases: Iterable[Case], networks: Iterable[NetCase], backend: ModuleType, variants: bool = False
 ) -> dict[str, Task]:
     """What ``chip`` has to compile, by name: of each entry the variant that does most, or all ``variants``."""
     tasks: dict[str, Task] = {}
@@ -257,16 +257,16 @@ def heaviest(tasks: Iterable[Task], recorded: Mapping[str, Numbers]) -> list[Tas
 # ---- compiling and judging ---------------------------------------------------------------------------------------
 
 
-def judge(task: Task, before: Numbers | None) -> Entry:
+def judge(task: Task, before: Numbers | None) -> Judgement:
     """Compile one binary, read it, and apply the rules; ``before`` is what the record says, if it counts."""
     try:
         found = read(task.wanted.compile(), CHIPS[task.chip])
     except Exception as error:
-        return Entry(task, None, [f"does not compile: {type(error).__name__}: {error}"], [])
+        return None, [f"does not compile: {type(error).__name__}: {error}"], []
     problems = list(_broken_rules(found, task))
     if before is not None:
         problems += [f"{text}: see the change, then --update" for text in regressions(numbers(found), before)]
-    return Entry(task, found, problems, list(_costs(found, task)))
+    return found, problems, list(_costs(found, task))
 
 
 def _broken_rules(found: Resources, task: Task) -> Iterator[str]:
@@ -281,20 +281,19 @@ def _broken_rules(found: Resources, task: Task) -> Iterator[str]:
         yield "its wgmma are serialised: the tensor cores drain after each of them, not after each dot"
     if found.float64 and "fp64" not in str(task.wanted.signature):
         yield f"computes in float64 ({found.float64} instructions)"
-    if task.wide and CHIPS[task.chip].target.backend == "cuda":
-        # Where TMA moves the activations, what else is loaded are vectors of a value a channel.
+    if task.wide and not CHIPS[task.chip].amd:
+        # Where TMA moves the activations, all other loads are of vectors with one value a channel.
         if found.loads and not found.tma and (max(found.loads) < 16 or (min(found.loads) < 4 and not task.odd)):
             yield f"loads {_accesses(found.loads)} where 16 bytes at a time are possible"
-        if (
-            2 in found.stores and not task.odd
-        ):  # wider but short of 16: sums in float32, which the code does not tell apart
+        # Stores of 4 or 8 bytes may be sums in float32, which the machine code does not tell apart: they pass.
+        if 2 in found.stores and not task.odd:
             yield f"stores {_accesses(found.stores)} where 16 bytes at a time are possible"
 
 
 def _costs(found: Resources, task: Task) -> Iterator[str]:
-    if found.spilled_bytes > max((x.most for x in gate_limits.SPILLS if re.search(x.pattern, task.name)), default=0):
+    if found.spilled_bytes > max((x.most for x in gate_file.SPILLS if re.search(x.pattern, task.name)), default=0):
         yield f"spills {found.spilled_bytes} bytes a thread"
-    for held in gate_limits.LIMITS:
+    for held in gate_file.LIMITS:
         if (loop := found.loop) and re.search(held.pattern, task.name):
             slots = loop.issue_slots or 0
             least = slots if loop.least_slots is None else loop.least_slots
@@ -312,19 +311,11 @@ def _accesses(widths: dict[int, int]) -> str:
 
 def run(tasks: list[Task], before: Mapping[str, Numbers], jobs: int) -> list[Entry]:
     """Judge every task, ``jobs`` at a time."""
-    global _work
-    _work = [(task, before.get(task.name)) for task in tasks]
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        judged = tqdm(pool.imap(_judge_number, range(len(tasks))), "compiling", len(tasks), disable=None)
-        return [Entry(task, *found) for task, found in zip(tasks, judged, strict=True)]
-
-
-_work: list[tuple[Task, Numbers | None]] = []  # inherited by the forked workers: jit functions do not pickle
-
-
-def _judge_number(number: int) -> tuple[Resources | None, list[str], list[str]]:
-    entry = judge(*_work[number])
-    return entry.resources, entry.problems, entry.costly
+    work = [functools.partial(judge, task, before.get(task.name)) for task in tasks]
+    found: dict[int, Judgement] = {}
+    for number, judgement, failure in tqdm(on_all_cores(work, jobs=jobs), "compiling", len(work), disable=None):
+        found[number] = judgement or (None, [f"does not compile: {failure}"], [])
+    return [Entry(task, *found[number]) for number, task in enumerate(tasks)]
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -352,7 +343,7 @@ def table(groups: Mapping[str, list[Entry]]) -> str:
 def main(
     arguments: Sequence[str] | None = None,
     cases: Sequence[Case] = CASES,
-    networks: Networks = NETWORKS,
+    networks: Sequence[NetCase] = NETWORKS,
     backend: ModuleType = kernels,
     file: Path = FILE,
 ) -> int:
@@ -364,7 +355,7 @@ def main(
         "or --update",
     )  # fmt: skip
     parser.add_argument("--all", action="store_true", help="compile every entry, not one or two of each kernel")
-    parser.add_argument("--variants", action="store_true", help="compile every variant of every entry; rules alone")
+    parser.add_argument("--variants", action="store_true", help="compile every variant of every entry; no comparison")
     parser.add_argument("--update", action="store_true", help="compile every entry and write benchmarks/gate.json")
     parser.add_argument("--only", metavar="TEXT", default="", help="only entries whose name contains TEXT")
     parser.add_argument("--verbose", action="store_true", help="print every entry, not the worst of each kernel")
@@ -381,8 +372,8 @@ def main(
     found: dict[str, Task] = {}
     for chip in tqdm(options.arch, "tracing", disable=None):
         every, rare = ([*cases, *tabled(chip)], UNTIMED) if backend is kernels else (cases, ())
-        # An entry that is timed is stood for by what is timed.
-        found |= find(chip, rare, {}, backend, options.variants)
+        # Where a timed and an untimed case make the same entry, the timed one replaces the other.
+        found |= find(chip, rare, (), backend, options.variants)
         found |= find(chip, every, networks, backend, options.variants)
     chosen = [task for task in found.values() if options.only in task.name]
     if not chosen:

@@ -14,43 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 
+from benchmarks.chips import Chip
 from benchmarks.main_loop import Loop, is_tensor, main_loop, parse_amd, parse_sass
-
-
-@dataclass(frozen=True)
-class Chip:
-    """A GPU architecture: what one multiprocessor (compute unit) has, and what one block may have of it."""
-
-    target: GPUTarget
-    threads: int
-    blocks: int
-    shared: int  # bytes
-    shared_limit: int  # bytes a block
-    registers: int = 65536  # of 32 bits, a quarter for each scheduler
-    reserved: int = 1024  # bytes of shared memory that the driver takes for each block
-    rate: int = 0  # dense 16-bit multiply-adds of the tensor cores a clock, accumulated in float32; 0: not modelled
-
-
-# NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability". AMD: the CDNA 3 and CDNA 4
-# instruction set manuals (512 vector registers a lane for each of four SIMDs, 8 waves each, local data share) and
-# LLVM's AMDGPU target (16 groups of several waves, for lack of barriers).
-# Rates are peak FLOP/s of the data sheets / 2 / multiprocessors / boost clock, of the chip that has all its tensor
-# cores (GeForce cards of sm_86, sm_89 and sm_120 have half as much with float32 sums):
-#   A100 312 T / 2 / 108 / 1.41 GHz = 1024 · A40 149.7 T / 2 / 84 / 1.74 GHz = 512 · L4 121 T / 2 / 58 / 2.04 GHz = 512
-#   H100 SXM 989.4 T / 2 / 132 / 1.83 GHz = 2048 · B200 2.25 P / 2 / 148 / 1.86 GHz = 4096
-#   RTX PRO 6000 503.8 T / 2 / 188 / 2.62 GHz = 512
-CHIPS = {
-    "sm_80": Chip(GPUTarget("cuda", 80, 32), 2048, 32, 164 << 10, 163 << 10, rate=1024),
-    "sm_86": Chip(GPUTarget("cuda", 86, 32), 1536, 16, 100 << 10, 99 << 10, rate=512),
-    "sm_89": Chip(GPUTarget("cuda", 89, 32), 1536, 24, 100 << 10, 99 << 10, rate=512),
-    "sm_90": Chip(GPUTarget("cuda", 90, 32), 2048, 32, 228 << 10, 227 << 10, rate=2048),
-    "sm_100": Chip(GPUTarget("cuda", 100, 32), 2048, 32, 228 << 10, 227 << 10, rate=4096),
-    "sm_120": Chip(GPUTarget("cuda", 120, 32), 1536, 24, 100 << 10, 99 << 10, rate=512),
-    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 2048, 16, 64 << 10, 64 << 10, registers=131072, reserved=0),
-    "gfx950": Chip(GPUTarget("hip", "gfx950", 64), 2048, 16, 160 << 10, 160 << 10, registers=131072, reserved=0),
-}
 
 
 @dataclass(frozen=True)
@@ -94,7 +60,7 @@ def read(compiled: Any, chip: Chip) -> Resources:
     """The resources of ``compiled``, a kernel compiled by Triton for ``chip``."""
     dots = sum(operand != "f32" or bool(lowered) for lowered, operand in _DOT.findall(compiled.asm["ttir"]))
     shared = int(compiled.metadata.shared)
-    if chip.target.backend == "hip":
+    if chip.amd:
         return _read_amd(compiled.asm["amdgcn"], shared, dots, compiled.metadata.num_warps, chip)
     return _read_nvidia(compiled, shared, dots, chip)
 
@@ -112,9 +78,7 @@ def _read_nvidia(compiled: Any, shared: int, dots: int, chip: Chip) -> Resources
     code = parse_sass(dump)
     opcodes = Counter(instruction.opcode for instruction in code)
     warps = int(re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)[1]) // 32  # type: ignore[index]
-    names: Counter[str] = Counter()
-    for opcode, count in opcodes.items():
-        names[opcode.partition(".")[0]] += count
+    names = Counter(instruction.opcode.partition(".")[0] for instruction in code)
     return Resources(
         registers=numbers["REG"],
         spilled_bytes=numbers["STACK"] + numbers["LOCAL"] or 4 * (names["LDL"] + names["STL"]),

@@ -2,7 +2,7 @@
 
 The loops are the natural loops of the control flow graph: a jump back to an instruction that every path to the jump has
 passed. The main loop is the innermost one that contains tensor instructions, with what is inside it (loops that wait,
-slow paths placed elsewhere) counted once; of several, the one with the most issue slots per tensor clock, such as the
+slow paths that lie elsewhere) counted once; of several, the one with the most issue slots per tensor clock, such as the
 one that masks at the border. The fewest, such as those of the one for tiles inside the picture, are kept beside.
 
 Issue slots per tensor clock = issued / needed, for one turn of the loop by one block:
@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: its place, name and jump. Operands matter only to jumps."""
+    """One instruction: its address, name and jump. Operands matter only to jumps."""
 
     address: int
     opcode: str
@@ -67,30 +67,30 @@ def is_tensor(opcode: str) -> bool:
 def parse_sass(text: str) -> list[Instruction]:
     """The instructions that ``cuobjdump --dump-sass`` prints for one kernel."""
     found = []
-    for place, guard, opcode, operands in _SASS.findall(text):
+    for address, guard, opcode, operands in _SASS.findall(text):
         base, target = opcode.partition(".")[0], None
         conditional = bool(guard) and "PT" not in guard.replace("!", "")
         falls = conditional or base not in ("BRA", "EXIT", "RET", "JMP")
         if base in ("BRA", "CALL", "JMP"):
             *conditions, last = operands.split(",")
-            address = re.search(r"0x([0-9a-f]+)", last)
-            target = int(address[1], 16) if address else None
+            goal = re.search(r"0x([0-9a-f]+)", last)
+            target = int(goal[1], 16) if goal else None
             falls = falls or bool(conditions)  # BRA.U UP0, 0x210
-        found.append(Instruction(int(place, 16), opcode, target, falls))
+        found.append(Instruction(int(address, 16), opcode, target, falls))
     return found
 
 
 def parse_amd(text: str) -> list[Instruction]:
     """The instructions of an AMD kernel in LLVM's assembly."""
-    places: dict[str, int] = {}
+    labels: dict[str, int] = {}
     lines: list[tuple[str, str]] = []
     for line in text.partition(".Lfunc_end0:")[0].splitlines():
         if label := re.match(r"(\.L\w+):", line):
-            places[label[1]] = len(lines)
+            labels[label[1]] = len(lines)
         elif code := re.match(r"\s+([a-z]\w+)\s*(\S*)", line):
             lines.append((code[1], code[2]))
     return [
-        Instruction(i, name, places[operand] if "branch" in name else None, name not in ("s_branch", "s_endpgm"))
+        Instruction(i, name, labels[operand] if "branch" in name else None, name not in ("s_branch", "s_endpgm"))
         for i, (name, operand) in enumerate(lines)
     ]
 

@@ -22,7 +22,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType  # type: ignore[attr-defined]
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -102,6 +101,14 @@ def _code() -> dict[str, Any]:
         "dirty": None if status is None else bool(status.strip()),
         "sources": digest.hexdigest()[:12],
     }
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Put ``text`` into a file, all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _output(*command: str) -> str | None:
@@ -192,25 +199,6 @@ class _GpuClock:
         found = [start.elapsed_time(end) for start, end in self._events]
         self._events.clear()
         return found
-
-
-def layout_conversions(call: Callable[[], Any], device: torch.device) -> dict[str, float] | None:
-    """How many kernels of ``call``, which is warm, only change a tensor's layout, and their share of all kernels' time.
-
-    A compiled backward can lose channels_last; cuDNN then converts around every convolution. None on a CPU, or
-    where the profiler sees no kernels.
-    """
-    if device.type != "cuda":
-        return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    kernels = [event for event in profile.events() or [] if event.device_type == DeviceType.CUDA]
-    converting = [event for event in kernels if re.search("nchwToNhwc|nhwcToNchw", event.name)]
-    total = sum(event.device_time for event in kernels)
-    if not total:
-        return None
-    return {"kernels": len(converting), "share": sum(event.device_time for event in converting) / total}
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ A program of the 3×3 kernels is bounded by the slowest of four that overlap:
 The last wave of programs leaves processors idle: a processor holds what its shared memory holds and no more than 8
 warps, since these kernels take all registers. What of a tile lies outside the picture or the channels multiplies zeros.
 Memory's time is the ledger's (:mod:`benchmarks.traffic`). Programs at a border of the picture, which mask, count like
-the others. cuDNN's fraction depends on the channels alone.
+the others. cuDNN's fraction depends on nothing but the channels.
 
 What was measured bounds all of that where it was: on an H200 a product of ours waits for the one before it, and what a
 program does before and after its loop is hidden by one other program at most. The rest are assumptions, or read from
@@ -25,28 +25,28 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from benchmarks.chips import CHIPS, GPUS
+
 if TYPE_CHECKING:
     from benchmarks.recorder import Launch
     from benchmarks.trace import Call
 
 
 @dataclass(frozen=True)
-class Chip:
-    """A GPU of one architecture, for 16-bit operands accumulated in float32."""
+class Pace:
+    """What bounds a kernel on the chips of one architecture, for 16-bit operands accumulated in float32."""
 
-    tflops: float  # dense, by data sheet
+    gpu: str  # whose data sheet counts
     l2: float  # GB/s from the L2 cache to all processors: an assumption
-    processors: int
-    shared: int  # bytes of shared memory a processor
     rows: int  # of a product's first operand that one reading of the second from shared memory serves
     # Issue slots a tensor clock of the main loops as compiled: fixed, for each load and for each normalised row beside
     # a product of one output; and wgrad's.
     slots: tuple[float, float, float, float]
 
 
-CHIPS = {
-    "sm_80": Chip(312.0, 4000.0, 108, 167936, 32, (0.18, 11.0, 14.5, 0.74)),  # A100
-    "sm_90": Chip(989.0, 5500.0, 132, 233472, 64, (0.06, 21.0, 24.0, 0.83)),  # H200
+PACES = {
+    "sm_80": Pace("a100", 4000.0, 32, (0.18, 11.0, 14.5, 0.74)),
+    "sm_90": Pace("h200", 5500.0, 64, (0.06, 21.0, 24.0, 0.83)),
 }
 # What an H200 attained at most, by kernel and whether it normalises what it reads (64 to 256 channels, 512² to 128²,
 # batch 8, bfloat16).
@@ -62,10 +62,9 @@ ATTAINED = {
 SUSTAINED = 0.76  # an H200 multiplies matrices of 8192² at 0.80
 UNKNOWN = 0.35  # of matrix products in Triton that are not modelled here
 SHARED = 128 / 4096  # bytes a floating-point operation: of shared memory at the matrix rate of 16-bit operands
-WINOGRAD = 2.25 * SUSTAINED  # of a product that stands for a convolution of so many times its multiplications
+WINOGRAD = 2.25 * SUSTAINED  # of Winograd's products: the convolution itself has 2.25 times their multiplications
 # By the fewer of input and output channels: an H200's, all three directions; of 16 and 32 an assumption.
 CUDNN = {16: 0.12, 32: 0.24, 64: 0.50, 128: 0.70, 256: 0.74}
-LAUNCH = 2e-6  # seconds that a pass takes at least where algorithms are compared
 
 
 def aten_rate(call: Call) -> float:
@@ -87,32 +86,35 @@ def cudnn_rate(channels: int) -> float:
 
 def triton_rate(launch: Launch, architecture: str) -> float:
     """The fraction of the matrix rate that a launch of ours attains on a chip of ``architecture``."""
+    from fastunet.kernels.tiles import PROCESSORS
+
     name = launch.kernel.__name__
-    chip = CHIPS.get(architecture)
-    if not name.startswith("_conv3x3_") or chip is None:
+    pace = PACES.get(architecture)
+    if not name.startswith("_conv3x3_") or pace is None:
         return UNKNOWN
     given, tile = launch.kwargs, launch.kwargs["TILE"]
     named = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
     rows, pixels, reduction, outputs = tile.rows, tile.images * tile.columns, tile.reduction, tile.outputs
-    fixed, per_load, per_row, wgrad = chip.slots
+    fixed, per_load, per_row, wgrad = pace.slots
     normalised = (named["affine_ptr"] is not None or given["RELU"]) and "dgrad" not in name
     if "wgrad" in name:
         first, second = rows * pixels * reduction, (rows + 2) * pixels * outputs
-        reads = 3 * rows * pixels * outputs * reduction / chip.rows
+        reads = 3 * rows * pixels * outputs * reduction / pace.rows
         slots = wgrad
     else:
         first, second = (rows + 2) * pixels * reduction, 3 * reduction * outputs
-        reads = 3 * rows * reduction * outputs * pixels / chip.rows
+        reads = 3 * rows * reduction * outputs * pixels / pace.rows
         slots = fixed + per_load / outputs + (per_row * (rows + 2) / (rows * outputs) if normalised else 0.0)
     reads += first
     loaded = first + second
     flops = 2 * 3 * rows * pixels * reduction * outputs
-    from_l2 = flops / (2 * loaded) * chip.l2 * 1e9 / (chip.tflops * 1e12)  # 32-bit operands: twice over, at half a rate
+    # Operands of 32 bits: twice as many bytes, at half the rate.
+    from_l2 = flops / (2 * loaded) * pace.l2 * 1e9 / (GPUS[pace.gpu].tflops * 1e12)
     from_shared = flops * SHARED / (2 * (loaded + reads))
-    resident = max(1, min(8 // given["num_warps"], chip.shared // (2 * loaded * given["num_stages"])))
-    places = resident * chip.processors
+    resident = max(1, min(8 // given["num_warps"], CHIPS[architecture].shared // (2 * loaded * given["num_stages"])))
+    at_once = resident * PROCESSORS[architecture]
     programs = math.prod(launch.grid)
-    busy = programs / (math.ceil(programs / places) * places)
+    busy = programs / (math.ceil(programs / at_once) * at_once)
     covered = math.ceil(named["N"] / tile.images) * tile.images * named["tiles_h"] * rows
     filled = named["N"] * named["P"] * named["Q"] / (covered * named["tiles_w"] * tile.columns)
     for size, part in zip(("K", "C") if "dgrad" in name else ("C", "K"), (reduction, outputs), strict=True):

@@ -11,6 +11,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
-import fastunet
 from benchmarks.measure import DTYPES
 from fastunet import reference
 from fastunet.losses import DiceCELoss
@@ -31,35 +31,21 @@ CHANNELS = 3
 
 @dataclass(frozen=True)
 class Network:
-    """A network in plain PyTorch and in fastunet, its arguments, and whether it returns logits or probabilities."""
+    """A network of :mod:`fastunet` and of :mod:`fastunet.reference`."""
 
-    plain: Callable[..., nn.Module]
-    ours: Callable[..., nn.Module]
-    arguments: Callable[[int], dict[str, Any]]
-    classes: int
-    logits: bool
+    name: str  # of its class
+    base: str  # what its class calls the channels of the first block
+    classes: int  # that it usually has
+    logits: bool = True  # that it returns; else probabilities
+    bilinear: bool = False
 
 
 NETWORKS = {
-    "unet": Network(
-        reference.UNet, fastunet.UNet, lambda base: {"n_channels": 3, "n_classes": 2, "base_c": base}, 2, True
-    ),
-    "unet-bilinear": Network(
-        reference.UNet,
-        fastunet.UNet,
-        lambda base: {"n_channels": 3, "n_classes": 2, "bilinear": True, "base_c": base},
-        2,
-        True,
-    ),
-    "strided": Network(reference.StridedUNet, fastunet.StridedUNet, lambda base: {"base_c": base}, 3, False),
-    "plain": Network(
-        reference.PlainUNet,
-        fastunet.PlainUNet,
-        lambda base: {"in_channels": 3, "out_channels": 2, "init_features": base},
-        2,
-        True,
-    ),
-    "brain": Network(reference.BrainUNet, fastunet.BrainUNet, lambda base: {"init_features": base}, 1, False),
+    "unet": Network("UNet", "base_c", 2),
+    "unet-bilinear": Network("UNet", "base_c", 2, bilinear=True),
+    "strided": Network("StridedUNet", "base_c", 3, logits=False),
+    "plain": Network("PlainUNet", "init_features", 2),
+    "brain": Network("BrainUNet", "init_features", 1, logits=False),
 }
 
 
@@ -74,16 +60,23 @@ class NetCase:
     batch: int = 8
     dtype: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
     mode: Literal["training", "inference", "frozen"] = "training"
+    classes: int = 0  # channels of the result; 0: the network's usual number
 
     @property
     def name(self) -> str:
         """A readable identifier."""
-        return f"{self.net}-base{self.base}-{self.batch}x{self.size}x{self.size}-{self.dtype}-{self.mode}"
+        classes = f"-{self.classes}classes" if self.classes else ""
+        return f"{self.net}-base{self.base}-{self.batch}x{self.size}x{self.size}-{self.dtype}-{self.mode}{classes}"
 
     @property
-    def network(self) -> Network:
-        """What ``net`` names."""
-        return NETWORKS[self.net]
+    def outputs(self) -> int:
+        """Channels of the result."""
+        return self.classes or NETWORKS[self.net].classes
+
+    @property
+    def logits(self) -> bool:
+        """Whether the network returns logits; else probabilities."""
+        return NETWORKS[self.net].logits
 
     @property
     def flops(self) -> int:
@@ -98,23 +91,22 @@ class NetCase:
     def data(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Pictures, and labels: classes for a network that returns logits, else zeros and ones per channel."""
         x = torch.randn((self.batch, CHANNELS, self.size, self.size), device=device)
-        if self.network.logits:
-            return x, torch.randint(0, self.network.classes, (self.batch, self.size, self.size), device=device)
-        return x, torch.randint(0, 2, (self.batch, self.network.classes, self.size, self.size), device=device)
+        if self.logits:
+            return x, torch.randint(0, self.outputs, (self.batch, self.size, self.size), device=device)
+        return x, torch.randint(0, 2, (self.batch, self.outputs, self.size, self.size), device=device)
 
-    def plain(self) -> nn.Module:
-        """The network in plain PyTorch."""
-        return self.network.plain(**self.network.arguments(self.base))
-
-    def ours(self, backend: str) -> nn.Module:
-        """The network in fastunet."""
-        return self.network.ours(**self.network.arguments(self.base), backend=backend)
+    def model(self, package: ModuleType, **settings: str) -> nn.Module:
+        """The network of ``package``, which is :mod:`fastunet` or :mod:`fastunet.reference`."""
+        network = NETWORKS[self.net]
+        about = {network.base: self.base, **({"bilinear": True} if network.bilinear else {})}
+        model: nn.Module = getattr(package, network.name)(CHANNELS, self.outputs, **about, **settings)
+        return model
 
 
 @functools.cache
 def _flops(case: NetCase) -> int:
     with torch.device("meta"):
-        model = case.plain()
+        model = case.model(reference)
         x, _ = case.data("meta")
         training = case.mode == "training"
         with FlopCounterMode(display=False) as counter, contextlib.nullcontext() if training else torch.no_grad():
@@ -128,22 +120,25 @@ def _flops(case: NetCase) -> int:
 
 
 def plain_loss(case: NetCase) -> Loss:
-    """Dice and cross-entropy by seed 002's formulas; Dice alone of a network that returns probabilities."""
-    return _scaled(case, _plain_dice_ce if case.network.logits else probability_dice)
+    """Dice and cross-entropy by seed 002's formulas; only Dice for a network that returns probabilities."""
+    return _scaled(case, plain_dice_ce if case.logits else probability_dice)
 
 
 def our_loss(case: NetCase, backend: str) -> Loss:
     """The same from one pass over the logits."""
-    return _scaled(case, DiceCELoss(backend=backend) if case.network.logits else probability_dice)
+    return _scaled(case, DiceCELoss(backend=backend) if case.logits else probability_dice)
 
 
 def plain_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Seed 002's Dice loss plus cross-entropy, from logits (N, C, H, W) and labels (N, H, W)."""
+    """Seed 002's Dice loss, with its one-hot labels, plus cross-entropy, from logits (N, C, H, W) and labels (N, H, W),
+    in float32 as under autocast."""
+    logits = single(logits)
     return F.cross_entropy(logits, labels) + reference.functional.dice_loss(logits, labels)
 
 
-def _plain_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
-    return plain_dice_ce(logits.float(), labels)
+def single(x: Tensor) -> Tensor:
+    """``x`` in float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def probability_dice(p: Tensor, y: Tensor) -> Tensor:
@@ -178,6 +173,23 @@ def autocast(case: NetCase, device: torch.device) -> contextlib.AbstractContextM
     """AMP in the case's dtype; nothing for float32."""
     lower = DTYPES[case.dtype] != torch.float32
     return torch.autocast(device.type, DTYPES[case.dtype]) if lower else contextlib.nullcontext()
+
+
+def parts(
+    case: NetCase, package: ModuleType, device: torch.device | str, **settings: str
+) -> tuple[nn.Module, Loss, Tensor, Tensor]:
+    """(network, loss, pictures, labels) of a step of ``case`` by ``package``, in channels_last. Convolutions are in the
+    case's dtype and batch norms in float32, as under autocast, which does nothing on the meta device."""
+    dtype = DTYPES[case.dtype]
+    with torch.device(device):
+        model = case.model(package, **settings).train(case.mode == "training")
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            layer.to(dtype)
+    x, labels = case.data(device)
+    loss = plain_loss(case) if package is reference else our_loss(case, settings.get("backend", "auto"))
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model, loss, x.to(dtype, memory_format=torch.channels_last), labels
 
 
 def folded(model: nn.Module) -> nn.Module:

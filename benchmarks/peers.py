@@ -6,7 +6,7 @@ gradients. All providers of a case get the same numbers and are compared with th
 ======================  ============================================================================================
 eager                   PyTorch's own modules in channels_last, with AMP in a network
 eager-nchw              the same, contiguous
-eager-bare              the convolution, pooling or upsampling alone, without normalisation: a bound, not an equal
+eager-bare              the convolution, pooling or upsampling without normalisation: less work than the others do
 eager-graph             eager in a CUDA graph
 compile                 torch.compile of eager, default mode; compile-max-autotune: mode="max-autotune"
 seed002                 a loss by seed 002's formulas, as written
@@ -34,8 +34,7 @@ from torch import Tensor
 
 import fastunet
 from benchmarks import engines, nets
-from benchmarks.cases import Case
-from benchmarks.loss_cases import LossCase
+from benchmarks.cases import Case, LossCase
 from benchmarks.measure import DTYPES, precision
 from benchmarks.nets import NetCase
 from fastunet import metrics, ops, reference
@@ -58,7 +57,7 @@ class Provider:
     name: str
     kinds: tuple[str, ...]
     backend: str | None = None  # of fastunet
-    compiled: str | None = None  # a mode of torch.compile; or "trace": its front end alone, which takes seconds
+    compiled: str | None = None  # a mode of torch.compile; or "trace": only its front end, which takes seconds
     graph: bool = False
     engine: bool = False  # one of engines.py
     layout: torch.memory_format = torch.channels_last
@@ -112,7 +111,7 @@ def _serves(provider: Provider, case: AnyCase) -> bool:
             return provider.name in ("torchmetrics", "fastunet")
         return provider.name != "torchmetrics" and (provider.name != "monai" or case.function == "dice_ce")
     if case.algorithm and provider.backend == "auto":
-        return False  # the case has chosen
+        return False  # the case names its algorithm, where "auto" would choose one
     if provider.engine:
         plain = not (case.skip or case.bias or case.pool or case.algorithm) and case.layout == "channels_last"
         fused = case.op == "conv2d" and case.mode == "inference" and case.affine and case.stats
@@ -144,6 +143,16 @@ def prepare(provider: Provider, case: AnyCase, problem: Problem) -> Step:
     else:
         step = _op_step(provider, case, problem.data)
     return _graphed(step) if provider.graph else step
+
+
+def checked(provider: Provider, case: AnyCase, problem: Problem) -> tuple[Step, dict[str, float]]:
+    """The step of ``provider``, whose results and gradients are right, and their errors.
+
+    Raises:
+        WrongNumbersError: they are not.
+    """
+    step = prepare(provider, case, problem)
+    return step, problem.check(step(), compared(provider, case))
 
 
 def compared(provider: Provider, case: AnyCase) -> int | None:
@@ -200,7 +209,7 @@ class Problem:
             raise WrongNumbersError(f"expected {len(self.truth)} results and gradients, got {len(found)}")
         errors = self.errors(found[:compared])
         for part, allowed in zip(("forward", "gradient"), self.allowed, strict=True):
-            if not errors.get(part, 0.0) <= allowed:  # NaN is not
+            if not errors.get(part, 0.0) <= allowed:  # a NaN is refused too
                 raise WrongNumbersError(f"{part}: relative error {errors[part]:.1e}, allowed {allowed:.1e}")
         return errors
 
@@ -286,8 +295,8 @@ class _NetProblem(Problem):
         return [(error, shift) for error, shift in torch.stack(pairs).tolist()] if pairs else []
 
 
-# Relative error granted beyond plain PyTorch's: of the forward, of all gradients together, and of one of them, which a
-# ReLU that rounding turns changes by a leap.
+# Relative error granted beyond plain PyTorch's: of the forward, of all gradients together, and of a single gradient,
+# which jumps where rounding turns a ReLU on or off.
 _SLACK = {
     "fp32": (1e-5, 1e-4, 1e-2), "tf32": (2e-3, 2e-2, 2e-2), "fp16": (4e-3, 2e-2, 2e-2), "bf16": (3e-2, 5e-2, 5e-2),
 }  # fmt: skip
@@ -301,7 +310,7 @@ def _pose_net(case: NetCase, device: torch.device) -> Problem:
         step = _net_step(PROVIDERS["eager-nchw"], case, data, exact=True)
         truth = [t.clone() for t in step()]
     forward, gradients, slack = _SLACK[case.dtype]
-    names = [name for name, _ in case.plain().named_parameters()] if case.mode == "training" else []
+    names = [name for name, _ in case.model(reference).named_parameters()] if case.mode == "training" else []
     problem = _NetProblem(data, truth, 1, (math.inf, math.inf), names, _scales(names, truth[1:]), slack=slack)
     runs = [_net_step(PROVIDERS[name], case, data)() for name in ("eager", "eager-nchw")]
     errors = [problem.errors(run) for run in runs]
@@ -327,7 +336,7 @@ def _scales(names: list[str], gradients: list[Tensor]) -> list[Tensor]:
 
 
 def _net_data(case: NetCase, device: torch.device) -> _NetData:
-    model = case.plain()
+    model = case.model(reference)
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(0, 0.1)
@@ -345,7 +354,7 @@ def once(provider: Provider, case: NetCase, device: torch.device) -> None:
 def _net_step(provider: Provider, case: NetCase, data: _NetData, exact: bool = False) -> Step:
     """``exact``: in float32, whatever the case's dtype."""
     backend = provider.backend
-    model = case.plain() if backend is None else case.ours(backend)
+    model = case.model(reference) if backend is None else case.model(fastunet, backend=backend)
     model.load_state_dict(data.weights)
     model = model.to(data.x.device).to(memory_format=provider.layout)  # type: ignore[call-overload]
     x = data.x.contiguous(memory_format=provider.layout)
@@ -457,7 +466,7 @@ def _loss_function(provider: Provider, case: LossCase) -> Callable[[Tensor, Tens
         monai = MonaiLoss(softmax=True, to_onehot_y=True, batch=True)
         return lambda logits, labels: monai(logits.float(), labels.unsqueeze(1))
     plain = reference.functional.soft_miou if case.function == "soft_miou" else nets.plain_dice_ce
-    return lambda logits, labels: plain(logits if logits.dtype == torch.float64 else logits.float(), labels)
+    return lambda logits, labels: plain(nets.single(logits), labels)
 
 
 def _score_step(provider: Provider, case: LossCase, logits: Tensor, labels: Tensor) -> Step:
@@ -515,7 +524,8 @@ def _pose_op(case: Case, device: torch.device) -> Problem:
     allowed = TF32_TOLERANCE if tf32 else TOLERANCE[case.dtype]
     if case.op == "confusion_matrix":
         allowed = 0  # of the same logits
-    # Where rounding decides what is pooled, whole gradients move to other pixels: their error is the root of a share.
+    # Rounding can decide which of four pixels a pool takes; the gradient then goes to another one. Where that happens
+    # to a share s of the pixels, the error in the Euclidean norm is about the root of s.
     return Problem(data, truth, results, (allowed, math.sqrt(allowed) if case.pool else allowed))
 
 

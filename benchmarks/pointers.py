@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Tensor
 from triton._C.libtriton import ir
-from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 
 from benchmarks.access import Access, distinct
+from benchmarks.chips import target_of
 from benchmarks.recorder import Launch, Specialisation, specialise
 
-_TARGET = GPUTarget("cuda", 90, 32)  # pointers reach the same loads on every chip
+_TARGET = target_of("sm_90")  # pointers reach the same loads on every chip
 _LOADS = {"tt.load", "tt.descriptor_load", "tt.descriptor_gather"}
 _STORES = {"tt.store", "tt.descriptor_store", "tt.descriptor_scatter"}
 _UPDATES = {"tt.atomic_rmw", "tt.atomic_cas", "tt.descriptor_reduce"}

@@ -6,7 +6,10 @@ the same step, so that each line has its GB/s and TFLOP/s, and their share of wh
 of a copy and of a matrix product, measured first or given.
 
 ``--trace FILE`` keeps the Chrome trace, for https://ui.perfetto.dev. ``--nvtx`` runs the step for a profiler outside,
-inside NVTX ranges and between cudaProfilerStart and cudaProfilerStop; ``--ncu KERNEL`` prints a command that uses it.
+inside NVTX ranges and between cudaProfilerStart and cudaProfilerStop. Nsight Compute, of one kernel:
+
+    ncu --profile-from-start off --set full --import-source yes --kernel-name KERNEL --launch-count 4 --export KERNEL \\
+        python -m benchmarks.profile --nvtx
 
 Ranges come from a TorchDispatchMode and not from hooks, which would make blocks run as ordinary modules. A step inside
 one takes longer on the CPU; a kernel does not. The first line has the time of a step outside.
@@ -15,15 +18,12 @@ one takes longer on the CPU; a kernel does not. The first line has the time of a
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import shlex
 import sys
 import tempfile
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,21 +34,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 
 import fastunet
-from benchmarks.measure import roofs
-from benchmarks.traffic import (
-    MODES,
-    Mode,
-    Net,
-    Pass,
-    Roofs,
-    Step,
-    account,
-    add_net_arguments,
-    aligned,
-    made,
-    net_of,
-    run,
-)
+from benchmarks.measure import DTYPES, roofs
+from benchmarks.nets import NetCase, parts
+from benchmarks.traffic import Pass, Roofs, Traced, account, add_net_arguments, aligned, case_of, made, run
+from fastunet.architecture import architecture
 
 TOP = 20  # lines of a table
 CPU_ONLY = (
@@ -79,18 +68,16 @@ class Tables:
 # ---- the step and its ranges -------------------------------------------------------------------------------------
 
 
-def traced(net: Net, mode: Mode, device: torch.device) -> Step:
+def traced(case: NetCase, device: torch.device) -> Traced:
     """The step as the ledger knows it, with the kernels that ``device`` gets."""
     if device.type == "cpu":
-        return run(net, mode, fastunet, backend="torch")
-    properties = torch.cuda.get_device_properties(device)
-    name = properties.gcnArchName.partition(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
-    return run(net, mode, fastunet, name)
+        return run(case, fastunet, backend="torch")
+    return run(case, fastunet, architecture(device))
 
 
-def labels(step: Step) -> list[str]:
+def labels(step: Traced) -> list[str]:
     """The range of each operator of fastunet in a step, in order: "layer operator"."""
-    return [_label(layer, call.name) for call, _, layer in step.places if call.name.startswith("fastunet.")]
+    return [_label(layer, call.name) for call, _, layer in step if call.name.startswith("fastunet.")]
 
 
 def _label(layer: str, op: str) -> str:
@@ -114,22 +101,19 @@ class Ranges(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
 
 
-def prepare(net: Net, mode: Mode, device: torch.device) -> Callable[[], None]:
-    """A function that does one step of ``net`` on random data, as the ledger counts it."""
-    # On a CPU networks run as plain modules unless somebody asks for operators, which alone have ranges.
+def prepare(case: NetCase, device: torch.device) -> Callable[[], None]:
+    """A function that does one step of ``case`` on random data, as the ledger counts it."""
+    training = case.mode == "training"
+    # On a CPU networks run as plain modules unless somebody asks for operators, and only those have ranges.
     chosen = {"backend": "torch"} if device.type == "cpu" else {}
-    with device:
-        model = net.model(fastunet, **chosen).train(mode == "training")
-        x = torch.randn((net.batch, 3, net.size, net.size), dtype=net.dtype).to(memory_format=torch.channels_last)
-        labels = torch.randint(0, net.classes if net.logits else 2, (net.batch, net.size, net.size))
-    loss = net.loss(fastunet)
+    model, loss, x, labels = parts(case, fastunet, device, **chosen)
     parameters = list(model.parameters())
 
     def step() -> None:
-        with torch.set_grad_enabled(mode == "training"):
+        with torch.set_grad_enabled(training):
             with record_function("forward"):
                 y = model(x)
-            if mode == "training":
+            if training:
                 with record_function("loss"):
                     value = loss(y, labels)
                 with record_function("backward"):
@@ -146,14 +130,6 @@ def chrome_trace(step: Callable[[], None], names: Iterable[str], device: torch.d
         if device.type == "cuda":
             torch.cuda.synchronize()
     profiler.export_chrome_trace(str(path))
-
-
-@contextlib.contextmanager
-def nvtx(device: torch.device) -> Iterator[None]:
-    """Ranges inside are NVTX ranges, and a profiler outside that waits for cudaProfilerStart sees this block."""
-    with torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx():
-        yield
-        torch.cuda.synchronize(device)
 
 
 # ---- from a trace to tables --------------------------------------------------------------------------------------
@@ -222,49 +198,38 @@ def measured_roofs(device: torch.device, dtype: torch.dtype) -> Roofs:
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
-def ncu_command(kernel: str, arguments: Sequence[str]) -> str:
-    """A command line of Nsight Compute for the launches of one kernel in a step."""
-    ncu = ["ncu", "--profile-from-start", "off", "--set", "full", "--import-source", "yes"]
-    ncu += ["--kernel-name", kernel, "--launch-count", "4", "--export", kernel.strip("_")]
-    return shlex.join([*ncu, "python", "-m", "benchmarks.profile", "--nvtx", *arguments])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description="Profile one step of a network.")
     add_net_arguments(parser)
-    parser.add_argument("--mode", choices=MODES, default=MODES[0], help="default: %(default)s")
     parser.add_argument("--trace", type=Path, metavar="FILE.json", help="keep the Chrome trace")
-    parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="a roof, instead of measuring it")
-    parser.add_argument("--tflops", type=float, metavar="TFLOP/s", help="a roof, instead of measuring it")
     parser.add_argument("--nvtx", action="store_true", help="run the step once for nsys or ncu, and print nothing")
-    parser.add_argument("--ncu", metavar="KERNEL", help="print the ncu command line for one kernel")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         parser.set_defaults(base=16, size=128, batch=1, dtype="fp32")
     options = parser.parse_args(arguments)
-    net = net_of(parser, options)
+    case = case_of(parser, options)
     for name in ("bandwidth", "tflops"):
         if (given := getattr(options, name)) is not None and given <= 0:
             parser.error(f"expected --{name} above 0, got {given:g}; leave it out and it is measured")
     if options.nvtx and device.type == "cpu":
         parser.error("expected a CUDA GPU for --nvtx, got a machine without one; leave it out for CPU times")
-    if options.ncu:
-        return _print_ncu(parser, net, options)
 
-    step = traced(net, options.mode, device)
+    step = traced(case, device)
     passes = account(step, made).passes
-    one = prepare(net, options.mode, device)
+    one = prepare(case, device)
     for _ in range(3):  # compiles the kernels, and lets the allocator settle
         one()
     if options.nvtx:
-        with nvtx(device), Ranges(labels(step)):
+        # A profiler outside that waits for cudaProfilerStart sees this block, and its ranges are NVTX ranges.
+        with torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx(), Ranges(labels(step)):
             one()
+            torch.cuda.synchronize()
         return 0
     if options.bandwidth and options.tflops:
         limits = Roofs(options.bandwidth, options.tflops)
     else:
-        found = measured_roofs(device, net.dtype)
+        found = measured_roofs(device, DTYPES[case.dtype])
         limits = Roofs(options.bandwidth or found.bandwidth, options.tflops or found.tflops)
     seconds = Timer("one()", globals={"one": one}).timeit(5).median
     with tempfile.TemporaryDirectory(dir=None if options.trace is None else options.trace.absolute().parent) as folder:
@@ -274,8 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.trace:
             path.replace(options.trace)
     tables = tabulate(events, passes)
-    size = f"{net.batch}×3×{net.size}×{net.size}"
-    print(f"{options.mode} step of {net.net}, base {net.base}, {size}, {options.dtype}: {seconds * 1e3:.2f} ms")
+    size = f"{case.batch}×3×{case.size}×{case.size}"
+    print(f"{case.mode} step of {case.net}, base {case.base}, {size}, {case.dtype}: {seconds * 1e3:.2f} ms")
     print(f"roofs: {limits.bandwidth:.0f} GB/s, {limits.tflops:.3g} TFLOP/s; bytes and FLOPs are the ledger's\n")
     print(table("layer and operator", tables.ranges, tables.seconds, limits))
     if tables.kernels:
@@ -283,19 +248,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\nkernels ran for {tables.seconds * 1e3:.2f} ms")
     else:
         print(f"\n{CPU_ONLY}")
-    return 0
-
-
-def _print_ncu(parser: argparse.ArgumentParser, net: Net, options: argparse.Namespace) -> int:
-    names = Counter(
-        p.name for p in account(run(net, options.mode, fastunet), made).passes if p.name.endswith("_kernel")
-    )
-    if options.ncu not in names:
-        parser.error(f"expected a kernel of this step, one of {', '.join(sorted(names))}, got {options.ncu}")
-    arguments = ["--net", net.net, *(["--bilinear"] if net.bilinear else []), "--mode", options.mode]
-    for name in ("base", "size", "batch", "classes", "dtype"):
-        arguments += [f"--{name}", str(getattr(options, name))]
-    print(ncu_command(options.ncu, arguments))
     return 0
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ROOT
+from benchmarks.measure import ROOT, rewrite
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -190,8 +189,8 @@ def with_section(readme: str, text: str) -> str:
 def roofline(rows: Sequence[Row], path: Path) -> bool:
     """Draw the operations of one GPU under its measured roofs; False where there is nothing to draw, or no matplotlib.
 
-    A row's place is the FLOP per byte that its operation needs at least, and the TFLOP/s it reached. Operations without
-    matrix products have no such place.
+    A row is a point: the FLOP per byte that its operation needs at least, and the TFLOP/s that it reached. Operations
+    without matrix products are left out.
     """
     points = [
         row for row in rows if row["kind"] == "op" and row["ms"] and row["flops"] and row["bytes"] and row["roofs"]
@@ -215,19 +214,13 @@ def roofline(rows: Sequence[Row], path: Path) -> bool:
         axes.loglog(edge, [edge[0] * bandwidth, rate, rate], color="black", label="measured copy and bf16 matrix rate")
         for provider in dict.fromkeys(row["provider"] for row in points):
             mine = [row for row in points if row["provider"] == provider]
-            places = [row["flops"] / row["bytes"] for row in mine]
-            axes.scatter(places, [row["tflops"] for row in mine], s=14, label=provider)
+            needed = [row["flops"] / row["bytes"] for row in mine]
+            axes.scatter(needed, [row["tflops"] for row in mine], s=14, label=provider)
         axes.set(xlabel="FLOP per byte", ylabel="TFLOP/s", title=f"{points[-1]['gpu']}: bf16 operations of the U-Net")
         axes.legend(fontsize="small")
         figure.savefig(path, metadata={"Date": None}, bbox_inches="tight")
         pyplot.close(figure)
     return True
-
-
-def draw(rows: Sequence[Row], gpu: str, folder: Path) -> Path | None:
-    """:func:`roofline` of the latest rows of ``gpu``, into ``folder``; its path, or None where nothing is drawn."""
-    path = folder / f"{slug(gpu)}.svg"
-    return path if roofline([row for row in latest(rows) if row["gpu"] == gpu], path) else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -238,16 +231,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = read(RESULTS)
     if not options.check:
         for gpu in {row["gpu"] for row in rows} - {"cpu"}:
-            draw(rows, gpu, RESULTS)
+            roofline([row for row in latest(rows) if row["gpu"] == gpu], RESULTS / f"{slug(gpu)}.svg")
     pictures = [path.relative_to(ROOT).as_posix() for path in sorted(RESULTS.glob("*.svg"))]
     old = README.read_text()
     new = with_section(old, section(rows, pictures))
     if options.check:
         print("README is up to date" if old == new else "README is not up to date: run python -m benchmarks.report")
         return 0 if old == new else 1
-    temporary = README.with_suffix(".tmp")
-    temporary.write_text(new)
-    os.replace(temporary, README)
+    rewrite(README, new)
     print(f"README.md: {len(latest(rows))} rows")
     return 0
 

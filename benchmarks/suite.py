@@ -31,7 +31,7 @@ import statistics
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -46,23 +46,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastunet
-from benchmarks import ahead, cases, checks, loss_cases, nets, peers, report, traffic
-from benchmarks.cases import Case
-from benchmarks.checks import describe
-from benchmarks.isolation import LostError, Message, give_up_if_poisoned, messages
-from benchmarks.loss_cases import LossCase
-from benchmarks.measure import DTYPES, ROOT, Memory, interleaved, layout_conversions, machine, precision, roofs
+from benchmarks import ahead, cases, checks, nets, peers, report, traffic
+from benchmarks.cases import Case, LossCase
+from benchmarks.isolation import LostError, Message, describe, give_up_if_poisoned, messages, outliving
+from benchmarks.measure import Memory, interleaved, machine, precision, roofs
 from benchmarks.nets import NetCase
 from benchmarks.peers import PROVIDERS, AnyCase, Provider, Step
+from benchmarks.report import RESULTS
 from fastunet import reference
 
-RESULTS = ROOT / "benchmarks" / "results"
 GRACE = 15  # seconds after the deadline until a process that does not answer is ended
 PATIENCE = 45  # seconds a process may be silent; and while it prepares a provider, 4 × as expected
 IN_TIME = f"{GRACE} s after the deadline"
-LATE = f"did not answer {IN_TIME}"  # the failure of who may just have been slow: it is no fault
+LATE = f"did not answer {IN_TIME}"  # it may only have been slow: this failure alone does not make a run fail
 
-# Of the budget, and in seconds at most, from a stage's beginning on; of networks and extras from the run's.
+# A stage's share of the budget, and its seconds at most, from its beginning on; of networks and extras, from the run's.
 SHARES = {"roofs": (0.2, 60), "kernels": (0.2, 60), "checks": (0.3, 90), "networks": (0.5, 240), "extras": (0.36, 180)}
 
 # Seconds to prepare and check a step, until rows of the same GPU say better: an H200's, inductor's cache being warm.
@@ -90,7 +88,7 @@ class Job:
 def plan(device: torch.device) -> list[Job]:
     """Every job, most important first. Compilers come in jobs of their own, beside eager PyTorch and fastunet."""
     if device.type != "cuda":
-        small: list[AnyCase] = [*_unfrozen(nets.SMALL_CASES), *loss_cases.SMALL_CASES, *cases.SMALL_CASES]
+        small: list[AnyCase] = [*_unfrozen(nets.SMALL_CASES), *cases.SMALL_LOSS_CASES, *cases.SMALL_CASES]
         jobs = [*map(_quick, small), _dear(small[0], "compile"), *(_dear(case, "onnxruntime") for case in small)]
         return [job for job in jobs if job.providers]
     headline = _unfrozen(nets.HEADLINE)
@@ -105,12 +103,12 @@ def plan(device: torch.device) -> list[Job]:
         *(_dear(case, "compile") for case in second),
         *map(_quick, frozen),
         *map(_quick, [case for case in ops if case.op.startswith("conv")]),
-        *map(_quick, loss_cases.CASES),
+        *map(_quick, cases.LOSS_CASES),
         *map(_quick, [case for case in ops if not case.op.startswith("conv")]),
         *map(_quick, second),
         *(_dear(case, name) for name in DEAR for case in frozen),
         *(_dear(case, "compile-max-autotune") for case in first + second),
-        *(_dear(case, "compile") for case in loss_cases.CASES),
+        *(_dear(case, "compile") for case in cases.LOSS_CASES),
         *map(_quick, others),
         *(_dear(case, "compile") for case in ops),
         *(_dear(case, name) for name in DEAR for case in others),
@@ -171,7 +169,7 @@ def look(order: tuple[str, bool]) -> Iterator[Message]:
 
 
 @dataclass(frozen=True)
-class Order:
+class TimingOrder:
     """What a measuring process is to do."""
 
     device: str
@@ -184,7 +182,7 @@ class Order:
         return self.expected[job.case.kind, name]
 
 
-def work(order: Order) -> Iterator[Message]:
+def work(order: TimingOrder) -> Iterator[Message]:
     """Do it, telling how it goes: (what, value), as :class:`Run` reads them."""
     device = torch.device(order.device)
     torch.backends.cudnn.benchmark = True  # the peers' convolutions take the fastest algorithm
@@ -193,7 +191,7 @@ def work(order: Order) -> Iterator[Message]:
         yield from _measure(order, job, device)
 
 
-def _measure(order: Order, job: Job, device: torch.device) -> Iterator[Message]:
+def _measure(order: TimingOrder, job: Job, device: torch.device) -> Iterator[Message]:
     """The rows of one job; providers that no longer fit in the time are left out."""
     names = [name for name in job.providers if time.time() + order.seconds(job, name) < order.deadline]
     if not names:
@@ -258,20 +256,14 @@ def _prepared(
         "layouts": layouts,
         "peak_bytes": memory.peak(step, provider.memory),
     }
-    if provider.compiled and case.kind == "net":
-        with contextlib.suppress(Exception):  # what the profiler cannot say must not cost the row
-            found["layout_conversions"] = layout_conversions(step, device)
     return step, _row(case, provider.name, seconds=time.perf_counter() - begun, **found)
 
 
 def _row(case: AnyCase, provider: str, failure: str | None = None, **found: Any) -> dict[str, Any]:
-    spec = {f.name: _plain(getattr(case, f.name)) for f in fields(case)}
+    given = {f.name: getattr(case, f.name) for f in fields(case)}
+    spec = {name: str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for name, x in given.items()}
     about = {"case": case.name, "kind": case.kind, "provider": provider, "spec": spec}
     return {**about, "group": None, "ms": None, "flops": case.flops, "bytes": case.bytes, "failure": failure, **found}
-
-
-def _plain(value: Any) -> Any:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def rebuilt(row: dict[str, Any]) -> AnyCase:
@@ -311,7 +303,7 @@ def _layouts(found: Sequence[Tensor]) -> dict[str, int]:
 class _Watch:
     """How far a measuring process has come, and for how long it may be silent now."""
 
-    order: Order
+    order: TimingOrder
     number: int | None = None  # of the job
     provider: str | None = None  # who is being prepared
     done: set[str] = field(default_factory=set)  # who has a row of the job
@@ -331,28 +323,31 @@ class _Watch:
         left = self.order.deadline + GRACE - time.time()
         return min(left, seconds), IN_TIME if left <= seconds else f"for {seconds:.0f} s"
 
+    def rest(self, error: LostError) -> Generator[Message, None, TimingOrder | None]:
+        """The rows that a lost process costs, and then what is left to do, without the culprit."""
+        if self.number is None:  # it will not begin next time either
+            yield "lost", str(error)
+            return None
+        job, later = self.order.jobs[self.number], self.order.jobs[self.number + 1 :]
+        failed, again = _after(job, self.done, self.provider)
+        for name in failed:
+            yield "row", _row(job.case, name, failure=str(error))
+        self.order, self.number = replace(self.order, jobs=(Job(job.case, again), *later)), None
+        return _worth_it(self.order)
 
-def isolated(order: Order) -> Iterator[Message]:
+
+def isolated(order: TimingOrder) -> Iterator[Message]:
     """:func:`work` in a process of its own, begun anew without the culprit when it dies, and ended when it hangs."""
-    while any(job.providers for job in order.jobs):
-        watch = _Watch(order)
-        try:
-            with contextlib.closing(messages(work, order, watch.patience)) as stream:
-                for what, value in stream:
-                    watch.see(what, value)
-                    yield what, value
-            return
-        except LostError as error:
-            if watch.number is None:  # it will not begin next time either
-                yield "lost", str(error)
-                return
-            job = order.jobs[watch.number]
-            failed, again = _after(job, watch.done, watch.provider)
-            for name in failed:
-                yield "row", _row(job.case, name, failure=str(error))
-            order = replace(order, jobs=(Job(job.case, again), *order.jobs[watch.number + 1 :]))
-            if time.time() > order.deadline:
-                return
+    watch = _Watch(order)
+    with contextlib.closing(outliving(work, _worth_it(order), watch.patience, watch.rest)) as stream:
+        for what, value in stream:
+            watch.see(what, value)
+            yield what, value
+
+
+def _worth_it(order: TimingOrder) -> TimingOrder | None:
+    """The order, if anything of it can be done."""
+    return order if any(job.providers for job in order.jobs) and time.time() <= order.deadline else None
 
 
 def _after(job: Job, done: set[str], provider: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -365,7 +360,7 @@ def _after(job: Job, done: set[str], provider: str | None) -> tuple[tuple[str, .
     return failed, tuple(name for name in left if name not in failed)
 
 
-class Ledger:
+class RowFile:
     """The file of rows of one GPU: appended to, a row at a time, and on disk before the next is measured."""
 
     def __init__(self, folder: Path, gpu: str) -> None:
@@ -401,11 +396,7 @@ def _traffic(row: dict[str, Any], capability: Sequence[int] | None) -> dict[str,
 
 @functools.cache
 def _step_bytes(case: NetCase, package: ModuleType, architecture: str) -> int:
-    name, _, bilinear = case.net.partition("-")
-    shape = (case.base, case.size, case.batch, DTYPES[case.dtype], case.network.classes)
-    net = traffic.Net(name, bool(bilinear), *shape)
-    mode: traffic.Mode = "training" if case.mode == "training" else "inference"
-    return traffic.account(traffic.run(net, mode, package, architecture), traffic.made).bytes
+    return traffic.account(traffic.run(case, package, architecture), traffic.made).bytes
 
 
 class Run:
@@ -417,7 +408,7 @@ class Run:
         self.about: dict[str, Any] = {"roofs": None}
         self.red: list[str] | None = None  # the operations that are wrong; None: not checked
         self.failed: dict[str, list[str]] = {}  # by the command that repeats it
-        self.ledger: Ledger | None = None
+        self.file: RowFile | None = None
 
     def say(self, text: str) -> None:
         print(f"[{time.time() - self.begun:4.0f} s] {text}", flush=True)
@@ -441,14 +432,14 @@ class Run:
                 for what, value in stream:
                     if what == "machine":
                         print(report.machine_text(value), flush=True)
-                        self.ledger, self.about = Ledger(self.folder, value["gpu"]), {**value, **self.about}
+                        self.file, self.about = RowFile(self.folder, value["gpu"]), {**value, **self.about}
                     else:
                         self.about["roofs"] = value
                         self.say("roofs: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in value.items()))
         except LostError as error:
             self.say(f"the machine: {error}")
             self.fail("", f"the machine and its roofs: {error}", "nvidia-smi")
-        return self.ledger is not None
+        return self.file is not None
 
     @contextlib.contextmanager
     def compiling_networks(self, jobs: Sequence[Job]) -> Iterator[None]:
@@ -459,7 +450,7 @@ class Run:
         if not chosen:
             yield
             return
-        stream = messages(ahead.networks, ahead.Wanted(chosen, limit, device=self.device.type), _before(limit))
+        stream = messages(ahead.networks, ahead.CompileOrder(chosen, limit, device=self.device.type), _before(limit))
         with contextlib.closing(stream):
             yield
             try:
@@ -473,7 +464,7 @@ class Run:
         limit = self.until("kernels")
         chosen = tuple(dict.fromkeys(job.case for job in jobs))
         try:
-            order = ahead.Wanted(chosen, limit, device=self.device.type)
+            order = ahead.CompileOrder(chosen, limit, device=self.device.type)
             with contextlib.closing(messages(ahead.kernels, order, _before(limit + GRACE))) as stream:
                 for what, value in stream:
                     if what == "failed":
@@ -488,8 +479,8 @@ class Run:
         """Every operation, small: Triton's kernels first, and for a while what is left; which of them are wrong."""
         wanted = checks.checks([job.case for job in jobs], self.device)
         first = tuple(check for check in wanted if check.provider == wanted[0].provider)
-        orders = [(checks.Order(self.device.type, first, networks=False), self.until("checks"))]
-        orders.append((checks.Order(self.device.type, wanted[len(first) :]), self.until("extras", self.begun)))
+        orders = [(checks.CheckOrder(self.device.type, first, networks=False), self.until("checks"))]
+        orders.append((checks.CheckOrder(self.device.type, wanted[len(first) :]), self.until("extras", self.begun)))
         self.red, done = [], 0
         for verdict in itertools.chain.from_iterable(itertools.starmap(checks.verdicts, orders)):
             print(verdict, flush=True)
@@ -505,9 +496,9 @@ class Run:
         self.say(f"checked {done} of {len(wanted)} operations, {len(self.red)} wrong")
 
     def measure(self, jobs: Sequence[Job], expected: dict[tuple[str, str], float]) -> list[dict[str, Any]]:
-        """Time the jobs; the rows, which are in the ledger."""
-        assert self.ledger is not None
-        order = Order(self.device.type, tuple(jobs), self.deadline, expected)
+        """Time the jobs; the rows, which are in the file."""
+        assert self.file is not None
+        order = TimingOrder(self.device.type, tuple(jobs), self.deadline, expected)
         for what, value in isolated(order):
             if what == "doing":
                 self.say(value)
@@ -518,11 +509,11 @@ class Run:
                 with contextlib.suppress(Exception):  # what the ledger cannot say must not cost the row
                     value |= _traffic(value, self.about["capability"])
                 value |= {"red": self.red} if value["kind"] == "net" else {}
-                print(report.line(self.ledger.add(value, self.about)), flush=True)
+                print(report.line(self.file.add(value, self.about)), flush=True)
                 failure = value["failure"] or value.get("wrong")
                 if failure not in (None, LATE):
                     self.fail(value["case"], f"{value['provider']}: {failure}")
-        return self.ledger.added
+        return self.file.added
 
     def conclude(self) -> int:
         """Print what failed and how to repeat it; the exit status."""
@@ -563,7 +554,7 @@ def dry_run(jobs: Sequence[Job], expected: dict[tuple[str, str], float]) -> int:
         try:
             if case not in posed:
                 posed = {case: peers.pose(case, device)}
-            posed[case].check(peers.prepare(provider, case, posed[case])(), peers.compared(provider, case))
+            peers.checked(provider, case, posed[case])
         except Exception as error:
             wrong += 1
             print(f"WRONG {name}: {case.name}: {describe(error)}")
@@ -590,7 +581,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--budget", type=float, default=480, metavar="SECONDS", help="all of it, compiling too; 480")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name contains TEXT")
-    parser.add_argument("--quick", action="store_true", help="no compilers, and only the first of each kind of case")
     parser.add_argument("--row", metavar="ID", help="measure one recorded row again, and print both")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: check everything small, and print the plan")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cpu: small cases, to try the suite itself")
@@ -605,9 +595,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.row:
         return _again(options.row, recorded, device, expected, options)
     jobs = plan(device)
-    if options.quick:
-        jobs = [job for job in jobs if not set(job.providers) & set(DEAR)]
-        jobs = [job for job in jobs if job.case in (*nets.HEADLINE, *loss_cases.CASES, *cases.CASES)] or jobs
     jobs = [job for job in jobs if options.only in job.case.name]
     if not jobs:
         parser.error(f"no case's name contains '{options.only}'; --dry-run prints all names")
@@ -634,16 +621,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case, names in missed.items():
         print(f"not measured: {case}: {', '.join(names)}")
     print(report.table(rows))
-    _draw(options.results, rows)
     print(f"{len(rows)} rows in {time.time() - begun:.0f} s, {len(missed)} cases not complete")
     return run.conclude()
-
-
-def _draw(results: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The roofline of a GPU's rows, those of earlier runs too; a CPU has none."""
-    gpu = rows[0]["gpu"] if rows else "cpu"
-    if gpu != "cpu" and (path := report.draw(report.read(results), gpu, results)):
-        print(f"roofline: {path}")
 
 
 def _again(

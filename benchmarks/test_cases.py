@@ -1,4 +1,5 @@
-"""Every operation, loss and network with every provider; each must give the right numbers before it is timed.
+"""`pytest benchmarks`: every operation, loss and network with every provider, which must give the right numbers before
+it is timed. On a CPU it is a small subset.
 
 pytest-benchmark's own times are the host's, each call ending in a synchronisation. On a GPU ``extra_info`` has the
 suite's: between CUDA events, with a cold L2 cache.
@@ -14,13 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, loss_cases, nets, peers
-from benchmarks.conftest import DEVICE, NEEDS_GPU
+from benchmarks import cases, nets, peers
 from benchmarks.measure import interleaved, machine, precision
 from benchmarks.peers import PROVIDERS, AnyCase, Problem
 
-SMALL: list[AnyCase] = [*cases.SMALL_CASES, *loss_cases.SMALL_CASES, *nets.SMALL_CASES]
-LARGE: list[AnyCase] = [*cases.CASES, *loss_cases.CASES, *nets.HEADLINE]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NEEDS_GPU = pytest.mark.skipif(
+    DEVICE.type == "cpu", reason="needs a CUDA GPU; the small cases run on this machine's CPU"
+)
+SMALL: list[AnyCase] = [*cases.SMALL_CASES, *cases.SMALL_LOSS_CASES, *nets.SMALL_CASES]
+LARGE: list[AnyCase] = [*cases.CASES, *cases.LOSS_CASES, *nets.HEADLINE]
 
 
 def pairs() -> Iterator[Any]:
@@ -44,10 +48,10 @@ def test_case(case: AnyCase, name: str, benchmark: Any) -> None:
     reason = peers.unavailable(provider, DEVICE)
     if reason is not None:
         pytest.skip(reason)
+    torch.compiler.reset()  # every case starts with nothing compiled
     with precision(case.dtype if isinstance(case, nets.NetCase) else ""):
         posed = problem(case)
-        step = peers.prepare(provider, case, posed)
-        errors = posed.check(step(), peers.compared(provider, case))
+        step, errors = peers.checked(provider, case, posed)
         for _ in range(2):
             step()
         benchmark.group = case.name

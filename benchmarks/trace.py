@@ -6,7 +6,7 @@ are noted instead of made; ATen operations are noted as they come, also those in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,7 @@ class _Tracer(TorchDispatchMode):
         namespace, _, name = func._schema.name.partition("::")
         if namespace != "fastunet":
             if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-                with self:  # composites come in one piece inside an operator
+                with self:  # inside an operator they come in one piece: take them apart
                     return func._op_dk(_COMPOSITE, *args, **kwargs)
             call = Call(f"{namespace}.{name}.{func._overloadname}", func, args, kwargs)
             results = _AS_ON_A_GPU.get(func, func)(*args, **kwargs)
@@ -129,10 +129,3 @@ def trace(architecture: str = "sm_90") -> Iterator[list[Call]]:
     tracer = _Tracer(architecture)
     with as_if_on(architecture), tracer:
         yield tracer.calls
-
-
-def traced(step: Callable[[], Any], architecture: str = "sm_90") -> list[Call]:
-    """The operations of ``step()``, a function that computes on the meta device."""
-    with torch.device("meta"), trace(architecture) as calls:
-        step()
-    return calls

@@ -33,9 +33,9 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -44,16 +44,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 import fastunet
+from benchmarks import nets
 from benchmarks.access import Access, distinct, of_aten, storage
 from benchmarks.cases import Case
+from benchmarks.chips import GPUS
+from benchmarks.measure import DTYPES
 from benchmarks.model import aten_rate, triton_rate
+from benchmarks.nets import NetCase, plain_dice_ce
 from benchmarks.trace import Call, tensors_of, trace
 from fastunet import dispatch, ops, reference
 from fastunet.losses import DiceCELoss
 
-Mode = Literal["training", "inference"]
-MODES: tuple[Mode, ...] = ("training", "inference")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MODES: tuple[Literal["training", "inference"], ...] = ("training", "inference")
 
 
 @dataclass(frozen=True)
@@ -64,89 +66,26 @@ class Roofs:
     tflops: float
 
 
-# By data sheet: architecture, GB/s, and dense TFLOP/s, accumulating in float32, of 16-bit operands and of TF32.
-GPUS = {
-    "a100": ("sm_80", 2039.0, 312.0, 156.0),
-    "rtx4090": ("sm_89", 1008.0, 165.2, 82.6),
-    "l40s": ("sm_89", 864.0, 362.0, 183.0),
-    "h100": ("sm_90", 3350.0, 989.0, 494.0),
-    "h200": ("sm_90", 4800.0, 989.0, 494.0),
-    "b200": ("sm_100", 8000.0, 2250.0, 1125.0),
-    "mi300x": ("gfx942", 5300.0, 1307.0, 654.0),
-}
-
-
 # ---- the step ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Net:
-    """A network and what it is given."""
-
-    net: str = "unet"
-    bilinear: bool = False
-    base: int = 64
-    size: int = 512
-    batch: int = 8
-    dtype: torch.dtype = torch.bfloat16
-    classes: int = 2
-
-    def model(self, package: Any, **config: str) -> nn.Module:
-        """The network of ``package`` (:mod:`fastunet` or :mod:`fastunet.reference`): convolutions in this dtype."""
-        model = _NETS[self.net](package, self, config)
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                module.to(self.dtype)
-        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-    @property
-    def logits(self) -> bool:
-        """Whether the network returns logits; else probabilities."""
-        return self.net in ("unet", "plain")
-
-    def loss(self, package: Any, backend: str = "auto") -> Callable[[Tensor, Tensor], Tensor]:
-        """fastunet's loss, or the same in plain PyTorch."""
-        if not self.logits:
-            return _probability_dice
-        return DiceCELoss(backend=backend) if package is fastunet else plain_dice_ce
-
-
-_NETS: dict[str, Callable[[Any, Net, dict[str, str]], nn.Module]] = {
-    "unet": lambda package, n, config: package.UNet(3, n.classes, n.bilinear, n.base, **config),
-    "strided": lambda package, n, config: package.StridedUNet(3, n.classes, n.base, **config),
-    "plain": lambda package, n, config: package.PlainUNet(3, n.classes, n.base, **config),
-    "brain": lambda package, n, config: package.BrainUNet(3, n.classes, n.base, **config),
-}
-
-
-def plain_dice_ce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Seed 002's Dice with a one-hot, and cross-entropy, in float32 as autocast has them."""
-    logits = logits.float()
-    return F.cross_entropy(logits, labels) + reference.functional.dice_loss(logits, labels)
-
-
-def _probability_dice(p: Tensor, labels: Tensor) -> Tensor:
-    p, y = p.float(), labels.unsqueeze(1)
-    return 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
-
-
-@dataclass(frozen=True)
-class Step:
+class Traced:
     """A step as it was traced: operations, where each belongs, and the bytes autograd kept for the backward."""
 
     calls: list[Call]
     phases: list[str]  # "forward", "loss", "backward", of each operation
-    layers: list[str]  # the convolution whose module, or "loss"
+    layers: list[str]  # the name of a convolution, or "loss"
     saved: int
 
-    @property
-    def places(self) -> Iterable[tuple[Call, str, str]]:
-        """(operation, phase, layer)"""
+    def __iter__(self) -> Iterator[tuple[Call, str, str]]:
+        """Each (operation, phase, layer)."""
         return zip(self.calls, self.phases, self.layers, strict=True)
 
 
-def run(net: Net, mode: Mode, package: Any, architecture: str = "sm_90", **config: str) -> Step:
-    """Trace a step of ``net`` as ``package`` (:mod:`fastunet` or :mod:`fastunet.reference`) does it."""
+def run(case: NetCase, package: ModuleType, architecture: str = "sm_90", **settings: str) -> Traced:
+    """Trace a step of ``case`` as ``package`` (:mod:`fastunet` or :mod:`fastunet.reference`) does it."""
+    training = case.mode == "training"
     kept: dict[int, Tensor] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -154,16 +93,13 @@ def run(net: Net, mode: Mode, package: Any, architecture: str = "sm_90", **confi
         return x
 
     with torch.device("meta"):
-        model = net.model(package, **config).train(mode == "training")
-        x = torch.empty((net.batch, 3, net.size, net.size), dtype=net.dtype).to(memory_format=torch.channels_last)
-        labels = torch.empty((net.batch, net.size, net.size), dtype=torch.int64)
-        loss = net.loss(package, config.get("backend", "auto"))
+        model, loss, x, labels = nets.parts(case, package, "meta", **settings)
         parameters = list(model.parameters())
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
-        with trace(architecture) as calls, torch.set_grad_enabled(mode == "training"), hooks:
+        with trace(architecture) as calls, torch.set_grad_enabled(training), hooks:
             y = model(x)
             ends = [len(calls)]
-            if mode == "training":
+            if training:
                 value = loss(y, labels)
                 ends.append(len(calls))
                 torch.autograd.grad(value, parameters)
@@ -171,7 +107,7 @@ def run(net: Net, mode: Mode, package: Any, architecture: str = "sm_90", **confi
     phases = [phase for phase, start, end in starts for _ in range(start, end)]
     own = {storage(t) for t in (*parameters, *model.buffers())}
     saved = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-    return Step(calls, phases, name_layers(model, calls, phases), saved)
+    return Traced(calls, phases, name_layers(model, calls, phases), saved)
 
 
 # ---- layers ------------------------------------------------------------------------------------------------------
@@ -276,24 +212,24 @@ class Account:
         return Account([p for p in self.passes if p.layer == layer])
 
 
-Rule = Callable[[Call], list[tuple[str, Access, int]]]  # (name, access, bytes) of each pass
+Rule = Callable[[Call], list[Access]]  # the passes of an operation
 
 
-def account(step: Step, rule: Rule) -> Account:
+def account(step: Traced, rule: Rule) -> Account:
     """The passes that ``rule`` finds in a step; an operation's FLOPs are shared by its matrix products."""
     passes = []
-    for call, phase, layer in step.places:
+    for call, phase, layer in step:
         found = rule(call)
-        products = sum(access.multiplies for _, access, _ in found)
+        products = sum(access.multiplies for access in found)
         each = flops_of(call) // products if products else 0
         passes += [
-            Pass(layer, phase, call.name, name, moved, each if access.multiplies else 0, access.rate)
-            for name, access, moved in found
+            Pass(layer, phase, call.name, access.name, access.bytes, each if access.multiplies else 0, access.rate)
+            for access in found
         ]
     return Account(passes, step.saved)
 
 
-def made(call: Call) -> list[tuple[str, Access, int]]:
+def made(call: Call) -> list[Access]:
     """The passes that an operation makes: its launches, and the ATen operations in it or that it is."""
     found = []
     if call.launches:
@@ -301,25 +237,22 @@ def made(call: Call) -> list[tuple[str, Access, int]]:
 
         for launch in call.launches:
             rate = triton_rate(launch, call.architecture)
-            found.append((launch.kernel.__name__, replace(of_launch(launch), rate=rate)))
+            found.append(replace(of_launch(launch), name=launch.kernel.__name__, rate=rate))
     for inner in [call] if call.name.startswith("aten.") else call.inner:
-        found += [(inner.name, replace(access, rate=aten_rate(inner))) for access in of_aten(inner)]
-    return [(name, access, access.bytes) for name, access in found]
+        found += [replace(access, name=inner.name, rate=aten_rate(inner)) for access in of_aten(inner)]
+    return found
 
 
-def compiled(call: Call) -> list[tuple[str, Access, int]]:
+def compiled(call: Call) -> list[Access]:
     """The passes of an operation of plain PyTorch in the model of torch.compile."""
     kind = call.name.partition(".")[2]
     if torch.Tag.pointwise in call.func.tags or kind.startswith(("constant_pad_nd.", "_to_copy.", "copy_.")):
         return []
-    found = made(call)
-    if kind.startswith("max_pool2d"):
-        winners = [x for x in call.tensors + call.results if x.dtype == torch.int64]
-        found = [(name, access, moved - sum(7 * x.numel() for x in winners)) for name, access, moved in found]
-    return found
+    winners = [x for x in call.tensors + call.results if x.dtype == torch.int64 and kind.startswith("max_pool2d")]
+    return [replace(access, spared=sum(7 * x.numel() for x in winners)) for access in made(call)]
 
 
-def floor(step: Step) -> Rule:
+def floor(step: Traced) -> Rule:
     """The rule that finds the passes of fastunet's operators at the floor; ATen's between them could be left out."""
     small = {  # what stands in for an upsampled tensor
         storage(call.results[0]): tensors_of([call.named["x"], call.named["affine"]])
@@ -327,25 +260,23 @@ def floor(step: Step) -> Rule:
         if call.name == "fastunet.upsample_concat" and call.named["skip"] is None
     }
 
-    def rule(call: Call) -> list[tuple[str, Access, int]]:
+    def rule(call: Call) -> list[Access]:
         kind = call.name.partition(".")[2]
         if not call.name.startswith("fastunet.") or (kind.startswith("upsample") and call.named["skip"] is None):
             return []
         if kind == "max_pool2x2":
-            found = [("pool", Access((), tuple(call.results)))]
-        elif kind in ("conv2d", "conv2d_act", "conv_transpose2d"):
+            return [Access((), tuple(call.results), name="pool")]
+        if kind in ("conv2d", "conv2d_act", "conv_transpose2d"):
             read = [t for x in call.tensors for t in small.get(storage(x), [x])]
-            found = [("fprop", Access(distinct(read), distinct(call.results), True))]
-        elif kind in ("conv2d_backward", "conv_transpose2d_backward"):
-            found = _least_of_convolution_backward(call, small)
-        else:
-            found = [("once", Access(distinct(call.tensors), distinct(call.results)))]
-        return [(name, access, access.bytes) for name, access in found]
+            return [Access(distinct(read), distinct(call.results), True, name="fprop")]
+        if kind in ("conv2d_backward", "conv_transpose2d_backward"):
+            return _least_of_convolution_backward(call, small)
+        return [Access(distinct(call.tensors), distinct(call.results), name="once")]
 
     return rule
 
 
-def _least_of_convolution_backward(call: Call, small: dict[int, list[Tensor]]) -> list[tuple[str, Access]]:
+def _least_of_convolution_backward(call: Call, small: dict[int, list[Tensor]]) -> list[Access]:
     given = call.named
     *gradients, dweight, dbias = call.results
     read = tensors_of([given["dy"], given["dmean"], given["dvar"]])
@@ -365,10 +296,9 @@ def _least_of_convolution_backward(call: Call, small: dict[int, list[Tensor]]) -
             wanted += source
             if affine is not None or relu or storage(x) in small:
                 masks += source
-    passes = [("wgrad", Access(distinct(read), distinct([dweight, dbias, *(formed if wanted else [])]), True))]
-    if wanted:
-        passes.append(("dgrad", Access(distinct([*dy, given["weight"], *masks]), distinct(wanted), True)))
-    return passes
+    wgrad = Access(distinct(read), distinct([dweight, dbias, *(formed if wanted else [])]), True, name="wgrad")
+    dgrad = Access(distinct([*dy, given["weight"], *masks]), distinct(wanted), True, name="dgrad")
+    return [wgrad, dgrad] if wanted else [wgrad]
 
 
 def flops_of(call: Call) -> int:
@@ -399,42 +329,24 @@ def flops_of(call: Call) -> int:
     raise RuntimeError(f"expected a formula for the FLOPs of {call.name}, which multiplies matrices: add one")
 
 
-def accounts(net: Net, mode: Mode, architecture: str = "sm_90") -> dict[str, Account]:
-    """The five accounts of a step of ``net``, by name."""
-    ours = run(net, mode, fastunet, architecture, backend="triton", policy="memory")
-    plain = run(net, mode, reference)
+def accounts(case: NetCase, architecture: str = "sm_90") -> dict[str, Account]:
+    """The five accounts of a step of ``case``, by name."""
+    ours = run(case, fastunet, architecture, backend="triton", policy="memory")
+    plain = run(case, reference)
     return {
         "fastunet": account(ours, made),
-        "auto": account(run(net, mode, fastunet, architecture), made),
+        "auto": account(run(case, fastunet, architecture), made),
         "eager": account(plain, made),
         "compile": replace(account(plain, compiled), saved=0),
         "floor": replace(account(ours, floor(ours)), saved=0),
     }
 
 
-def eager_cost(net: Net, mode: Mode = "training") -> tuple[int, int]:
-    """(bytes, FLOPs) of a step of ``net`` in eager PyTorch; needs no Triton."""
-    eager = account(run(net, mode, reference), made)
-    return eager.bytes, eager.flops
-
-
 # ---- single operations -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class OpBytes:
-    """Bytes of one operation and of its backward."""
-
-    forward: int
-    backward: int
-
-    @property
-    def total(self) -> int:
-        return self.forward + self.backward
-
-
-def op_bytes(case: Case, architecture: str = "sm_90") -> tuple[OpBytes, OpBytes]:
-    """(fastunet's, eager PyTorch's) bytes of a case of one of ``_PAIRS``, with its neighbours.
+def op_bytes(case: Case, architecture: str = "sm_90") -> tuple[tuple[int, int], tuple[int, int]]:
+    """(fastunet's, eager PyTorch's) bytes, each (forward, backward), of an operation of ``_PAIRS`` with its neighbours.
 
     softmax_stats: the whole loss, Dice and cross-entropy, against seed 002's formula with its one-hot.
     head_stats: that loss from the last raw convolution output, eager's with the logits.
@@ -449,36 +361,20 @@ def op_bytes(case: Case, architecture: str = "sm_90") -> tuple[OpBytes, OpBytes]
 
 def _cost(
     function: Callable[..., Tensor], operands: tuple[Any, ...], leaves: list[Tensor], architecture: str
-) -> OpBytes:
+) -> tuple[int, int]:
     incoming = torch.empty_like(function(*operands))
     with trace(architecture) as calls:
         result = function(*operands)
         forward = len(calls)
         torch.autograd.grad(result, leaves, incoming)
-    moved = [sum(bytes for _, _, bytes in made(call)) for call in calls]
-    return OpBytes(sum(moved[:forward]), sum(moved[forward:]))
-
-
-def _our_loss(logits: Tensor, labels: Tensor, *settings: Any) -> Tensor:
-    return DiceCELoss()(logits, labels)  # type: ignore[no-any-return]
-
-
-def _plain_loss(logits: Tensor, labels: Tensor, *settings: Any) -> Tensor:
-    return plain_dice_ce(logits, labels)
-
-
-def _our_head(*operands: Any) -> Tensor:
-    return DiceCELoss().from_stats(dispatch.call(ops.head_stats, *operands, "triton"))
+    moved = [sum(access.bytes for access in made(call)) for call in calls]
+    return sum(moved[:forward]), sum(moved[forward:])
 
 
 def _plain_head(
     x: Tensor, affine: Tensor, relu: bool, weight: Tensor, bias: Tensor, labels: Tensor, *settings: Any
 ) -> Tensor:
     return plain_dice_ce(F.conv2d(_normalised(x, affine), weight, bias), labels)
-
-
-def _our_upsample(*operands: Any) -> Tensor:
-    return dispatch.call(ops.upsample_concat, *operands, "triton")  # type: ignore[no-any-return]
 
 
 def _plain_upsample(
@@ -495,17 +391,21 @@ def _normalised(x: Tensor, affine: Tensor) -> Tensor:
     return F.batch_norm(x, centre.detach(), torch.ones_like(centre), scale, shift).relu_()
 
 
+# By operator: fastunet's function of its operands, and plain PyTorch's.
 _PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "head_stats": (_our_head, _plain_head),
-    "softmax_stats": (_our_loss, _plain_loss),
-    "upsample_concat": (_our_upsample, _plain_upsample),
+    "head_stats": (lambda *all: DiceCELoss().from_stats(dispatch.call(ops.head_stats, *all, "triton")), _plain_head),
+    "softmax_stats": (
+        lambda logits, labels, *settings: DiceCELoss()(logits, labels),
+        lambda logits, labels, *settings: plain_dice_ce(logits, labels),
+    ),
+    "upsample_concat": (lambda *all: dispatch.call(ops.upsample_concat, *all, "triton"), _plain_upsample),
 }
 
 
 # ---- what is printed ---------------------------------------------------------------------------------------------
 
 
-def report(found: dict[str, Account], roofs: Roofs) -> str:
+def as_text(found: dict[str, Account], roofs: Roofs) -> str:
     """Layer by layer, then kernel by kernel, as text."""
     lines = [("layer", *(f"{name} GB" for name in found), "ratio", *(f"{name} ms" for name in found), "launches")]
     for layer in [*dict.fromkeys(p.layer for p in found["eager"].passes), "total"]:
@@ -552,64 +452,38 @@ def summary(found: dict[str, Account], roofs: Roofs) -> dict[str, Any]:
     return totals | {"modelled_ms": {name: round(a.seconds(roofs) * 1e3, 3) for name, a in found.items()}}
 
 
-def draw(found: dict[str, Account], title: str, path: Path) -> None:
-    """A picture of the bytes of each layer, eager's above fastunet's, forward and backward, with the floor."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    layers = list(dict.fromkeys(p.layer for p in found["eager"].passes))
-    figure, axes = pyplot.subplots(figsize=(10, 0.42 * len(layers) + 1.6), layout="constrained")
-    colours = {"eager": ("#b9c2cc", "#8793a1"), "fastunet": ("#f2a65a", "#d9662b")}
-    for offset, name in ((-0.2, "eager"), (0.2, "fastunet")):
-        places = [i + offset for i in range(len(layers))]
-        start = [0.0] * len(layers)
-        for colour, phases in zip(colours[name], (("forward",), ("loss", "backward")), strict=True):
-            passes = [found[name].of_layer(layer).passes for layer in layers]
-            width = [sum(p.bytes for p in each if p.phase in phases) / 1e9 for each in passes]
-            axes.barh(places, width, 0.38, start, color=colour, label=f"{name}, {phases[-1]}" if any(width) else None)
-            start = [a + b for a, b in zip(start, width, strict=True)]
-    least = [found["floor"].of_layer(layer).bytes / 1e9 for layer in layers]
-    axes.scatter(least, [i + 0.2 for i in range(len(layers))], marker="|", s=90, color="black", label="floor", zorder=3)
-    axes.set_yticks(range(len(layers)), layers, fontsize=8)
-    axes.set_ylim(len(layers) - 0.5, -0.5)
-    axes.set_xlabel("GB moved to and from memory, counted")
-    axes.set_title(title, loc="left", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center right", fontsize=8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.png")
-    try:
-        figure.savefig(temporary, dpi=150)
-        temporary.replace(path)
-    finally:
-        pyplot.close(figure)
-        temporary.unlink(missing_ok=True)
-
-
 # ---- the command -------------------------------------------------------------------------------------------------
+
+_BILINEAR = "unet-bilinear"
 
 
 def add_net_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that :func:`net_of` reads."""
-    default = Net()
-    parser.add_argument("--net", choices=sorted(_NETS), default=default.net, help="default: %(default)s")
+    """The arguments that :func:`case_of` reads."""
+    parser.add_argument(
+        "--net", choices=sorted(set(nets.NETWORKS) - {_BILINEAR}), default="unet", help="default: %(default)s"
+    )
     parser.add_argument("--bilinear", action="store_true", help="upsample by interpolation (unet)")
-    for name, text in (("base", "channels of the first block"), ("size", "height and width of a picture"),
-                       ("batch", "pictures in a batch"), ("classes", "channels of the output")):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help=f"{text}; default: %(default)s")
+    for name, default, text in (
+        ("base", 64, "channels of the first block"), ("size", 512, "height and width of a picture"),
+        ("batch", 8, "pictures in a batch"), ("classes", 2, "channels of the output"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text}; default: %(default)s")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="default: %(default)s")
+    parser.add_argument("--mode", choices=MODES, default=MODES[0], help="default: %(default)s")
+    for name, unit in (("bandwidth", "GB/s"), ("tflops", "TFLOP/s")):
+        parser.add_argument(f"--{name}", type=float, metavar=unit, help="a roof, instead of this command's own")
 
 
-def net_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Net:
-    """The network that the arguments name."""
+def case_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> NetCase:
+    """The step of a network that the arguments name."""
     for name, least in (("base", 1), ("size", 16), ("batch", 1), ("classes", 1)):
         if getattr(options, name) < least:
             parser.error(f"expected --{name} of at least {least}, got {getattr(options, name)}")
     if options.bilinear and options.net != "unet":
         parser.error(f"expected --bilinear with --net unet, got --net {options.net}; leave one of them out")
     sizes = (options.base, options.size, options.batch)
-    return Net(options.net, options.bilinear, *sizes, DTYPES[options.dtype], options.classes)
+    net = _BILINEAR if options.bilinear else options.net
+    return NetCase(net, *sizes, options.dtype, options.mode, options.classes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -618,68 +492,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.traffic", description="Count the bytes and FLOPs of a step, with no GPU."
     )
     add_net_arguments(parser)
-    parser.add_argument("--mode", choices=MODES, default=MODES[0], help="the step to print; default: %(default)s")
-    parser.add_argument("--op", choices=sorted(_PAIRS), help="one operation at this size instead of a network")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h200", help="its data sheet models the times")
-    parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="instead of the data sheet's")
-    parser.add_argument(
-        "--tflops", type=float, metavar="TFLOP/s", help="of matrix products, instead of the data sheet's"
-    )
     parser.add_argument("--json", action="store_true", help="print one JSON object: training, and under it inference")
-    parser.add_argument("--chart", type=Path, metavar="FILE.png", help="draw the layers (needs matplotlib)")
     options = parser.parse_args(arguments)
-    net = net_of(parser, options)
-    architecture, bandwidth, *rates = GPUS[options.gpu]
-    rate = rates[net.dtype == torch.float32]
-    roofs = Roofs(options.bandwidth or bandwidth, options.tflops or rate)
+    case = case_of(parser, options)
+    gpu = GPUS[options.gpu]
+    rate = gpu.tf32_tflops if DTYPES[case.dtype] == torch.float32 else gpu.tflops
+    roofs = Roofs(options.bandwidth or gpu.bandwidth, options.tflops or rate)
     if min(roofs.bandwidth, roofs.tflops) <= 0:
         parser.error("expected --bandwidth and --tflops above 0; leave them out for the data sheet's")
-    for needed, flag in (("triton", True), ("matplotlib", options.chart is not None)):
-        if flag and importlib.util.find_spec(needed) is None:
-            parser.error(f"expected {needed}, which is not installed: pip install 'fastunet[bench]'")
-    if options.op:
-        return _print_op(net, options.op, architecture, options.json)
+    if importlib.util.find_spec("triton") is None:
+        parser.error("expected triton, which is not installed: pip install 'fastunet[bench]'")
 
-    found = {mode: accounts(net, mode, architecture) for mode in (MODES if options.json else (options.mode,))}
-    about = {"net": net.net, "bilinear": net.bilinear, "base": net.base, "size": net.size, "batch": net.batch}
-    about |= {"dtype": options.dtype, "classes": net.classes}
-    named = f"{net.net}{' bilinear' if net.bilinear else ''}, base {net.base}, {net.batch}×3×{net.size}×{net.size}"
+    modes = MODES if options.json else (options.mode,)
+    found = {mode: accounts(replace(case, mode=mode), gpu.architecture) for mode in modes}
+    about = {name: getattr(options, name) for name in ("net", "bilinear", "base", "size", "batch", "dtype", "classes")}
+    form = f"{options.net}{' bilinear' if options.bilinear else ''}"
+    named = f"{form}, base {case.base}, {case.batch}×3×{case.size}×{case.size}"
     if options.json:
         training, inference = (summary(found[mode], roofs) for mode in MODES)
         print(json.dumps(about | {"gpu": options.gpu, **asdict(roofs)} | training | {"inference": inference}))
     else:
         step = found[options.mode]
         print(f"{options.mode} step of {named}, {options.dtype}; counted, not measured\n")
-        print(report(step, roofs))
+        print(as_text(step, roofs))
         kept = {name: step[name].saved / 1e9 for name in ("fastunet", "auto", "eager")}
         print("\nkept for the backward: " + ", ".join(f"{name} {size:.2f} GB" for name, size in kept.items()))
         print(f"times are modelled: {options.gpu}, {roofs.bandwidth:g} GB/s, {roofs.tflops:g} TFLOP/s; no launch costs")
-    if options.chart:
-        step = found[options.mode]
-        eager, ours, least = (step[name].bytes / 1e9 for name in ("eager", "fastunet", "floor"))
-        totals = f"eager {eager:.1f} GB, fastunet {ours:.1f} GB, floor {least:.1f} GB"
-        draw(step, f"{named}, {options.dtype}, {options.mode}: {totals}", options.chart)
-    return 0
-
-
-def _print_op(net: Net, op: str, architecture: str, as_json: bool) -> int:
-    half = net.size // 2
-    cases = {
-        "head_stats": Case(
-            "head_stats", (net.batch, net.base, net.size, net.size), net.dtype, filters=net.classes, kernel=1
-        ),
-        "softmax_stats": Case("softmax_stats", (net.batch, net.classes, net.size, net.size), net.dtype),
-        "upsample_concat": Case("upsample_concat", (net.batch, net.base, half, half), net.dtype, skip=net.base),
-    }
-    ours, eager = op_bytes(cases[op], architecture)
-    if as_json:
-        print(json.dumps({"op": cases[op].name, "fastunet": asdict(ours), "eager": asdict(eager)}))
-        return 0
-    lines = [(cases[op].name, "fastunet GB", "eager GB", "ratio")]
-    for name in ("forward", "backward", "total"):
-        a, b = getattr(ours, name), getattr(eager, name)
-        lines.append((name, f"{a / 1e9:.3f}", f"{b / 1e9:.3f}", f"{a / b:.3f}"))
-    print(aligned(lines))
     return 0
 
 

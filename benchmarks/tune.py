@@ -9,24 +9,20 @@ which is data, reviewed in a diff; entries for other GPUs are kept. What was mea
 ``tune-<gpu>.json`` in ``--results``. Both files are written after every layer; a layer that crashes or hangs costs its
 own entry.
 
-Two things need no GPU. ``--model`` writes the entries of layers to which the model (``benchmarks/model.py``) gives
-another algorithm than Triton's, or another tile than the rule's that compiles as the gate wants it, marked "modelled";
-measured entries stay. ``--dry-run`` prints the layers, and checks some candidates in the interpreter.
+``--dry-run`` needs no GPU: it prints the layers, and checks some candidates in the interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,25 +33,19 @@ if "--dry-run" in sys.argv:
 import torch
 from tqdm import tqdm
 
-from benchmarks import cases, peers, report, traffic
+from benchmarks import ahead, cases, peers, report
 from benchmarks.cases import Case
-from benchmarks.isolation import LostError, Message, give_up_if_poisoned, messages
-from benchmarks.measure import Times, interleaved, machine
-from benchmarks.model import LAUNCH
+from benchmarks.isolation import LostError, Message, describe, give_up_if_poisoned, outliving
+from benchmarks.measure import Times, interleaved, machine, rewrite
 from benchmarks.peers import PROVIDERS, Step
 from benchmarks.report import RESULTS
-from benchmarks.trace import trace
 
 KINDS = {"inference": "conv3x3_fwd", "dgrad": "conv3x3_dgrad", "wgrad": "conv3x3_wgrad"}
-ACT = "conv3x3_act"  # the forward's kernel with the result normalised: a choice of algorithm, and the forward's tile
+ACT = "conv3x3_act"  # inference normalises its results: the algorithm is chosen apart, the tile is the forward's
 GAIN = 1.02  # a tile must be this much faster than the rule's, and outside its spread
 ROUNDS = 2  # changes of one parameter, one after the other
-REACH = 1.25  # where Triton takes longer than that beside another algorithm, no tile is tried
+REACH = 1.25  # no tile is tried where Triton takes so many times as long as another algorithm
 PATIENCE = 60  # seconds a layer may be silent
-MODEL_GAIN = 1.03  # a model must see that much between two algorithms or tiles
-MODELLED = "modelled"  # the source of an entry that was not measured
-MODELLED_GPUS = ("a100", "h200")
-BATCHES = (1, 8)
 REGISTERS = 128  # 32-bit accumulators a thread at most: more spill
 
 TRITON, TORCH = PROVIDERS["fastunet-triton"], PROVIDERS["fastunet-torch"]
@@ -97,10 +87,10 @@ def neighbours(tile: Any, case: Case, kind: str) -> list[Any]:
     pixels = 64 if tile.tma else 16  # rows of a wgmma
     if kind.endswith("wgrad"):
         least["reduction"], pixels = pixels, 16
-    if kind == "conv3x3_wgrad":  # which has slabs of pixels for shares, and no sums for each row
+    if kind == "conv3x3_wgrad":  # it divides pixels into slabs instead of shares, and rows cost it no accumulators
         del most["shares"]
         most["rows"] = 8
-    if kind not in KINDS.values():  # they know rows and columns as one, and no shares
+    if kind not in KINDS.values():  # their tiles have only columns of pixels, and no shares
         del most["rows"], most["shares"]
         most |= {"columns": 256, "outputs": 256}
     read, written = max(case.shape[1], case.skip), case.filters
@@ -108,7 +98,7 @@ def neighbours(tile: Any, case: Case, kind: str) -> list[Any]:
         read, written = written, read
     most |= {"reduction": min(most["reduction"], _power(read)), "outputs": min(most["outputs"], _power(written))}
     moves = [{name: up} for name in most for up in (True, False)]
-    # As many accumulators a thread, of more warps or fewer; rows for columns.
+    # Two at once: a larger tile with more warps, so that a thread has as many accumulators; rows traded for columns.
     moves += [{name: up, "warps": up} for name in ("rows", "columns", "outputs") for up in (True, False)]
     moves += [{"rows": up, "columns": not up} for up in (True, False)]
     made = [(_moved(tile, move), move) for move in moves if most.keys() >= move.keys()]
@@ -142,25 +132,6 @@ def _accumulators(tile: Any, kind: str) -> float:
     return float(area * tile.outputs / (32 * tile.warps))
 
 
-def compiled_ahead(case: Case, kind: str, choices: Iterable[Any], architecture: str, pool: Executor) -> None:
-    """Compile into Triton's cache what the choices launch, on all of ``pool``; what fails fails where it is used."""
-    with contextlib.suppress(BrokenProcessPool):  # a compiler crashed
-        wait([pool.submit(_compile, case, kind, choice, architecture) for choice in choices])
-
-
-def _compile(case: Case, kind: str, choice: Any, architecture: str) -> None:
-    from benchmarks.machine_code import CHIPS
-    from benchmarks.recorder import record, specialise
-    from fastunet import kernels
-    from fastunet.architecture import as_if_on
-    from fastunet.kernels import table
-
-    with as_if_on(architecture), record() as launches, table.forced({kind: choice}):
-        case.launch(kernels)
-    for launch in {launch.key: launch for launch in launches}.values():
-        specialise(launch, CHIPS[architecture].target).compile()
-
-
 def tune(case: Case, device: torch.device, seconds: float, pool: Executor | None = None) -> dict[str, Any]:
     """Measure one layer: the key of its entry, the rule's tile, the best one, the best algorithm, and milliseconds."""
     from fastunet.architecture import architecture
@@ -181,7 +152,7 @@ def tune(case: Case, device: torch.device, seconds: float, pool: Executor | None
                 if choice == Choice("triton", rule):
                     raise
                 said = choice if isinstance(choice, str) else tuple(choice)
-                tqdm.write(f"  {case.name}: {said}: {type(error).__name__}: {str(error)[:120]}")
+                tqdm.write(f"  {case.name}: {said}: {describe(error)[:160]}")
 
     triton = [name for name in ("triton", "stored") if name == "triton" or name in algorithms(kind)]
     others = [name for name in algorithms(kind) if name not in triton]
@@ -195,7 +166,7 @@ def tune(case: Case, device: torch.device, seconds: float, pool: Executor | None
             choices = [Choice(base.algorithm, tile) for tile in neighbours(best.tile, case, kind)]
             choices = [choice for choice in choices if choice not in steps]
             if pool is not None:
-                compiled_ahead(case, kind, choices, architecture(device), pool)
+                ahead.choices(case, kind, choices, architecture(device), pool)
             add(choices)
             times = interleaved(steps, device, seconds, head_start=True)
             tiles = [choice for choice in steps if isinstance(choice, Choice) and choice.algorithm == base.algorithm]
@@ -232,13 +203,7 @@ def ruled(case: Case, problem: peers.Problem) -> tuple[Any, Any]:
 
     with table.observed() as asked:
         peers.prepare(TRITON, case, problem)()
-    return list(asked.values())[-1]  # before it the forward's, if this is a backward
-
-
-def _checked(provider: peers.Provider, case: Case, problem: peers.Problem) -> Step:
-    step = peers.prepare(provider, case, problem)
-    problem.check(step(), None)
-    return step
+    return list(asked.values())[-1]  # the last one: before a backward the forward asks too
 
 
 def _forcing(kind: str, choice: Any, case: Case, problem: peers.Problem) -> Step:
@@ -246,9 +211,9 @@ def _forcing(kind: str, choice: Any, case: Case, problem: peers.Problem) -> Step
     from fastunet.kernels import table
 
     if choice == "torch":
-        return _checked(TORCH, case, problem)
+        return peers.checked(TORCH, case, problem)[0]
     with table.forced({kind: choice}):
-        step = _checked(TRITON, case, problem)
+        step, _ = peers.checked(TRITON, case, problem)
 
     def run() -> Any:
         with table.forced({kind: choice}):
@@ -263,15 +228,10 @@ def _faster(new: Times, old: Times) -> bool:
 
 def write(path: Path, found: Iterable[dict[str, Any]]) -> None:
     """Put ``found`` into the table at ``path``, an entry a line; layers of which there is nothing to say for any batch
-    have none.
-
-    What was measured gives way only to what was measured.
-    """
+    have none."""
     table = {tuple(entry["key"]): entry for entry in json.loads(path.read_text())}
     for one in found:
         key = tuple(one["key"])
-        if one["source"] == MODELLED and key in table and table[key]["source"] != MODELLED:
-            continue
         table[key] = {"key": list(key)}
         if one["algorithm"] != "triton":
             table[key]["algorithm"] = one["algorithm"]
@@ -280,100 +240,10 @@ def write(path: Path, found: Iterable[dict[str, Any]]) -> None:
         table[key]["source"] = one["source"]
     special = {key[:-1] for key, entry in table.items() if "algorithm" in entry or "tile" in entry}
     lines = [json.dumps(table[key]) for key in sorted(table) if key[:-1] in special]
-    _write(path, "[" + ",".join(f"\n{line}" for line in lines) + ("\n]" if lines else "]") + "\n")
+    rewrite(path, "[" + ",".join(f"\n{line}" for line in lines) + ("\n]" if lines else "]") + "\n")
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-# ---- without a GPU -----------------------------------------------------------------------------------------------
-
-
-def modelled(case: Case, gpu: str) -> dict[str, Any]:
-    """What :func:`tune` gives, by the model."""
-    from fastunet.kernels import table
-
-    kind = KINDS[case.mode]
-    with table.observed() as asked:
-        _modelled_passes(case, gpu, "triton")
-    key, rule = asked[kind]
-    tile = rule  # not what the table has now
-    choices = {"triton": rule, "cudnn": "cudnn"}
-    microseconds = {
-        name: _microseconds(_modelled_passes(case, gpu, choice)[0], gpu) for name, choice in choices.items()
-    }
-    for other in neighbours(rule, case, kind):
-        if other.warps != rule.warps or other.stages != rule.stages:  # of which the model knows too little
-            continue
-        found, launch = _modelled_passes(case, gpu, other)
-        faster = _microseconds(found, gpu) * MODEL_GAIN < microseconds["triton"]
-        if faster and _sound(launch, traffic.GPUS[gpu][0], case.name):
-            tile, microseconds["triton"] = other, _microseconds(found, gpu)
-    algorithm = "cudnn" if microseconds["cudnn"] * MODEL_GAIN < microseconds["triton"] else "triton"
-    about = {"case": case.name, "key": list(key), "rule": list(rule), "tile": list(tile), "algorithm": algorithm}
-    return about | microseconds | {"source": MODELLED}
-
-
-def _modelled_passes(case: Case, gpu: str, choice: Any) -> tuple[list[traffic.Pass], Any]:
-    """The passes of a layer in one direction by an algorithm or with a tile, and their first launch."""
-    from fastunet.kernels import table
-
-    forced = table.forced({KINDS[case.mode]: choice})
-    with torch.device("meta"), torch.no_grad(), trace(traffic.GPUS[gpu][0]) as calls, forced:
-        operands = case.operands("meta")
-        results = torch.ops.fastunet.conv2d(*operands, "triton")
-        if case.mode != "inference":
-            torch.ops.fastunet.conv2d_backward(*case.backward_operands(operands, results), "triton")
-    last = [call for call in calls if call.name.startswith("fastunet.")][-1]
-    launches = [launch for launch in last.launches if launch.kernel.__name__ == f"_{KINDS[case.mode]}_kernel"]
-    return traffic.account(traffic.Step([last], [""], [""], 0), traffic.made).passes, next(iter(launches), None)
-
-
-def _microseconds(passes: Iterable[traffic.Pass], gpu: str) -> float:
-    """The modelled time; every pass takes at least a launch's."""
-    _, bandwidth, rate, _ = traffic.GPUS[gpu]
-    return 1e6 * sum(max(LAUNCH, one.seconds(traffic.Roofs(bandwidth, rate))) for one in passes)
-
-
-def _sound(launch: Any, chip: str, origin: str) -> bool:
-    """Whether a launch compiles for ``chip`` and breaks no rule of the gate."""
-    from benchmarks import gate  # which has no use for the interpreter, and ends it
-    from benchmarks.machine_code import CHIPS
-    from benchmarks.recorder import specialise
-
-    task = gate.Task(chip, origin, specialise(launch, CHIPS[chip].target))
-    if (name := task.variant) not in _sound_variants:
-        _sound_variants[name] = not gate.judge(task, None).problems
-    return _sound_variants[name]
-
-
-_sound_variants: dict[str, bool] = {}
-
-
-def model_entries(only: str) -> int:
-    """Write the modelled entries of the U-Net's layers at base 32 and 64, 256 to 1024 pixels, batch 1 and 8; print
-    times."""
-    from fastunet.kernels import table
-
-    sizes = itertools.product((64, 32), (1024, 512, 256), BATCHES)
-    cases_ = {case.name: case for about in sizes for case in layers(torch.bfloat16, *about) if only in case.name}
-    todo = [(gpu, case) for gpu in MODELLED_GPUS for case in cases_.values()]
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for gpu, case in tqdm(todo, desc="layers", disable=None):
-        one = modelled(case, gpu)
-        found.setdefault(tuple(one["key"]), one)
-    lines = [("layer", "gpu", "triton µs", "cudnn µs", "")]
-    for one in found.values():
-        times = (f"{one[name]:.0f}" for name in ("triton", "cudnn"))
-        choice = "cudnn" if one["algorithm"] == "cudnn" else "" if one["tile"] == one["rule"] else str(one["tile"])
-        lines.append((one["case"], one["key"][1], *times, choice))
-    print(traffic.aligned(lines))
-    write(table.PATH, found.values())
-    return 0
+# ---- commands ----------------------------------------------------------------------------------------------------
 
 
 def dry_run(chosen: Sequence[Case]) -> int:
@@ -391,10 +261,10 @@ def dry_run(chosen: Sequence[Case]) -> int:
             checked += 1
             try:
                 with table.forced({kind: choice}):
-                    _checked(TRITON, case, problem)
+                    peers.checked(TRITON, case, problem)
             except Exception as error:
                 wrong += 1
-                print(f"WRONG {kind} {choice}: {type(error).__name__}: {error}")
+                print(f"WRONG {kind} {choice}: {describe(error)}")
     print(f"{len(chosen)} layers; {checked} small candidates checked, {wrong} wrong")
     return 1 if wrong else 0
 
@@ -410,10 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="for tune-<gpu>.json")
     parser.add_argument("--table", type=Path, metavar="FILE", help="which to complete; kernels/tiles.json")
     parser.add_argument("--dry-run", action="store_true", help="no GPU: print the layers, check some candidates")
-    parser.add_argument("--model", action="store_true", help="no GPU: write the entries that the model gives")
     options = parser.parse_args(arguments)
-    if options.model:
-        return model_entries(options.only)
     dtype = getattr(torch, options.dtype)
     everything = layers(dtype) + normalising_layers(dtype) + strided_layers(dtype)
     chosen = [case for case in everything if options.only in case.name]
@@ -422,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         return dry_run(chosen)
     if not torch.cuda.is_available():
-        parser.error("tuning needs a CUDA GPU; --model and --dry-run do not")
+        parser.error("tuning needs a CUDA GPU; --dry-run does not")
     chosen.sort(key=lambda case: -case.flops)
     return measure(chosen, time.time() + options.budget, options.results, options.table or table.PATH)
 
@@ -441,7 +308,7 @@ def work(chosen: Sequence[Case]) -> Iterator[Message]:
         try:
             yield "found", tune(case, device, 0.2, pool)
         except Exception as error:
-            yield "failed", f"{type(error).__name__}: {str(error)[:200]}"
+            yield "failed", describe(error)
             give_up_if_poisoned(device)
 
 
@@ -452,33 +319,36 @@ def measure(chosen: Sequence[Case], deadline: float, results: Path, path: Path) 
     left = list(chosen)
     bar = tqdm(total=len(chosen), desc="layers", disable=None)
     patience = lambda: (min(PATIENCE, deadline - time.time()), f"for {PATIENCE} s, or in time")  # noqa: E731
-    while left and time.time() < deadline:
-        case = left[0]
-        try:
-            with contextlib.closing(messages(work, list(left), patience)) as stream:
-                for what, value in stream:
-                    if what == "machine":
-                        if not about:
-                            print(report.machine_text(value), flush=True)
-                        about = value
-                    elif what == "layer" and time.time() > deadline:
-                        break
-                    elif what == "layer":
-                        case = value
-                        left.remove(case)
-                        bar.update()
-                    elif what == "failed":
-                        tqdm.write(f"failed: {case.name}: {value}")
-                    else:
-                        file = results / f"tune-{report.slug(about['gpu'])}.json"
-                        found.append(value | {"source": f"{file.stem}: {case.name}"})
-                        tqdm.write(_line(value))
-                        write(path, found)
-                        _record(file, about, found[-1])
+    case = left[0]
+
+    def rest(error: LostError) -> Generator[Message, None, list[Case] | None]:
+        nonlocal case, left
+        yield "failed", str(error)
+        left = [each for each in left if each != case]
+        case = left[0] if left else case
+        return list(left) if left and time.time() < deadline else None
+
+    begun = list(left) if time.time() < deadline else None
+    with contextlib.closing(outliving(work, begun, patience, rest)) as stream:
+        for what, value in stream:
+            if what == "machine":
+                if not about:
+                    print(report.machine_text(value), flush=True)
+                about = value
+            elif what == "layer" and time.time() > deadline:
                 break
-        except LostError as error:
-            tqdm.write(f"failed: {case.name}: {error}")
-            left = [each for each in left if each != case]
+            elif what == "layer":
+                case = value
+                left.remove(case)
+                bar.update()
+            elif what == "failed":
+                tqdm.write(f"failed: {case.name}: {value}")
+            else:
+                file = results / f"tune-{report.slug(about['gpu'])}.json"
+                found.append(value | {"source": f"{file.stem}: {case.name}"})
+                tqdm.write(_line(value))
+                write(path, found)
+                _record(file, about, found[-1])
     for case in left:
         tqdm.write(f"not measured: {case.name}")
     better = sum(one["tile"] != one["rule"] for one in found)
@@ -491,7 +361,7 @@ def _record(file: Path, about: dict[str, Any], one: dict[str, Any]) -> None:
     """Put ``one`` into ``file``, a list that begins with the machine; of each case what was measured last is kept."""
     kept = json.loads(file.read_text())[1:] if file.exists() else []
     kept = [other for other in kept if other["case"] != one["case"]]
-    _write(file, json.dumps([about, *kept, one], indent=1) + "\n")
+    rewrite(file, json.dumps([about, *kept, one], indent=1) + "\n")
 
 
 def _line(one: dict[str, Any]) -> str:

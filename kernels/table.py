@@ -9,7 +9,7 @@ of that width, up to the next power of two, and for the batches that no other en
   Triton's kernel on sources normalised in a pass before it; "cudnn", ATen's matrix products between edges in Triton;
   "winograd", only where a measured row says so.
 - ``tile``: what Triton takes wherever it serves, instead of the rule in ``tiles.py``.
-- ``source``: "modelled" (``python -m benchmarks.tune --model``), or the row of measurements that proved it.
+- ``source``: the row of measurements that proved it (``python -m benchmarks.tune``).
 
 No entry for any batch: the algorithm that :func:`_rule` gives, and the rule's tile.
 """

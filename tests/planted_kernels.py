@@ -14,7 +14,7 @@ from types import ModuleType
 import triton
 import triton.language as tl
 
-from benchmarks import gate, gate_limits
+from benchmarks import gate, gate_file
 from benchmarks.cases import Case
 
 CASE = Case("affine_act", (1, 64, 8, 8), mode="inference")
@@ -124,7 +124,7 @@ def judged(module, file, *arguments):
     """(exit status, what it printed, what it complained about)."""
     said, complaints = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaints):
-        status = gate.main(["--arch", "sm_90", "--jobs", "1", *arguments], [CASE], {}, module, file)
+        status = gate.main(["--arch", "sm_90", "--jobs", "1", *arguments], [CASE], (), module, file)
     return status, said.getvalue(), complaints.getvalue()
 
 
@@ -159,7 +159,7 @@ def main(directory):
     found["other Triton"] = judged(loop, other)
     found["other Triton spills"] = judged(backend(_spilling_kernel), other)
     found["other Triton breaks"] = judged(backend(_broken_kernel), other)
-    gate_limits.LIMITS = (gate_limits.Limit("^_round_trip_kernel .* sm_90$", 0.1, 0.1, 0),)
+    gate_file.LIMITS = (gate_file.Limit("^_round_trip_kernel .* sm_90$", 0.1, 0.1, 0),)
     found["limits"] = judged(loop, file)
     json.dump(found, sys.stdout)
 

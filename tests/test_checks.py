@@ -14,7 +14,7 @@ from processes import python
 
 from benchmarks import ahead, cases, checks, isolation, peers
 from benchmarks.cases import Case, Operands
-from benchmarks.checks import Check, Order, Verdict
+from benchmarks.checks import Check, CheckOrder, Verdict
 from fastunet import aten, verify
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ TINY_POOL = replace(cases.SMALL_CASES[3], shape=(1, 4, 8, 8))
 @pytest.fixture
 def in_this_process(monkeypatch):
     """So that what a test plants is there."""
-    monkeypatch.setattr(checks, "messages", lambda work, order, patience: work(order))
+    monkeypatch.setattr(isolation, "messages", lambda work, order, patience: work(order))
 
 
 def plant(monkeypatch, module, name: str) -> None:
@@ -38,11 +38,11 @@ def plant(monkeypatch, module, name: str) -> None:
     monkeypatch.setattr(module, name, wrong)
 
 
-def order(*chosen: Case, networks: bool = False) -> Order:
-    return Order("cpu", checks.checks(chosen, CPU), networks)
+def order(*chosen: Case, networks: bool = False) -> CheckOrder:
+    return CheckOrder("cpu", checks.checks(chosen, CPU), networks)
 
 
-def found(order: Order) -> list[Verdict]:
+def found(order: CheckOrder) -> list[Verdict]:
     return list(checks.verdicts(order, time.time() + 300))
 
 
@@ -136,7 +136,9 @@ class HangingCase(Case):
 def test_a_crash_and_a_hang_cost_one_case_each(monkeypatch):
     crashing, hanging = (build(**vars(TINY_POOL)) for build in (CrashingCase, HangingCase))
     chosen = {"crash": crashing, "sound": TINY_POOL, "hang": hanging, "last": TINY_POOL}
-    todo = Order("cpu", tuple(Check(name, case, "fastunet-torch") for name, case in chosen.items()), networks=False)
+    todo = CheckOrder(
+        "cpu", tuple(Check(name, case, "fastunet-torch") for name, case in chosen.items()), networks=False
+    )
     problems = {}
     for verdict in checks.verdicts(todo, time.time() + 300):
         problems[verdict.name] = verdict.problem
@@ -153,7 +155,7 @@ def test_a_crash_and_a_hang_cost_one_case_each(monkeypatch):
 
 
 def test_checks_end_at_the_deadline():
-    todo = Order("cpu", (Check("hang", HangingCase(**vars(TINY_POOL)), "fastunet-torch"),), networks=False)
+    todo = CheckOrder("cpu", (Check("hang", HangingCase(**vars(TINY_POOL)), "fastunet-torch"),), networks=False)
     begun = time.time()
     assert list(checks.verdicts(todo, begun + 1)) == [], "who was just late is not wrong"
     assert time.time() < begun + 60
@@ -189,7 +191,7 @@ def test_kernels_are_compiled_ahead(tmp_path):
         "import time\n"
         "from benchmarks import ahead, cases\n"
         "chosen = tuple(case for case in cases.CASES if case.op == 'max_pool2x2')[2:]\n"
-        "((what, (good, all_)),) = ahead.kernels(ahead.Wanted(chosen, time.time() + 300, 'sm_90'))\n"
+        "((what, (good, all_)),) = ahead.kernels(ahead.CompileOrder(chosen, time.time() + 300, 'sm_90'))\n"
         "print(good if good == all_ else None)"
     )
     done = python("-c", code, TRITON_CACHE_DIR=str(tmp_path), CUDA_VISIBLE_DEVICES="")
@@ -198,15 +200,13 @@ def test_kernels_are_compiled_ahead(tmp_path):
 
 
 AUTOCAST = """
-import functools
-import torch
-from benchmarks import ahead, nets
-from benchmarks.trace import traced
+import fastunet
+from benchmarks import ahead, nets, traffic
 case = nets.NetCase("unet-bilinear", 4, 32, 2, "bf16")
 nets.HEADLINE[:] = [case]
 norms = set()
 for backend in ("auto", "triton"):
-    for call in traced(functools.partial(ahead._meta_step, case, backend), "sm_90"):
+    for call in traffic.run(case, fastunet, "sm_90", backend=backend).calls:
         norms |= {x.dtype for x in call.tensors if call.name.startswith("fastunet.bn") and x is not None}
 names = {one.name for one in ahead.specialisations([case], "sm_90").values()}
 print(norms, "_conv3x3_fwd_kernel" in names)
@@ -230,7 +230,7 @@ def test_a_compiler_that_dies_costs_its_own_kernel(monkeypatch):
         raise ValueError("no such\ntile")
 
     tasks = [bool, killed, refused, bool, killed, bool]
-    done = dict(ahead.on_all_cores(tasks, time.time() + 60))
+    done = {number: failure for number, _, failure in isolation.on_all_cores(tasks, time.time() + 60)}
     dead = "the process ended with status -9"
     assert done == {0: None, 1: dead, 2: "ValueError: no such tile", 3: None, 4: dead, 5: None}
 
@@ -243,7 +243,8 @@ def test_a_compiler_that_is_late_is_killed(monkeypatch, tmp_path):
         time.sleep(1e6)
 
     begun = time.time()
-    assert dict(ahead.on_all_cores([late, bool, bool], begun + 2)) == {1: None, 2: None}
+    done = isolation.on_all_cores([late, bool, lambda: 7], begun + 2)
+    assert sorted(done) == [(1, False, None), (2, 7, None)]
     assert time.time() < begun + 30
     pid = int((tmp_path / "pid").read_text())
     _, status = os.waitpid(pid, 0)
@@ -254,7 +255,7 @@ def test_networks_are_compiled_ahead_and_a_failure_is_told(monkeypatch):
     case = replace(ahead.nets.SMALL_CASES[0], base=4, size=32)
     compiled = []
     monkeypatch.setattr(peers, "once", lambda provider, case, device: compiled.append((provider.name, case)))
-    wanted = ahead.Wanted((case,), time.time(), device="cpu")
+    wanted = ahead.CompileOrder((case,), time.time(), device="cpu")
     ((what, (name, _)),) = ahead.networks(wanted)
     assert (what, name, compiled) == ("ready", case.name, [("compile", case)])
     monkeypatch.setattr(peers, "once", lambda *args: {}["no luck"])

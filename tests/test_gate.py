@@ -13,8 +13,7 @@ from processes import ROOT, python
 
 pytest.importorskip("triton", reason="compiling needs Triton, which is part of pip install 'fastunet[test]' on Linux")
 
-from benchmarks.gate_file import regressions
-from benchmarks.gate_limits import LIMITS, SPILLS
+from benchmarks.gate_file import LIMITS, SPILLS, regressions
 
 
 def test_kernels_pass():

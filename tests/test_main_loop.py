@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("triton", reason="the chips are described in Triton's terms")
 
-from benchmarks.machine_code import CHIPS, _block_shape, resident_blocks, serialised
+from benchmarks.chips import CHIPS
+from benchmarks.machine_code import _block_shape, resident_blocks, serialised
 from benchmarks.main_loop import main_loop, multiply_bits, natural_loops, parse_amd, parse_sass
 
 

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+pytest.importorskip("triton", reason="the kernels tell how many processors a chip has")
+
 from benchmarks import model
-from benchmarks.model import CHIPS, CUDNN, SUSTAINED, UNKNOWN, cudnn_rate, triton_rate
+from benchmarks.model import CUDNN, PACES, SUSTAINED, UNKNOWN, cudnn_rate, triton_rate
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def test_more_bytes_from_the_l2_cache_attain_less(unbounded):
 
 
 def test_a_prologue_costs_where_outputs_are_few(monkeypatch, unbounded):
-    monkeypatch.setitem(CHIPS, "sm_90", replace(CHIPS["sm_90"], l2=1e9))
+    monkeypatch.setitem(PACES, "sm_90", replace(PACES["sm_90"], l2=1e9))
     narrow = {"rows": 4, "columns": 4096, "outputs": 32}  # where the weights' bytes count for nothing
     plain = launch(**narrow, normalised=False)
     assert launch(**narrow) < plain
@@ -65,7 +67,7 @@ def test_what_a_tile_multiplies_outside_the_picture_or_the_channels_is_lost():
     assert launch(channels=96) == pytest.approx(launch() * 3 / 4)
 
 
-@pytest.mark.parametrize("architecture", CHIPS)
+@pytest.mark.parametrize("architecture", PACES)
 @pytest.mark.parametrize("kernel", ["fwd", "dgrad", "wgrad"])
 def test_nothing_attains_more_than_is_sustained(kernel, architecture):
     assert 0 < launch(f"_conv3x3_{kernel}_kernel", architecture=architecture) <= SUSTAINED

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import profile
+from benchmarks.nets import NetCase
 from benchmarks.profile import Line, Ranges, labels, prepare, table, tabulate, traced
-from benchmarks.traffic import MODES, Net, Pass, Roofs
+from benchmarks.traffic import MODES, Pass, Roofs
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -36,21 +37,22 @@ def run(arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
 # ---- ranges ------------------------------------------------------------------------------------------------------
 
 SMALL = [
-    Net(base=4, size=32, batch=1, dtype=torch.float32),
-    Net(bilinear=True, base=4, size=40, batch=1, dtype=torch.float32),
-    Net("strided", base=4, size=32, batch=1, dtype=torch.float32),
-    Net("plain", base=4, size=32, batch=1, dtype=torch.float32),
-    Net("brain", base=4, size=32, batch=1, dtype=torch.float32, classes=1),
+    NetCase(base=4, size=32, batch=1, dtype="fp32"),
+    NetCase("unet-bilinear", base=4, size=40, batch=1, dtype="fp32"),
+    NetCase("strided", base=4, size=32, batch=1, dtype="fp32", classes=2),
+    NetCase("plain", base=4, size=32, batch=1, dtype="fp32"),
+    NetCase("brain", base=4, size=32, batch=1, dtype="fp32"),
 ]
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("net", SMALL, ids=lambda net: "bilinear" if net.bilinear else net.net)
+@pytest.mark.parametrize("net", SMALL, ids=lambda net: net.net)
 def test_a_step_in_ranges_calls_what_the_ledger_saw(net, mode, monkeypatch):
     monkeypatch.setenv("FASTUNET_BACKEND", "torch")
-    ranges = Ranges(labels(traced(net, mode, CPU)))
+    step = replace(net, mode=mode)
+    ranges = Ranges(labels(traced(step, CPU)))
     with ranges:  # raises on another operator
-        prepare(net, mode, CPU)()
+        prepare(step, CPU)()
     assert next(ranges.names, "") == ""  # and none is missing
 
 
@@ -60,11 +62,11 @@ def test_ranges_refuse_another_step(monkeypatch):
         pytest.raises(RuntimeError, match="next inc conv_transpose2d, got bn_affine"),
         Ranges(["inc conv_transpose2d"]),
     ):
-        prepare(SMALL[0], "inference", CPU)()
+        prepare(replace(SMALL[0], mode="inference"), CPU)()
 
 
 def test_ranges_are_named_by_layer_and_operator():
-    found = labels(traced(SMALL[0], "training", CPU))
+    found = labels(traced(SMALL[0], CPU))
     assert found[0] == "inc.double_conv.0 conv2d"
     assert "down1.maxpool_conv.1.double_conv.0 max_pool2x2" in found
     assert "loss softmax_stats_backward" in found
@@ -147,19 +149,6 @@ def test_the_roofs_of_this_machine_are_measured():
     roofs = profile.measured_roofs(CPU, torch.float32)
     assert 0.1 < roofs.bandwidth < 10_000
     assert 0.0005 < roofs.tflops < 100
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, pip install 'fastunet[test]'")
-def test_ncu_is_given_one_kernel_of_the_step():
-    small = "--base 16 --size 64 --batch 1 --dtype bf16"
-    done = run(f"--ncu _conv3x3_dgrad_kernel {small}")
-    assert done.stdout.split()[0] == "ncu"
-    assert "--kernel-name _conv3x3_dgrad_kernel" in done.stdout
-    assert "python -m benchmarks.profile --nvtx --net unet --mode training --base 16 --size 64" in done.stdout
-    done = run(f"--ncu _conv3x3_dgrad_kernel --mode inference {small}")
-    assert done.returncode == 2
-    assert "expected a kernel of this step, one of _" in done.stderr
-    assert ", _conv3x3_fwd_kernel, _conv_image_fwd_kernel, " in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import time
 import weakref
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
 from unittest.mock import MagicMock
 
 import pytest
@@ -18,21 +19,21 @@ from processes import ROOT, python
 from test_checks import plant
 from torch import nn
 
-from benchmarks import ahead, cases, checks, engines, loss_cases, nets, peers, report, suite, traffic
+from benchmarks import ahead, cases, engines, isolation, nets, peers, report, suite, traffic
 from benchmarks.measure import Times, interleaved, machine
 from benchmarks.nets import NetCase
-from benchmarks.suite import Job, Order
-from fastunet import aten, verify
+from benchmarks.suite import Job, TimingOrder
+from fastunet import aten, reference, verify
 
 CPU = torch.device("cpu")
 TINY_NET = NetCase(base=4, size=32, batch=2, dtype="fp32")
-TINY_LOSS = replace(loss_cases.SMALL_CASES[0], shape=(2, 4, 8, 8))
+TINY_LOSS = replace(cases.SMALL_LOSS_CASES[0], shape=(2, 4, 8, 8))
 TINY_POOL = replace(cases.SMALL_CASES[3], shape=(1, 4, 8, 8))
 NO_COST = {(kind, name): 0.0 for kind in suite.EXPECTED for name in peers.PROVIDERS}
 
 
-def order(*jobs: Job, seconds: float = 300) -> Order:
-    return Order("cpu", jobs, time.time() + seconds, NO_COST)
+def order(*jobs: Job, seconds: float = 300) -> TimingOrder:
+    return TimingOrder("cpu", jobs, time.time() + seconds, NO_COST)
 
 
 def rows_of(*jobs: Job, seconds: float = 300) -> dict[str, dict]:
@@ -42,7 +43,7 @@ def rows_of(*jobs: Job, seconds: float = 300) -> dict[str, dict]:
 @pytest.fixture
 def in_this_process(monkeypatch):
     """So that what a test plants is there; `fastunet verify` has tests of its own."""
-    for module in (suite, checks):
+    for module in (suite, isolation):
         monkeypatch.setattr(module, "messages", lambda work, order, patience: work(order))
     monkeypatch.setattr(verify, "networks", lambda *args, **settings: iter(()))
 
@@ -77,7 +78,8 @@ def test_what_crashes_or_is_late_stops_nothing(monkeypatch, in_this_process, tmp
             yield
         yield from work(replace(order, jobs=order.jobs[:1]) if work is suite.work else order)
 
-    monkeypatch.setattr(suite, "messages", lost)
+    for module in (suite, isolation):
+        monkeypatch.setattr(module, "messages", lost)
     assert suite.main(["--device", "cpu", "--results", str(tmp_path)]) == 0
     assert [row["provider"] for row in report.read(tmp_path)] == ["seed002"]
     printed = capsys.readouterr().out
@@ -228,7 +230,7 @@ def test_a_row_says_what_it_depends_on_and_can_be_measured_again(tmp_path, capsy
     assert suite.main([*arguments, "--row", "nonsense"]) == 2
 
 
-@pytest.mark.parametrize("case", [cases.CASES[0], cases.SMALL_CASES[-1], loss_cases.CASES[0], nets.CASES[-1]])
+@pytest.mark.parametrize("case", [cases.CASES[0], cases.SMALL_CASES[-1], cases.LOSS_CASES[0], nets.CASES[-1]])
 def test_a_case_is_rebuilt_from_its_row(case):
     row = json.loads(json.dumps(suite._row(case, "eager")))
     assert suite.rebuilt(row) == case
@@ -253,7 +255,8 @@ def test_a_network_moves_the_bytes_that_the_ledger_counts():
     done = python("-c", TRAFFIC, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     found, others = json.loads(done.stdout)
-    eager, _ = traffic.eager_cost(traffic.Net("unet", True, 4, 32, 2, torch.float32, 2), "inference")
+    case = NetCase("unet-bilinear", 4, 32, 2, "fp32", "inference")
+    eager = traffic.account(traffic.run(case, reference), traffic.made).bytes
     assert found["eager"] == {"bytes": eager, "gbs": eager / 2e6}
     assert 0 < found["fastunet"]["bytes"] < eager
     assert found["tensorrt"] == {}
@@ -306,7 +309,7 @@ def test_plan_begins_with_what_matters_and_misses_nothing():
     assert jobs[6:26] == layers
     assert all({"eager", "fastunet", "fastunet-triton", "fastunet-torch"} <= set(job.providers) for job in layers)
     planned = {(job.case.name, name) for job in jobs for name in job.providers}
-    everything = [*suite._unfrozen(nets.CASES), *loss_cases.CASES, *cases.CASES, *cases.unet_layers()]
+    everything = [*suite._unfrozen(nets.CASES), *cases.LOSS_CASES, *cases.CASES, *cases.unet_layers()]
     assert planned >= {(case.name, provider.name) for case in everything for provider in peers.serving(case)}
     for job in jobs:
         if set(job.providers) & set(suite.DEAR):
@@ -364,17 +367,18 @@ def test_machine_is_told_by_its_sources_without_git():
 class CrashingNet(NetCase):
     """Its fastunet form ends the process, as a sticky CUDA error does."""
 
-    def ours(self, backend: str) -> nn.Module:
-        os._exit(7)
+    def model(self, package: ModuleType, **settings: str) -> nn.Module:
+        return os._exit(7) if settings else super().model(package)
 
 
 @dataclass(frozen=True)
 class HangingNet(NetCase):
     """Its fastunet form never comes to an end, as a kernel in a dead lock."""
 
-    def ours(self, backend: str) -> nn.Module:
-        time.sleep(1e6)
-        raise AssertionError
+    def model(self, package: ModuleType, **settings: str) -> nn.Module:
+        if settings:
+            time.sleep(1e6)
+        return super().model(package)
 
 
 def of_same_size(build: type[NetCase]) -> NetCase:

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from processes import python
 
 import fastunet
-from benchmarks import traffic
+from benchmarks import nets, traffic
 from benchmarks.access import extent, of_aten
+from benchmarks.nets import NetCase
 from benchmarks.trace import trace
-from benchmarks.traffic import Net, eager_cost
 from fastunet import reference
 
 NEEDS_TRITON = pytest.mark.skipif(
@@ -330,11 +330,11 @@ def test_a_pointer_is_followed(case, followed):
 # ---- steps -------------------------------------------------------------------------------------------------------
 
 NETS = {
-    "unet": Net(),
-    "bilinear": Net(bilinear=True),
-    "strided": Net("strided", base=32, size=256),
-    "plain": Net("plain", base=32, size=256),
-    "brain": Net("brain", base=32, size=256, classes=1),
+    "unet": NetCase(),
+    "bilinear": NetCase("unet-bilinear"),
+    "strided": NetCase("strided", base=32, size=256, classes=2),
+    "plain": NetCase("plain", base=32, size=256),
+    "brain": NetCase("brain", base=32, size=256),
 }
 
 COUNTS = """
@@ -343,14 +343,15 @@ COUNTS = """
     import fastunet
     from benchmarks.access import storage
     from benchmarks.cases import Case
-    from benchmarks.traffic import MODES, Net, Roofs, accounts, made, op_bytes, run, summary
+    from benchmarks.nets import NetCase
+    from benchmarks.traffic import MODES, Roofs, accounts, made, op_bytes, run, summary
     from fastunet.kernels.launching import real_word
 
     nets = {nets}
     found = {{}}
     for name, net in nets.items():
         for mode in MODES:
-            each = accounts(net, mode)
+            each = accounts(replace(net, mode=mode))
             found[f"{{name}} {{mode}}"] = summary(each, Roofs(4800, 989)) | {{
                 "layers": {{key: sorted({{p.layer for p in each[key].passes}}) for key in ("fastunet", "eager")}},
                 "negative": [p.name for a in each.values() for p in a.passes if p.bytes < 0],
@@ -359,15 +360,15 @@ COUNTS = """
     up = Case("upsample_concat", (8, 64, 256, 256), skip=64)
     head = Case("head_stats", (8, 64, 512, 512), filters=22, kernel=1)
     for case in (loss, up, head):
-        found[case.op] = [[cost.forward, cost.backward] for cost in op_bytes(case)]
+        found[case.op] = op_bytes(case)
 
     found["wrong"] = wrong = []
     for net in nets.values():
-        step = run(replace(net, base=16, size=48, batch=2), "training", fastunet)
+        step = run(replace(net, base=16, size=48, batch=2), fastunet)
         initialised = {{storage(real_word(torch.device("meta")))}}
         for call in step.calls:
             given = {{storage(x) for x in call.tensors}}
-            passes = [access for _, access, _ in made(call)]
+            passes = made(call)
             written = {{storage(x) for access in passes for x in access.written}}
             for x in call.results:
                 if x.numel() and storage(x) not in given | written and "empty" not in call.name:
@@ -385,6 +386,11 @@ def counts():
     """The summary of a step, and the names of its layers, by "net mode"; the bytes of single operations; and results
     that nothing writes, and operands of a launch that nothing wrote before, in small networks."""
     return answer(COUNTS.format(nets=NETS))
+
+
+def eager(net):
+    """The account of a step in eager PyTorch."""
+    return traffic.account(traffic.run(net, reference), traffic.made)
 
 
 STEPS = [f"{name} {mode}" for name in NETS for mode in traffic.MODES]
@@ -469,7 +475,7 @@ LOSS_MEMORY = """
     import json, torch
     from benchmarks.access import storage
     from benchmarks.trace import trace
-    from benchmarks.traffic import plain_dice_ce
+    from benchmarks.nets import plain_dice_ce
     from fastunet.losses import DiceCELoss
 
     with torch.device("meta"):
@@ -549,7 +555,7 @@ def test_no_launch_and_no_result_has_the_size_of_the_logits():
 
 
 def test_what_eager_keeps_is_what_it_keeps_with_data():
-    net = Net(base=4, size=32, batch=2, dtype=torch.float32)
+    net = NetCase(base=4, size=32, batch=2, dtype="fp32")
     kept = {}
 
     def keep(x):
@@ -560,19 +566,19 @@ def test_what_eager_keeps_is_what_it_keeps_with_data():
     x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
     labels = torch.randint(0, 2, (2, 32, 32))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        net.loss(reference)(model(x), labels).backward()
+        nets.plain_loss(net)(model(x), labels).backward()
     for t in (*model.parameters(), *model.buffers()):
         kept.pop(t.untyped_storage().data_ptr(), None)
     expected = sum(storage.nbytes() for storage in kept.values())
-    assert traffic.run(net, "training", reference).saved == expected
+    assert traffic.run(net, reference).saved == expected
 
 
 def test_the_torch_backend_is_counted_by_its_aten_operations():
-    net = Net(base=8, size=32, batch=1)
-    step = traffic.run(net, "training", fastunet, backend="torch")
+    net = NetCase(base=8, size=32, batch=1)
+    step = traffic.run(net, fastunet, backend="torch")
     assert {call.backend for call in step.calls if call.name.startswith("fastunet.")} == {"torch"}
     found = traffic.account(step, traffic.made)
-    assert found.flops == eager_cost(net)[1]  # also of the convolutions inside operators
+    assert found.flops == eager(net).flops  # also of the convolutions inside operators
     assert not {"aten.conv2d.default", "aten.batch_norm.default"} & {p.name for p in found.passes}  # in one piece
 
 
@@ -586,9 +592,9 @@ def test_a_convolution_of_a_channels_last_tensor_is_channels_last_as_on_a_gpu():
 def test_eager_is_counted_without_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "benchmarks.recorder", raising=False)
-    bytes, flops = eager_cost(Net(base=8, size=32, batch=1))
-    assert bytes > 0
-    assert flops == 3 * eager_cost(Net(base=8, size=32, batch=1), "inference")[1] - 2 * 32 * 32 * 3 * 8 * 9
+    training, inference = (eager(NetCase(base=8, size=32, batch=1, mode=mode)) for mode in traffic.MODES)
+    assert training.bytes > 0
+    assert training.flops == 3 * inference.flops - 2 * 32 * 32 * 3 * 8 * 9
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -623,32 +629,18 @@ def test_the_command_prints_layers_and_takes_other_roofs():
     assert total[6:11] == pytest.approx([1e3 * x for x in total[:5]], abs=0.51)  # at 1 GB/s a gigabyte takes a second
 
 
-@NEEDS_TRITON
-def test_the_command_prints_one_operation():
-    found = json.loads(ledger("--op upsample_concat --size 32 --base 16 --json"))
-    assert found["fastunet"]["forward"] < found["eager"]["forward"]
-
-
-def test_a_chart_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib", reason="drawing needs matplotlib, which is part of pip install 'fastunet[bench]'")
-    eager = traffic.account(traffic.run(Net(base=4, size=32), "training", reference), traffic.made)
-    traffic.draw(dict.fromkeys(("eager", "fastunet", "floor"), eager), "title", tmp_path / "chart.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["chart.png"]  # and nothing temporary
-    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--net strided --bilinear", "expected --bilinear with --net unet, got --net strided"),
         ("--size 8", "expected --size of at least 16, got 8"),
         ("--bandwidth -1", "expected --bandwidth and --tflops above 0"),
-        ("--chart x.png", "expected matplotlib, which is not installed"),
+        ("--size 16", "expected triton, which is not installed"),
     ],
 )
 def test_the_command_says_what_is_wrong(arguments, message, capsys, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
     with pytest.raises(SystemExit):
         traffic.main(arguments.split())
     assert message in capsys.readouterr().err

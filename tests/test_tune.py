@@ -13,7 +13,7 @@ from processes import python
 
 pytest.importorskip("triton")
 
-from benchmarks import peers, tune
+from benchmarks import isolation, peers, tune
 from benchmarks.cases import Case
 from benchmarks.measure import Times, machine
 from fastunet.architecture import as_if_on
@@ -137,23 +137,12 @@ def test_table_keeps_other_entries_and_forgets_tiles_that_no_longer_win(tiles):
     assert tiles.read_text().count("\n") == 3, "one entry a line"
 
 
-def test_a_model_does_not_overrule_a_measurement(tiles):
-    tune.write(tiles, [entry(algorithm="cudnn", source=tune.MODELLED), entry(width=64)])
-    assert [line["source"] for line in json.loads(tiles.read_text())] == [tune.MODELLED]
-    tune.write(tiles, [entry(RULE._replace(stages=3))])
-    tune.write(tiles, [entry(algorithm="cudnn", source=tune.MODELLED)])
-    (line,) = json.loads(tiles.read_text())
-    assert "algorithm" not in line
-    assert line["source"] == "a row"
-
-
 def test_shipped_entries_say_where_they_come_from_and_name_what_there_is():
     for (kind, *_), batches in table.entries().items():
         for one in batches.values():
             assert one.algorithm == "triton" or (kind, one.algorithm) in FUNCTIONS
-            assert one.source
+            assert one.source.startswith("tune-"), "what was measured, and nothing else"
             assert one.tile is None or len(one.tile) == len(Tile._fields)
-            assert one.algorithm != "winograd" or one.source != tune.MODELLED, "never unless a measured row says so"
 
 
 @pytest.mark.parametrize("case", tune.layers(torch.bfloat16)[::7], ids=lambda case: case.name)
@@ -253,7 +242,7 @@ def test_a_lost_process_costs_one_layer_and_what_was_found_is_kept(tiles, tmp_pa
             better = entry(RULE._replace(stages=3), width=case.filters)
             yield "found", better | {"case": case.name, "ms": 1.0, "rule_ms": 2.0}
 
-    monkeypatch.setattr(tune, "messages", messages)
+    monkeypatch.setattr(isolation, "messages", messages)
     assert tune.measure(layers, time.time() + 60, tmp_path / "results", tiles) == 0
     assert begun == [[16, 32, 64], [64]]
     _, *found = json.loads((tmp_path / "results" / "tune-cpu.json").read_text())
@@ -268,78 +257,29 @@ def test_dry_run_checks_candidates_in_the_interpreter():
     assert "small candidates checked, 0 wrong" in done.stdout
 
 
-MODEL = """
-import json
-from pathlib import Path
-from benchmarks import tune
-from fastunet.kernels import table
-from fastunet.kernels.conv import FUNCTIONS
-
-table.PATH = Path({path!r})
-tune.main(["--model", "--only", "8x512x64x64"])
-tune.main(["--model", "--only", "8x64x512x512"])
-"""
-
-
-AGAIN = """
-from pathlib import Path
-from benchmarks import tune
-from fastunet.kernels import table
-
-table.PATH = Path({path!r})
-for _ in range(2):
-    tune.main(["--model", "--only", "1x128x128x128-bfloat16-inference-k128"])
-    table.forget()
-    print("TABLE", table.PATH.read_text().replace("\\n", " "))
-"""
-
-
-def model(script: str, path: Path) -> str:
-    """What ``script`` prints, which writes a table that is empty before; compiled, not interpreted."""
-    path.write_text("[]")
-    done = python("-c", script.format(path=str(path)))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 AHEAD = """
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import torch
-from benchmarks import tune
+from benchmarks import ahead
 from benchmarks.cases import Case
 from fastunet.kernels.tiles import Tile
 
 case = Case("conv2d", (1, 16, 2, 16), torch.float16, "inference", filters=16, stats=False)
 tile = Tile(1, 1, 16, 16, 16, 4, 2)
-cache = Path({path!r}).parent
+cache = Path({path!r})
 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
     for choices in ([tile, tile._replace(warps=8), tile._replace(warps=3)], [tile]):
-        tune.compiled_ahead(case, "conv3x3_fwd", choices, "sm_90", pool)
+        ahead.choices(case, "conv3x3_fwd", choices, "sm_90", pool)
         print(len(list(cache.rglob("_conv3x3_fwd_kernel.cubin"))))
 """
 
 
-def test_candidates_are_compiled_ahead_and_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    assert model(AHEAD, tmp_path / "tiles.json").split() == ["2", "2"], "what does not compile is left out"
-
-
-def test_what_the_table_has_does_not_change_what_the_model_says(tmp_path):
-    first, second = (line for line in model(AGAIN, tmp_path / "tiles.json").splitlines() if line.startswith("TABLE"))
-    assert first == second
-    assert '"tile"' in first
-
-
-def test_the_model_gives_layers_to_cudnn_as_a_gpu_does(tmp_path):
-    path = tmp_path / "tiles.json"
-    said = model(MODEL, path)
-    written = json.loads(path.read_text())
-    assert {line["source"] for line in written} == {tune.MODELLED}
-    cudnn = {(line["key"][4], line["key"][6]) for line in written if "algorithm" in line}
-    assert cudnn == {("512", 64), ("512+512", 64), ("64", 512), ("64+64", 512)}, "as an H200 takes them, or nearly"
-    assert "8x64x512x512-bfloat16-inference-k64 " in said
+def test_candidates_are_compiled_ahead_and_once(tmp_path):
+    done = python("-c", AHEAD.format(path=str(tmp_path)), TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.split() == ["2", "2"], "what does not compile is left out"
 
 
 @pytest.mark.parametrize(
