@@ -7,15 +7,16 @@ registers are NaN until then). So whoever does not wait, or waits for one group 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.ptx.findings import StoppedError
 from benchmarks.ptx.memory import ASYNCHRONOUS
-from benchmarks.ptx.values import UNSIGNED, Array, i4, i8, u1, u4
+from benchmarks.ptx.values import UNSIGNED, Array, f4, i4, i8, u1, u4
 
 if TYPE_CHECKING:
     from benchmarks.ptx.machine import Mask, Threads
@@ -81,6 +82,19 @@ class _Read:
     lanes: Array  # one of each warp
     group: int
     granules: Array
+    finish: Callable[[], None] = lambda: None  # what it does, as late as may be
+
+
+@dataclass
+class _Product:
+    """A ``wgmma`` that is under way: sums ← product + kept · sums."""
+
+    first: Array  # lanes of its warpgroups
+    group: Array  # of each
+    kept: Array
+    compute: Callable[[Array], Array]  # for some of the warpgroups: (registers, lanes)
+    operands: list[tuple[int, Array]]  # registers that it reads, and what was in them
+    line: int
 
 
 @dataclass
@@ -89,9 +103,8 @@ class _Sums:
 
     values: Array  # (registers, lanes) float32
     registers: list[int]
-    marks: list[Any]  # what lies in the registers meanwhile
-    group: Array  # of the last one that adds to them, by lane; −1: not under way
-    operands: list[tuple[Array, int, Any, int]]  # (groups, register, what was in it, line): what is read meanwhile
+    under_way: Array  # lanes
+    products: list[_Product] = field(default_factory=list)  # in their order
 
 
 def swizzled(address: Array, mode: int) -> Array:
@@ -114,7 +127,7 @@ class Asynchronous:
         self.products_committed = np.zeros(t.lanes, i4)
         self.product_reads: list[_Read] = []
         self._spins = 0
-        self._operands: dict[Any, tuple[Array, Array]] = {}
+        self._matrices: dict[Any, tuple[Array, Array]] = {}
 
     def finish(self) -> None:
         """All threads have ended."""
@@ -158,6 +171,7 @@ class Asynchronous:
                 shared.arrive(granules[done])
                 shared.write(granules[done], lanes[done], line)
                 shared.data[address[done][:, None] + np.arange(data.shape[1])] = data[done]
+                shared.unfenced[granules[done]] = True
         self.copies = kept
 
     # ---- mbarrier: 9.7.13, Parallel Synchronization and Communication Instructions ----
@@ -197,6 +211,9 @@ class Asynchronous:
         """mbarrier.arrive, and with ``expected`` bytes of copies mbarrier.arrive.expect_tx."""
         for lane in lanes:
             barrier = self._barrier(np.array([lane]), address, line)
+            t, warp = self.t, int(self.t.warp[lane])
+            if any(epoch == t.epoch_of(lane) for other, epoch in barrier.waited.items() if other != warp):
+                t.found("shared race: an mbarrier begins a phase while another warp may wait for the last one", line)
             barrier.bytes += expected
             barrier.pending -= count
             if barrier.pending < 0:
@@ -294,13 +311,14 @@ class Asynchronous:
         granules = offset[inside] * tensor.element // t.memory.granule
         t.memory.read(t, region, granules[:, None], self._owners(copy.lane, len(granules)), copy.line)
         shared.arrive(copy.granules)
-        shared.view(16)[copy.address // 16] = data.view("V16")
+        for asynchronous in (False, True):
+            shared.view(16, asynchronous)[copy.address // 16] = data.view("V16")
         shared.writer[copy.granules] = int(t.epoch_of(copy.lane)) << 8 | ASYNCHRONOUS
         shared.acquired[copy.granules] = 0
 
     def store(self, source: Array, tensors: Array, corner: list[Array], lanes: Array, line: int) -> None:
-        """cp.async.bulk.tensor from shared memory: what lies there now is written; it is read until the wait."""
-        t, shared = self.t, self.t.shared
+        """cp.async.bulk.tensor from shared memory, which is read, and written to the tensor, at the wait."""
+        shared = self.t.shared
         for lane in map(int, lanes):
             tensor = self._tensor(tensors[lane], line)
             address = self._pieces(tensor, int(source[lane]), lane, line)
@@ -308,15 +326,20 @@ class Asynchronous:
             shared.check_fenced(granules, line)
             shared.read(granules, self._owners(lane, len(granules)), line, "bulk copy")
             shared.begin_reading(granules)
-            self.bulk_reads.append(_Read(np.array([lane]), int(self.bulk_committed[lane]), granules))
-            data = np.ascontiguousarray(shared.view(16)[address // 16]).view(UNSIGNED[tensor.element])
-            offset, inside = self._box(tensor, [int(c[lane]) for c in corner], line)
-            region = t.memory.region(tensor.address)
-            place = offset[inside]
-            written = (place * tensor.element // t.memory.granule)[:, None]
-            if len(place):
-                owners = self._owners(lane, len(place))
-                t.memory.wrote(t, region, written, owners, line, region.view(tensor.element), place, data[inside])
+            at = [int(c[lane]) for c in corner]
+            finish = functools.partial(self._write_tensor, tensor, address, at, lane, line)
+            self.bulk_reads.append(_Read(np.array([lane]), int(self.bulk_committed[lane]), granules, finish))
+
+    def _write_tensor(self, tensor: Tensor, address: Array, corner: list[int], lane: int, line: int) -> None:
+        t = self.t
+        data = np.ascontiguousarray(t.shared.view(16, asynchronous=True)[address // 16])
+        offset, inside = self._box(tensor, corner, line)
+        region, place = t.memory.region(tensor.address), offset[inside]
+        if len(place):
+            granules = (place * tensor.element // t.memory.granule)[:, None]
+            new = data.view(UNSIGNED[tensor.element])[inside]
+            owners = self._owners(lane, len(place))
+            t.memory.wrote(t, region, granules, owners, line, region.view(tensor.element), place, new)
 
     def commit_bulk(self, mask: Mask) -> None:
         """cp.async.bulk.commit_group."""
@@ -332,6 +355,7 @@ class Asynchronous:
         for read in reads:
             lane = read.lanes[0]
             if (mask is None or mask[lane]) and read.group < until[lane]:
+                read.finish()
                 self.t.shared.end_reading(read.granules, read.lanes)
             else:
                 kept.append(read)
@@ -339,17 +363,14 @@ class Asynchronous:
 
     # ---- wgmma: 9.7.15, Asynchronous Warpgroup Level Matrix Instructions ----
 
-    def matrix(
-        self, descriptor: int, rows: int, columns: int, size: int, transposed: bool, lane: int, line: int
-    ) -> Array:
-        """The bits of the matrix (rows, columns of the reduction) that a descriptor says where in shared memory is.
+    def _matrix(self, descriptor: int, rows: int, columns: int, size: int, transposed: bool) -> tuple[Array, Array]:
+        """Where in a CTA's window the elements (rows, columns of the reduction) of a matrix are, and their granules.
 
-        Its fields: address, leading and stride byte offset, base offset, swizzling mode. Without swizzle, and with,
-        a core matrix is 8 rows of 16 bytes; transposed, the reduction is the slower dimension.
+        The fields of a descriptor: address, leading and stride byte offset, base offset, swizzling mode. A core matrix
+        is 8 rows of 16 bytes, or of the width of the swizzle; transposed, the reduction is the slower dimension.
         """
-        t, shared = self.t, self.t.shared
         key = descriptor, rows, columns, size, transposed
-        if key not in self._operands:
+        if key not in self._matrices:
             start, leading, stride = ((descriptor >> place & 0x3FFF) << 4 for place in (0, 16, 32))
             mode = (0, 3, 2, 1)[descriptor >> 62 & 3]
             assert not descriptor >> 49 & 7, "a matrix descriptor with a base offset is not understood"
@@ -364,54 +385,55 @@ class Asynchronous:
             else:
                 place = i * size % width + i * size // width * leading + k % 8 * width + k // 8 * stride
             place = swizzled(start + place, mode)
-            if place.min() < 0 or place.max() + size > shared.size:
-                t.found("shared access out of bounds", line, "a matrix descriptor")
-                raise StoppedError("shared access out of bounds")
-            self._operands[key] = place, np.unique(place // shared.granule)
-        place, granules = self._operands[key]
-        base = int(shared.base[lane])
-        granules = granules + base // shared.granule
+            self._matrices[key] = place, np.unique(place // self.t.shared.granule)
+        return self._matrices[key]
+
+    def begin_matrix(self, descriptor: Any, shape: tuple[int, int, int, bool], lane: int, line: int) -> None:
+        """A warpgroup, from ``lane`` on, begins to read a matrix: (rows, columns, bytes of an element, transposed)."""
+        t, shared = self.t, self.t.shared
+        place, granules = self._matrix(int(descriptor), *shape)
+        if place.min() < 0 or place.max() + shape[2] > shared.size:
+            t.found("shared access out of bounds", line, "a matrix descriptor")
+            raise StoppedError("shared access out of bounds")
+        granules = granules + int(shared.base[lane]) // shared.granule
         warps = lane + 32 * np.arange(4)
         shared.check_fenced(granules, line)
         for warp in warps:
             shared.read(granules[:, None], self._owners(int(warp), len(granules)), line, "wgmma")
         shared.begin_reading(granules)
         self.product_reads.append(_Read(warps, int(self.products_committed[lane]), granules))
-        return shared.view(size)[(place + base) // size]
+
+    def matrix(self, descriptor: Any, shape: tuple[int, int, int, bool], lane: int) -> Array:
+        """The bits of a matrix as they are now."""
+        place, _ = self._matrix(int(descriptor), *shape)
+        return self.t.shared.view(shape[2], asynchronous=True)[(place + int(self.t.shared.base[lane])) // shape[2]]
 
     def add_product(
         self,
         registers: list[int],
-        product: Callable[[], Array],
+        compute: Callable[[Array], Array],
         kept: Any,
         first: Array,
         operands: list[int],
         line: int,
     ) -> None:
-        """wgmma.mma_async: sums ← product + kept · sums, (registers, lanes), for warpgroups by their first lanes."""
-        t = self.t
-        lanes = (first[:, None] + np.arange(128)).ravel()
+        """wgmma.mma_async: sums ← product + kept · sums, for warpgroups by their first lanes."""
+        t, lanes = self.t, _warpgroups(first)
         sums = next((s for s in self.sums if s.registers == registers), None)
-        if any(s is not sums and set(s.registers) & set(registers) for s in self.sums):
+        if any(s is not sums and s.under_way[lanes].any() and set(s.registers) & set(registers) for s in self.sums):
             t.found("wgmma adds to registers of another one that is under way", line)
         if sums is None:
-            values = np.stack([t.full(t.registers[r]) for r in registers]).view(np.float32)
-            sums = _Sums(values, registers, [None] * len(registers), np.full(t.lanes, -1, i4), [])
+            sums = _Sums(np.zeros((len(registers), t.lanes), f4), registers, np.zeros(t.lanes, bool))
             self.sums.append(sums)
-        elif (sums.group[lanes] < 0).any():  # of other warpgroups
-            idle = sums.group < 0
-            for row, register in zip(sums.values, registers, strict=True):
-                row[idle] = t.full(t.registers[register]).view(np.float32)[idle]
-        added = product()
-        old = sums.values[:, lanes]
-        sums.values[:, lanes] = added + np.where(t.full(kept)[lanes], old, np.float32(0))
-        sums.group[lanes] = self.products_committed[lanes]
-        groups = np.where(np.isin(t.all, lanes), self.products_committed, -1)
-        sums.operands += [(groups, register, t.registers[register], line) for register in operands]
-        under_way = sums.group >= 0
-        for i, register in enumerate(registers):
-            t.registers[register] = np.where(under_way, _UNDELIVERED, t.full(t.registers[register]))
-            sums.marks[i] = t.registers[register]
+        fresh = lanes[~sums.under_way[lanes]]
+        for row, register in zip(sums.values, registers, strict=True):
+            row[fresh] = t.full(t.registers[register]).view(f4)[fresh]
+        sums.under_way[lanes] = True
+        for register in registers:
+            t.registers[register] = np.where(sums.under_way, _UNDELIVERED, t.full(t.registers[register]))
+        read = [(register, t.full(t.registers[register])) for register in operands]
+        group = self.products_committed[first]
+        sums.products.append(_Product(first, group, t.full(kept)[first], compute, read, line))
 
     def commit_products(self, mask: Mask) -> None:
         """wgmma.commit_group."""
@@ -419,30 +441,52 @@ class Asynchronous:
 
     def wait_products(self, most: int, mask: Mask, line: int) -> None:
         """wgmma.wait_group: the sums that all but the last ``most`` groups add to are there."""
-        t, until = self.t, self.products_committed - most
+        until = self.products_committed - most
         self.product_reads = self._waited(self.product_reads, until, mask)
-        kept = []
         for sums in self.sums:
-            held = []
-            for groups, register, value, at in sums.operands:
-                if t.registers[register] is not value:
-                    t.found("a register is rewritten while a wgmma reads it", at)
-                elif (groups >= until).any():
-                    held.append((groups, register, value, at))
-            sums.operands = held
-            done = (sums.group >= 0) & (sums.group < until)
-            if mask is not None:
-                done &= mask
-            if not done.any():
-                kept.append(sums)
-                continue
-            for i, register in enumerate(sums.registers):
-                if t.registers[register] is not sums.marks[i]:
-                    t.found("a register is rewritten while a wgmma adds to it", line)
-                values = sums.values[i].view(u4)
-                t.registers[register] = values if done.all() else np.where(done, values, t.full(t.registers[register]))
-                sums.marks[i] = t.registers[register]
-            sums.group[done] = -1
-            if (sums.group >= 0).any():
-                kept.append(sums)
-        self.sums = kept
+            left = []
+            for product in sums.products:
+                done = product.group < until[product.first]
+                if mask is not None:
+                    done &= mask[product.first]
+                if done.any():
+                    self._add(sums, product, done)
+                if not done.all():
+                    rest = ~done
+                    left.append(
+                        replace(product, first=product.first[rest], group=product.group[rest], kept=product.kept[rest])
+                    )
+            sums.products = left
+            self._hand_out(sums, line)
+        self.sums = [sums for sums in self.sums if sums.products]
+
+    def _add(self, sums: _Sums, product: _Product, which: Array) -> None:
+        """Compute a product for some of its warpgroups, now, and add it."""
+        t, first = self.t, product.first[which]
+        lanes = _warpgroups(first)
+        for register, before in product.operands:
+            now = t.registers[register]
+            if now is not before and (t.full(now)[lanes] != before[lanes]).any():
+                t.found("a register is rewritten while a wgmma reads it", product.line)
+        old = np.where(np.repeat(product.kept[which], 128), sums.values[:, lanes], f4(0))
+        sums.values[:, lanes] = product.compute(first) + old
+
+    def _hand_out(self, sums: _Sums, line: int) -> None:
+        """Put sums that nothing adds to any more into their registers."""
+        t, busy = self.t, np.zeros(self.t.lanes, bool)
+        for product in sums.products:
+            busy[_warpgroups(product.first)] = True
+        done = sums.under_way & ~busy
+        if not done.any():
+            return
+        for row, register in zip(sums.values, sums.registers, strict=True):
+            now = t.full(t.registers[register])
+            if (now[done] != _UNDELIVERED).any():
+                t.found("a register is rewritten while a wgmma adds to it", line)
+            t.registers[register] = np.where(done, row.view(u4), now)
+        sums.under_way = busy
+
+
+def _warpgroups(first: Array) -> Array:
+    """The lanes of warpgroups, by their first ones."""
+    return (first[:, None] + np.arange(128)).ravel()

@@ -636,13 +636,14 @@ def _warpgroup_product(o: _Operands) -> Step:
     n, k, kind, line = int(shape[1]), int(shape[2]), o.words[6], o.line
     size = 4 if kind == "tf32" else 2
     sums = o.registers(0)
-    left = o.registers(1) if o[1].startswith("{") else None
+    left = o.registers(1) if o[1].startswith("{") else []
     a = None if left else o.every(1, "u64")
     b, kept = o.every(2, "u64"), o.every(3, "pred")
     numbers = [int(o[i]) for i in range(4, len(o))]
     sign = v.f4(numbers[0] * numbers[1])
     turned = [bool(x) for x in numbers[2:]]  # operands of 16 bits may be transposed: the left one only in memory
-    turned_a, turned_b = (turned[0] if len(turned) == 2 else False), (turned[-1] if turned else False)
+    shape_a = 64, k, size, len(turned) == 2 and turned[0]
+    shape_b = n, k, size, bool(turned) and turned[-1]
 
     def wgmma(t: Threads, mask: Mask) -> None:
         first = t.whole_warps(mask, line, 128)
@@ -650,21 +651,25 @@ def _warpgroup_product(o: _Operands) -> Step:
         if (descriptors.reshape(-1, 128) != descriptors[::128, None]).any():
             t.found("a matrix descriptor differs within a warpgroup", line)
 
-        def product() -> Array:
-            fetch = t.asynchronous.matrix
-            number = _PRODUCTS[kind]
-            if left:
-                x = _fragment(t, left, kind, True).reshape(-1, 64, k)[first // 128]
+        left_at = a(t) if a is not None else None
+        for q in map(int, first):
+            if left_at is not None:
+                t.asynchronous.begin_matrix(left_at[q], shape_a, q, line)
+            t.asynchronous.begin_matrix(descriptors[q], shape_b, q, line)
+
+        def compute(which: Array) -> Array:
+            number, fetch = _PRODUCTS[kind], t.asynchronous.matrix
+            if left_at is None:
+                x = _fragment(t, left, kind, True).reshape(-1, 64, k)[which // 128]
             else:
-                assert a is not None
-                x = np.stack([number(fetch(int(a(t)[q]), 64, k, size, turned_a, int(q), line)) for q in first])
-            y = np.stack([number(fetch(int(descriptors[q]), n, k, size, turned_b, int(q), line)) for q in first])
+                x = np.stack([number(fetch(left_at[q], shape_a, int(q))) for q in which])
+            y = np.stack([number(fetch(descriptors[q], shape_b, int(q))) for q in which])
             result = np.matmul(x, y.swapaxes(1, 2)) * sign
             # (group, warp, half of the rows, g, 8 columns, i, column) as (8 columns, half, column; group, warp, g, i)
             spread = result.reshape(-1, 4, 2, 8, n // 8, 4, 2).transpose(4, 2, 6, 0, 1, 3, 5)
             return spread.reshape(n // 2, -1)
 
-        t.asynchronous.add_product(sums, product, kept(t), first, left or [], line)
+        t.asynchronous.add_product(sums, compute, kept(t), first, left, line)
 
     return wgmma
 

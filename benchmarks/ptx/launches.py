@@ -63,17 +63,24 @@ Choice = Callable[[int], Sequence[int]]  # of so many programs of a grid, those 
 
 
 @contextmanager
-def emulated(chip: str, change: Change | None = None, programs: Choice | None = None) -> Iterator[Report]:
+def emulated(
+    chip: str, change: Change | None = None, programs: Choice | None = None, order: int = machine.IN_STEP
+) -> Iterator[Report]:
     """Inside, launches run on CPU tensors as on that chip; the report says what was found.
 
-    ``programs`` chooses which programs of a grid run, and in what order.
+    ``programs`` chooses which programs of a grid run, and in what order; ``order`` is that of the warps.
     """
     report = Report()
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launch = recorder.Launch(kernel, grid, args, kwargs)
         report.launches[kernel.__name__] += 1
-        _run(launch, chip, report, change, programs)
+        kernel, todo = _ready(launch, chip, change)
+        if kernel not in report.kernels:
+            report.kernels.append(kernel)
+        todo.findings, count = report.findings, math.prod(todo.grid)
+        if count:
+            kernel.machine.run(todo, programs(count) if programs else None, order)
 
     original, JITFunction.run = JITFunction.run, run
     try:
@@ -125,10 +132,9 @@ def _no_assembler() -> Iterator[None]:
         knobs.runtime.add_stages_inspection_hook = kept
 
 
-def _run(launch: recorder.Launch, chip: str, report: Report, change: Change | None, programs: Choice | None) -> None:
+def _ready(launch: recorder.Launch, chip: str, change: Change | None) -> tuple[Compiled, machine.Launch]:
+    """The kernel of a launch, and the launch as the machine takes it."""
     wanted, kernel = compiled(launch, chip, change)
-    if kernel not in report.kernels:
-        report.kernels.append(kernel)
     program = kernel.machine.program
     bound = launch.kernel.signature.bind(
         *launch.args, **{name: x for name, x in launch.kwargs.items() if name in launch.kernel.signature.parameters}
@@ -145,10 +151,7 @@ def _run(launch: recorder.Launch, chip: str, report: Report, change: Change | No
     for name, size in program.parameters.items():
         assert len(words[name]) == size, f"{name} has {size} bytes, its argument {len(words[name])}"
     tensors = {PARAMETERS + PARAMETER * place: tensor for place, tensor in arguments.tensors.items()}
-    todo = machine.Launch(memory, words, tensors, grid, kernel.shared, report.findings)
-    count = math.prod(grid)
-    if count:
-        kernel.machine.run(todo, programs(count) if programs else None)
+    return kernel, machine.Launch(memory, words, tensors, grid, kernel.shared, Findings())
 
 
 class _Arguments:

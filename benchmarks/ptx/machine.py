@@ -22,6 +22,9 @@ from benchmarks.ptx.values import UNSIGNED, Array, i4, i8, u4
 LANES = 1024  # threads that run in step: the more, the less Python for each
 MOST_STEPS = 1_000_000  # blocks that a batch may run through: more is a loop without end
 
+# The order in which threads run: all in step, or each warp as far as it comes, from the first one on or the last.
+IN_STEP, FIRST_WARP, LAST_WARP = 0, 1, -1
+
 Mask = Any  # which threads: an array of bools, or None: all
 Step = Callable[["Threads", Mask], None]
 
@@ -128,14 +131,10 @@ class Machine:
 
     def __init__(self, text: str) -> None:
         self.program = Program(text)
-        self._steps: dict[int, list[tuple[Step, int | None, bool]]] = {}
-        self.ran: set[int] = set()  # blocks
+        self._steps: dict[int, list[tuple[Step, int | None, bool, int]]] = {}
+        self.ran: set[int] = set()  # lines of the instructions that some thread executed
 
-    def lines_run(self) -> set[int]:
-        """The lines of the instructions that ran."""
-        return {instruction.line for number in self.ran for instruction in self.program.block(number)}
-
-    def run(self, launch: Launch, programs: Sequence[int] | None = None) -> None:
+    def run(self, launch: Launch, programs: Sequence[int] | None = None, order: int = IN_STEP) -> None:
         """Run the programs of a grid, in this order: all, first to last."""
         if programs is None:
             programs = range(launch.grid[0] * launch.grid[1] * launch.grid[2])
@@ -144,28 +143,27 @@ class Machine:
         for start in range(0, len(programs), batch):
             threads = Threads(self.program, launch, programs[start : start + batch])
             with np.errstate(all="ignore"):  # as on a GPU
-                self._run(threads)
+                self._run(threads, order)
             threads.asynchronous.finish()
         if threads is not None:
             launch.memory.finish(threads)
 
-    def _block(self, number: int, t: Threads) -> list[tuple[Step, int | None, bool]]:
-        """The steps of a block without its end: (step, number of its predicate, whether that is negated)."""
+    def _block(self, number: int, t: Threads) -> list[tuple[Step, int | None, bool, int]]:
+        """The steps of a block without its end: (step, number of its predicate, whether that is negated, line)."""
         steps = self._steps.get(number)
         if steps is None:
             from benchmarks.ptx.instructions import step
 
-            steps = []
-            for instruction in self.program.block(number):
-                if not ends_block(instruction):
-                    predicate = instruction.predicate and self.program.register(instruction.predicate)
-                    steps.append((step(self.program, instruction), predicate, instruction.negated))  # type: ignore[arg-type]
-            self._steps[number] = steps
+            steps = self._steps[number] = []
+            for one in self.program.block(number):
+                predicate = None if one.predicate is None else self.program.register(one.predicate)
+                if not ends_block(one):
+                    steps.append((step(self.program, one), predicate, one.negated, one.line))
             t.grow()
         return steps
 
-    def _run(self, t: Threads) -> None:
-        flow = _Flow(t)
+    def _run(self, t: Threads, order: int) -> None:
+        flow = _Flow(t, order)
         for _ in range(MOST_STEPS):
             found = flow.next()
             if found is None:
@@ -174,19 +172,19 @@ class Machine:
             if number >= self.program.blocks:
                 flow.exit(mask)
                 continue
-            self.ran.add(number)
-            for run, predicate, negated in self._block(number, t):
-                if predicate is None:
-                    run(t, mask)
-                    continue
-                value = t.registers[predicate]
-                wanted = t.full(~value if negated else value)
-                if mask is not None:
-                    wanted = wanted & mask
-                if wanted.all():
-                    run(t, None)
-                elif wanted.any():
-                    run(t, wanted)
+            for run, predicate, negated, line in self._block(number, t):
+                wanted = mask
+                if predicate is not None:
+                    value = t.registers[predicate]
+                    wanted = t.full(~value if negated else value)
+                    if mask is not None:
+                        wanted = wanted & mask
+                    if wanted.all():
+                        wanted = None
+                    elif not wanted.any():
+                        continue
+                self.ran.add(line)
+                run(t, wanted)
             self._end(flow, number, mask, t)
         raise StoppedError(f"{self.program.name} does not end")
 
@@ -196,6 +194,7 @@ class Machine:
         if last is None or not ends_block(last):
             flow.add(number + 1, mask)
             return
+        self.ran.add(last.line)
         there: Mask = mask
         stay: Mask = None
         if last.predicate is not None:
@@ -204,7 +203,8 @@ class Machine:
             there = value if mask is None else value & mask
             stay = ~value if mask is None else ~value & mask
         if last.words[0] == "bra":
-            flow.add(self.program.block_at[self.program.labels[last.operands[0]]], there)
+            target = self.program.block_at[self.program.labels[last.operands[0]]]
+            flow.add(target, there, waits=target == number)
         elif last.words[0] in ("ret", "exit"):
             flow.exit(there)
         elif last.words[0] == "trap":
@@ -219,32 +219,66 @@ class Machine:
 
 
 class _Flow:
-    """Who goes on where."""
+    """Who goes on where: all threads in step, or warp by warp, each as far as it comes."""
 
-    def __init__(self, t: Threads) -> None:
-        self.t = t
-        self.groups: dict[int, Mask] = {0: None}
+    def __init__(self, t: Threads, order: int) -> None:
+        self.t, self.order = t, order
+        self.groups: dict[tuple[int, int], Mask] = {}  # by the turn of a warp, and the block
+        self.resting: set[int] = set()  # turns of warps that wait in a loop for what another one does
         self.alive = np.ones(t.lanes, bool)
         self.waiting = np.full(t.lanes, -1, i8)  # for the others of the CTA, to go on at this block
+        self.together = {n for n in range(t.program.blocks) if any(i.words[0] == "wgmma" for i in t.program.block(n))}
+        self.add(0, None)
 
     def next(self) -> tuple[int, Mask] | None:
-        """The group that is least far."""
+        """The group whose turn it is: of the first warp's threads those that are least far."""
         if not self.groups:
             if (self.waiting >= 0).any():
                 self.t.found("a barrier that not all threads reach", 0)
                 raise StoppedError("a barrier that not all threads reach")
             return None
-        number = min(self.groups)
-        return number, self.groups.pop(number)
+        if self.order == IN_STEP:
+            key = min(self.groups)
+            return key[1], self.groups.pop(key)
+        for key in sorted(self.groups, key=lambda key: (key[0] in self.resting, key)):
+            group = self._full(self.groups[key])
+            mask = group
+            if key[1] in self.together:  # a warpgroup meets before its instructions
+                whole = (mask | ~self.alive).reshape(-1, min(128, self.t.size)).all(1)
+                mask = mask & np.repeat(whole, min(128, self.t.size))
+            if mask.any():
+                del self.groups[key]
+                rest = group & ~mask
+                if rest.any():
+                    self.groups[key] = rest
+                if key[0] in self.resting:  # as are all others
+                    self.resting.clear()
+                return key[1], mask
+        raise StoppedError("a warpgroup that does not meet")
 
-    def add(self, number: int, mask: Mask) -> None:
-        """These threads go on at a block."""
+    def add(self, number: int, mask: Mask, waits: bool = False) -> None:
+        """These threads go on at a block; if that is the one they come from, they may wait for others there."""
         if mask is not None and not mask.any():
             return
-        if number in self.groups:
-            there = self.groups[number]
+        if self.order == IN_STEP:
+            self._join((0, number), mask)
+            return
+        for warp in range(self.t.warps):
+            part = (self.t.warp == warp) & self._full(mask)
+            if part.any():
+                turn = self.order * (warp // 4 * 4 if number in self.together else warp)
+                self._join((turn, number), part)
+                if waits:
+                    self.resting.add(turn)
+
+    def _full(self, mask: Mask) -> Array:
+        return self.alive if mask is None else mask
+
+    def _join(self, key: tuple[int, int], mask: Mask) -> None:
+        if key in self.groups:
+            there = self.groups[key]
             mask = None if mask is None or there is None else mask | there
-        self.groups[number] = None if mask is None or mask.all() else mask
+        self.groups[key] = None if mask is None or mask.all() else mask
 
     def exit(self, mask: Mask) -> None:
         """These threads end."""

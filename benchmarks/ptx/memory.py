@@ -192,7 +192,8 @@ class SharedMemory:
     def __init__(self, t: Threads, size: int, granule: int) -> None:
         self.t, self.size, self.granule = t, size, granule
         self.each = -(-max(size, 16) // 1024) * 1024  # swizzles look at the address's last 10 bits
-        self.data = np.full(t.ctas * self.each, 255, u1)
+        self.data = np.full(t.ctas * self.each, 255, u1)  # as ordinary accesses see it
+        self.other = self.data.copy()  # as the asynchronous proxy does
         self.base = t.cta * i8(self.each)  # by lane
         count = len(self.data) // granule
         self.writer = np.full(count, -1, i4)  # epoch · 256 + warp; −1: nobody
@@ -203,9 +204,9 @@ class SharedMemory:
         self.unfenced = np.zeros(count, bool)  # stored to, with no proxy fence since
         self._some_arriving = self._some_reading = False
 
-    def view(self, size: int) -> Array:
-        """The memory as accesses of so many bytes."""
-        return self.data.view(_words(size))
+    def view(self, size: int, asynchronous: bool = False) -> Array:
+        """The memory as accesses of so many bytes, of either proxy."""
+        return (self.other if asynchronous else self.data).view(_words(size))
 
     def granules(self, address: Array, size: int) -> Array:
         """The granules, a row for each address."""
@@ -322,4 +323,7 @@ class SharedMemory:
             writer = self.writer[part]
             seen = writer >> 8 < t.epoch[cta]
             seen |= np.isin(writer & 255, np.unique(t.warp[lanes[t.cta[lanes] == cta]]))
-            self.unfenced[part] &= ~seen
+            first = int(cta) * self.each // self.granule
+            now = first + np.flatnonzero(self.unfenced[part] & seen)
+            self.other.reshape(-1, self.granule)[now] = self.data.reshape(-1, self.granule)[now]
+            self.unfenced[now] = False

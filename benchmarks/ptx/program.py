@@ -135,10 +135,12 @@ class Program:
         return found
 
     def _cut(self) -> None:
-        """Blocks begin at labels that something branches to, and end at branches, exits and barriers."""
+        """Blocks begin at labels that something branches to and where a warpgroup meets for its products; they end at
+        branches, exits and barriers."""
         targets = {self.labels[i.operands[0]] for i in self.code if i.words[0] == "bra"}
         ends = {n + 1 for n, i in enumerate(self.code) if ends_block(i)}
-        self.starts = sorted({0} | targets | ends | {len(self.code)})
+        meetings = {n for n, i in enumerate(self.code) if i.opcode.startswith("wgmma.fence")}
+        self.starts = sorted({0} | targets | ends | meetings | {len(self.code)})
         self.block_at = {start: number for number, start in enumerate(self.starts)}
 
     @property

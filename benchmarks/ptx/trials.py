@@ -16,7 +16,8 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.measure import DTYPES, precision
 from benchmarks.ptx.findings import Finding
-from benchmarks.ptx.launches import Change, Choice, Compiled, emulated
+from benchmarks.ptx.launches import Change, Compiled, emulated
+from benchmarks.ptx.machine import IN_STEP
 from fastunet import aten
 
 FACTOR = 2  # how many times PyTorch's own error is allowed
@@ -202,13 +203,13 @@ class Problem:
             self.own = [_results(getattr(aten, op)(*operands)) for op, operands in self.calls]
             self.truth = [_results(getattr(aten, op)(*map(_wide, operands))) for op, operands in self.calls]
 
-    def run(self, chip: str, change: Change | None = None, programs: Choice | None = None) -> Trial:
+    def run(self, chip: str, change: Change | None = None, order: int = IN_STEP) -> Trial:
         """Run its kernels as on a chip, and compare."""
         from fastunet import kernels
 
         trial = Trial(self.case, chip, self.dtype)
         start, digest = time.perf_counter(), hashlib.sha256()
-        with precision(self.dtype), _poisoned(), self.case.choosing(), emulated(chip, change, programs) as report:
+        with precision(self.dtype), _poisoned(), self.case.choosing(), emulated(chip, change, order=order) as report:
             try:
                 for (op, operands), own, truth in zip(self.calls, self.own, self.truth, strict=True):
                     # A call may write to its operands: running statistics.
