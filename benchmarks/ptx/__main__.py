@@ -87,7 +87,7 @@ def _line(trial: Trial) -> str:
 
 def _table(trials: list[Trial]) -> None:
     """A line for each kernel: of the results of its cases the error that is the most times PyTorch's."""
-    print(f"\n{'kernel':<32}{'chip':<7}{'dtype':<7}{'launches':>8}{'error':>10}{'PyTorch':>10}  findings")
+    print(f"\n{'kernel':<34}{'chip':<7}{'dtype':<7}{'launches':>8}{'error':>10}{'PyTorch':>10}  findings")
     rows = sorted({(name, trial.chip, trial.dtype) for trial in trials for name in trial.launches})
     for name, chip, dtype in rows:
         mine = [t for t in trials if (t.chip, t.dtype) == (chip, dtype) and name in t.launches]
@@ -100,7 +100,7 @@ def _table(trials: list[Trial]) -> None:
                     found[f"{'known: ' if known(finding) else ''}{finding.what}"] += 1
         told = "; ".join(f"{what} (at {times} places)" for what, times in found.items()) or "none"
         launches = sum(t.launches[name] for t in mine)
-        print(f"{name:<32}{chip:<7}{dtype:<7}{launches:>8}{error:>10.1e}{own:>10.1e}  {told}")
+        print(f"{name:<34}{chip:<7}{dtype:<7}{launches:>8}{error:>10.1e}{own:>10.1e}  {told}")
     failed = sum(not trial.passed for trial in trials)
     kernels = len({row[0] for row in rows})
     print(f"\n{len(trials)} cases, {kernels} kernels: {f'{failed} failed' if failed else 'all passed'}")

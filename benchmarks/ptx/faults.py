@@ -120,8 +120,12 @@ def run(count: int, chips: Sequence[str], only: str, as_json: bool) -> int:
     outcomes = []
     for fault in _choose(list(_faults(sound)), count):
         trial = problems[fault.case].run(fault.chip, fault.plant)
-        again = [functools.partial(problems[fault.case].run, fault.chip, fault.plant, order) for order in ORDERS]
-        outcomes.append(_judge(fault, trial, sound[fault.chip, fault.case], again if fault.kind.orders else []))
+        again: list[Callable[[], Trial]] = [
+            functools.partial(problems[fault.case].run, fault.chip, fault.plant, order)
+            for order in ORDERS
+            if fault.kind.orders
+        ]
+        outcomes.append(_judge(fault, trial, sound[fault.chip, fault.case], again))
         if not as_json:
             print(
                 "{verdict:<10}{chip:<7}{kernel:<30}{kind}, line {line}: {said}".format(**asdict(outcomes[-1])),
@@ -196,7 +200,8 @@ def _judge(fault: Fault, trial: Trial, sound: Trial, again: list[Callable[[], Tr
     """``again`` are runs in other orders, of a fault that changes nothing in this one."""
     before = {(finding.what, finding.kernel, finding.line) for finding in sound.findings}
     new = [f for f in trial.findings if (f.what, f.kernel, f.line) not in before]
-    worse = [error for error in trial.errs if error.result not in {error.result for error in sound.errs}]
+    own = {error.result: error for error in sound.errs}  # of what is known to err
+    worse = [error for error in trial.errs if error.result not in own or not error.times <= 2 * own[error.result].times]
     said = []
     if new:
         said.append(new[0].what)

@@ -425,31 +425,28 @@ def _store(o: _Operands) -> Step:
     return store
 
 
-_ATOMIC: dict[str, Function] = {"add": operator.add, "min": min, "max": max, "exch": lambda old, new: new}
-_ATOMIC |= {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
+_ATOMIC: dict[str, Any] = {"add": np.add, "min": np.minimum, "max": np.maximum}
+_ATOMIC |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
 
 def _atomic(o: _Operands) -> Step:
-    """atom, red of shared memory; the kernels promise that none is of global memory."""
-    space, _ = _space(o)
-    if space != "shared" or SIZES[o.kind] < 4:
-        raise ValueError(space)
+    """atom, red: of integers, whose sums depend on no order."""
+    space, kind = _space(o)
+    returns, line, size = o.words[0] == "atom", o.line, SIZES[o.kind]
+    if is_float(o.kind) or (returns and space == "global"):
+        raise ValueError(o.kind)
     function = _ATOMIC[next(word for word in o.words[1:-1] if word in _ATOMIC)]
-    returns = o.words[0] == "atom"
-    address, every, line = o.address(o[1 if returns else 0], "u32"), o.every(2 if returns else 1, o.kind), o.line
+    address, every = o.address(o[1 if returns else 0], kind), o.every(2 if returns else 1, o.kind)
     write = o.writer(o[0]) if returns else None
 
     def atomic(t: Threads, mask: Mask) -> None:
         lanes, operand = t.active(mask), every(t)
-        place = t.shared.place(address(t)[lanes], SIZES[o.kind], lanes, line)
-        view, old = t.shared.view(SIZES[o.kind]).view(operand.dtype), np.array(operand)
-        granules = t.shared.granules(place, SIZES[o.kind])
-        if (t.shared.writer[granules] < 0).any():
-            t.found("read of shared memory that nothing wrote", line)
-        for lane, index in zip(lanes, place // SIZES[o.kind], strict=True):
-            old[lane] = view[index]
-            view[index] = function(view[index], operand[lane])
-        t.shared.writer[granules] = t.epoch_of(lanes)[:, None] << 8 | t.warp[lanes][:, None]
+        if space == "global":
+            t.memory.update(t, address(t)[lanes], function, operand[lanes], lanes, line)
+            return
+        place = t.shared.place(address(t)[lanes], size, lanes, line)
+        old = np.array(operand)
+        old[lanes] = t.shared.update(place, function, operand[lanes], lanes, line)
         if write is not None:
             write(t, old, mask)
 

@@ -163,16 +163,21 @@ class GlobalMemory:
         writer = region.writer[granules]
         me = t.number[lanes][:, None]
         other = (writer != 0) & (writer != me)
+        clash = False
         if other.any():
             elsewhere = (writer - u4(1)) // u4(t.size) != t.program_id[lanes][:, None]
             unordered = elsewhere | (region.epoch[granules] == t.epoch_of(lanes)[:, None])
-            if ((other & unordered).any(1) & (view[index] != new)).any():
-                t.found("global race: two threads write different values to one place", line, region.name)
+            clash = bool(((other & unordered).any(1) & (view[index] != new)).any())
         view[index] = new
-        if (view[index] != new).any():
-            t.found("two threads store different values to one address in one instruction", line, region.name)
+        if clash or (view[index] != new).any():
+            t.found("global race: two threads write different values to one place", line, region.name)
         region.writer[granules] = me
         region.epoch[granules] = t.epoch_of(lanes)[:, None]
+
+    def update(self, t: Threads, address: Array, function: Any, operand: Array, lanes: Array, line: int) -> None:
+        """Combine what lies there with the operands; among themselves such updates are no races."""
+        for region, offset, which in self._places(t, address, operand.itemsize, lanes, line):
+            function.at(region.view(operand.itemsize).view(operand.dtype), offset // operand.itemsize, operand[which])
 
     def finish(self, t: Threads) -> None:
         """At the end of a launch: whether any program read what another one wrote, in whatever order."""
@@ -251,6 +256,20 @@ class SharedMemory:
             values = " and ".join(map(str, np.unique(numbers[:, differ][:, 0])[:2]))
             detail = f"{int(lost.sum())} lanes lose, at one address {values}"
             self.t.found(f"{who} store different values to one address", line, detail)
+
+    def update(self, address: Array, function: Any, operand: Array, lanes: Array, line: int) -> Array:
+        """Combine what lies there with the operands, one lane after the other; what each found there."""
+        view, index = self.view(operand.itemsize).view(operand.dtype), address // operand.itemsize
+        granules = self.granules(address, operand.itemsize)
+        if (self.writer[granules] < 0).any():
+            self.t.found("read of shared memory that nothing wrote", line)
+        old = np.empty_like(operand)
+        for i, (place, value) in enumerate(zip(index, operand, strict=True)):
+            old[i] = view[place]
+            view[place] = function(view[place], value)
+        self.writer[granules] = self.t.epoch_of(lanes)[:, None] << 8 | self.t.warp[lanes][:, None]
+        self.unfenced[granules] = True
+        return old
 
     def read(self, granules: Array, lanes: Array, line: int, what: str = "read") -> None:
         """Check and note that these lanes read these granules, a row each."""

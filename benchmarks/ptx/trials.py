@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import gate, recorder
 from benchmarks.cases import Case
 from benchmarks.measure import DTYPES, precision
 from benchmarks.ptx.findings import Finding
 from benchmarks.ptx.launches import Change, Compiled, emulated
 from benchmarks.ptx.machine import IN_STEP
 from fastunet import aten
+from fastunet.architecture import as_if_on
 
 FACTOR = 2  # how many times PyTorch's own error is allowed
 ROUNDINGS = 4  # of a result's dtype granted beyond that: PyTorch may happen to be exact on a small case
@@ -79,8 +81,8 @@ def everything(dtype: str) -> list[Case]:
         replace(two, changes=placed),
         replace(two, changes=placed, algorithm="cudnn"),
         replace(two, algorithm="cudnn"),
-        Case("conv2d", (2, 3, 7, 9), x, filters=3, affine=False, bias=True, image=True),  # few filters
-        Case("conv2d", (2, 3, 7, 9), x, filters=2, bias=True),
+        Case("conv2d", (2, 16, 7, 9), x, filters=3, kernel=1, stats=False, bias=True),  # few filters
+        Case("conv2d", (2, 3, 7, 9), x, filters=2, affine=False, image=True, bias=True),
         Case("conv2d", (1, 32, 10, 12), x, filters=32, skip=16, stats=False, algorithm="winograd"),
         Case("conv2d", (1, 48, 9, 11), x, filters=22, kernel=1, stats=False, bias=True),
         Case("conv2d", (1, 64, 9, 70), x, filters=150, kernel=1),
@@ -114,6 +116,18 @@ def everything(dtype: str) -> list[Case]:
 
 # Weights that are rounded after the transform cost Winograd's algorithm digits in 16 bits: its errors are known too.
 KNOWN_ALGORITHM = "winograd"
+
+
+def missed(chip: str, dtype: str) -> list[str]:
+    """The kernels that no case of :func:`everything` launches."""
+    from fastunet import kernels
+
+    launched: set[str] = set()
+    for case in everything(dtype):
+        with precision(dtype), as_if_on(chip), recorder.record() as launches:
+            case.launch(kernels)
+        launched |= {launch.kernel.__name__ for launch in launches}
+    return sorted(recorder.find_kernels(gate.modules_of(kernels)).keys() - launched)
 
 
 @dataclass(frozen=True)
@@ -240,7 +254,7 @@ def _poisoned() -> Iterator[None]:
 
 
 def _bits(x: Tensor) -> bytes:
-    return x.detach().contiguous().view(torch.uint8).numpy().tobytes() if x.numel() else b""
+    return x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if x.numel() else b""
 
 
 def _wide(x: Any) -> Any:
