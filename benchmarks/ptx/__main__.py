@@ -14,12 +14,13 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from benchmarks.ptx import faults
-from benchmarks.ptx.trials import KNOWN, Problem, Trial, everything, known, quick
+from benchmarks.cases import Case
+from benchmarks.ptx import faults, large
+from benchmarks.ptx.trials import KNOWN, Problem, Trial, everything, known, launched, quick
 
 CHIPS = ("sm_80", "sm_90")
 DTYPES = ("bf16", "fp16", "fp32")
@@ -46,17 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return faults.run(chosen.faults, chosen.chip or CHIPS, chosen.only, chosen.json)
     trials = []
     for chip, dtype in places:
-        for case in (quick if chosen.quick else everything)(dtype):
-            if chosen.only and chosen.only not in case.name and "kernel" not in chosen.only:
-                continue
-            trial = Problem(case, dtype).run(chip)
-            if chosen.only and chosen.only not in case.name and not any(chosen.only in name for name in trial.launches):
-                continue
+        for trial in _trials(chip, dtype, chosen.only, chosen.quick):
             trials.append(trial)
             if not chosen.json:
                 print(_line(trial), flush=True)
     if not trials:
-        print(f"no case is called as --only {chosen.only!r} says", file=sys.stderr)
+        print(f"no case is called as --only {chosen.only!r} says, and none launches such a kernel", file=sys.stderr)
         return 1
     if chosen.json:
         json.dump([_plain(trial) for trial in trials], sys.stdout)
@@ -67,6 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for kernel, what in sorted(KNOWN - seen):
                 print(f"{kernel} is no longer known for this, strike it off KNOWN: {what}")
     return 0 if all(trial.passed for trial in trials) else 1
+
+
+def _trials(chip: str, dtype: str, only: str, short: bool) -> Iterator[Trial]:
+    """Run the cases that are wanted."""
+
+    def wanted(case: Case) -> bool:
+        return only in case.name or any(only in name for name in launched(case, chip, dtype))
+
+    for case in filter(wanted, quick(dtype) if short else everything(dtype)):
+        yield Problem(case, dtype).run(chip)
+    for case in filter(wanted, [] if short else large.cases(dtype)):
+        yield large.run(case, chip, dtype)
 
 
 def _line(trial: Trial) -> str:
