@@ -89,7 +89,9 @@ def _line(trial: Trial) -> str:
         f"typical {error.typical:.1e}, PyTorch's {error.own_typical:.1e}"
         for error in trial.errs
     ]
-    lines += [f"       {'known: ' if known(finding) else ''}{finding}" for finding in trial.findings]
+    lines += [f"       {finding}" for finding in trial.unknown]
+    places = Counter((finding.kernel, finding.what) for finding in trial.findings if known(finding))
+    lines += [f"       known: {kernel}: {what}, at {count} places" for (kernel, what), count in places.items()]
     return "\n".join(lines)
 
 

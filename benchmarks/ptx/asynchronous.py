@@ -124,6 +124,7 @@ class Asynchronous:
         self.bulk_committed = np.zeros(t.lanes, i4)
         self.bulk_reads: list[_Read] = []
         self.sums: list[_Sums] = []
+        self.fenced: dict[int, Any] = {}  # the registers at the last wgmma.fence
         self.products_committed = np.zeros(t.lanes, i4)
         self.product_reads: list[_Read] = []
         self._spins = 0
@@ -426,6 +427,9 @@ class Asynchronous:
             sums = _Sums(np.zeros((len(registers), t.lanes), f4), registers, np.zeros(t.lanes, bool))
             self.sums.append(sums)
         fresh = lanes[~sums.under_way[lanes]]
+        accesses = [*((r, lanes) for r in operands), *((r, fresh) for r in registers)]
+        if any(self._changed(r, self.fenced.get(r), where) for r, where in accesses):
+            t.found("wgmma of registers that were written after the last wgmma.fence", line)
         for row, register in zip(sums.values, registers, strict=True):
             row[fresh] = t.full(t.registers[register]).view(f4)[fresh]
         sums.under_way[lanes] = True
@@ -434,6 +438,21 @@ class Asynchronous:
         read = [(register, t.full(t.registers[register])) for register in operands]
         group = self.products_committed[first]
         sums.products.append(_Product(first, group, t.full(kept)[first], compute, read, line))
+
+    def fence_registers(self) -> None:
+        """wgmma.fence: products may read what registers hold now, and add to it."""
+        self.fenced = dict(enumerate(self.t.registers))
+
+    def moved(self, register: int | None, source: int | None) -> None:
+        """mov: LLVM copies sums into place behind the fence, which ptxas undoes; None: of a register and a constant."""
+        now = self.t.registers
+        if register is not None and self.fenced and (source is None or self.fenced.get(source) is now[source]):
+            self.fenced[register] = now[register]
+
+    def _changed(self, register: int, before: Any, lanes: Array) -> bool:
+        """Whether a register no longer holds in these lanes what it did before; None is nothing."""
+        t, now = self.t, self.t.registers[register]
+        return now is not before and bool(before is None or (t.full(now)[lanes] != t.full(before)[lanes]).any())
 
     def commit_products(self, mask: Mask) -> None:
         """wgmma.commit_group."""
@@ -464,10 +483,8 @@ class Asynchronous:
         """Compute a product for some of its warpgroups, now, and add it."""
         t, first = self.t, product.first[which]
         lanes = _warpgroups(first)
-        for register, before in product.operands:
-            now = t.registers[register]
-            if now is not before and (t.full(now)[lanes] != before[lanes]).any():
-                t.found("a register is rewritten while a wgmma reads it", product.line)
+        if any(self._changed(register, before, lanes) for register, before in product.operands):
+            t.found("a register is rewritten while a wgmma reads it", product.line)
         old = np.where(np.repeat(product.kept[which], 128), sums.values[:, lanes], f4(0))
         sums.values[:, lanes] = product.compute(first) + old
 
@@ -484,6 +501,7 @@ class Asynchronous:
             if (now[done] != _UNDELIVERED).any():
                 t.found("a register is rewritten while a wgmma adds to it", line)
             t.registers[register] = np.where(done, row.view(u4), now)
+            self.fenced[register] = t.registers[register]  # nobody has written it since
         sums.under_way = busy
 
 

@@ -50,6 +50,7 @@ KINDS = [
     Kind("cp.async.commit_group removed", r"cp\.async\.commit_group;", _to("//")),
     Kind("wgmma.wait_group one later", r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)(;)", _more(1), True),
     Kind("wgmma.commit_group removed", r"wgmma\.commit_group\S*;", _to("//")),
+    Kind("wgmma.fence removed", r"wgmma\.fence\S*;", _to("//"), True),
     Kind("mbarrier wait skipped", r"mbarrier\.try_wait\S* (\w+), .*?;", _to(r"setp.eq.s32 \1, 0, 0;"), True),
     Kind("mbarrier wait for the other phase", r"(mbarrier\.try_wait.*?, )%r\d+(;)", _to(r"\g<1>1\2"), True),
     Kind("expect_tx of 16 bytes more", r"(arrive\.expect_tx\S* _, \[.*?\], )(\d+)(;)", _more(16), True),

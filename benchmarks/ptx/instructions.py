@@ -55,7 +55,7 @@ FLOAT: dict[str, Function] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
-    "fma": v.fma,
+    "fma": v.fma,  # of 16 bits v.fma_16
     "neg": operator.neg,
     "abs": np.abs,
     "min": np.fmin,  # of a number and NaN the number
@@ -191,16 +191,17 @@ class _Operands:
         offset = UNSIGNED[SIZES[kind]](int(found[2] or "0", 0) & (1 << 8 * SIZES[kind]) - 1)
         return lambda t: t.full(base(t) + offset)
 
-    def without(self, *words: str) -> list[str]:
-        """The opcode's words without its type, those, and those that change nothing here."""
-        return [word for word in self.words[:-1] if word not in words and word not in _IGNORED]
+    @property
+    def name(self) -> list[str]:
+        """The opcode's words without its type and those that change nothing here."""
+        return [word for word in self.words[:-1] if word not in _IGNORED]
 
 
 # ---- what maps numbers to numbers --------------------------------------------------------------------------------
 
 
 def _elementwise(o: _Operands) -> Step:
-    name, kind = ".".join(o.without()), o.kind
+    name, kind = ".".join(o.name), o.kind
     kinds = [kind] * (len(o) - 1)
     if o.words[0] in APPROXIMATE and is_float(kind):
         if kind != "f32":
@@ -208,11 +209,9 @@ def _elementwise(o: _Operands) -> Step:
         rounded: Function = v.exact if "rn" in o.words else v.approximate
         return _apply(o, lambda *x: rounded(o.words[0], *x), kinds)
     if is_float(kind):
-        function = FLOAT[name]
-        if name == "fma" and kind not in ("f32", "f64"):
-            function = v.fma_16
-        if kind == "f64" and name == "fma":
-            raise ValueError("fma.f64 is not exact here")
+        function = FLOAT[name] if name != "fma" else {"f32": v.fma}.get(kind, v.fma_16)
+        if kind == "f64":  # no kernel computes in it, and its fma would not be exact
+            raise ValueError(kind)
         if kind == "f32" and "ftz" in o.words:
             return _apply(o, lambda *x: _flushed(function(*map(_flushed, x))), kinds)
     else:
@@ -282,8 +281,13 @@ def _move(o: _Operands) -> Step:
             write(t, columns.view(UNSIGNED[size]).reshape(-1), mask)
 
         return pack
-    read = o.read(1)
-    return lambda t, mask: write(t, read(t), mask)
+    read, to, source = o.read(1), o.register(o[0]), o.program.register(o[1])
+
+    def move(t: Threads, mask: Mask) -> None:
+        write(t, read(t), mask)
+        t.asynchronous.moved(to, source)
+
+    return move
 
 
 def _select(o: _Operands) -> Step:
@@ -295,7 +299,7 @@ def _select(o: _Operands) -> Step:
 
 def _compare(o: _Operands) -> Step:
     """setp (9.7.6, 9.7.7): of a packed pair into two predicates; else with ``and``, ``or``, ``xor`` of a third."""
-    name, *combination = o.without()[1:]
+    name, *combination = o.name[1:]
     floats = is_float(o.kind)
     unordered = floats and len(name) == 3 and name.endswith("u")
     function = COMPARISONS[name[:-1] if unordered else name]
@@ -582,10 +586,8 @@ def _fragment(t: Threads, registers: list[int], kind: str, left: bool) -> Array:
     each = 1 if kind == "tf32" else 2  # elements in a register
     x = _PRODUCTS[kind](bits if each == 1 else bits.view(u2)).reshape(len(registers), -1, 8, 4, each)
     if left:
-        x = x.reshape(-1, 2, *x.shape[1:]).transpose(
-            2, 1, 3, 0, 4, 5
-        )  # warp, half of the rows, g, register, i, element
-        return np.ascontiguousarray(x).reshape(x.shape[0], 16, -1)
+        x = x.reshape(-1, 2, *x.shape[1:])  # register, half of the rows, warp, g, i, element
+        return np.ascontiguousarray(x.transpose(2, 1, 3, 0, 4, 5)).reshape(x.shape[2], 16, -1)
     return np.ascontiguousarray(x.transpose(1, 0, 3, 4, 2)).reshape(x.shape[1], -1, 8)
 
 
@@ -613,10 +615,10 @@ def _multiply(o: _Operands) -> Step:
 
 
 def _warpgroup(o: _Operands) -> Step:
-    """wgmma (9.7.15): its fence orders registers, which is so here without."""
+    """wgmma (9.7.15)."""
     line = o.line
     if o.words[1] == "fence":
-        return lambda t, mask: None
+        return lambda t, mask: t.asynchronous.fence_registers()
     if o.words[1] == "commit_group":
         return lambda t, mask: t.asynchronous.commit_products(mask)
     if o.words[1] == "wait_group":

@@ -30,10 +30,8 @@ ROUNDINGS = 4  # of a result's dtype granted beyond that: PyTorch may happen to 
 KNOWN = {
     # tl.sum(a · b) becomes shfl and fma: lanes of a warp hold different roundings of one sum, and all store it.
     ("_conv3x3_fwd_kernel", "lanes of one warp store"),
-    ("_conv3x3_dgrad_kernel", "lanes of one warp store"),
     ("_conv_down_dgrad_kernel", "lanes of one warp store"),
     ("_conv_up_dgrad_kernel", "lanes of one warp store"),
-    ("_winograd_output_kernel", "lanes of one warp store"),
     ("_winograd_gradient_kernel", "lanes of one warp store"),
 }
 
