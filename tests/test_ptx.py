@@ -201,6 +201,11 @@ def test_atomic_sums():
     assert sorted(memory.tolist()) == list(range(0, 128, 2))
 
 
+def test_atomic_sum_with_no_barrier_behind_the_store():
+    body = "mov.u32 %r5, 0; st.shared.b32 [%r5], %r5; atom.shared.add.u32 %r6, [%r5], 2;"
+    assert "shared race: update after another warp's write, no barrier between" in ran(body, words())
+
+
 @pytest.mark.parametrize("writer", [0, 19])  # of 20 programs, of which 16 run in step
 def test_program_that_reads_what_another_writes(writer):
     body = f"setp.eq.u32 %p1, %r2, {writer}; @%p1 st.global.b32 [%d2], %r2; @!%p1 ld.global.b32 %r4, [%d2];"

@@ -142,7 +142,7 @@ def _ready(launch: recorder.Launch, chip: str, change: Change | None) -> tuple[C
     bound.apply_defaults()
     grid = launch.grid(dict(bound.arguments)) if callable(launch.grid) else launch.grid
     grid = (*grid, 1, 1)[:3]
-    memory = GlobalMemory(program.granule("global"))
+    memory = GlobalMemory(program.granules["global"])
     arguments = _Arguments(memory, kernel.maps)
     for name, kind in wanted.signature.items():
         arguments.add(name, kind, bound.arguments[name])

@@ -64,7 +64,7 @@ class Threads:
             "%nctaid.x": x, "%nctaid.y": y, "%nctaid.z": z, "%cluster_ctarank": u4(0),
         }  # fmt: skip
         self.memory = launch.memory
-        self.shared = SharedMemory(self, launch.shared, program.granule("shared"))
+        self.shared = SharedMemory(self, launch.shared, program.granules["shared"])
         self.asynchronous = Asynchronous(self)
         # What nothing has written is all ones: NaN, of which a result shows.
         self.registers: list[Any] = []
@@ -228,7 +228,6 @@ class _Flow:
         self.resting: set[int] = set()  # turns of warps that wait in a loop for what another one does
         self.alive = np.ones(t.lanes, bool)
         self.waiting = np.full(t.lanes, -1, i8)  # for the others of the CTA, to go on at this block
-        self.together = {n for n in range(t.program.blocks) if any(i.words[0] == "wgmma" for i in t.program.block(n))}
         self.add(0, None)
 
     def next(self) -> tuple[int, Mask] | None:
@@ -241,7 +240,7 @@ class _Flow:
         for key in sorted(self.groups, key=lambda key: (key[0] in self.resting, key)):
             group = self._full(self.groups[key])
             mask = group
-            if key[1] in self.together:  # a warpgroup meets before its instructions
+            if key[1] in self.t.program.meetings:  # a warpgroup meets before its instructions
                 whole = (mask | ~self.alive).reshape(-1, min(128, self.t.size)).all(1)
                 mask = mask & np.repeat(whole, min(128, self.t.size))
             if mask.any():
@@ -264,7 +263,7 @@ class _Flow:
         for warp in range(self.t.warps):
             part = (self.t.warp == warp) & self._full(mask)
             if part.any():
-                turn = self.order * (warp // 4 * 4 if number in self.together else warp)
+                turn = self.order * (warp // 4 * 4 if number in self.t.program.meetings else warp)
                 self._join((turn, number), part)
                 if waits:
                     self.resting.add(turn)

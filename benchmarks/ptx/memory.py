@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 REGION_BITS = 40  # of an address, within a region
 _OFFSET = (1 << REGION_BITS) - 1
 
-ASYNCHRONOUS = 255  # the writer that is no warp
+ASYNCHRONOUS, UPDATE = 255, 254  # writers that are no warps: a copy, and atomic instructions
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
@@ -258,21 +258,30 @@ class SharedMemory:
             self.t.found(f"{who} store different values to one address", line, detail)
 
     def update(self, address: Array, function: Any, operand: Array, lanes: Array, line: int) -> Array:
-        """Combine what lies there with the operands, one lane after the other; what each found there."""
+        """Combine what lies there with the operands, one lane after the other; what each found there.
+
+        Among themselves such updates are no races.
+        """
         view, index = self.view(operand.itemsize).view(operand.dtype), address // operand.itemsize
         granules = self.granules(address, operand.itemsize)
-        if (self.writer[granules] < 0).any():
-            self.t.found("read of shared memory that nothing wrote", line)
+        ordinary = self.writer[granules] & 255 != UPDATE
+        owners = np.repeat(lanes, granules.shape[1])[ordinary.ravel()]
+        self._check_read(granules[ordinary][:, None], owners, line, "update")
+        self.write(granules, lanes, line, changed=ordinary)
         old = np.empty_like(operand)
         for i, (place, value) in enumerate(zip(index, operand, strict=True)):
             old[i] = view[place]
             view[place] = function(view[place], value)
-        self.writer[granules] = self.t.epoch_of(lanes)[:, None] << 8 | self.t.warp[lanes][:, None]
+        self.writer[granules] = self.t.epoch_of(lanes)[:, None] << 8 | UPDATE
         self.unfenced[granules] = True
         return old
 
     def read(self, granules: Array, lanes: Array, line: int, what: str = "read") -> None:
         """Check and note that these lanes read these granules, a row each."""
+        self._check_read(granules, lanes, line, what)
+        self.reader[self.t.warp[lanes][:, None], granules] = self.t.epoch_of(lanes)[:, None]
+
+    def _check_read(self, granules: Array, lanes: Array, line: int, what: str) -> None:
         warp, epoch = self.t.warp[lanes][:, None], self.t.epoch_of(lanes)[:, None]
         if self._some_arriving and (self.arriving[granules] > 0).any():
             self.t.found(f"shared race: {what} of bytes that a copy has not delivered", line)
@@ -285,7 +294,6 @@ class SharedMemory:
                 self.t.found(f"shared race: {what} after another warp's write, no barrier between", line)
         if (writer < 0).any():
             self.t.found(f"{what} of shared memory that nothing wrote", line)
-        self.reader[warp, granules] = epoch
 
     def write(self, granules: Array, lanes: Array, line: int, changed: Any = True, arrives: bool = False) -> None:
         """Check and note that these lanes write these granules, a row each; or begin a copy that ``arrives`` later."""

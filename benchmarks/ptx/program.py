@@ -72,6 +72,7 @@ class Program:
         stop = text.index("// -- End function", start)
         self._parse(text[start:stop], text.count("\n", 0, start))
         self._cut()
+        self.granules = {space: self._granule(space) for space in ("global", "shared")}
 
     def _parse(self, body: str, before: int) -> None:
         files = {number: path.rpartition("/")[2] for line in self.lines for number, path in _FILE.findall(line)}
@@ -142,6 +143,8 @@ class Program:
         meetings = {n for n, i in enumerate(self.code) if i.opcode.startswith("wgmma.fence")}
         self.starts = sorted({0} | targets | ends | meetings | {len(self.code)})
         self.block_at = {start: number for number, start in enumerate(self.starts)}
+        # Blocks with instructions of a whole warpgroup.
+        self.meetings = {self.block_at[n] for n in meetings}
 
     @property
     def blocks(self) -> int:
@@ -151,7 +154,7 @@ class Program:
         """The instructions of a block."""
         return self.code[self.starts[number] : self.starts[number + 1]]
 
-    def granule(self, space: str) -> int:
+    def _granule(self, space: str) -> int:
         """Bytes of the least access to a state space, at most 4: what its shadow memory is kept by."""
         sizes = [SIZES[i.words[-1]] for i in self.code if i.words[0] in ("ld", "st", "atom", "red") and is_in(i, space)]
         copies = [int(i.operands[2], 0) for i in self.code if i.opcode.startswith(("cp.async.ca", "cp.async.cg"))]
