@@ -144,7 +144,7 @@ class Program:
         self.starts = sorted({0} | targets | ends | meetings | {len(self.code)})
         self.block_at = {start: number for number, start in enumerate(self.starts)}
         # Blocks with instructions of a whole warpgroup.
-        self.meetings = {self.block_at[n] for n in meetings}
+        self.meetings = {n for n in range(self.blocks) if any(i.words[0] == "wgmma" for i in self.block(n))}
 
     @property
     def blocks(self) -> int:
