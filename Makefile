@@ -3,11 +3,12 @@
 # make test-oldest   the tests on the oldest PyTorch and Triton that are served, in a virtual environment of their own
 # make verify   every operation against float64 truth, on this machine
 # make gate     compile every kernel for every GPU, with no GPU, and read the machine code
+# make ptx      execute what the kernels compile to on this CPU: errors, races, accesses out of bounds
 # make bench    time fastunet against plain PyTorch
 #
 # Each makes .venv if there is none and installs what it needs; the second time it starts at once.
 # Variables: PYTHON (3.10 or newer), VENV, JOBS (test processes), TORCH (what to ask pip for), ARGS (passed on to
-# demo, verify, gate and bench: make demo ARGS="--images DIR --masks DIR").
+# demo, verify, gate, ptx and bench: make demo ARGS="--images DIR --masks DIR").
 
 SUPPORTED := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -26,7 +27,7 @@ endif
 BIN := $(VENV)/bin
 TYPES := build/types
 
-.PHONY: demo test test-oldest lint types unit verify gate bench clean
+.PHONY: demo test test-oldest lint types unit verify gate ptx bench clean
 
 demo: $(VENV)/.fastunet
 	$(BIN)/python -m fastunet demo $(ARGS)
@@ -62,6 +63,9 @@ verify: $(VENV)/.fastunet-test
 
 gate: $(VENV)/.fastunet-test
 	$(BIN)/python -m benchmarks.gate $(ARGS)
+
+ptx: $(VENV)/.fastunet-test
+	$(BIN)/python -m benchmarks.ptx $(ARGS)
 
 bench: $(VENV)/.fastunet-test
 	$(BIN)/pytest benchmarks $(ARGS)
