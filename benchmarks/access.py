@@ -88,7 +88,7 @@ def of_aten(call: Call) -> list[Access]:
         read += (given["input"],)
     elif name == "native_batch_norm_backward" and given["output_mask"][0]:
         read += (given["grad_out"], given["input"]) if given["train"] else (given["grad_out"],)
-    return [Access(read, written, name in ("convolution", "bmm"))]
+    return [Access(read, written, name == "convolution")]
 
 
 def _convolution_backward(given: dict[str, Any], results: list[Tensor]) -> list[Access]:

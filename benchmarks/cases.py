@@ -329,9 +329,6 @@ CASES = [
     Case("conv2d", (8, 512, 32, 32), filters=1024),
     Case("conv2d", (8, 64, 512, 512), filters=64, skip=64),
     Case("conv2d", (8, 512, 64, 64), filters=512, skip=512, algorithm="cudnn"),
-    Case("conv2d", (8, 512, 64, 64), filters=512, skip=512, mode="dgrad", algorithm="winograd"),
-    Case("conv2d", (2, 5, 37, 53), filters=7, bias=True, dtype=FP16, algorithm="winograd"),
-    Case("conv2d", (8, 512, 32, 32), filters=512, mode="dgrad", dtype=FP32, algorithm="winograd"),
     Case("conv2d", (8, 64, 512, 512), filters=22, kernel=1, stats=False, bias=True),
     Case("conv2d", (8, 64, 512, 512), filters=64, mode="inference", stats=False, bias=True),
     Case("conv2d_act", (8, 3, 512, 512), filters=64, affine=False, stats=False, mode="inference"),
@@ -498,10 +495,8 @@ def _untimed() -> Iterator[Case]:
         case for case in _everything(deep, torch.bfloat16) if case.op.startswith("conv2d") and case.kernel == 3
     ]:
         yield from variations(case) if case.stride == 1 and not case.changes else (case,)
-    for algorithm in ("cudnn", "winograd"):
-        for skip in (0, 64):
-            case = Case("conv2d", wide, filters=64, skip=skip, bias=True, algorithm=algorithm)
-            yield from variations(case)
+    for skip in (0, 64):
+        yield from variations(Case("conv2d", wide, filters=64, skip=skip, bias=True, algorithm="cudnn"))
     for labels in checks.LABEL_DTYPES:
         for op, filters, modes in (("softmax_stats", 0, losses.MODES), ("head_stats", 3, losses.MODES)):
             yield from (Case(op, wide, filters=filters, kernel=1, labels=labels, loss=mode) for mode in modes)

@@ -62,7 +62,6 @@ ATTAINED = {
 SUSTAINED = 0.76  # an H200 multiplies matrices of 8192² at 0.80
 UNKNOWN = 0.35  # of matrix products in Triton that are not modelled here
 SHARED = 128 / 4096  # bytes a floating-point operation: of shared memory at the matrix rate of 16-bit operands
-WINOGRAD = 2.25 * SUSTAINED  # of Winograd's products: the convolution itself has 2.25 times their multiplications
 # By the fewer of input and output channels: an H200's, all three directions; of 16 and 32 an assumption.
 CUDNN = {16: 0.12, 32: 0.24, 64: 0.50, 128: 0.70, 256: 0.74}
 
@@ -71,7 +70,7 @@ def aten_rate(call: Call) -> float:
     """The fraction of the matrix rate that an ATen operation attains."""
     if "convolution" in call.name:
         return cudnn_rate(min(call.named["weight"].shape[:2]))
-    return WINOGRAD if call.name.startswith("aten.bmm.") else 1.0
+    return 1.0
 
 
 def cudnn_rate(channels: int) -> float:

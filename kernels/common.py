@@ -110,6 +110,16 @@ def normalise(x, affine, RELU: tl.constexpr, ACC: tl.constexpr, AXIS: tl.constex
 
 
 @triton.jit
+def sum_products(x):
+    """Σ of products x over their first axis, each rounded.
+
+    Zero is added for that. Without it the multiplication is fused with the first addition across a warp: each lane adds
+    its own product, not rounded, to another lane's, rounded, and two lanes come to different sums of the same numbers.
+    """
+    return tl.sum(x + 0.0, 0)
+
+
+@triton.jit
 def replace(items, i: tl.constexpr, item):
     """The tuple with another item i."""
     return items[:i] + (item,) + items[i + 1 :]  # noqa: RUF005 - Triton knows no unpacking

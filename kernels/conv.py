@@ -9,7 +9,7 @@ statistics, each tile also yields the mean and the centred sum of squares of its
 Of 3×3 convolutions of stride 1 there are several algorithms. "triton" normalises its sources while it loads them.
 "stored" is the same kernels on sources that were normalised in a pass of their own, which costs a write and a read of
 each and leaves the main loop nothing but products: on an H200 a loop with a prologue takes up to twice as long. "cudnn"
-and "winograd" are other products between the same edges.
+is ATen's product between the same edges.
 
 Layout: activations NHWC, weights as channels_last memory, (K,R,S,C) for conv2d and (C,R,S,K) for conv_transpose2d; one
 copy of the weights serves forward and dgrad. Bytes: each source and W are read, y is written.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastunet.layout import frame, stats_dtype
 
-from . import conv_aten, winograd
+from . import conv_aten
 from .affine import affine_act
 from .common import Source
 from .conv3x3 import conv3x3, conv3x3_dgrad
@@ -43,13 +43,11 @@ FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("conv3x3_fwd", "triton"): conv3x3,
     ("conv3x3_fwd", "stored"): conv3x3,
     ("conv3x3_fwd", "cudnn"): conv_aten.conv3x3,
-    ("conv3x3_fwd", "winograd"): winograd.conv3x3,
     # Where the result is normalised before it is stored, as in inference.
     ("conv3x3_act", "triton"): conv3x3,
     ("conv3x3_act", "cudnn"): conv_aten.conv3x3,
     ("conv3x3_dgrad", "triton"): conv3x3_dgrad,
     ("conv3x3_dgrad", "cudnn"): conv_aten.conv3x3_dgrad,
-    ("conv3x3_dgrad", "winograd"): winograd.conv3x3_dgrad,
     ("conv3x3_wgrad", "triton"): conv3x3_wgrad,
     ("conv3x3_wgrad", "stored"): conv3x3_wgrad,
     ("conv3x3_wgrad", "cudnn"): conv_aten.conv3x3_wgrad,

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .affine import source_backward, store_affine_gradient
-from .common import PROPAGATE_ALL, Source, load_affine, normalise
+from .common import PROPAGATE_ALL, Source, load_affine, normalise, sum_products
 from .launching import describe
 from .tiles import Tile
 
@@ -301,7 +301,7 @@ def _narrow_gradient(
             g = tl.where(real[:, None], g, 0.0)
             g, gx, masked = source_backward(g, value, affine, source.RELU, NUM.acc)
             if source.affine is not None:
-                sum_gx += tl.sum(gx, 0)
+                sum_gx += sum_products(gx)
                 sum_g += tl.sum(masked, 0)
         store_pixels(out, g.to(NUM.dtype), at, b, c, CHANNELS, TILE, WIDE)
     if source.affine is not None:

@@ -30,7 +30,7 @@ from fastunet.architecture import architecture
 from fastunet.layout import memory_format, stats_dtype
 
 from .affine import affine_gradient, affine_slabs, source_backward, store_affine_gradient
-from .common import Source, block, cdiv, dense, load_affine, normalise, sum_slabs
+from .common import Source, block, cdiv, dense, load_affine, normalise, sum_products, sum_slabs
 from .confusion import first_largest
 from .launching import accumulator, launch, precision
 from .softmax_stats import Labels, by_pixel, gradient, load_labels, sigmoid, softmax, store_stats, terms
@@ -166,7 +166,7 @@ def _head_stats_backward_kernel(
             dx = dx.to(dx_ptr.dtype.element_ty)
             tl.store(dx_ptr + row[:, None] * C + c[None, :], dx, mask=inside[:, None] & (c < C)[None, :])
             if daffine_ptr is not None:
-                sum_gx += tl.sum(gx, 0)
+                sum_gx += sum_products(gx)
                 sum_g += tl.sum(g_source, 0)
     slab = program.to(tl.int64) * batch + n
     if dw_ptr is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastunet.layout import stats_dtype
 
-from .common import PROPAGATE_ALL, block, cdiv, dense
+from .common import PROPAGATE_ALL, block, cdiv, dense, sum_products
 from .launching import accumulator, launch
 
 
@@ -37,7 +37,7 @@ def store_stats(
     squares = tl.zeros([rows.shape[0], BLOCK_K], ACC)
     for i in tl.static_range(ROWS):
         apart = tl.where((rows > i)[:, None], ys[i].to(ACC) - mean[None, :], 0.0)
-        squares += apart * apart
+        squares = tl.fma(apart, apart, squares)  # also the first, which is rounded: see `sum_products`
     m2 = tl.sum(squares, 0)
     index = number.to(tl.int64) * K + k
     tl.store(mean_ptr + index, mean, mask=k < K)
@@ -179,7 +179,7 @@ def _merge_stats_kernel(
     mean = tl.load(mean_ptr + index, mask=mask, other=0.0)
     m2 = tl.load(m2_ptr + index, mask=mask, other=0.0)
     total = tl.sum(n, 0)
-    merged = tl.sum(mean * n[:, None], 0) / tl.maximum(total, 1.0)
+    merged = sum_products(mean * n[:, None]) / tl.maximum(total, 1.0)
     apart = mean - merged[None, :]
     spread = tl.sum(m2 + apart * apart * n[:, None], 0)
     if LAST:

@@ -6,8 +6,7 @@ launchers ask ``choose_strided`` for, by the sizes that they ask with), for 16-b
 of that width, up to the next power of two, and for the batches that no other entry is nearer to. What it says:
 
 - ``algorithm``, of 3×3 convolutions of stride 1: what backend "auto" takes. "triton", where it is left out; "stored",
-  Triton's kernel on sources normalised in a pass before it; "cudnn", ATen's matrix products between edges in Triton;
-  "winograd", only where a measured row says so.
+  Triton's kernel on sources normalised in a pass before it; "cudnn", ATen's matrix products between edges in Triton.
 - ``tile``: what Triton takes wherever it serves, instead of the rule in ``tiles.py``.
 - ``source``: the row of measurements that proved it (``python -m benchmarks.tune``).
 

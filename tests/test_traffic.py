@@ -344,8 +344,9 @@ COUNTS = """
     from benchmarks.access import storage
     from benchmarks.cases import Case
     from benchmarks.nets import NetCase
-    from benchmarks.traffic import MODES, Roofs, accounts, made, op_bytes, run, summary
+    from benchmarks.traffic import MODES, Roofs, accounts, made, run, summary
     from fastunet.kernels.launching import real_word
+    from tests.op_bytes import op_bytes
 
     nets = {nets}
     found = {{}}

@@ -5,7 +5,7 @@
     python -m benchmarks.ptx --quick                           # the dozen cases that the tests run
     python -m benchmarks.ptx --faults 100                      # plant faults, and count those that are noticed
 
-The exit status is 1 if an error is more than twice PyTorch's, or anything was found that is not known.
+The exit status is 1 if an error is more than twice PyTorch's, or anything was found.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.ptx import faults, large
-from benchmarks.ptx.trials import KNOWN, Problem, Trial, everything, known, launched, missed, quick
+from benchmarks.ptx.trials import Problem, Trial, everything, launched, missed, quick
 
 CHIPS = ("sm_80", "sm_90")
 DTYPES = ("bf16", "fp16", "fp32")
@@ -58,10 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         json.dump([_plain(trial) for trial in trials], sys.stdout)
     else:
         _table(trials)
-        if not chosen.quick and not chosen.only and places == DEFAULT:
-            seen = {known(finding) for trial in trials for finding in trial.findings}
-            for kernel, what in sorted(KNOWN - seen):
-                print(f"{kernel} is no longer known for this, strike it off KNOWN: {what}")
     without = set() if chosen.quick or chosen.only else {name for place in places for name in missed(*place)}
     for name in sorted(without):
         print(f"FAILED {name} is launched by no case: add one to benchmarks/ptx/trials.py", file=sys.stderr)
@@ -87,14 +83,11 @@ def _line(trial: Trial) -> str:
     ]
     lines += [f"       {trial.stopped}"] if trial.stopped else []
     lines += [
-        f"       {'known: ' if trial.known_to_err else ''}{error.result}: "
-        f"largest error {error.largest:.1e}, PyTorch's {error.own_largest:.1e}; "
+        f"       {error.result}: largest error {error.largest:.1e}, PyTorch's {error.own_largest:.1e}; "
         f"typical {error.typical:.1e}, PyTorch's {error.own_typical:.1e}"
         for error in trial.errs
     ]
-    lines += [f"       {finding}" for finding in trial.unknown]
-    places = Counter((finding.kernel, finding.what) for finding in trial.findings if known(finding))
-    lines += [f"       known: {kernel}: {what}, at {count} places" for (kernel, what), count in places.items()]
+    lines += [f"       {finding}" for finding in trial.findings]
     return "\n".join(lines)
 
 
@@ -110,7 +103,7 @@ def _table(trials: list[Trial]) -> None:
         for trial in mine:
             for finding in trial.findings:
                 if finding.kernel == name:
-                    found[f"{'known: ' if known(finding) else ''}{finding.what}"] += 1
+                    found[finding.what] += 1
         told = "; ".join(f"{what} (at {times} places)" for what, times in found.items()) or "none"
         launches = sum(t.launches[name] for t in mine)
         print(f"{name:<34}{chip:<7}{dtype:<7}{launches:>8}{error:>10.1e}{own:>10.1e}  {told}")
