@@ -199,6 +199,16 @@ class Problem:
         parts = {"forward": pairs[: self.forward], "gradient": pairs[self.forward :]}
         return {part: self._error(of) for part, of in parts.items() if of}
 
+    def shift(self, found: Sequence[Tensor]) -> float | None:
+        """Of the first result the part of its error along the truth, relative to it; None of integers.
+
+        Rounding leaves next to none; operands that are cut off instead make results smaller: below 0.
+        """
+        truth = self.truth[0]
+        if not truth.is_floating_point():
+            return None
+        return float((_difference(found[0], truth) * truth).sum() / truth.square().sum().clamp_min(1e-30))
+
     def check(self, found: Sequence[Tensor], compared: int | None) -> dict[str, float]:
         """The errors of the first ``compared`` of ``found``, if they are allowed; None: of all, and all must be there.
 

@@ -247,11 +247,13 @@ def _prepared(
             raise
         errors, wrong = problem.errors(results), str(error)  # a step is timed all the same, and its row says so
     layouts = _layouts(results)
+    shift = problem.shift(results) if case.kind == "op" and peers.compared(provider, case) != 0 else None
     del results
     for _ in range(2):
         step()
     found: dict[str, Any] = {
         "error": errors,
+        "shift": shift,
         "wrong": wrong,
         "layouts": layouts,
         "peak_bytes": memory.peak(step, provider.memory),

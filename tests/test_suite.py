@@ -199,6 +199,15 @@ def test_peers_agree_with_the_seed_formulas(package):
     problem.check(peers.prepare(peers.PROVIDERS[package], case, problem)(), None)
 
 
+def test_a_row_tells_operands_that_are_cut_off_from_rounded_ones():
+    x = torch.randn(64, 64)
+    problem = peers.Problem(None, [x.double()], 1, (0, 0))
+    assert abs(problem.shift([x.bfloat16()])) < 2e-4  # half a rounding is 2e-3
+    cut = (x.view(torch.int32) & -65536).view(torch.float32)  # bfloat16, towards zero
+    assert -4e-3 < problem.shift([cut]) < -2e-3
+    assert peers.Problem(None, [x.long()], 1, (0, 0)).shift([x.long()]) is None
+
+
 # ---- rows --------------------------------------------------------------------------------------------------------
 
 
