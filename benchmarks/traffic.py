@@ -287,14 +287,14 @@ def _least_of_convolution_backward(call: Call, small: dict[int, list[Tensor]]) -
     masks: list[Tensor] = []  # what dgrad reads to apply the derivative of a source's affine and ReLU
     wanted: list[Tensor] = []  # of the size of the gradients it writes
     for i, number in enumerate(("",) if "x" in given else ("0", "1")):
-        x, affine, relu = (given[f"{name}{number}"] for name in ("x", "affine", "relu"))
+        x, affine, slope = (given[f"{name}{number}"] for name in ("x", "affine", "slope"))
         if x is None:
             continue
         source = small.get(storage(x)) or tensors_of([x, affine])
         read += source
         if gradients[2 * i].numel():
             wanted += source
-            if affine is not None or relu or storage(x) in small:
+            if affine is not None or slope != 1 or storage(x) in small:
                 masks += source
     wgrad = Access(distinct(read), distinct([dweight, dbias, *(formed if wanted else [])]), True, name="wgrad")
     dgrad = Access(distinct([*dy, given["weight"], *masks]), distinct(wanted), True, name="dgrad")
@@ -372,14 +372,15 @@ def _cost(
 
 
 def _plain_head(
-    x: Tensor, affine: Tensor, relu: bool, weight: Tensor, bias: Tensor, labels: Tensor, *settings: Any
+    x: Tensor, affine: Tensor, slope: float, weight: Tensor, bias: Tensor, labels: Tensor, *settings: Any
 ) -> Tensor:
     return plain_dice_ce(F.conv2d(_normalised(x, affine), weight, bias), labels)
 
 
 def _plain_upsample(
-    x: Tensor, affine: Tensor, relu: bool, skip: Tensor, skip_affine: Tensor, skip_relu: bool, align: bool, first: bool
-) -> Tensor:
+    x: Tensor, affine: Tensor, slope: float,
+    skip: Tensor, skip_affine: Tensor, skip_slope: float, align: bool, first: bool,
+) -> Tensor:  # fmt: skip
     up = F.interpolate(_normalised(x, affine), scale_factor=2, mode="bilinear", align_corners=align)
     rows, columns = (skip.shape[i] - up.shape[i] for i in (2, 3))
     up = F.pad(up, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])

@@ -85,21 +85,21 @@ class Patch(NamedTuple):
 
 
 @triton.jit
-def _load_patch(source, affine, patch, i: tl.constexpr, j: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr):
+def _load_patch(source, affine, patch, i: tl.constexpr, j: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr):
     """Normalised pixel (i, j) of each patch [BLOCK_T, BLOCK_C]."""
     real = (patch.h + i >= patch.window.h_low) & (patch.h + i < patch.window.h_high)
     real = real & (patch.w + j >= patch.window.w_low) & (patch.w + j < patch.window.w_high)
     mask = real[:, None] & patch.channels[None, :]
     pixel_ptr = source.x + (patch.index + i * source.W + j)[:, None] * source.C
     x = tl.load(pixel_ptr + tl.arange(0, patch.channels.shape[0])[None, :], mask=mask, other=0.0)
-    return tl.where(mask, normalise(x, affine, RELU, ACC), 0.0)
+    return tl.where(mask, normalise(x, affine, SLOPE, ACC), 0.0)
 
 
 @triton.jit
-def _input_line(source, affine, patch, u: tl.constexpr, j: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr):
+def _input_line(source, affine, patch, u: tl.constexpr, j: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr):
     """Entry (u, j) of Bᵀ d."""
-    a = _load_patch(source, affine, patch, _FIRST[u], j, RELU, ACC)
-    return _combine(a, _load_patch(source, affine, patch, _SECOND[u], j, RELU, ACC), u)
+    a = _load_patch(source, affine, patch, _FIRST[u], j, SLOPE, ACC)
+    return _combine(a, _load_patch(source, affine, patch, _SECOND[u], j, SLOPE, ACC), u)
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def _outputs(m_ptr, plane, index, mask, FACTOR: tl.constexpr, ACC: tl.constexpr)
 @triton.jit(do_not_specialize=_SIZES)
 def _winograd_input_kernel(
     x_ptr, affine_ptr, v_ptr, patches, H, W, top, left, P, Q, patches_h, patches_w, C, C_FIRST, C_TOTAL,
-    RELU: tl.constexpr, FACTOR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    SLOPE: tl.constexpr, FACTOR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """FACTOR·V of a source (H, W) placed at (top, left) in the frame (P, Q), at channels C_FIRST … of C_TOTAL."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -169,10 +169,10 @@ def _winograd_input_kernel(
     source = Image(x_ptr + tl.program_id(1) * BLOCK_C, 0, H, W, C, None, None, None)
     for u in tl.static_range(4):
         line = (
-            _input_line(source, affine, patch, u, 0, RELU, ACC),
-            _input_line(source, affine, patch, u, 1, RELU, ACC),
-            _input_line(source, affine, patch, u, 2, RELU, ACC),
-            _input_line(source, affine, patch, u, 3, RELU, ACC),
+            _input_line(source, affine, patch, u, 0, SLOPE, ACC),
+            _input_line(source, affine, patch, u, 1, SLOPE, ACC),
+            _input_line(source, affine, patch, u, 2, SLOPE, ACC),
+            _input_line(source, affine, patch, u, 3, SLOPE, ACC),
         )
         for v in tl.static_range(4):
             value = _combine(line[_FIRST[v]], line[_SECOND[v]], v) * FACTOR
@@ -242,7 +242,7 @@ def _winograd_output_kernel(
 def _winograd_gradient_kernel(
     m_ptr, x_ptr, affine_ptr, dx_ptr, partial_ptr, patches, H, W, top, left, P, Q, patches_h, patches_w,
     C, C_FIRST, C_TOTAL,
-    RELU: tl.constexpr, FACTOR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    SLOPE: tl.constexpr, FACTOR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx and a share of daffine of a source, from g = FACTOR·Aᵀ M A at channels C_FIRST … of C_TOTAL."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -264,9 +264,9 @@ def _winograd_gradient_kernel(
         mask = real[:, None] & (c < C)[None, :]
         index = (first + i // 2 * W + i % 2)[:, None] * C + c[None, :]
         g = tl.where(mask, gs[i], 0.0)
-        if affine_ptr is not None or RELU:
+        if affine_ptr is not None or SLOPE is not None:
             x = tl.load(x_ptr + index, mask=mask, other=0.0)
-            g, gx, masked = source_backward(g, x, affine, RELU, ACC)
+            g, gx, masked = source_backward(g, x, affine, SLOPE, ACC)
             if affine_ptr is not None:
                 sum_gx += tl.sum(gx, 0)
                 sum_g += tl.sum(masked, 0)
@@ -308,7 +308,7 @@ def _products(sources: Sequence[Source], size: Sequence[int], weight: Tensor, mi
             _winograd_input_kernel, (along, across),
             source.x, source.affine, v, patches, source.height, source.width, source.top, source.left, *size,
             patches_h, patches_w, source.channels, first, total,
-            RELU=source.relu, FACTOR=_factor(x.dtype),
+            SLOPE=source.act, FACTOR=_factor(x.dtype),
             BLOCK_T=_BLOCK_T, BLOCK_C=block_c, ACC=accumulator(x.dtype), num_warps=4,
         )  # fmt: skip
         first += source.channels
@@ -361,7 +361,7 @@ def conv3x3_dgrad(
     total = sum(channels)
     patches, patches_h, patches_w = _patches(batch, size)
     if dy.numel():
-        m = _products([Source(dy, None, False)], size, weight, True, slice(start, start + total))
+        m = _products([Source(dy, None, 1.0)], size, weight, True, slice(start, start + total))
     gradients = []
     first = 0
     for source, wanted in zip(sources, channels, strict=True):
@@ -378,7 +378,7 @@ def conv3x3_dgrad(
                 _winograd_gradient_kernel, (along, across),
                 m, source.x, source.affine, dx, partial, patches, source.height, source.width, source.top,
                 source.left, *size, patches_h, patches_w, wanted, first, total,
-                RELU=source.relu, FACTOR=1 / _factor(dy.dtype),
+                SLOPE=source.act, FACTOR=1 / _factor(dy.dtype),
                 BLOCK_T=_BLOCK_T, BLOCK_C=block_c, ACC=accumulator(dy.dtype), num_warps=4,
             )  # fmt: skip
         gradients.append((dx, affine_gradient(dy, partial)))
