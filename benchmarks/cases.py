@@ -127,11 +127,11 @@ class Case:
         with table.forced({kind: self.algorithm for kind, name in conv.FUNCTIONS if name == self.algorithm}):
             yield
 
-    def source(self, channels: int, device: str | torch.device) -> tuple[Tensor, Tensor | None, bool]:
-        """(x, affine, relu) with ``channels`` channels at this case's size."""
+    def source(self, channels: int, device: str | torch.device) -> tuple[Tensor, Tensor | None, float]:
+        """(x, affine, slope) with ``channels`` channels at this case's size."""
         batch, _, height, width = self.shape
         x = self.random((batch, channels, height, width), device)
-        return x, self.random_affine(channels, device) if self.affine else None, self.affine
+        return x, self.random_affine(channels, device) if self.affine else None, 0.0 if self.affine else 1.0
 
     def random(self, shape: tuple[int, ...], device: str | torch.device) -> Tensor:
         """Normal random numbers in this case's dtype and memory layout."""
@@ -198,7 +198,7 @@ def _conv2d(case: Case, device: Any) -> Operands:
     channels = case.shape[1] + case.skip
     weight = case.random_weight((case.filters, channels, case.kernel, case.kernel), channels, device)
     bias = torch.randn(case.filters, dtype=case.dtype, device=device) if case.bias else None
-    second = case.source(case.skip, device) if case.skip else (None, None, False)
+    second = case.source(case.skip, device) if case.skip else (None, None, 1.0)
     size = list(case.shape[2:])
     settings = (case.stats, False, case.pool, case.random_affine(case.filters, device)[0] if case.pool else None)
     return *case.source(case.shape[1], device), *second, weight, bias, case.stride, size, [0] * 4, *settings
@@ -211,7 +211,7 @@ def _conv2d_act(case: Case, device: Any) -> Operands:
     if case.head:
         head = case.random_weight((case.head, case.filters, 1, 1), case.filters, device)
         head_bias = torch.randn(case.head, dtype=case.dtype, device=device) if case.bias else None
-    return *sources, weight, bias, size, offset, affine, True, pool, head, head_bias
+    return *sources, weight, bias, size, offset, affine, 0.0, pool, head, head_bias
 
 
 def _gradients(y: Tensor, mean: Tensor, var: Tensor) -> list[Tensor | None]:
@@ -254,7 +254,7 @@ def _max_pool2x2_backward(case: Case, operands: Operands, results: Operands) -> 
 def _upsample_concat(case: Case, device: Any) -> Operands:
     batch, _, height, width = case.shape
     above = replace(case, shape=(batch, case.skip, 2 * height, 2 * width))
-    skip = above.source(case.skip, device) if case.skip else (None, None, False)
+    skip = above.source(case.skip, device) if case.skip else (None, None, 1.0)
     return *case.source(case.shape[1], device), *skip, None if case.nearest else True, True
 
 
@@ -470,6 +470,8 @@ def _others(argument: Any, value: Any) -> Iterator[Any]:
         yield None
     elif kind in ("bool", "Optional[bool]"):
         yield from (x for x in (True, False, *([None] if kind != "bool" else [])) if x is not value)
+    elif "slope" in argument.name:
+        yield from (x for x in (1.0, 0.0, 0.01) if x != value)
     elif kind == "List[bool]":
         yield from (tuple(x and i != j for j, x in enumerate(value)) for i, wanted in enumerate(value) if wanted)
     elif kind == "str":

@@ -97,7 +97,8 @@ class Task:
     def asked(self) -> list[str]:
         """What the variant does: its true constants, and the operands that it has."""
         operands = [name for name, kind in self.wanted.signature.items() if kind.startswith(("*", "tensordesc"))]
-        return operands + [name for name, value in self._constants.items() if value is True]
+        acts = [name for name, value in self._constants.items() if _is_slope(name) and value is not None]
+        return operands + [name for name, value in self._constants.items() if value is True] + acts
 
     @property
     def rank(self) -> tuple[int, int, str]:
@@ -131,7 +132,13 @@ class Task:
         return bool(self._constants.get("K", 0) % 2) or self.wanted.name.startswith("_conv_few_")
 
 
+def _is_slope(name: str) -> bool:
+    return "SLOPE" in name
+
+
 def _is_tile(name: str, value: Any) -> bool:
+    if _is_slope(name) and value == 0:  # a ReLU's entry is that of no activation function
+        return False
     return value is not None and not isinstance(value, bool) and name not in ("warps", "stages", "shares")
 
 

@@ -95,7 +95,7 @@ def triton_rate(launch: Launch, architecture: str) -> float:
     named = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
     rows, pixels, reduction, outputs = tile.rows, tile.images * tile.columns, tile.reduction, tile.outputs
     fixed, per_load, per_row, wgrad = pace.slots
-    normalised = (named["affine_ptr"] is not None or given["RELU"]) and "dgrad" not in name
+    normalised = (named["affine_ptr"] is not None or given["SLOPE"] is not None) and "dgrad" not in name
     if "wgrad" in name:
         first, second = rows * pixels * reduction, (rows + 2) * pixels * outputs
         reads = 3 * rows * pixels * outputs * reduction / pace.rows

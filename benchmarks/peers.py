@@ -581,7 +581,7 @@ def _op_step(provider: Provider, case: Case, data: _OpData) -> Step:
 def _reference(case: Case) -> Callable[..., list[Tensor]]:
     """The operation by fastunet.reference; what is pooled stays as it was before normalisation, as in the operator."""
     if case.op == "max_pool2x2":
-        return lambda x, affine: [reference.functional.max_pool2x2(x, None, False)]  # scales are above 0
+        return lambda x, affine: [reference.functional.max_pool2x2(x, None, 1.0)]  # scales are above 0
     if case.op == "conv2d_act":
         return _conv_norm_relu
     function = getattr(reference.functional, case.op)

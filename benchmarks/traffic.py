@@ -284,14 +284,14 @@ def _least_of_convolution_backward(call: Call, small: dict[int, list[Tensor]]) -
     masks: list[Tensor] = []  # what dgrad reads to apply the derivative of a source's affine and ReLU
     wanted: list[Tensor] = []  # of the size of the gradients it writes
     for i, number in enumerate(("",) if "x" in given else ("0", "1")):
-        x, affine, relu = (given[f"{name}{number}"] for name in ("x", "affine", "relu"))
+        x, affine, slope = (given[f"{name}{number}"] for name in ("x", "affine", "slope"))
         if x is None:
             continue
         source = small.get(storage(x)) or tensors_of([x, affine])
         read += source
         if gradients[2 * i].numel():
             wanted += source
-            if affine is not None or relu or storage(x) in small:
+            if affine is not None or slope != 1 or storage(x) in small:
                 masks += source
     wgrad = Access(distinct(read), distinct([dweight, dbias, *(formed if wanted else [])]), True, name="wgrad")
     dgrad = Access(distinct([*dy, given["weight"], *masks]), distinct(wanted), True, name="dgrad")

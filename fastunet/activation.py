@@ -1,9 +1,9 @@
 """The lazily normalised tensor that flows between blocks, and the operations that read and produce it.
 
-An :class:`Activation` ``(x, affine, relu)`` stands for ``z = act(scale·(x − centre) + shift)``, where ``x`` is the raw
+An :class:`Activation` ``(x, affine, slope)`` stands for ``z = act(scale·(x − centre) + shift)``, where ``x`` is the raw
 output of a convolution and ``affine`` the batch normalisation that follows it. Consumers apply it while they load, so
 z need never be stored. One set of operations serves networks with and without batch normalisation: without an affine
-and a ReLU an Activation is an ordinary tensor.
+and an activation function it is an ordinary tensor.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ UNKNOWN = Next()
 
 
 class Activation(NamedTuple):
-    """``act(scale·(x − centre) + shift)``: x (N, C, H, W); affine (3, C) or None; relu says whether act is ReLU.
+    """``act(scale·(x − centre) + shift)``: x (N, C, H, W); affine (3, C) or None; slope is act's below
+    zero: 1 the identity, 0 ReLU, between them a leaky ReLU.
 
     ``pooled`` is x 2×2-pooled for this affine, where the convolution that wrote x did that too; ``headed`` says that x
     is what the head makes of the activation, which was not stored.
@@ -88,19 +89,19 @@ class Activation(NamedTuple):
 
     x: Tensor
     affine: Tensor | None = None
-    relu: bool = False
+    slope: float = 1.0
     pooled: Tensor | None = None
     headed: bool = False
 
     @property
-    def source(self) -> tuple[Tensor, Tensor | None, bool]:
-        """(x, affine, relu), as operators take it."""
-        return self.x, self.affine, self.relu
+    def source(self) -> tuple[Tensor, Tensor | None, float]:
+        """(x, affine, slope), as operators take it."""
+        return self.x, self.affine, self.slope
 
     @property
     def plain(self) -> bool:
         """Whether the value is ``x`` itself."""
-        return self.affine is None and not self.relu
+        return self.affine is None and self.slope == 1
 
     def tensor(self, context: Context) -> Tensor:
         """The value z (N, C, H, W), stored in the layout that ``context`` says: for code outside fastunet."""
@@ -112,7 +113,7 @@ class Activation(NamedTuple):
 
     def stored(self, context: Context) -> Activation:
         """The same activation with its value stored."""
-        return self if self.plain else Activation(call(ops.affine_act, self.x, self.affine, self.relu, context.backend))
+        return self if self.plain else Activation(call(ops.affine_act, *self.source, context.backend))
 
 
 class Placed(NamedTuple):
@@ -187,7 +188,7 @@ def _operands(
 def _convolved(placed: Placed, conv: nn.Conv2d, backend: str) -> tuple[Tensor, tuple[Any, ...]]:
     """The first source's tensor; and both sources, the weight and the bias, as operators take them."""
     first, weight, bias = _operands(placed.first, conv.weight, conv.bias, backend)
-    second: tuple[Any, ...] = (None, None, False)
+    second: tuple[Any, ...] = (None, None, 1.0)
     if placed.second is not None:
         second = placed.second._replace(x=placed.second.x.to(first.x.dtype)).source
     return first.x, (*first.source, *second, weight, bias)
@@ -220,11 +221,11 @@ def conv2d_act(
     placed: Placed,
     conv: nn.Conv2d,
     norm: nn.BatchNorm2d | None,
-    relu: bool,
+    slope: float,
     after: Next,
     backend: str,
 ) -> Activation:
-    """A 3×3 convolution of stride 1, and behind it a normalisation by running statistics and a ReLU: without gradients,
+    """A 3×3 convolution of stride 1, and behind it a normalisation by running statistics and act: without gradients,
     the value itself, so that whoever reads it multiplies what is stored; or what the head after it makes of it."""
     x, operands = _convolved(placed, conv, backend)
     affine = None if norm is None else _affine(norm, x, backend)
@@ -233,7 +234,7 @@ def conv2d_act(
     if head is not None:
         _, head_weight, head_bias = _operands(Activation(x), head.weight, head.bias, backend)
     z, pooled = call(
-        ops.conv2d_act, *operands, placed.size, placed.offset, affine, relu, pool, head_weight, head_bias, backend
+        ops.conv2d_act, *operands, placed.size, placed.offset, affine, slope, pool, head_weight, head_bias, backend
     )
     return Activation(z, pooled=pooled if pool else None, headed=head is not None)
 
@@ -278,8 +279,8 @@ def uses_batch_stats(bn: nn.BatchNorm2d) -> bool:
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 
 
-def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, backend: str) -> Activation:
-    """The activation BN(y), or ReLU(BN(y)); updates ``bn``'s running statistics as nn.BatchNorm2d does.
+def batch_norm(raw: Raw, bn: nn.BatchNorm2d, slope: float, backend: str) -> Activation:
+    """The activation act(BN(y)); updates ``bn``'s running statistics as nn.BatchNorm2d does.
 
     Raises:
         ValueError: batch statistics of a single value per channel, or one running statistic without the other, as
@@ -300,7 +301,7 @@ def batch_norm(raw: Raw, bn: nn.BatchNorm2d, relu: bool, backend: str) -> Activa
         affine = call(operator, mean, var, bn.weight, bn.bias, *running, bn.eps, backend)
     else:
         affine = _affine(bn, raw.y, backend)
-    return Activation(raw.y, affine, relu, raw.pooled)
+    return Activation(raw.y, affine, slope, raw.pooled)
 
 
 def running_stats(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
@@ -358,7 +359,7 @@ def pool_fork(act: Activation, context: Context) -> tuple[Activation, Activation
     """(2×2 max-pooled, the activation itself for its skip connection); one backward pass serves both."""
     if act.pooled is not None:
         return act._replace(x=act.pooled, pooled=None), act._replace(pooled=None)
-    if context.stores(act.x):
+    if context.stores(act.x) or act.slope < 0:  # what falls somewhere cannot be pooled before act
         act = act.stored(context)
     pooled, x = ops.pool_fork(act.x, act.affine, context.backend)
     return act._replace(x=pooled), act._replace(x=x)
@@ -366,5 +367,5 @@ def pool_fork(act: Activation, context: Context) -> tuple[Activation, Activation
 
 def upsample(act: Activation, align_corners: bool | None, backend: str) -> Activation:
     """×2 of the activation's value, bilinear, or nearest if ``align_corners`` is None; the result is plain."""
-    x = call(ops.upsample_concat, *act.source, None, None, False, align_corners, True, backend)
+    x = call(ops.upsample_concat, *act.source, None, None, 1.0, align_corners, True, backend)
     return Activation(x)

@@ -5,9 +5,9 @@ serve, and the twin the Triton kernels are compared with. Each function has the 
 :mod:`fastunet.kernels`. Activations come out in channels_last memory, whatever they came in as: ATen is several times
 faster there, on CPUs as on GPUs.
 
-A *source* is three arguments ``(x, affine, relu)`` that stand for the tensor ``z = act(scale·(x − centre) + shift)``:
+A *source* is three arguments ``(x, affine, slope)`` that stand for the tensor ``z = act(scale·(x − centre) + shift)``:
 ``x`` is (N, C, H, W); ``affine`` is None (identity) or (3, C) with rows scale, shift, centre, in float32
-(float64 for a float64 ``x``); ``relu`` says whether act is ReLU or the identity.
+(float64 for a float64 ``x``); ``slope`` is act's below zero: 1 the identity, 0 ReLU, between them a leaky ReLU.
 """
 
 from __future__ import annotations
@@ -27,15 +27,29 @@ aten = torch.ops.aten
 # ---- sources -----------------------------------------------------------------------------------------------------
 
 
-def affine_act(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
+def activate(z: Tensor, slope: float, inplace: bool = False) -> Tensor:
+    """act(z), whose slope below zero is ``slope``; z itself for the identity. ``inplace`` serves slopes from 0 on: a
+    derivative can tell from the value of those where z is above zero."""
+    if slope == 1:
+        return z
+    return F.relu(z, inplace) if slope == 0 else F.leaky_relu(z, slope, inplace and slope > 0)
+
+
+def activate_backward(dz: Tensor, z: Tensor, slope: float) -> Tensor:
+    """The gradient before act from that of its value ``z``, for slopes from 0 on; at NaN it is PyTorch's."""
+    dx: Tensor = aten.threshold_backward(dz, z, 0) if slope == 0 else aten.leaky_relu_backward(dz, z, slope, True)
+    return dx
+
+
+def affine_act(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
     """z = act(scale·(x − centre) + shift), in x's dtype; a new tensor."""
-    z = _normalise(x, affine, relu)
+    z = _normalise(x, affine, slope)
     return channels_last(x.clone() if z is x else z)
 
 
-def affine_act_backward(dz: Tensor, x: Tensor, affine: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
+def affine_act_backward(dz: Tensor, x: Tensor, affine: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
     """Gradients (dx, daffine) of :func:`affine_act`; daffine is empty without an affine."""
-    dx, daffine = _normalise_backward(dz, x, affine, relu, _normalise(x, affine, relu) if relu else None)
+    dx, daffine = _normalise_backward(dz, x, affine, slope, _normalise(x, affine, slope) if slope >= 0 else None)
     return channels_last(dz.clone() if dx is dz else dx), daffine
 
 
@@ -45,24 +59,26 @@ def _scaled(x: Tensor, scale: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
     return torch.batch_norm(x, scale, shift, centre, one, False, 0.0, 0.0, torch.backends.cudnn.enabled)
 
 
-def _normalise(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
+def _normalise(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
     """The value of a source; a plain one is returned as it is."""
     if affine is None:
-        return x.relu() if relu else x
+        return activate(x, slope)
     if x.numel() == 0:
         return torch.empty_like(x)
     scale, shift, centre = affine.contiguous().unbind(0)
     z = _scaled(x, scale, shift, centre)
-    return z.relu_() if relu else z
+    return activate(z, slope, inplace=True)
 
 
 def _normalise_backward(
-    dz: Tensor, x: Tensor, affine: Tensor | None, relu: bool, z: Tensor | None
+    dz: Tensor, x: Tensor, affine: Tensor | None, slope: float, z: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (dx, daffine) from that of the source's value ``z``, which is read only under a ReLU."""
-    if relu:
+    """Gradients (dx, daffine) from that of the source's value ``z``, which is read for a slope from 0 to below 1."""
+    if slope < 0:
+        dz = aten.leaky_relu_backward(dz, _normalise(x, affine, 1.0), slope, False)
+    elif slope != 1:
         assert z is not None
-        dz = aten.threshold_backward(dz, z, 0)
+        dz = activate_backward(dz, z, slope)
     if affine is None:
         return dz, no_stats(x)
     if x.numel() == 0:
@@ -147,20 +163,21 @@ def _pixel_dots(x: Tensor, dz: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batch_norm_act(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch norm in training, and perhaps a ReLU, of float32 channels_last memory: (z, mean, biased variance)."""
+    """A batch norm in training and act, of a slope from 0 on, of float32 channels_last memory: (z, mean, biased
+    variance)."""
     mean, var = _pixel_stats(x)
     z = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
-    return z.relu_() if relu else z, mean, var
+    return activate(z, slope, inplace=True), mean, var
 
 
 def batch_norm_act_backward(
-    dz: Tensor, x: Tensor, z: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, relu: bool
+    dz: Tensor, x: Tensor, z: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dx, dweight, dbias) of :func:`batch_norm_act`: dx = scale·(g − Σg/M − x̂·Σg·x̂/M), g under the ReLU."""
+    """Gradients (dx, dweight, dbias) of :func:`batch_norm_act`: dx = scale·(g − Σg/M − x̂·Σg·x̂/M), g that before act."""
     dz = channels_last(dz)
-    g = aten.threshold_backward(dz, z, 0) if relu else dz
+    g = dz if slope == 1 else activate_backward(dz, z, slope)
     rstd = torch.rsqrt(var + eps)
     count = x.numel() // x.shape[1]
     if count < MANY_PIXELS:
@@ -171,14 +188,14 @@ def batch_norm_act_backward(
     dscale, dbias = _pixel_dots(x, g, mean)
     dweight = dscale * rstd
     scale = rstd if weight is None else rstd * weight
-    slope = scale * dweight * rstd / -count
-    level = scale * dbias / -count - slope * mean
-    dx = g if relu else torch.empty_like(x)
+    rise = scale * dweight * rstd / -count
+    level = scale * dbias / -count - rise * mean
+    dx = torch.empty_like(x) if slope == 1 else g
     blocks = _blocks(x)
-    repeated = torch.stack([scale, slope, level]).repeat(1, blocks[0].shape[1] // x.shape[1])[..., None, None]
+    repeated = torch.stack([scale, rise, level]).repeat(1, blocks[0].shape[1] // x.shape[1])[..., None, None]
     for block, g_block, out in zip(blocks, _blocks(g), _blocks(dx), strict=True):
-        scale, slope, level = repeated[:, : block.shape[1]]
-        torch.addcmul(level, g_block, scale, out=out).addcmul_(block, slope)
+        scale, rise, level = repeated[:, : block.shape[1]]
+        torch.addcmul(level, g_block, scale, out=out).addcmul_(block, rise)
     return dx, dweight, dbias
 
 
@@ -249,10 +266,10 @@ def _form_dy(dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, y: Te
     if y.numel() == 0:
         return torch.zeros_like(y)
     count = y.numel() // y.shape[1]
-    slope = torch.zeros_like(mean) if dvar is None else dvar * (2.0 / count)
+    rise = torch.zeros_like(mean) if dvar is None else dvar * (2.0 / count)
     level = torch.zeros_like(mean) if dmean is None else dmean / count
     wide = y.to(mean.dtype)  # one rounding, at the end
-    total = _scaled(wide, slope, level, mean)
+    total = _scaled(wide, rise, level, mean)
     if dy is not None:
         total += dy
     return total.to(y.dtype)
@@ -272,25 +289,25 @@ def _unframe(g: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
     return frame(g, size, -top, -left)
 
 
-_Source = tuple[Tensor, Tensor | None, bool, int, int]  # x, affine, relu, and (top, left) in the frame
+_Source = tuple[Tensor, Tensor | None, float, int, int]  # x, affine, slope, and (top, left) in the frame
 
 
 def _sources(
     x0: Tensor,
     affine0: Tensor | None,
-    relu0: bool,
+    slope0: float,
     x1: Tensor | None,
     affine1: Tensor | None,
-    relu1: bool,
+    slope1: float,
     offset: Sequence[int],
 ) -> list[_Source]:
-    first = (x0, affine0, relu0, offset[0], offset[1])
-    return [first] if x1 is None else [first, (x1, affine1, relu1, offset[2], offset[3])]
+    first = (x0, affine0, slope0, offset[0], offset[1])
+    return [first] if x1 is None else [first, (x1, affine1, slope1, offset[2], offset[3])]
 
 
 def _placed(sources: list[_Source], size: Sequence[int]) -> Tensor:
     """The sources' values, concatenated along the channels in a zero frame of ``size``."""
-    parts = [frame(_normalise(channels_last(x), affine, relu), size, *corner) for x, affine, relu, *corner in sources]
+    parts = [frame(_normalise(channels_last(x), affine, slope), size, *corner) for x, affine, slope, *corner in sources]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -305,10 +322,10 @@ def _filter_gradients(dweight: Tensor, dbias: Tensor, weight: Tensor, wanted: Se
 def conv2d(
     x0: Tensor,
     affine0: Tensor | None,
-    relu0: bool,
+    slope0: float,
     x1: Tensor | None,
     affine1: Tensor | None,
-    relu1: bool,
+    slope1: float,
     weight: Tensor,
     bias: Tensor | None,
     stride: int,
@@ -325,12 +342,12 @@ def conv2d(
     is 2×2-pooled from y for a normalisation by a scale with the signs of ``pool_scale`` (None: positive; see
     :func:`max_pool2x2`). What was not asked for is empty.
     """
-    z = _placed(_sources(x0, affine0, relu0, x1, affine1, relu1, offset), size)
+    z = _placed(_sources(x0, affine0, slope0, x1, affine1, slope1, offset), size)
     y = channels_last(
         F.conv2d(z.contiguous(memory_format=_beside(weight, z)), weight, bias, stride, weight.shape[-1] // 2)
     )
     mean, var = _batch_stats(y) if stats else (no_stats(y), no_stats(y))
-    plain = affine0 is None and not relu0 and x1 is None and list(size) == list(x0.shape[-2:])
+    plain = affine0 is None and slope0 == 1 and x1 is None and list(size) == list(x0.shape[-2:])
     kept = x0.new_empty(0) if plain or not save else channels_last(z)
     pooled = max_pool2x2(y, pool_affine(pool_scale, y)) if pool else x0.new_empty(0)
     return y, mean, var, kept, pooled
@@ -339,16 +356,16 @@ def conv2d(
 def conv2d_act(
     x0: Tensor,
     affine0: Tensor | None,
-    relu0: bool,
+    slope0: float,
     x1: Tensor | None,
     affine1: Tensor | None,
-    relu1: bool,
+    slope1: float,
     weight: Tensor,
     bias: Tensor | None,
     size: Sequence[int],
     offset: Sequence[int],
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     pool: bool,
     head_weight: Tensor | None,
     head_bias: Tensor | None,
@@ -360,8 +377,8 @@ def conv2d_act(
     (J, K, 1, 1) and ``head_bias``, for which z need not be stored; and if ``pool``, without a head, z 2×2-pooled, else
     an empty tensor.
     """
-    y, *_ = conv2d(x0, affine0, relu0, x1, affine1, relu1, weight, bias, 1, size, offset, False, False, False, None)
-    z = channels_last(_normalise(y, affine, relu))
+    y, *_ = conv2d(x0, affine0, slope0, x1, affine1, slope1, weight, bias, 1, size, offset, False, False, False, None)
+    z = channels_last(_normalise(y, affine, slope))
     pooled = max_pool2x2(z, None) if pool else z.new_empty(0)
     return z if head_weight is None else channels_last(F.conv2d(z, head_weight, head_bias)), pooled
 
@@ -384,10 +401,10 @@ def conv2d_backward(
     pool_scale: Tensor | None,
     x0: Tensor,
     affine0: Tensor | None,
-    relu0: bool,
+    slope0: float,
     x1: Tensor | None,
     affine1: Tensor | None,
-    relu1: bool,
+    slope1: float,
     weight: Tensor,
     z: Tensor,
     stride: int,
@@ -397,7 +414,7 @@ def conv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx0, daffine0, dx1, daffine1, dweight, dbias); those not asked for in ``mask`` (source 0, source 1,
     weight, bias) are empty."""
-    sources = _sources(x0, affine0, relu0, x1, affine1, relu1, offset)
+    sources = _sources(x0, affine0, slope0, x1, affine1, slope1, offset)
     if dp is not None:
         dy = max_pool2x2_backward(y, pool_affine(pool_scale, y), dp, dy)
     dy = _form_dy(dy, dmean, dvar, y, mean)
@@ -421,12 +438,12 @@ def conv2d_backward(
     )
     grads: list[Tensor] = []
     start = 0
-    for (x, affine, relu, top, left), wanted in zip(sources, mask, strict=False):
+    for (x, affine, slope, top, left), wanted in zip(sources, mask, strict=False):
         stop = start + x.shape[1]
         if wanted:
             g = _unframe(dz[:, start:stop], x.shape[-2:], top, left)
             normalised = _unframe(z[:, start:stop], x.shape[-2:], top, left)
-            grads += _normalise_backward(g, x, affine, relu, normalised)
+            grads += _normalise_backward(g, x, affine, slope, normalised)
         else:
             grads += [x.new_empty(0), no_stats(x)]
         start = stop
@@ -448,11 +465,11 @@ def _transpose_geometry(weight: Tensor) -> tuple[list[int], list[int]]:
 
 
 def conv_transpose2d(
-    x: Tensor, affine: Tensor | None, relu: bool, weight: Tensor, bias: Tensor | None, stats: bool
+    x: Tensor, affine: Tensor | None, slope: float, weight: Tensor, bias: Tensor | None, stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stride-2 transposed convolution of one source to twice its size; weight is (C, K, 2, 2) or (C, K, 3, 3)."""
     padding, output_padding = _transpose_geometry(weight)
-    z = _normalise(channels_last(x), affine, relu)
+    z = _normalise(channels_last(x), affine, slope)
     y = channels_last(
         F.conv_transpose2d(z.contiguous(memory_format=_beside(weight, z)), weight, bias, 2, padding, output_padding)
     )
@@ -468,14 +485,14 @@ def conv_transpose2d_backward(
     mean: Tensor,
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     weight: Tensor,
     mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, daffine, dweight, dbias); those not asked for in ``mask`` (source, weight, bias) are empty."""
     padding, output_padding = _transpose_geometry(weight)
     dy = _form_dy(dy, dmean, dvar, y, mean)
-    z = _normalise(channels_last(x), affine, relu)
+    z = _normalise(channels_last(x), affine, slope)
     form = _beside(weight, z)
     dz, dweight, dbias = aten.convolution_backward(
         dy.contiguous(memory_format=form),
@@ -491,7 +508,7 @@ def conv_transpose2d_backward(
         list(mask),
     )
     if mask[0]:
-        dx, daffine = _normalise_backward(dz, x, affine, relu, z)
+        dx, daffine = _normalise_backward(dz, x, affine, slope, z)
         dx = channels_last(dx)
     else:
         dx, daffine = x.new_empty(0), no_stats(x)
@@ -523,7 +540,8 @@ def _max_pool(x: Tensor, affine: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def max_pool2x2(x: Tensor, affine: Tensor | None) -> Tensor:
-    """2×2 max-pool of a source, on raw values: BN and ReLU are monotone, so the winner is known by the scale's sign.
+    """2×2 max-pool of a source, on raw values: BN and act are monotone for slopes from 0 on, so the scale's sign tells
+    the winner.
 
     The result has the same affine and activation as ``x``. Scale > 0 takes the maximum, < 0 the minimum, = 0 the first;
     NaN propagates. Odd rows and columns at the end are dropped, as in ``nn.MaxPool2d(2)``.
@@ -554,22 +572,22 @@ def _centred(outer: Tensor, height: int, width: int) -> tuple[list[int], int, in
 def upsample_concat(
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     skip: Tensor | None,
     skip_affine: Tensor | None,
-    skip_relu: bool,
+    skip_slope: float,
     align_corners: bool | None,
     skip_first: bool,
 ) -> Tensor:
     """×2 of a source, bilinear, or nearest if ``align_corners`` is None; with a skip source: centred in its size (zero
     pad or crop) and concatenated with it."""
     mode = "nearest" if align_corners is None else "bilinear"
-    z = _normalise(channels_last(x), affine, relu)
+    z = _normalise(channels_last(x), affine, slope)
     up = F.interpolate(z, scale_factor=2.0, mode=mode, align_corners=align_corners)
     if skip is None:
         return channels_last(up)
     size, top, left = _centred(skip, *up.shape[-2:])
-    parts = [_normalise(channels_last(skip), skip_affine, skip_relu), frame(up, size, top, left)]
+    parts = [_normalise(channels_last(skip), skip_affine, skip_slope), frame(up, size, top, left)]
     return channels_last(torch.cat(parts if skip_first else parts[::-1], 1))
 
 
@@ -577,10 +595,10 @@ def upsample_concat_backward(
     dy: Tensor,
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     skip: Tensor | None,
     skip_affine: Tensor | None,
-    skip_relu: bool,
+    skip_slope: float,
     align_corners: bool | None,
     skip_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -591,14 +609,14 @@ def upsample_concat_backward(
         split = [skip.shape[1], x.shape[1]] if skip_first else [x.shape[1], skip.shape[1]]
         first, second = dy.split(split, 1)
         dz_skip, dy = (first, second) if skip_first else (second, first)
-        dskip, dskip_affine = affine_act_backward(dz_skip, skip, skip_affine, skip_relu)
+        dskip, dskip_affine = affine_act_backward(dz_skip, skip, skip_affine, skip_slope)
         _, top, left = _centred(skip, *doubled)
         dy = _unframe(dy, doubled, top, left)
     if align_corners is None:
         dz = aten.upsample_nearest2d_backward(channels_last(dy), doubled, list(x.shape), None, None)
     else:
         dz = aten.upsample_bilinear2d_backward(channels_last(dy), doubled, list(x.shape), align_corners, None, None)
-    dx, daffine = affine_act_backward(dz, x, affine, relu)
+    dx, daffine = affine_act_backward(dz, x, affine, slope)
     return dx, daffine, dskip, dskip_affine
 
 
@@ -608,7 +626,7 @@ def upsample_concat_backward(
 def _head_runs(
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor | None = None,
@@ -628,7 +646,7 @@ def _head_runs(
         for start in range(0, height * width, step):
             pixels = slice(start, start + step)
             part = rows[n, pixels].t()[None, :, None]
-            z = _normalise(part, affine, relu)[0, :, 0].t().to(filters.dtype)
+            z = _normalise(part, affine, slope)[0, :, 0].t().to(filters.dtype)
             # (K, P): with the few classes adjacent instead, their statistics would take twice as long on a CPU.
             logits = filters @ z.t()
             if bias is not None:
@@ -647,7 +665,7 @@ def _head_runs(
 def head_stats(
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
@@ -661,7 +679,7 @@ def head_stats(
     The logits are never stored: they exist for a run of pixels at a time, unrounded, in stats_dtype.
     """
     stats = x.new_zeros((x.shape[0], weight.shape[0], 7), dtype=stats_dtype(x.dtype))
-    for n, _, _, _, logits, label, w in _head_runs(x, affine, relu, weight, bias, labels, pixel_weight):
+    for n, _, _, _, logits, label, w in _head_runs(x, affine, slope, weight, bias, labels, pixel_weight):
         assert label is not None
         stats[n] += softmax_stats(logits, label, w, mode, ignore_index, wanted)[0]
     return stats
@@ -671,7 +689,7 @@ def head_stats_backward(
     dstats: Tensor,
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
@@ -687,7 +705,7 @@ def head_stats_backward(
     dx = torch.empty_like(x, memory_format=torch.channels_last) if mask[0] else x.new_empty(0)
     daffine = no_stats(x) if affine is None or not mask[0] else torch.zeros_like(affine)
     rows = dx.permute(0, 2, 3, 1).view(x.shape[0], -1, x.shape[1]) if dx.numel() else dx
-    for n, pixels, part, z, logits, label, w in _head_runs(x, affine, relu, weight, bias, labels, pixel_weight):
+    for n, pixels, part, z, logits, label, w in _head_runs(x, affine, slope, weight, bias, labels, pixel_weight):
         assert label is not None
         g = softmax_stats_backward(dstats[n : n + 1], logits, label, w, mode, ignore_index, wanted)[0, :, 0]
         if mask[1]:
@@ -696,7 +714,7 @@ def head_stats_backward(
             dbias += g.sum(1)
         if mask[0]:
             dz = (g.t() @ filters).to(x.dtype).t()[None, :, None]
-            dpart, share = _normalise_backward(dz, part, affine, relu, z.to(x.dtype).t()[None, :, None])
+            dpart, share = _normalise_backward(dz, part, affine, slope, z.to(x.dtype).t()[None, :, None])
             rows[n, pixels] = dpart[0, :, 0].t()
             if affine is not None:
                 daffine += share
@@ -716,7 +734,7 @@ def predict(logits: Tensor, output: str, threshold: float, dtype: torch.dtype) -
 def head_predict(
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     weight: Tensor,
     bias: Tensor | None,
     output: str,
@@ -732,7 +750,7 @@ def head_predict(
     batch, height, width, classes = x.shape[0], *x.shape[2:], weight.shape[0]
     kind = torch.uint8 if output in ("argmax", "threshold") else dtype
     out = x.new_empty((batch, height * width, 1 if output == "argmax" else classes), dtype=kind)
-    for n, pixels, _, _, logits, _, _ in _head_runs(x, affine, relu, weight, bias):
+    for n, pixels, _, _, logits, _, _ in _head_runs(x, affine, slope, weight, bias):
         out[n, pixels] = predict(logits, output, threshold, dtype).view(1, out.shape[2], -1)[0].t()
     if output == "argmax":
         return out.view(batch, height, width)

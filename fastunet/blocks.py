@@ -39,7 +39,17 @@ from fastunet.activation import (
 # PyTorch's own methods, noted before anybody patches the classes.
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward
-    for kind in (nn.BatchNorm2d, nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d, nn.ReLU, nn.Sequential, nn.Upsample)
+    for kind in (
+        nn.BatchNorm2d,
+        nn.Conv2d,
+        nn.ConvTranspose2d,
+        nn.Identity,
+        nn.LeakyReLU,
+        nn.MaxPool2d,
+        nn.ReLU,
+        nn.Sequential,
+        nn.Upsample,
+    )
 }
 _CONV_FORWARD = nn.Conv2d._conv_forward
 
@@ -107,6 +117,16 @@ def _is_upsample(module: nn.Module) -> bool:
     )
 
 
+def _slope(module: nn.Module) -> float | None:
+    """The slope below zero of an activation function that is applied lazily; None if ``module`` is none."""
+    if untouched(module, nn.ReLU):
+        return 0.0
+    if untouched(module, nn.LeakyReLU):
+        assert isinstance(module, nn.LeakyReLU)
+        return module.negative_slope if isinstance(module.negative_slope, float | int) else None
+    return 1.0 if untouched(module, nn.Identity) else None
+
+
 def _transparent(module: nn.Module) -> bool:
     """Whether ``module`` is known to run its children in turn and nothing else."""
     return untouched(module, nn.Sequential) or (isinstance(module, LazyModule) and module.is_lazy())
@@ -126,7 +146,7 @@ def halving(module: nn.Module) -> int | None:
         return 2
     if _is_conv(module):
         return module.stride[0]  # type: ignore[return-value,index]
-    if untouched(module, nn.BatchNorm2d) or untouched(module, nn.ReLU):
+    if untouched(module, nn.BatchNorm2d) or _slope(module) is not None:
         return 1
     if not _transparent(module):
         return None
@@ -139,11 +159,12 @@ class Layer(NamedTuple):
 
     conv: nn.Conv2d | nn.ConvTranspose2d
     norm: nn.BatchNorm2d | None
-    relu: bool
+    slope: float
 
 
 def _split(modules: list[nn.Module]) -> tuple[list[Layer], list[nn.Module]]:
-    """The longest prefix that reads conv [BN] [ReLU] conv … and can be run lazily, and the rest."""
+    """The longest prefix that reads conv [BN] [act] conv … and can be run lazily, and the rest, but for identities."""
+    modules = [module for module in modules if not untouched(module, nn.Identity)]
     layers: list[Layer] = []
     i = 0
     while i < len(modules) and (_is_conv(modules[i]) or _is_conv_transpose(modules[i])):
@@ -151,9 +172,9 @@ def _split(modules: list[nn.Module]) -> tuple[list[Layer], list[nn.Module]]:
         i += 1
         norm = modules[i] if i < len(modules) and untouched(modules[i], nn.BatchNorm2d) else None
         i += norm is not None
-        relu = i < len(modules) and untouched(modules[i], nn.ReLU)
-        i += relu
-        layers.append(Layer(conv, norm, relu))  # type: ignore[arg-type]
+        slope = _slope(modules[i]) if i < len(modules) else None
+        i += slope is not None
+        layers.append(Layer(conv, norm, 1.0 if slope is None else slope))  # type: ignore[arg-type]
     return layers, modules[i:]
 
 
@@ -166,19 +187,20 @@ def _normalises_at_once(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> bool:
 
 def _apply(layer: Layer, placed: Placed, context: Context, after: Next) -> Activation:
     """One layer on what is placed."""
-    conv, norm, relu = layer
+    conv, norm, slope = layer
     if context.eager:
-        return Activation(eager.layer(placed, conv, norm, relu, context))
+        return Activation(eager.layer(placed, conv, norm, slope, context))
     if isinstance(conv, nn.Conv2d):
         # The convolution pools what it writes, unless the value is stored first and pooled from there.
-        pool = after.pool and min(placed.size) >= 2 * conv.stride[0] and not context.stores(placed.first.x)
+        fits = min(placed.size) >= 2 * conv.stride[0] and slope >= 0
+        pool = after.pool and fits and not context.stores(placed.first.x)
         if _normalises_at_once(conv, norm):
-            return conv2d_act(placed, conv, norm, relu, Next(pool, after.head), context.backend)
+            return conv2d_act(placed, conv, norm, slope, Next(pool, after.head), context.backend)
         raw = conv2d(placed, conv, norm, pool, context)
     else:
         source = placed.first if placed.second is None else Activation(placed.tensor(context))
         raw = conv_transpose2d(source, conv, norm, context.backend)
-    return Activation(raw.y, None, relu, raw.pooled) if norm is None else batch_norm(raw, norm, relu, context.backend)
+    return Activation(raw.y, None, slope, raw.pooled) if norm is None else batch_norm(raw, norm, slope, context.backend)
 
 
 class Misfit(NamedTuple):
@@ -220,7 +242,7 @@ def _of_modules(error: Exception, layer: Layer, placed: Placed) -> Exception:
 
 
 def lazily(modules: list[nn.Module], placed: Placed, context: Context, after: Next = UNKNOWN) -> Activation:
-    """``modules`` in turn on what is placed: lazily as far as they read conv [BN] [ReLU] …, then as modules."""
+    """``modules`` in turn on what is placed: lazily as far as they read conv [BN] [act] …, then as modules."""
     layers, rest = _split(modules)
     for number, layer in enumerate(layers, 1):
         try:
@@ -271,7 +293,7 @@ def run(block: nn.Module, placed: Placed, context: Context, after: Next = UNKNOW
 
 
 class ConvSequence(LazyBlock, nn.Sequential):
-    """An nn.Sequential of convolution, BatchNorm2d and ReLU modules."""
+    """An nn.Sequential of convolution, BatchNorm2d and ReLU or LeakyReLU modules."""
 
     def lazy(self, placed: Placed, context: Context, after: Next = UNKNOWN) -> Activation:
         return lazily(list(self), placed, context, after)

@@ -28,7 +28,7 @@ def enter(x: Tensor) -> Tensor:
 
 
 def layer(
-    placed: Placed, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, relu: bool, context: Context
+    placed: Placed, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, slope: float, context: Context
 ) -> Tensor:
     """A convolution and what follows it, of stored tensors.
 
@@ -50,11 +50,14 @@ def layer(
     else:
         y = conv(_joined(parts))
         if norm is None:
-            return y.relu_() if relu else y
+            return aten.activate(y, slope, inplace=True)
         if context.precise and (norm.training or norm.running_mean is None) and _many_pixels(y, norm):
-            return _batch_norm(y, norm, relu)
-        y = norm(y)
-    return y.relu_() if relu else y
+            if slope >= 0:
+                return _batch_norm(y, norm, slope)
+            y = _batch_norm(y, norm, 1.0)
+        else:
+            y = norm(y)
+    return aten.activate(y, slope, inplace=True)
 
 
 def _check_devices(z: Tensor, conv: nn.Module, norm: nn.BatchNorm2d | None) -> None:
@@ -98,8 +101,8 @@ def _many_pixels(y: Tensor, norm: nn.BatchNorm2d) -> bool:
     return usual and all(t is None or t.dtype == y.dtype for t in (norm.weight, norm.bias, *buffers[:2]))
 
 
-def _batch_norm(y: Tensor, norm: nn.BatchNorm2d, relu: bool) -> Tensor:
-    z, mean, var = ops.batch_norm_act(y, norm.weight, norm.bias, norm.eps, relu)
+def _batch_norm(y: Tensor, norm: nn.BatchNorm2d, slope: float) -> Tensor:
+    z, mean, var = ops.batch_norm_act(y, norm.weight, norm.bias, norm.eps, slope)
     if norm.training and norm.track_running_stats and norm.running_mean is not None:
         assert norm.num_batches_tracked is not None
         assert norm.running_var is not None

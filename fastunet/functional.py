@@ -120,7 +120,7 @@ def conv_bn_relu(
         raise TypeError(f"expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; convert one of them")
     placed = Placed.of(Activation(x.to(dtype)))
     y, mean, var, *_ = call(
-        ops.conv2d, *placed.first.source, None, None, False, weight.to(dtype), None if bias is None else bias.to(dtype),
+        ops.conv2d, *placed.first.source, None, None, 1.0, weight.to(dtype), None if bias is None else bias.to(dtype),
         stride, placed.size, placed.offset, training, True, False, None, backend,
     )  # fmt: skip
     count = y.numel() // filters
@@ -135,7 +135,7 @@ def conv_bn_relu(
         mean, var = running_mean.to(stats_dtype(dtype)), running_var.to(stats_dtype(dtype))
     operator = ops.bn_affine_running if running else ops.bn_affine
     affine = call(operator, mean, var, bn_weight, bn_bias, *running, eps, backend)
-    z: Tensor = call(ops.affine_act, y, affine, relu, backend)
+    z: Tensor = call(ops.affine_act, y, affine, 0.0 if relu else 1.0, backend)
     return z.contiguous(memory_format=memory_format(x, weight))
 
 
@@ -171,7 +171,7 @@ def upsample_pad_concat(
         raise TypeError(f"expected x and skip of one dtype, got {x.dtype} and {skip.dtype}; convert one of them")
     if 0 in x.shape[2:]:
         raise ValueError(f"expected an x with pixels to upsample, got shape {tuple(x.shape)}")
-    cat: Tensor = ops.upsample_concat(x, None, False, skip, None, False, align_corners, skip_first, backend)
+    cat: Tensor = ops.upsample_concat(x, None, 1.0, skip, None, 1.0, align_corners, skip_first, backend)
     return cat.contiguous(memory_format=memory_format(x, skip))
 
 

@@ -5,7 +5,7 @@ same arguments but for the last, ``backend``: "torch", "triton" or "auto" (see :
 checks take the arguments that they name; derivatives are exact, once differentiable, and follow from names (see
 :mod:`fastunet.dispatch`).
 
-A *source* ``(x, affine, relu)`` stands for ``act(scale·(x − centre) + shift)``: see :mod:`fastunet.aten`.
+A *source* ``(x, affine, slope)`` stands for ``act(scale·(x − centre) + shift)``: see :mod:`fastunet.aten`.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ def _filters(weight: Tensor) -> Tensor:
 
 
 affine_act_backward = register_backward(
-    "affine_act_backward(Tensor dz, Tensor x, Tensor? affine, bool relu, str backend) -> (Tensor, Tensor)", "x affine"
+    "affine_act_backward(Tensor dz, Tensor x, Tensor? affine, float slope, str backend) -> (Tensor, Tensor)", "x affine"
 )
 affine_act = register(
-    "affine_act(Tensor x, Tensor? affine, bool relu, str backend) -> Tensor",
+    "affine_act(Tensor x, Tensor? affine, float slope, str backend) -> Tensor",
     lambda x: activation(x, x.shape),
     lambda x, affine: _check_source(x, affine, x),
     affine_act_backward,
@@ -150,13 +150,13 @@ bn_affine_running = register(
 class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z, mean, var = aten.batch_norm_act(x, weight, bias, eps, relu)
+        z, mean, var = aten.batch_norm_act(x, weight, bias, eps, slope)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, var)
-        ctx.save_for_backward(x, z if relu else None, weight, mean, var)
-        ctx.config = eps, relu
+        ctx.save_for_backward(x, None if slope == 1 else z, weight, mean, var)
+        ctx.config = eps, slope
         return z, mean, var
 
     @staticmethod
@@ -170,10 +170,10 @@ class _BatchNormAct(torch.autograd.Function):
 
 
 def batch_norm_act(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relu: bool
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`fastunet.aten.batch_norm_act` with its derivative; the statistics have none."""
-    return apply(_BatchNormAct, x, weight, bias, eps, relu)  # type: ignore[no-any-return]
+    return apply(_BatchNormAct, x, weight, bias, eps, slope)  # type: ignore[no-any-return]
 
 
 # ---- conv2d ------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def _stats_fake(x: Tensor, filters: int, stats: bool) -> tuple[Tensor, Tensor]:
 def _conv2d_fake(
     x0: Tensor,
     affine0: Tensor | None,
-    relu0: bool,
+    slope0: float,
     x1: Tensor | None,
     weight: Tensor,
     stride: int,
@@ -199,7 +199,7 @@ def _conv2d_fake(
 ) -> tuple[Tensor, ...]:
     batch, filters = x0.shape[0], weight.shape[0]
     height, width = ((n - 1) // stride + 1 for n in size)
-    plain = affine0 is None and not relu0 and x1 is None and list(size) == list(x0.shape[-2:])
+    plain = affine0 is None and slope0 == 1 and x1 is None and list(size) == list(x0.shape[-2:])
     kept = save and not plain and resolve_backend(backend, x0.device, x0.dtype) == "torch"
     return (
         activation(x0, (batch, filters, height, width)),
@@ -249,14 +249,14 @@ def _check_conv2d(
 
 conv2d_backward = register_backward(
     "conv2d_backward(Tensor? dy, Tensor? dmean, Tensor? dvar, Tensor? dp, Tensor y, Tensor mean, Tensor? pool_scale,"
-    " Tensor x0, Tensor? affine0, bool relu0, Tensor? x1, Tensor? affine1, bool relu1, Tensor weight, Tensor z,"
+    " Tensor x0, Tensor? affine0, float slope0, Tensor? x1, Tensor? affine1, float slope1, Tensor weight, Tensor z,"
     " int stride, SymInt[] size, SymInt[] offset, bool[] mask, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "x0 affine0, x1 affine1, weight, bias",
     bias=_filters,
 )
 conv2d = register(
-    "conv2d(Tensor x0, Tensor? affine0, bool relu0, Tensor? x1, Tensor? affine1, bool relu1, Tensor weight,"
+    "conv2d(Tensor x0, Tensor? affine0, float slope0, Tensor? x1, Tensor? affine1, float slope1, Tensor weight,"
     " Tensor? bias, int stride, SymInt[] size, SymInt[] offset, bool stats, bool save, bool pool,"
     " Tensor? pool_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _conv2d_fake,
@@ -304,8 +304,8 @@ def _check_conv2d_act(
 
 # Has no derivative: training uses conv2d, which keeps y, and a backward can compute the rest from y again.
 conv2d_act = register(
-    "conv2d_act(Tensor x0, Tensor? affine0, bool relu0, Tensor? x1, Tensor? affine1, bool relu1, Tensor weight,"
-    " Tensor? bias, SymInt[] size, SymInt[] offset, Tensor? affine, bool relu, bool pool,"
+    "conv2d_act(Tensor x0, Tensor? affine0, float slope0, Tensor? x1, Tensor? affine1, float slope1, Tensor weight,"
+    " Tensor? bias, SymInt[] size, SymInt[] offset, Tensor? affine, float slope, bool pool,"
     " Tensor? head_weight, Tensor? head_bias, str backend) -> (Tensor, Tensor)",
     _conv2d_act_fake,
     _check_conv2d_act,
@@ -328,12 +328,12 @@ def _check_conv_transpose2d(x: Tensor, affine: Tensor | None, weight: Tensor, bi
 
 conv_transpose2d_backward = register_backward(
     "conv_transpose2d_backward(Tensor? dy, Tensor? dmean, Tensor? dvar, Tensor y, Tensor mean, Tensor x,"
-    " Tensor? affine, bool relu, Tensor weight, bool[] mask, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? affine, float slope, Tensor weight, bool[] mask, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     "x affine, weight, bias",
     bias=lambda weight: weight.new_empty(weight.shape[1]),
 )
 conv_transpose2d = register(
-    "conv_transpose2d(Tensor x, Tensor? affine, bool relu, Tensor weight, Tensor? bias, bool stats, str backend)"
+    "conv_transpose2d(Tensor x, Tensor? affine, float slope, Tensor weight, Tensor? bias, bool stats, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _conv_transpose2d_fake,
     _check_conv_transpose2d,
@@ -402,12 +402,12 @@ def _check_upsample_concat(x: Tensor, affine: Tensor | None, skip: Tensor | None
 
 
 upsample_concat_backward = register_backward(
-    "upsample_concat_backward(Tensor dy, Tensor x, Tensor? affine, bool relu, Tensor? skip, Tensor? skip_affine,"
-    " bool skip_relu, bool? align_corners, bool skip_first, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "upsample_concat_backward(Tensor dy, Tensor x, Tensor? affine, float slope, Tensor? skip, Tensor? skip_affine,"
+    " float skip_slope, bool? align_corners, bool skip_first, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     "x affine, skip skip_affine",
 )
 upsample_concat = register(
-    "upsample_concat(Tensor x, Tensor? affine, bool relu, Tensor? skip, Tensor? skip_affine, bool skip_relu,"
+    "upsample_concat(Tensor x, Tensor? affine, float slope, Tensor? skip, Tensor? skip_affine, float skip_slope,"
     " bool? align_corners, bool skip_first, str backend) -> Tensor",
     _upsample_concat_fake,
     _check_upsample_concat,
@@ -482,15 +482,15 @@ def _check_head_stats(
 
 
 head_stats_backward = register_backward(
-    "head_stats_backward(Tensor dstats, Tensor x, Tensor? affine, bool relu, Tensor weight, Tensor? bias,"
+    "head_stats_backward(Tensor dstats, Tensor x, Tensor? affine, float slope, Tensor weight, Tensor? bias,"
     " Tensor labels, Tensor? pixel_weight, str mode, int ignore_index, bool[] wanted, bool[] mask, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     "x affine, weight, bias",
     bias=_filters,
 )
 head_stats = register(
-    "head_stats(Tensor x, Tensor? affine, bool relu, Tensor weight, Tensor? bias, Tensor labels, Tensor? pixel_weight,"
-    " str mode, int ignore_index, bool[] wanted, str backend) -> Tensor",
+    "head_stats(Tensor x, Tensor? affine, float slope, Tensor weight, Tensor? bias, Tensor labels,"
+    " Tensor? pixel_weight, str mode, int ignore_index, bool[] wanted, str backend) -> Tensor",
     lambda x, weight: x.new_empty((x.shape[0], weight.shape[0], 7), dtype=stats_dtype(x.dtype)),
     _check_head_stats,
     head_stats_backward,
@@ -522,7 +522,7 @@ def _check_head_predict(
 
 
 head_predict = register(
-    "head_predict(Tensor x, Tensor? affine, bool relu, Tensor weight, Tensor? bias, str output, float threshold,"
+    "head_predict(Tensor x, Tensor? affine, float slope, Tensor weight, Tensor? bias, str output, float threshold,"
     " ScalarType dtype, str backend) -> Tensor",
     _head_predict_fake,
     _check_head_predict,

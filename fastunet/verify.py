@@ -152,7 +152,8 @@ def _conv(inputs: Tensors, function: Callable[..., Any], size: tuple[int, int], 
         offset[2:] = [(size[0] - x1.shape[2]) // 2, (size[1] - x1.shape[3]) // 2]
     stats = settings.get("stats", True)
     result = function(
-        *_source(inputs), "affine" in inputs, x1, affine1, affine1 is not None, inputs["weight"], inputs.get("bias"),
+        *_source(inputs), 0.0 if "affine" in inputs else 1.0, x1, affine1, 1.0 if affine1 is None else 0.0,
+        inputs["weight"], inputs.get("bias"),
         settings.get("stride", 1), size, offset, stats,
     )  # fmt: skip
     return result[:3] if stats else result[:1]
@@ -183,8 +184,8 @@ def _act_case(x: tuple[int, ...], weight: tuple[int, ...], classes: int) -> Case
 
     def ours(inputs: Tensors, backend: str) -> Any:
         z, _ = ops.conv2d_act(
-            inputs["x"], None, False, None, None, False, inputs["weight"], None, x[2:], (0, 0, 0, 0),
-            inputs["affine"], True, False, inputs.get("head"), None, backend,
+            inputs["x"], None, 1.0, None, None, 1.0, inputs["weight"], None, x[2:], (0, 0, 0, 0),
+            inputs["affine"], 0.0, False, inputs.get("head"), None, backend,
         )  # fmt: skip
         return z
 
@@ -192,8 +193,8 @@ def _act_case(x: tuple[int, ...], weight: tuple[int, ...], classes: int) -> Case
         source, filters = inputs["x"], inputs["weight"]
         assert source is not None
         assert filters is not None
-        y, *_ = plain.conv2d(source, None, False, None, None, False, filters, None, 1, x[2:], (0, 0, 0, 0), False)
-        z = plain.affine_act(y, inputs["affine"], True)
+        y, *_ = plain.conv2d(source, None, 1.0, None, None, 1.0, filters, None, 1, x[2:], (0, 0, 0, 0), False)
+        z = plain.affine_act(y, inputs["affine"], 0.0)
         head = inputs.get("head")
         return z if head is None else torch.nn.functional.conv2d(z, head)
 
@@ -206,7 +207,7 @@ def _act_case(x: tuple[int, ...], weight: tuple[int, ...], classes: int) -> Case
 
 def _transpose_case(x: tuple[int, ...], weight: tuple[int, ...], stats: bool, quick: bool = True) -> Case:
     def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
-        result = function(*_source(inputs), True, inputs["weight"], inputs["bias"], stats, *rest)
+        result = function(*_source(inputs), 0.0, inputs["weight"], inputs["bias"], stats, *rest)
         return result if stats else result[0]
 
     return Case(
@@ -223,17 +224,17 @@ def _pool_case(x: tuple[int, ...]) -> Case:
     def ours(inputs: Tensors, backend: str) -> Any:
         pooled, skip = ops.pool_fork(*_source(inputs), backend)
         affine = inputs["affine"]
-        return ops.affine_act(pooled, affine, True, backend), ops.affine_act(skip, affine, True, backend)
+        return ops.affine_act(pooled, affine, 0.0, backend), ops.affine_act(skip, affine, 0.0, backend)
 
     def truth(inputs: Tensors) -> Any:
-        return plain.max_pool2x2(*_source(inputs), True), plain.affine_act(*_source(inputs), True)
+        return plain.max_pool2x2(*_source(inputs), 0.0), plain.affine_act(*_source(inputs), 0.0)
 
     return Case("max_pool2x2", _by(x), {"x": x, "affine": (3, x[1])}, ours, truth)
 
 
 def _upsample_case(x: tuple[int, ...], skip: tuple[int, ...], align_corners: bool | None, quick: bool = True) -> Case:
     def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
-        return function(*_source(inputs), True, inputs["skip"], inputs["affine1"], True, align_corners, True, *rest)
+        return function(*_source(inputs), 0.0, inputs["skip"], inputs["affine1"], 0.0, align_corners, True, *rest)
 
     return Case(
         "upsample_concat",
@@ -285,7 +286,7 @@ def _head_case(x: tuple[int, ...], classes: int, mode: str) -> Case:
 
     def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
         filters = inputs["weight"], inputs["bias"]
-        return function(*_source(inputs), True, *filters, inputs["labels"], None, mode, 1, [True] * 3, *rest)
+        return function(*_source(inputs), 0.0, *filters, inputs["labels"], None, mode, 1, [True] * 3, *rest)
 
     return Case(
         "head_stats",

@@ -1,7 +1,7 @@
 """Sources made explicit (``affine_act``), and the affine of a batch normalisation (``bn_affine``).
 
 Forward:   z  = act(scale·(x − centre) + shift)
-Backward:  g  = dz·m, where m = not (z ≤ 0) under a ReLU (so a NaN passes, as in PyTorch) and 1 without
+Backward:  g  = dz·m, where m is act's slope, as PyTorch has it at 0 and NaN
            dx = scale·g
            daffine = [Σ g·(x − centre),  Σ g,  −scale·Σ g]     over batch and picture
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastunet.layout import stats_dtype
 
-from .common import block, cdiv, dense, load_affine, nhwc, normalise, sum_slabs
+from .common import act, block, cdiv, dense, load_affine, nhwc, normalise, sum_slabs
 from .launching import accumulator, launch
 
 _ACCESSES = 2  # 16-byte accesses per thread, tensor and step: bytes enough in flight without crowding the registers
@@ -28,12 +28,15 @@ _BN_BLOCK = 128
 
 
 @triton.jit
-def source_backward(dz, x, affine, RELU: tl.constexpr, ACC: tl.constexpr):
-    """(dx, g·(x − centre), g) of a tile (pixels, channels), where g = dz under the ReLU's mask; all in ACC."""
+def source_backward(dz, x, affine, SLOPE: tl.constexpr, ACC: tl.constexpr):
+    """(dx, g·(x − centre), g) of a tile (pixels, channels), where g is the gradient before act; all in ACC."""
     g = dz.to(ACC)
-    if RELU:
-        z = normalise(x, affine, False, ACC)
-        g = tl.where(z <= 0, 0.0, g)
+    if SLOPE is not None:
+        z = normalise(x, affine, None, ACC)
+        if SLOPE == 0:
+            g = tl.where(z <= 0, 0.0, g)
+        else:
+            g = tl.where(z > 0, g, g * SLOPE)
     dx = g
     gx = g  # which nobody reads without an affine
     if len(affine) > 0:
@@ -54,7 +57,7 @@ def store_affine_gradient(partial_ptr, slab, c, C, scale, sum_gx, sum_g):
 @triton.jit(do_not_specialize=["pixels"])
 def _affine_act_fwd_kernel(
     x_ptr, affine_ptr, z_ptr, pixels, C, z_stride,
-    RELU: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    SLOPE: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -62,14 +65,14 @@ def _affine_act_fwd_kernel(
     index = p[:, None] * C + c[None, :]
     affine = load_affine(affine_ptr, c, C)
     x = tl.load(x_ptr + index, mask=inside, other=0.0)
-    z = normalise(x, affine, RELU, ACC)
+    z = normalise(x, affine, SLOPE, ACC)
     tl.store(z_ptr + p[:, None] * z_stride + c[None, :], z, mask=inside)
 
 
 @triton.jit(do_not_specialize=["pixels"])
 def _affine_act_bwd_kernel(
     dz_ptr, x_ptr, affine_ptr, dx_ptr, z_ptr, partial_ptr, pixels, C, stride,
-    RELU: tl.constexpr, ACC: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    SLOPE: tl.constexpr, ACC: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     slab = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -83,10 +86,10 @@ def _affine_act_bwd_kernel(
         value = p[:, None] * stride + c[None, :]
         dz = tl.load(dz_ptr + value, mask=inside, other=0.0)
         x = tl.load(x_ptr + index, mask=inside, other=0.0)
-        dx, gx, g = source_backward(dz, x, affine, RELU, ACC)
+        dx, gx, g = source_backward(dz, x, affine, SLOPE, ACC)
         tl.store(dx_ptr + index, dx, mask=inside)
         if z_ptr is not None:
-            tl.store(z_ptr + value, normalise(x, affine, RELU, ACC), mask=inside)
+            tl.store(z_ptr + value, normalise(x, affine, SLOPE, ACC), mask=inside)
         if affine_ptr is not None:
             sum_gx += gx
             sum_g += g
@@ -162,16 +165,16 @@ def no_gradients(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(0), affine_gradient(x, None)
 
 
-def affine_act(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
+def affine_act(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
     """z = act(scale·(x − centre) + shift) for x (N, C, H, W): a new channels_last tensor of x's dtype."""
-    if (affine is None and not relu) or x.numel() == 0:
+    if (affine is None and slope == 1) or x.numel() == 0:
         return x.clone(memory_format=torch.channels_last)
     z = torch.empty_like(x, memory_format=torch.channels_last)
-    store_value(z, x.shape[1], x, affine, relu)
+    store_value(z, x.shape[1], x, affine, slope)
     return z
 
 
-def store_value(z: Tensor, stride: int, x: Tensor, affine: Tensor | None, relu: bool) -> None:
+def store_value(z: Tensor, stride: int, x: Tensor, affine: Tensor | None, slope: float) -> None:
     """Fill ``z``, an NHWC tensor or some channels of one, whose pixels lie ``stride`` elements apart, with a source's
     value."""
     channels = x.shape[1]
@@ -181,19 +184,19 @@ def store_value(z: Tensor, stride: int, x: Tensor, affine: Tensor | None, relu: 
         launch(
             _affine_act_fwd_kernel, (cdiv(pixels, block_p), cdiv(channels, block_c)),
             nhwc(x), dense(affine), z, pixels, channels, stride,
-            RELU=relu, ACC=accumulator(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
+            SLOPE=act(slope), ACC=accumulator(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
         )  # fmt: skip
 
 
-def affine_act_backward(dz: Tensor, x: Tensor, affine: Tensor | None, relu: bool) -> tuple[Tensor, Tensor]:
+def affine_act_backward(dz: Tensor, x: Tensor, affine: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
     """Gradients (dx, daffine) of :func:`affine_act`: dx like x; daffine (3, C), empty without an affine."""
-    if affine is None and not relu:
+    if affine is None and slope == 1:
         return dz.clone(memory_format=torch.channels_last), affine_gradient(x, None)
-    return source_gradient(nhwc(dz), x.shape[1], x, affine, relu)
+    return source_gradient(nhwc(dz), x.shape[1], x, affine, slope)
 
 
 def source_gradient(
-    dz: Tensor, stride: int, x: Tensor, affine: Tensor | None, relu: bool, z: Tensor | None = None
+    dz: Tensor, stride: int, x: Tensor, affine: Tensor | None, slope: float, z: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(dx, daffine) of a source from the gradient ``dz`` of its value, an NHWC tensor or some channels of one, whose
     pixels lie ``stride`` elements apart. ``z``, laid out as dz, is filled with the value itself."""
@@ -208,7 +211,7 @@ def source_gradient(
         launch(
             _affine_act_bwd_kernel, (slabs, cdiv(channels, block_c)),
             dz, x, dense(affine), dx, z, partial, pixels, channels, stride,
-            RELU=relu, ACC=accumulator(x.dtype), ROUNDS=_ROUNDS, BLOCK_P=block_p, BLOCK_C=block_c,
+            SLOPE=act(slope), ACC=accumulator(x.dtype), ROUNDS=_ROUNDS, BLOCK_P=block_p, BLOCK_C=block_c,
         )  # fmt: skip
     return dx, affine_gradient(x, partial)
 

@@ -57,8 +57,10 @@ def block(size: int, most: int, least: int = 16) -> int:
 class Source:
     """One operand: memory, affine (dense, or None), activation, and where it lies in the frame of the outputs."""
 
-    def __init__(self, x: Tensor, affine: Tensor | None, relu: bool, top: int = 0, left: int = 0):
-        self.x, self.affine, self.relu, self.top, self.left = nhwc(x), dense(affine), relu, top, left
+    def __init__(self, x: Tensor, affine: Tensor | None, slope: float, top: int = 0, left: int = 0):
+        self.x, self.affine, self.slope, self.top, self.left = nhwc(x), dense(affine), slope, top, left
+        self.act = act(slope)
+        self.plain = affine is None and slope == 1  # the value is x itself
         self.channels, self.height, self.width = x.shape[1:]
         self.extent = self.height, self.width, top, left  # in the frame
 
@@ -89,8 +91,27 @@ def load_affine(affine_ptr, c, C):
     return affine
 
 
+def act(slope: float) -> float | None:
+    """An activation function by its slope below zero, as the kernels' constant: None for the identity."""
+    return None if slope == 1 else slope
+
+
 @triton.jit
-def normalise(x, affine, RELU: tl.constexpr, ACC: tl.constexpr, AXIS: tl.constexpr = 1):
+def activate(z, SLOPE: tl.constexpr):
+    """act(z), as PyTorch computes it: NaN stays."""
+    if SLOPE is None:
+        value = z
+    elif SLOPE == 0:
+        value = tl.maximum(z, 0.0, propagate_nan=PROPAGATE_ALL)
+    elif SLOPE > 0 and SLOPE < 1:
+        value = tl.maximum(z, z * SLOPE, propagate_nan=PROPAGATE_ALL)
+    else:
+        value = tl.where(z > 0, z, z * SLOPE)
+    return value
+
+
+@triton.jit
+def normalise(x, affine, SLOPE: tl.constexpr, ACC: tl.constexpr, AXIS: tl.constexpr = 1):
     """act(scale·(x − centre) + shift) in the accumulator dtype, with channels along x's ``AXIS``.
 
     16-bit x: one multiply-add with the folded shift, whose rounding is far below x's own. Wider x: the difference
@@ -104,9 +125,7 @@ def normalise(x, affine, RELU: tl.constexpr, ACC: tl.constexpr, AXIS: tl.constex
         else:
             z -= tl.expand_dims(affine.centre, 1 - AXIS)
         z = z * tl.expand_dims(affine.scale, 1 - AXIS) + tl.expand_dims(shift, 1 - AXIS)
-    if RELU:
-        z = tl.maximum(z, 0.0, propagate_nan=PROPAGATE_ALL)
-    return z
+    return activate(z, SLOPE)
 
 
 @triton.jit

@@ -77,9 +77,9 @@ def computing(
 
 def _stored(source: Source) -> Source:
     """The source, normalised: itself if it is plain."""
-    if source.affine is None and not source.relu:
+    if source.plain:
         return source
-    return Source(affine_act(source.x, source.affine, source.relu), None, False, source.top, source.left)
+    return Source(affine_act(source.x, source.affine, source.slope), None, 1.0, source.top, source.left)
 
 
 def joined(sources: Sequence[Source], size: Sequence[int]) -> Source:
@@ -87,17 +87,17 @@ def joined(sources: Sequence[Source], size: Sequence[int]) -> Source:
     first = sources[0]
     if len(sources) == 1 and [first.height, first.width, first.top, first.left] == [*size, 0, 0]:
         return first
-    placed = [frame(affine_act(each.x, each.affine, each.relu), size, each.top, each.left) for each in sources]
-    return Source(torch.cat(placed, 1), None, False)
+    placed = [frame(affine_act(each.x, each.affine, each.slope), size, each.top, each.left) for each in sources]
+    return Source(torch.cat(placed, 1), None, 1.0)
 
 
 def conv2d(
     x0: Tensor,
     affine0: Tensor | None,
-    relu0: bool,
+    slope0: float,
     x1: Tensor | None,
     affine1: Tensor | None,
-    relu1: bool,
+    slope1: float,
     weight: Tensor,
     bias: Tensor | None,
     stride: int,
@@ -113,7 +113,7 @@ def conv2d(
 
     ``mixed`` allows other algorithms than Triton's where the table says that they are faster.
     """
-    sources = placed(x0, affine0, relu0, x1, affine1, relu1, offset)
+    sources = placed(x0, affine0, slope0, x1, affine1, slope1, offset)
     pooled: Tensor | None = None
     if len(sources) == 1 and stride == 1 and serves(sources[0], size, weight):
         y, mean, var = conv_image(sources[0], weight, bias, stats)
@@ -136,39 +136,39 @@ def conv2d(
 def conv2d_act(
     x0: Tensor,
     affine0: Tensor | None,
-    relu0: bool,
+    slope0: float,
     x1: Tensor | None,
     affine1: Tensor | None,
-    relu1: bool,
+    slope1: float,
     weight: Tensor,
     bias: Tensor | None,
     size: Sequence[int],
     offset: Sequence[int],
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     pool: bool,
     head_weight: Tensor | None,
     head_bias: Tensor | None,
     mixed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fastunet.aten.conv2d_act`, and for ``mixed`` :func:`conv2d`."""
-    sources = placed(x0, affine0, relu0, x1, affine1, relu1, offset)
+    sources = placed(x0, affine0, slope0, x1, affine1, slope1, offset)
     pooled: Tensor | None = None
     head = None if head_weight is None else (head_weight, head_bias)
     if len(sources) == 1 and serves(sources[0], size, weight):
-        z, _, _ = conv_image(sources[0], weight, bias, False, affine, relu)
+        z, _, _ = conv_image(sources[0], weight, bias, False, affine, slope)
     else:
         compute, sources = computing("conv3x3_act", sources, weight.shape[0], size[1], mixed)
         if compute is conv3x3:
-            z, _, _, pooled = conv3x3(sources, size, weight, bias, False, pool, None, affine, relu, head)
+            z, _, _, pooled = conv3x3(sources, size, weight, bias, False, pool, None, affine, slope, head)
             head = None
         else:
             y, _, _ = compute(sources, size, weight, bias, False)
-            z = affine_act(y, affine, relu)
+            z = affine_act(y, affine, slope)
     if pooled is None:
         pooled = max_pool2x2(z, None) if pool else x0.new_empty(0)
     if head is not None:
-        source = Source(z, None, False)
+        source = Source(z, None, 1.0)
         z = conv_few(source, *head) if few(head[0]) else conv_down(source, *head, False, 1)[0]
     return z, pooled
 
@@ -176,19 +176,19 @@ def conv2d_act(
 def placed(
     x0: Tensor,
     affine0: Tensor | None,
-    relu0: bool,
+    slope0: float,
     x1: Tensor | None,
     affine1: Tensor | None,
-    relu1: bool,
+    slope1: float,
     offset: Sequence[int],
 ) -> Sequence[Source]:
     """One or two sources, each at its (top, left) of ``offset``."""
-    first = Source(x0, affine0, relu0, offset[0], offset[1])
-    return [first] if x1 is None else [first, Source(x1, affine1, relu1, offset[2], offset[3])]
+    first = Source(x0, affine0, slope0, offset[0], offset[1])
+    return [first] if x1 is None else [first, Source(x1, affine1, slope1, offset[2], offset[3])]
 
 
 def conv_transpose2d(
-    x: Tensor, affine: Tensor | None, relu: bool, weight: Tensor, bias: Tensor | None, stats: bool
+    x: Tensor, affine: Tensor | None, slope: float, weight: Tensor, bias: Tensor | None, stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastunet.aten.conv_transpose2d`."""
-    return conv_up(Source(x, affine, relu), weight, bias, stats)
+    return conv_up(Source(x, affine, slope), weight, bias, stats)

@@ -27,7 +27,7 @@ from torch import Tensor
 from fastunet.layout import stats_dtype
 
 from .affine import affine_act, affine_gradient, affine_slabs, no_gradients, source_backward, store_affine_gradient
-from .common import PROPAGATE_ALL, Source, block, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise, replace
+from .common import PROPAGATE_ALL, Source, act, block, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise, replace
 from .conv_aten import split_gradient
 from .conv_down import conv_down
 from .gemm import (
@@ -59,7 +59,7 @@ class Outputs(NamedTuple):
 
     y: Any
     affine: Any
-    RELU: Any
+    SLOPE: Any
     mean: Any
     m2: Any
     count: Any
@@ -200,8 +200,8 @@ def _store_outputs(accs, bias_ptr, head, to, frame, number, at, N, k, K, TILE: t
         acc = accs[i]
         if bias_ptr is not None:
             acc += bias[None, :]
-        if to.affine is not None or to.RELU:
-            acc = normalise(acc, affine, to.RELU, NUM.acc)
+        if to.affine is not None or to.SLOPE is not None:
+            acc = normalise(acc, affine, to.SLOPE, NUM.acc)
         rounded = acc.to(NUM.dtype)
         accs = replace(accs, i, rounded)
         if head.WIDTH:
@@ -242,7 +242,7 @@ def _conv3x3_fwd_kernel(
     x, affine_ptr, x1, affine1_ptr, real_ptr, w, bias_ptr, affine_y_ptr, head_ptr, head_bias_ptr,
     y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles_h, tiles_w, classes,
-    RELU: tl.constexpr, RELU1: tl.constexpr, RELU_Y: tl.constexpr, HEAD: tl.constexpr, SHARED: tl.constexpr,
+    SLOPE: tl.constexpr, SLOPE1: tl.constexpr, SLOPE_Y: tl.constexpr, HEAD: tl.constexpr, SHARED: tl.constexpr,
     TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(K, TILE.outputs)
@@ -252,12 +252,12 @@ def _conv3x3_fwd_kernel(
     frame = Frame(P, Q, top, left)
     accs = zeros(TILE.images * TILE.columns, TILE.outputs, TILE.rows, NUM)
     accs = _add_source(
-        accs, Image(x, N, H, W, C, affine_ptr, RELU, real_ptr), frame, Filters(w, 0, C + C1, k, K, 9, True), at,
+        accs, Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr), frame, Filters(w, 0, C + C1, k, K, 9, True), at,
         False, SHARED, TILE, NUM,
     )  # fmt: skip
     if x1 is not None:
         accs = _add_source(
-            accs, Image(x1, N, H1, W1, C1, affine1_ptr, RELU1, real_ptr), Frame(P, Q, top1, left1),
+            accs, Image(x1, N, H1, W1, C1, affine1_ptr, SLOPE1, real_ptr), Frame(P, Q, top1, left1),
             Filters(w, C, C + C1, k, K, 9, True), at, False, SHARED, TILE, NUM,
         )  # fmt: skip
     for i in tl.static_range(len(accs)):
@@ -267,7 +267,7 @@ def _conv3x3_fwd_kernel(
     else:
         _store_outputs(
             accs, bias_ptr, Head(head_ptr, head_bias_ptr, classes, HEAD),
-            Outputs(y, affine_y_ptr, RELU_Y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr),
+            Outputs(y, affine_y_ptr, SLOPE_Y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr),
             frame, number, at, N, k, K, TILE, NUM,
         )  # fmt: skip
 
@@ -276,7 +276,7 @@ def _conv3x3_fwd_kernel(
 def _conv3x3_dgrad_kernel(
     dy, w, x, affine_ptr, dx, partial_ptr, x1, affine1_ptr, dx1, partial1_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, C_FIRST, C_TOTAL, K, tiles_h, tiles_w,
-    RELU: tl.constexpr, RELU1: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
+    SLOPE: tl.constexpr, SLOPE1: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """dx and daffine of one or two sources from dY (N,P,Q,K); tiles cover the frame, the first source's channels are
     the weights' from C_FIRST on. If they are SHARED, dx gets the programs' sums, for all sources together."""
@@ -307,12 +307,12 @@ def _conv3x3_dgrad_kernel(
         _store_share(accs, dx, frame, at, N, channel - C_FIRST, stop - C_FIRST, total, TILE)
     elif x1 is not None and block >= blocks0:
         _source_gradient(
-            accs, Image(x1, N, H1, W1, C1, affine1_ptr, RELU1, None), dx1, partial1_ptr, number,
+            accs, Image(x1, N, H1, W1, C1, affine1_ptr, SLOPE1, None), dx1, partial1_ptr, number,
             Frame(P, Q, top1, left1), at, (block - blocks0) * TILE.outputs, TILE, NUM,
         )  # fmt: skip
     else:
         _source_gradient(
-            accs, Image(x, N, H, W, C, affine_ptr, RELU, None), dx, partial_ptr, number,
+            accs, Image(x, N, H, W, C, affine_ptr, SLOPE, None), dx, partial_ptr, number,
             Frame(P, Q, top, left), at, block * TILE.outputs, TILE, NUM,
         )  # fmt: skip
 
@@ -353,7 +353,7 @@ def _narrow_gradient(
         if not isinstance(dx, tl.core.tensor_descriptor_base):
             mask = real[:, None] & (channel < source.C)[None, :]
             index = ((image.to(tl.int64) * source.H + h) * source.W + w)[:, None] * source.C + channel[None, :]
-        if source.affine is not None or source.RELU:
+        if source.affine is not None or source.SLOPE is not None:
             # Loaded for each row, because registers are scarce.
             affine = load_affine(source.affine, channel, source.C)
             if isinstance(source.x, tl.core.tensor_descriptor_base):
@@ -361,7 +361,7 @@ def _narrow_gradient(
                 value = value.reshape(TILE.images * TILE.columns, CHANNELS)
             else:
                 value = tl.load(source.x + index, mask=mask, other=0.0)
-            g, gx, masked = source_backward(g, value, affine, source.RELU, NUM.acc)
+            g, gx, masked = source_backward(g, value, affine, source.SLOPE, NUM.acc)
             if source.affine is not None:
                 sum_gx += gx
                 sum_g += masked
@@ -391,10 +391,10 @@ def conv3x3(
     pool: bool,
     pool_scale: Tensor | None,
     affine: Tensor | None = None,
-    relu: bool = False,
+    slope: float = 1.0,
     head: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """y (N, K, *size), normalised by ``affine`` and ``relu``; its mean and biased variance (K,) if ``stats``, else
+    """y (N, K, *size), normalised by ``affine`` and ``slope``; its mean and biased variance (K,) if ``stats``, else
     empty; y pooled by the signs of ``pool_scale`` if ``pool`` and one program has pairs of rows of it, else None.
 
     With the weight and bias of a 1×1 convolution as ``head``, its result in y's stead: nothing else is stored where one
@@ -415,7 +415,7 @@ def conv3x3(
         "conv3x3_fwd", batch, [source.channels for source in sources], filters, height, width,
         [*(source.x for source in sources), weight],
         pointers=filters * x.element_size() % 16 != 0 or any(source.sticks_out(size) for source in sources),
-        prologue=any(source.affine is not None or source.relu for source in sources),
+        prologue=not all(source.plain for source in sources),
     )  # fmt: skip
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     shared = tile.shares > 1
@@ -437,17 +437,17 @@ def conv3x3(
         dense(pool_scale) if pool else None,
         batch, *first.extent, *(second or first).extent, height, width,
         first.channels, channels - first.channels, filters, tiles_h, tiles_w, classes,
-        RELU=first.relu, RELU1=second is not None and second.relu, RELU_Y=relu and not shared,
+        SLOPE=first.act, SLOPE1=None if second is None else second.act, SLOPE_Y=None if shared else act(slope),
         HEAD=block(classes, 256) if heads else 0, SHARED=shared,
         **tile.constants(x, hold=not heads or classes <= 16),  # else there are no registers to spare
     )  # fmt: skip
     if shared:
         y, mean, var = add_shares(stored, y, bias, stats)
-        y = y if affine is None and not relu else affine_act(y, affine, relu)
+        y = y if affine is None and slope == 1 else affine_act(y, affine, slope)
     else:
         mean, var = partials.merged()
     if head is not None and not heads:
-        y, _, _ = conv_down(Source(y, None, False), *head, False, 1)
+        y, _, _ = conv_down(Source(y, None, 1.0), *head, False, 1)
     return y, mean, var, pooled
 
 
@@ -489,7 +489,7 @@ def conv3x3_dgrad(
             *pointers[0], *(pointers[1] if second is not None else [None] * 4),
             batch, *first.extent, *(second or first).extent, height, width, first.channels, (second or first).channels,
             0 if mask[0] else sources[0].channels, weight.shape[1], filters, tiles_h, tiles_w,
-            RELU=first.relu and not shared, RELU1=second is not None and second.relu and not shared,
+            SLOPE=None if shared else first.act, SLOPE1=None if shared or second is None else second.act,
             SHARED=shared, **tile.constants(dy),
         )  # fmt: skip
     if shared:

@@ -72,7 +72,7 @@ def _accumulate(
 def _conv3x3_wgrad_kernel(
     x, affine_ptr, x1, affine1_ptr, real_ptr, dy, partial_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles, tiles_h, tiles_w, tiles1, tiles1_h, tiles1_w, slabs,
-    RELU: tl.constexpr, RELU1: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
+    SLOPE: tl.constexpr, SLOPE1: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """partial[slab, k, r, s, c] over the slab's tiles, for the channels of one source and then of the other."""
     blocks_k = tl.cdiv(K, TILE.outputs)
@@ -95,7 +95,7 @@ def _conv3x3_wgrad_kernel(
         stop = tl.where(block < blocks0, stop, start)  # two loops, of which one is empty
     dy = Image(dy, N, P, Q, K, None, None, None)
     accs = _accumulate(
-        accs, Walk(start, stop, tiles_h, tiles_w), Image(x, N, H, W, C, affine_ptr, RELU, real_ptr),
+        accs, Walk(start, stop, tiles_h, tiles_w), Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr),
         Frame(P, Q, top, left), dy, s, c, k, MASKED, TILE, NUM,
     )  # fmt: skip
     if x1 is not None:
@@ -103,7 +103,7 @@ def _conv3x3_wgrad_kernel(
         start = slab * per_slab
         stop = tl.where(block < blocks0, start, tl.minimum(start + per_slab, tiles1))
         accs = _accumulate(
-            accs, Walk(start, stop, tiles1_h, tiles1_w), Image(x1, N, H1, W1, C1, affine1_ptr, RELU1, real_ptr),
+            accs, Walk(start, stop, tiles1_h, tiles1_w), Image(x1, N, H1, W1, C1, affine1_ptr, SLOPE1, real_ptr),
             Frame(P, Q, top1, left1), dy, s, tl.maximum(c - blocks0 * TILE.reduction, 0), k, MASKED, TILE, NUM,
         )  # fmt: skip
         c_stop = tl.where(block < blocks0, C, C + C1)
@@ -141,6 +141,6 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
         operand(dy, tile, tile.outputs, tile.tma), partial,
         batch, *first.extent, *(second or first).extent, *size,
         first.channels, channels - first.channels, filters, *grid, *grid1, slabs,
-        RELU=first.relu, RELU1=second is not None and second.relu, MASKED=masked, **tile.constants(dy),
+        SLOPE=first.act, SLOPE1=None if second is None else second.act, MASKED=masked, **tile.constants(dy),
     )  # fmt: skip
     return sum_slabs(partial).permute(0, 3, 1, 2)

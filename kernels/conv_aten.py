@@ -34,7 +34,7 @@ aten = torch.ops.aten
 @triton.jit(do_not_specialize=["pixels", "H", "W", "top", "left", "P", "Q"])
 def _place_kernel(
     x_ptr, affine_ptr, z_ptr, pixels, H, W, top, left, P, Q, C, C_FIRST, C_TOTAL,
-    RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    SLOPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Channels C_FIRST … of z in the frame (P, Q), from a source (H, W) placed at (top, left)."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -45,7 +45,7 @@ def _place_kernel(
     mask = real[:, None] & (c < C)[None, :]
     affine = load_affine(affine_ptr, c, C)
     x = tl.load(x_ptr + ((m // Q // P * H + h) * W + w)[:, None] * C + c[None, :], mask=mask, other=0.0)
-    z = tl.where(mask, normalise(x, affine, RELU, ACC), 0.0)
+    z = tl.where(mask, normalise(x, affine, SLOPE, ACC), 0.0)
     index = m[:, None] * C_TOTAL + (C_FIRST + c)[None, :]
     tl.store(z_ptr + index, z.to(x.dtype), mask=(m < pixels)[:, None] & (c < C)[None, :])
 
@@ -57,7 +57,7 @@ def _fills(source: Source, size: Sequence[int]) -> bool:
 
 def _plain(source: Source, size: Sequence[int]) -> bool:
     """Whether a source's memory is its values in the frame."""
-    return source.affine is None and not source.relu and _fills(source, size)
+    return source.plain and _fills(source, size)
 
 
 def _placed(sources: Sequence[Source], size: Sequence[int]) -> Tensor:
@@ -71,14 +71,14 @@ def _placed(sources: Sequence[Source], size: Sequence[int]) -> Tensor:
     start = 0
     for source in sources:
         if _fills(source, size):
-            store_value(z[:, start : start + source.channels], total, source.x, source.affine, source.relu)
+            store_value(z[:, start : start + source.channels], total, source.x, source.affine, source.slope)
         elif pixels and source.channels:
             block_p, block_c = flat_tile(source.channels, z.element_size(), 2)
             launch(
                 _place_kernel, (cdiv(pixels, block_p), cdiv(source.channels, block_c)),
                 source.x, source.affine, z, pixels, source.height, source.width, source.top, source.left, *size,
                 source.channels, start, total,
-                RELU=source.relu, BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(z.dtype), num_warps=4,
+                SLOPE=source.act, BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(z.dtype), num_warps=4,
             )  # fmt: skip
         start += source.channels
     return z
@@ -126,10 +126,10 @@ def split_gradient(
         if z is None and source.channels == total and _plain(source, size):
             gradients.append((g, affine_gradient(g, None)))
         elif _fills(source, size):
-            gradients.append(source_gradient(part, total, source.x, source.affine, source.relu, value))
+            gradients.append(source_gradient(part, total, source.x, source.affine, source.slope, value))
         else:
             part = nhwc(frame(part, (source.height, source.width), -source.top, -source.left))
-            gradients.append(source_gradient(part, source.channels, source.x, source.affine, source.relu))
+            gradients.append(source_gradient(part, source.channels, source.x, source.affine, source.slope))
     return gradients
 
 

@@ -154,7 +154,7 @@ def _down_backward(
     shares = dz.split([each.channels for each in sources], 1)
     for each, share, wanted in zip(sources, shares, mask, strict=False):
         part = frame(share, (each.height, each.width), -each.top, -each.left)
-        grads += affine_act_backward(part, each.x, each.affine, each.relu) if wanted else no_gradients(each.x)
+        grads += affine_act_backward(part, each.x, each.affine, each.slope) if wanted else no_gradients(each.x)
     return grads, dweight, dbias
 
 
@@ -177,10 +177,10 @@ def conv2d_backward(
     pool_scale: Tensor | None,
     x0: Tensor,
     affine0: Tensor | None,
-    relu0: bool,
+    slope0: float,
     x1: Tensor | None,
     affine1: Tensor | None,
-    relu1: bool,
+    slope1: float,
     weight: Tensor,
     z: Tensor,
     stride: int,
@@ -190,7 +190,7 @@ def conv2d_backward(
     mixed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastunet.aten.conv2d_backward`, and for ``mixed`` :func:`fastunet.kernels.conv.conv2d`."""
-    sources = placed(x0, affine0, relu0, x1, affine1, relu1, offset)
+    sources = placed(x0, affine0, slope0, x1, affine1, slope1, offset)
     if dp is not None:
         stats = None if dmean is None or dvar is None else (dmean, dvar, mean)
         dy = pool_backward(y, pool_scale, dp, dy, stats)
@@ -215,12 +215,12 @@ def conv_transpose2d_backward(
     mean: Tensor,
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     weight: Tensor,
     mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastunet.aten.conv_transpose2d_backward`."""
-    source = Source(x, affine, relu)
+    source = Source(x, affine, slope)
     dy, dbias = _form_dy(dy, dmean, dvar, y, mean, mask[2])
     dx, daffine = conv_down_dgrad(dy, weight, source, 2) if mask[0] else no_gradients(x)
     dweight = conv_strided_wgrad(dy, weight, source, True) if mask[1] and dy.numel() else weight.new_empty(0)

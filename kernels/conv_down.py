@@ -87,14 +87,14 @@ def _sum(
 @triton.jit(do_not_specialize=SIZES)
 def _conv_down_fwd_kernel(
     x, affine_ptr, real_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, N, H, W, P, Q, C, K, tiles_h, tiles_w,
-    KSIZE: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
+    KSIZE: tl.constexpr, STRIDE: tl.constexpr, SLOPE: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(K, TILE.outputs)
     number = tl.program_id(0) // blocks
     k = tl.program_id(0) % blocks * TILE.outputs
     at = first_pixel(number, tiles_h, tiles_w, TILE)
     acc = _sum(
-        Image(x, N, H, W, C, affine_ptr, RELU, real_ptr), Filters(w, 0, C, k, K, KSIZE * (2 * STRIDE - 1), True), at,
+        Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr), Filters(w, 0, C, k, K, KSIZE * (2 * STRIDE - 1), True), at,
         KSIZE, STRIDE, STRIDE, TILE, NUM,
     )  # fmt: skip
     filters = k + tl.arange(0, TILE.outputs)
@@ -111,7 +111,7 @@ def _conv_down_fwd_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _conv_down_dgrad_kernel(
     dy, w, x, affine_ptr, dx, partial_ptr, N, H, W, P, Q, C, K, tiles_h, tiles_w,
-    KSIZE: tl.constexpr, STRIDE: tl.constexpr, RELU: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
+    KSIZE: tl.constexpr, STRIDE: tl.constexpr, SLOPE: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """dx (N,P,Q,C) and daffine from dY (N,H,W,K)."""
     WIDE: tl.constexpr = 2 if KSIZE == 3 else 1
@@ -123,7 +123,7 @@ def _conv_down_dgrad_kernel(
         Image(dy, N, H, W, K, None, None, None), Filters(w, 0, K, c, C, KSIZE * (2 * WIDE - 1), KSIZE > 1), at,
         KSIZE, STRIDE, WIDE, TILE, NUM,
     )  # fmt: skip
-    source_gradient((g,), Image(x, N, P, Q, C, affine_ptr, RELU, None), dx, partial_ptr, number, at, c, 1, TILE, NUM)
+    source_gradient((g,), Image(x, N, P, Q, C, affine_ptr, SLOPE, None), dx, partial_ptr, number, at, c, 1, TILE, NUM)
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def conv_down(
         describe(weight, tuple(weight.shape), (tile.outputs, 1, tile.reduction), tma_w),
         dense(bias), operand(y, tile, tile.outputs, tma_y), *partials.pointers,
         batch, x.shape[2], x.shape[3], height, width, channels, filters, tiles_h, tiles_w,
-        KSIZE=ksize, STRIDE=stride, RELU=source.relu, **tile.constants(x),
+        KSIZE=ksize, STRIDE=stride, SLOPE=source.act, **tile.constants(x),
     )  # fmt: skip
     return result, *partials.merged()
 
@@ -184,6 +184,6 @@ def conv_down_dgrad(dy: Tensor, weight: Tensor, source: Source, stride: int) -> 
         describe(weight, tuple(weight.shape), (first, 1, second), tma_w),
         operand(x, tile, part, tma_x), source.affine, operand(dx, tile, part, tma_x), partial,
         batch, dy.shape[2], dy.shape[3], height, width, channels, filters, tiles_h, tiles_w,
-        KSIZE=ksize, STRIDE=stride, RELU=source.relu, **tile.constants(dy),
+        KSIZE=ksize, STRIDE=stride, SLOPE=source.act, **tile.constants(dy),
     )  # fmt: skip
     return gradient, affine_gradient(source.x, partial)

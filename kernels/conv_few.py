@@ -34,14 +34,14 @@ _PROGRAMS = 2048  # a constant, so that the order of summation is the same on ev
 @triton.jit(do_not_specialize=["pixels"])
 def _conv_few_fwd_kernel(
     x_ptr, affine_ptr, w_ptr, bias_ptr, y_ptr, pixels, C,
-    K: tl.constexpr, RELU: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    K: tl.constexpr, SLOPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     ys = (tl.zeros([BLOCK_P], ACC),) * K
     for first in tl.range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         x = tl.load(x_ptr + m[:, None] * C + c[None, :], mask=(m < pixels)[:, None] & (c < C)[None, :], other=0.0)
-        z = normalise(x, load_affine(affine_ptr, c, C), RELU, ACC)
+        z = normalise(x, load_affine(affine_ptr, c, C), SLOPE, ACC)
         for k in tl.static_range(K):
             w = tl.load(w_ptr + k * C + c, mask=c < C, other=0.0).to(ACC)
             ys = replace(ys, k, ys[k] + tl.sum(z * w[None, :], 1))
@@ -55,7 +55,7 @@ def _conv_few_fwd_kernel(
 @triton.jit(do_not_specialize=["pixels", "each"])
 def _conv_few_bwd_kernel(
     dy_ptr, x_ptr, affine_ptr, w_ptr, dx_ptr, daffine_ptr, dw_ptr, dbias_ptr, pixels, each, C,
-    K: tl.constexpr, RELU: tl.constexpr,
+    K: tl.constexpr, SLOPE: tl.constexpr,
     ROUNDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Of ``each`` pixels × BLOCK_C channels dx and the shares of daffine, dW and dbias, as far as they are wanted."""
@@ -89,12 +89,12 @@ def _conv_few_bwd_kernel(
                 dy = dys[i * K + k].to(ACC)
                 g += dy[:, None] * ws[k][None, :]
                 if dw_ptr is not None:
-                    z = normalise(x, affine, RELU, ACC)
+                    z = normalise(x, affine, SLOPE, ACC)
                     dws = replace(dws, k, dws[k] + dy[:, None] * z)
                 if dbias_ptr is not None:
                     dbs = replace(dbs, k, dbs[k] + dy)
             if dx_ptr is not None:
-                dx, gx, g = source_backward(g, x, affine, RELU, ACC)
+                dx, gx, g = source_backward(g, x, affine, SLOPE, ACC)
                 mask = (m < pixels)[:, None] & (c < C)[None, :]
                 tl.store(dx_ptr + m[:, None] * C + c[None, :], dx, mask=mask)
                 if daffine_ptr is not None:
@@ -133,7 +133,7 @@ def conv_few(source: Source, weight: Tensor, bias: Tensor | None) -> Tensor:
         launch(
             _conv_few_fwd_kernel, (cdiv(pixels, block_p),),
             x, source.affine, weight.contiguous(), dense(bias), y, pixels, channels,
-            K=filters, RELU=source.relu, BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(x.dtype), num_warps=4,
+            K=filters, SLOPE=source.act, BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(x.dtype), num_warps=4,
         )  # fmt: skip
     return y
 
@@ -160,7 +160,7 @@ def conv_few_backward(
         launch(
             _conv_few_bwd_kernel, (slabs, cdiv(channels, block_c)),
             dy, x, source.affine, weight.contiguous(), dx, daffine, dweight, dbias, pixels, each, channels,
-            K=filters, RELU=source.relu,
+            K=filters, SLOPE=source.act,
             ROUNDS=_ROUNDS, BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(x.dtype), num_warps=4,
         )  # fmt: skip
     slabbed = daffine, dweight, dbias

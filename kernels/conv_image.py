@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastunet.layout import stats_dtype
 
-from .common import Source, block, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
+from .common import Source, act, block, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
 from .launching import accumulator, launch, precision
 from .statistics import Partials, of_nothing, store_stats
 
@@ -67,7 +67,7 @@ def _gather(x_ptr, first, t, pixels, H, W, C: tl.constexpr, BLOCK_M: tl.constexp
 @triton.jit(do_not_specialize=["pixels", "tiles", "each", "H", "W"])
 def _conv_image_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, affine_ptr, y_ptr, mean_ptr, m2_ptr, count_ptr, pixels, tiles, each, H, W, K,
-    C: tl.constexpr, RELU: tl.constexpr,
+    C: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -85,8 +85,8 @@ def _conv_image_fwd_kernel(
         acc = tl.dot(x, weights, input_precision=PRECISION, out_dtype=ACC)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + k, mask=k < K, other=0.0).to(ACC)[None, :]
-        if affine_ptr is not None or RELU:
-            acc = normalise(acc, load_affine(affine_ptr, k, K), RELU, ACC)
+        if affine_ptr is not None or SLOPE is not None:
+            acc = normalise(acc, load_affine(affine_ptr, k, K), SLOPE, ACC)
         y = acc.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + m.to(tl.int64)[:, None] * K + k[None, :], y, mask=(m < pixels)[:, None] & (k < K)[None, :])
         if mean_ptr is not None:
@@ -119,7 +119,7 @@ def _conv_image_wgrad_kernel(
 
 def serves(source: Source, size: Sequence[int], weight: Tensor) -> bool:
     """Whether a convolution of this one source is one of pictures."""
-    plain = source.affine is None and not source.relu and [source.height, source.width] == list(size)
+    plain = source.plain and [source.height, source.width] == list(size)
     pixels = source.x.shape[0] * source.height * source.width
     return plain and weight.shape[-1] == 3 and 9 * weight.shape[1] <= _MOST_TAPS and pixels < 2**30  # 32-bit numbers
 
@@ -133,9 +133,9 @@ def _blocks(x: Tensor, filters: int) -> tuple[int, int, int, int]:
 
 
 def conv_image(
-    source: Source, weight: Tensor, bias: Tensor | None, stats: bool, affine: Tensor | None = None, relu: bool = False
+    source: Source, weight: Tensor, bias: Tensor | None, stats: bool, affine: Tensor | None = None, slope: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, K, H, W), normalised by ``affine`` and ``relu``; its mean and biased variance (K,) if ``stats``, else
+    """y (N, K, H, W), normalised by ``affine`` and ``slope``; its mean and biased variance (K,) if ``stats``, else
     empty."""
     x, filters = source.x, weight.shape[0]
     y = empty_nhwc(x, x.shape[0], filters, source.height, source.width)
@@ -150,7 +150,7 @@ def conv_image(
         _conv_image_fwd_kernel, (cdiv(tiles, each), cdiv(filters, block_k)),
         x, nhwc(weight), dense(bias), dense(affine), y, *partials.pointers,
         pixels, tiles, each, source.height, source.width, filters,
-        C=source.channels, RELU=relu, BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
+        C=source.channels, SLOPE=act(slope), BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
         ACC=accumulator(x.dtype), PRECISION=precision(x.dtype), num_warps=warps,
     )  # fmt: skip
     return y, *partials.merged()

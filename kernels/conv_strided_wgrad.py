@@ -34,7 +34,7 @@ SIZES = ["N", "H", "W", "P", "Q", "tiles", "tiles_h", "tiles_w", "slabs"]
 def _conv_strided_wgrad_kernel(
     x, affine_ptr, real_ptr, dy, partial_ptr,
     N, H, W, P, Q, C, K, tiles, tiles_h, tiles_w, slabs,
-    KSIZE: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr, RELU: tl.constexpr, MASKED: tl.constexpr,
+    KSIZE: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr, SLOPE: tl.constexpr, MASKED: tl.constexpr,
     TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """partial[slab, …] from x (N,H,W,C) and dY (N,P,Q,K); tiles cover the coarser of the two."""
@@ -57,7 +57,7 @@ def _conv_strided_wgrad_kernel(
         at = first_pixel(number, tiles_h, tiles_w, TILE)
         if UP:
             z = load_pixels(
-                Image(x, N, H, W, C, affine_ptr, RELU, real_ptr), affine, at, 0, c, None,
+                Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr), affine, at, 0, c, None,
                 TILE.reduction, MASKED, TILE, NUM.acc, 1, 0,
             )  # fmt: skip
             for r in tl.static_range(KSIZE):
@@ -73,7 +73,7 @@ def _conv_strided_wgrad_kernel(
                 rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
             for a in tl.static_range(STRIDE):
                 z = load_pixels(
-                    Image(x, N, H, W, C, affine_ptr, RELU, real_ptr), affine, Pixel(at.n, STRIDE * at.h + a, at.w),
+                    Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr), affine, Pixel(at.n, STRIDE * at.h + a, at.w),
                     column % WIDE, c, None, TILE.reduction, MASKED, TILE, NUM.acc, WIDE, 0,
                 )  # fmt: skip
                 for r in tl.static_range(KSIZE):
@@ -117,6 +117,6 @@ def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> 
         operand(x, tile, tile.reduction, tma_x, 1 if up else wide), source.affine, real_word(dy.device),
         operand(dy, tile, tile.outputs, tma_y, wide if up else 1), partial,
         batch, x.shape[2], x.shape[3], dy.shape[2], dy.shape[3], channels, filters, tiles, tiles_h, tiles_w, slabs,
-        KSIZE=ksize, STRIDE=stride, UP=up, RELU=source.relu, MASKED=bool(masked), **tile.constants(dy),
+        KSIZE=ksize, STRIDE=stride, UP=up, SLOPE=source.act, MASKED=bool(masked), **tile.constants(dy),
     )  # fmt: skip
     return sum_slabs(partial).permute(0, 3, 1, 2)

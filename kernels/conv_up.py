@@ -107,7 +107,7 @@ def _sum(source, filters, at, a, KSIZE: tl.constexpr, TILE: tl.constexpr, NUM: t
 @triton.jit(do_not_specialize=SIZES)
 def _conv_up_fwd_kernel(
     x, affine_ptr, real_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, N, H, W, C, K, tiles_h, tiles_w,
-    KSIZE: tl.constexpr, RELU: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
+    KSIZE: tl.constexpr, SLOPE: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(K, TILE.outputs)
     number = tl.program_id(0) // blocks
@@ -115,7 +115,7 @@ def _conv_up_fwd_kernel(
     at, a = _first_pixel(number, tiles_h, tiles_w, KSIZE, TILE)
     TAPS: tl.constexpr = 2 if KSIZE == 2 else 9
     accs = _sum(
-        Image(x, N, H, W, C, affine_ptr, RELU, real_ptr), Filters(w, 0, C, k, K, TAPS, False), at, a, KSIZE, TILE, NUM
+        Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr), Filters(w, 0, C, k, K, TAPS, False), at, a, KSIZE, TILE, NUM
     )
     filters = k + tl.arange(0, TILE.outputs)
     if bias_ptr is not None:
@@ -141,7 +141,7 @@ def _conv_up_fwd_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def _conv_up_dgrad_kernel(
     dy, w, x, affine_ptr, dx, partial_ptr, N, H, W, P, Q, C, K, tiles_h, tiles_w,
-    KSIZE: tl.constexpr, RELU: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
+    KSIZE: tl.constexpr, SLOPE: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """dx (N,P,Q,C) and daffine from dY (N,H,W,K)."""
     blocks = tl.cdiv(C, TILE.outputs)
@@ -150,7 +150,7 @@ def _conv_up_dgrad_kernel(
     at, a = _first_pixel(number, tiles_h, tiles_w, KSIZE, TILE)
     gs = _sum(Image(dy, N, H, W, K, None, None, None), Filters(w, 0, K, c, C, 9, False), at, a, KSIZE, TILE, NUM)
     row = Pixel(at.n, 2 * at.h + a, at.w)
-    source_gradient(gs, Image(x, N, P, Q, C, affine_ptr, RELU, None), dx, partial_ptr, number, row, c, 2, TILE, NUM)
+    source_gradient(gs, Image(x, N, P, Q, C, affine_ptr, SLOPE, None), dx, partial_ptr, number, row, c, 2, TILE, NUM)
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def conv_up(source: Source, weight: Tensor, bias: Tensor | None, stats: bool) ->
         describe(weight, tuple(weight.shape), (tile.reduction, 1, tile.outputs), tma),
         dense(bias), operand(y, tile, tile.outputs, tma, ksize - 1), *partials.pointers,
         batch, height, width, channels, outputs, tiles_h, tiles_w,
-        KSIZE=ksize, RELU=source.relu, **tile.constants(x),
+        KSIZE=ksize, SLOPE=source.act, **tile.constants(x),
     )  # fmt: skip
     return result, *partials.merged(filters)  # of a pixel pair, each a tile of its own
 
@@ -202,6 +202,6 @@ def conv_up_dgrad(dy: Tensor, weight: Tensor, source: Source) -> tuple[Tensor, T
         describe(weight, tuple(weight.shape), (tile.reduction, 1, tile.outputs), tma),
         operand(x, tile, part, tma_x, 2), source.affine, operand(dx, tile, part, tma_x, 2), partial,
         batch, height, width, source.height, source.width, channels, filters, tiles_h, tiles_w,
-        KSIZE=3, RELU=source.relu, **tile.constants(dy),
+        KSIZE=3, SLOPE=source.act, **tile.constants(dy),
     )  # fmt: skip
     return dx, affine_gradient(source.x, partial)

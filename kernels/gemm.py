@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .affine import source_backward, store_affine_gradient
-from .common import PROPAGATE_ALL, Source, load_affine, normalise, sum_products
+from .common import Source, activate, load_affine, normalise, sum_products
 from .launching import describe
 from .tiles import Tile
 
@@ -33,7 +33,7 @@ class Image(NamedTuple):
     W: Any
     C: Any
     affine: Any
-    RELU: Any
+    SLOPE: Any
     real: Any
 
 
@@ -115,7 +115,7 @@ def _bits(x):
 
 @triton.jit
 def normalise_real(
-    x, real, real_ptr, affine, RELU: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, AXIS: tl.constexpr
+    x, real, real_ptr, affine, SLOPE: tl.constexpr, MASKED: tl.constexpr, ACC: tl.constexpr, AXIS: tl.constexpr
 ):
     """:func:`normalise` in x's dtype; where ``MASKED``, 0 for pixels that are not ``real``, of which x is 0.
 
@@ -123,13 +123,14 @@ def normalise_real(
     mask is loaded too: for each pixel all bits of a word (:func:`fastunet.kernels.launching.real_word`) or none, which
     say what of the value's bits is kept.
     """
-    z = normalise(x, affine, RELU and not (MASKED and len(affine) > 0), ACC, AXIS)
     if MASKED and len(affine) > 0:
+        z = normalise(x, affine, None, ACC, AXIS)
         kept = tl.load(real_ptr + tl.zeros(real.shape, tl.int32), mask=real, other=0)
         bits = _bits(z)
         z = (bits & tl.expand_dims(kept, AXIS).to(bits.dtype)).to(ACC, bitcast=True)
-        if RELU:
-            z = tl.maximum(z, 0.0, propagate_nan=PROPAGATE_ALL)
+        z = activate(z, SLOPE)
+    else:
+        z = normalise(x, affine, SLOPE, ACC, AXIS)
     return z.to(x.dtype)
 
 
@@ -167,8 +168,8 @@ def load_pixels(
         row = ((n.to(tl.int64) * image.H + at.h) * image.W + w) * image.C
         index = tl.expand_dims(row, AXIS) + tl.expand_dims(channel, 1 - AXIS)
         z = tl.load(image.x + index, mask=mask, other=0.0)
-    if len(affine) > 0 or image.RELU:
-        z = normalise_real(z, real, image.real, affine, image.RELU, MASKED, ACC, AXIS)
+    if len(affine) > 0 or image.SLOPE is not None:
+        z = normalise_real(z, real, image.real, affine, image.SLOPE, MASKED, ACC, AXIS)
     return z
 
 
@@ -295,11 +296,11 @@ def _narrow_gradient(
     out = Image(dx, source.N, source.H, source.W, source.C, None, None, None)
     for b in tl.static_range(WIDE):
         g = gs[b]
-        if source.affine is not None or source.RELU:
+        if source.affine is not None or source.SLOPE is not None:
             value = load_pixels(raw, (), at, b, c, None, CHANNELS, True, TILE, NUM.acc, WIDE)
             real = (at.n + pixel // TILE.columns < source.N) & (WIDE * (at.w + pixel % TILE.columns) + b < w_stop)
             g = tl.where(real[:, None], g, 0.0)
-            g, gx, masked = source_backward(g, value, affine, source.RELU, NUM.acc)
+            g, gx, masked = source_backward(g, value, affine, source.SLOPE, NUM.acc)
             if source.affine is not None:
                 sum_gx += sum_products(gx)
                 sum_g += tl.sum(masked, 0)

@@ -44,7 +44,7 @@ class Layer(NamedTuple):
 
     x: Any
     affine: Any
-    RELU: Any
+    SLOPE: Any
     C: Any
     w: Any
     bias: Any
@@ -52,11 +52,11 @@ class Layer(NamedTuple):
 
 
 @triton.jit
-def _load_z(x_ptr, affine_ptr, pixel, c, inside, C: tl.constexpr, RELU: tl.constexpr, ACC: tl.constexpr):
+def _load_z(x_ptr, affine_ptr, pixel, c, inside, C: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr):
     """x of pixels (int64, counted over the batch) × channels, and z in x's dtype; 0 in channels beyond C."""
     mask = inside[:, None] & (c < C)[None, :]
     x = tl.load(x_ptr + pixel[:, None] * C + c[None, :], mask=mask, other=0.0)
-    return x, normalise(x, load_affine(affine_ptr, c, C), RELU, ACC).to(x.dtype)
+    return x, normalise(x, load_affine(affine_ptr, c, C), SLOPE, ACC).to(x.dtype)
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def _logits(
     acc = tl.zeros([BLOCK_P, BLOCK_K], ACC)
     for first in tl.static_range(0, layer.C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        _, z = _load_z(layer.x, layer.affine, pixel, c, inside, layer.C, layer.RELU, ACC)
+        _, z = _load_z(layer.x, layer.affine, pixel, c, inside, layer.C, layer.SLOPE, ACC)
         mask = (c < layer.C)[:, None] & (k < layer.K)[None, :]
         w = tl.load(layer.w + k[None, :] * layer.C + c[:, None], mask=mask, other=0.0)
         acc = tl.dot(z, w, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -81,7 +81,7 @@ def _logits(
 def _head_stats_kernel(
     x_ptr, affine_ptr, w_ptr, bias_ptr, labels_ptr, weight_ptr, partial_ptr, batch, pixels, programs, ignore_index,
     stride_yn, stride_yc, stride_yp,
-    C: tl.constexpr, K: tl.constexpr, RELU: tl.constexpr, SQUARES: tl.constexpr, ENTROPY: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr, SQUARES: tl.constexpr, ENTROPY: tl.constexpr,
     SMOOTHING: tl.constexpr, SOFTMAX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def _head_stats_kernel(
     for tile in range(program, tl.cdiv(pixels.to(tl.int64), BLOCK_P).to(tl.int32), programs):
         pixel = tl.cast(tile, tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         x = _logits(
-            Layer(x_ptr, affine_ptr, RELU, C, w_ptr, bias_ptr, K), n * pixels + pixel, k, pixel < pixels,
+            Layer(x_ptr, affine_ptr, SLOPE, C, w_ptr, bias_ptr, K), n * pixels + pixel, k, pixel < pixels,
             ACC, PRECISION, BLOCK_P, BLOCK_C, BLOCK_K,
         )  # fmt: skip
         truth = load_labels(labels, n, pixel, k, K, SOFTMAX, ACC)
@@ -126,7 +126,7 @@ def _head_stats_kernel(
 def _head_stats_backward_kernel(
     dstats_ptr, x_ptr, affine_ptr, w_ptr, bias_ptr, labels_ptr, weight_ptr, dx_ptr, daffine_ptr, dw_ptr, dbias_ptr,
     batch, pixels, programs, ignore_index, stride_yn, stride_yc, stride_yp,
-    C: tl.constexpr, K: tl.constexpr, RELU: tl.constexpr, SQUARES: tl.constexpr, ENTROPY: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr, SQUARES: tl.constexpr, ENTROPY: tl.constexpr,
     SMOOTHING: tl.constexpr, SOFTMAX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -149,12 +149,12 @@ def _head_stats_backward_kernel(
         inside = pixel < pixels
         row = n * pixels + pixel
         logits = _logits(
-            Layer(x_ptr, affine_ptr, RELU, C, w_ptr, bias_ptr, K), row, k, inside,
+            Layer(x_ptr, affine_ptr, SLOPE, C, w_ptr, bias_ptr, K), row, k, inside,
             ACC, PRECISION, BLOCK_P, BLOCK_C, BLOCK_K,
         )  # fmt: skip
         truth = load_labels(labels, n, pixel, k, K, SOFTMAX, ACC)
         g = gradient(dstats_ptr, n, logits, truth, k, K, SQUARES, ENTROPY, SMOOTHING, SOFTMAX)
-        x, z = _load_z(x_ptr, affine_ptr, row, c, inside, C, RELU, ACC)
+        x, z = _load_z(x_ptr, affine_ptr, row, c, inside, C, SLOPE, ACC)
         narrow = g.to(x.dtype)
         if dw_ptr is not None:
             dbias += g
@@ -162,7 +162,7 @@ def _head_stats_backward_kernel(
         if dx_ptr is not None:
             filters = tl.load(w_ptr + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0.0)
             dz = tl.dot(narrow, filters, input_precision=PRECISION, out_dtype=ACC)
-            dx, gx, g_source = source_backward(dz, x, affine, RELU, ACC)
+            dx, gx, g_source = source_backward(dz, x, affine, SLOPE, ACC)
             dx = dx.to(dx_ptr.dtype.element_ty)
             tl.store(dx_ptr + row[:, None] * C + c[None, :], dx, mask=inside[:, None] & (c < C)[None, :])
             if daffine_ptr is not None:
@@ -181,7 +181,7 @@ def _head_stats_backward_kernel(
 @triton.jit(do_not_specialize=["pixels"])
 def _head_predict_kernel(
     x_ptr, affine_ptr, w_ptr, bias_ptr, out_ptr, pixels,
-    C: tl.constexpr, K: tl.constexpr, RELU: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr,
     OUTPUT: tl.constexpr, THRESHOLD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -190,7 +190,7 @@ def _head_predict_kernel(
     inside = pixel < pixels
     k = tl.arange(0, BLOCK_K)
     x = _logits(
-        Layer(x_ptr, affine_ptr, RELU, C, w_ptr, bias_ptr, K), pixel, k, inside,
+        Layer(x_ptr, affine_ptr, SLOPE, C, w_ptr, bias_ptr, K), pixel, k, inside,
         ACC, PRECISION, BLOCK_P, BLOCK_C, BLOCK_K,
     )  # fmt: skip
     if OUTPUT == "argmax":
@@ -224,7 +224,7 @@ def _choices(source: Source, classes: int, logits: int, values: int, most_channe
     return {
         "C": source.channels,
         "K": classes,
-        "RELU": source.relu,
+        "SLOPE": source.act,
         "ACC": accumulator(source.x.dtype),
         "PRECISION": precision(source.x.dtype),
         "BLOCK_P": max(16, min(64, share * logits // block_k, share * values // block_c)),
@@ -253,7 +253,7 @@ def _operands(source: Source, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 def head_stats(
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
@@ -263,7 +263,7 @@ def head_stats(
     wanted: Sequence[bool],
 ) -> Tensor:
     """See :func:`fastunet.aten.head_stats`."""
-    source = Source(x, affine, relu)
+    source = Source(x, affine, slope)
     batch, classes, pixels = x.shape[0], weight.shape[0], source.height * source.width
     if batch * pixels * classes == 0:
         return x.new_zeros((batch, classes, 7), dtype=stats_dtype(x.dtype))
@@ -283,7 +283,7 @@ def head_stats_backward(
     dstats: Tensor,
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
@@ -294,7 +294,7 @@ def head_stats_backward(
     mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastunet.aten.head_stats_backward`."""
-    source = Source(x, affine, relu)
+    source = Source(x, affine, slope)
     batch, classes, pixels = x.shape[0], weight.shape[0], source.height * source.width
     dtype = stats_dtype(x.dtype)
     choices = _choices(source, classes, 8, 16, 64 if classes <= 64 else 32)
@@ -330,7 +330,7 @@ def _like(weight: Tensor, dweight: Tensor) -> Tensor:
 def head_predict(
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     weight: Tensor,
     bias: Tensor | None,
     output: str,
@@ -338,7 +338,7 @@ def head_predict(
     dtype: torch.dtype,
 ) -> Tensor:
     """See :func:`fastunet.aten.head_predict`."""
-    source = Source(x, affine, relu)
+    source = Source(x, affine, slope)
     batch, classes = x.shape[0], weight.shape[0]
     pixels = batch * source.height * source.width
     if output == "argmax":

@@ -33,7 +33,7 @@ from .affine import (
     source_gradient,
     store_affine_gradient,
 )
-from .common import cdiv, dense, empty_nhwc, load_affine, nhwc, normalise
+from .common import act, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise
 from .launching import accumulator, launch
 
 _ACCESSES = 1  # 16-byte accesses per thread and tap
@@ -76,7 +76,7 @@ def _lerp(a, b, fraction, ALIGN_CORNERS: tl.constexpr):
 def _upsample_concat_fwd_kernel(
     x_ptr, affine_ptr, skip_ptr, skip_affine_ptr, y_ptr,
     C, CS, H, W, YH, YW, top, left, first_h, first_w, cells_h, blocks,
-    RELU: tl.constexpr, SKIP_RELU: tl.constexpr, SKIP_FIRST: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
+    SLOPE: tl.constexpr, SKIP_SLOPE: tl.constexpr, SKIP_FIRST: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
     ACC: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Cells from (first_h, first_w) on, the first that touch y (YH, YW), which holds output (0, 0) at (top, left); cell
@@ -112,10 +112,10 @@ def _upsample_concat_fwd_kernel(
         z01 = tl.load(x_ptr + (row0 + j1)[:, None] * C + c[None, :], mask=source, other=0.0)
         z10 = tl.load(x_ptr + (row1 + j0)[:, None] * C + c[None, :], mask=source, other=0.0)
         z11 = tl.load(x_ptr + (row1 + j1)[:, None] * C + c[None, :], mask=source, other=0.0)
-        z00 = normalise(z00, affine, RELU, ACC)
-        z01 = normalise(z01, affine, RELU, ACC)
-        z10 = normalise(z10, affine, RELU, ACC)
-        z11 = normalise(z11, affine, RELU, ACC)
+        z00 = normalise(z00, affine, SLOPE, ACC)
+        z01 = normalise(z01, affine, SLOPE, ACC)
+        z10 = normalise(z10, affine, SLOPE, ACC)
+        z11 = normalise(z11, affine, SLOPE, ACC)
         lambda_h0 = _fraction(tl.maximum(2 * i + 1, 0), H, ALIGN_CORNERS, ACC)
         lambda_h1 = _fraction(tl.maximum(2 * i + 2, 0), H, ALIGN_CORNERS, ACC)
         lambda_w0 = _fraction(tl.maximum(2 * j + 1, 0), W, ALIGN_CORNERS, ACC)[:, None]
@@ -147,10 +147,10 @@ def _upsample_concat_fwd_kernel(
         z01 = tl.load(skip_ptr + index + CS, mask=in01 & channel, other=0.0)
         z10 = tl.load(skip_ptr + index + row, mask=in10 & channel, other=0.0)
         z11 = tl.load(skip_ptr + index + row + CS, mask=in11 & channel, other=0.0)
-        z00 = normalise(z00, skip_affine, SKIP_RELU, ACC)
-        z01 = normalise(z01, skip_affine, SKIP_RELU, ACC)
-        z10 = normalise(z10, skip_affine, SKIP_RELU, ACC)
-        z11 = normalise(z11, skip_affine, SKIP_RELU, ACC)
+        z00 = normalise(z00, skip_affine, SKIP_SLOPE, ACC)
+        z01 = normalise(z01, skip_affine, SKIP_SLOPE, ACC)
+        z10 = normalise(z10, skip_affine, SKIP_SLOPE, ACC)
+        z11 = normalise(z11, skip_affine, SKIP_SLOPE, ACC)
         index = pixel * stride + (0 if SKIP_FIRST else C) + c[None, :]
         tl.store(y_ptr + index, z00, mask=in00 & channel)
         tl.store(y_ptr + index + stride, z01, mask=in01 & channel)
@@ -162,7 +162,7 @@ def _upsample_concat_fwd_kernel(
 @triton.jit(do_not_specialize=["H", "W", "YH", "YW", "top", "left", "segments"])
 def _upsample_bwd_kernel(
     dy_ptr, x_ptr, affine_ptr, dx_ptr, partial_ptr, C, dy_stride, H, W, YH, YW, top, left, segments,
-    RELU: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
+    SLOPE: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
     ACC: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx and daffine from dy, whose pointer is at the first channel of the upsampled half."""
@@ -199,7 +199,7 @@ def _upsample_bwd_kernel(
         x_index = ((n * H + h) * W + w)[:, None] * C + c[None, :]
         x = tl.load(x_ptr + x_index, mask=inside, other=0.0)
         affine = load_affine(affine_ptr, c, C)  # here: the taps need the registers
-        dx, gx, g = source_backward(dz, x, affine, RELU, ACC)
+        dx, gx, g = source_backward(dz, x, affine, SLOPE, ACC)
         tl.store(dx_ptr + x_index, dx, mask=inside)
         if affine_ptr is not None:
             sum_gx += gx
@@ -228,10 +228,10 @@ def _centred(x: Tensor, skip: Tensor | None) -> tuple[int, int, int, int]:
 def upsample_concat(
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     skip: Tensor | None,
     skip_affine: Tensor | None,
-    skip_relu: bool,
+    skip_slope: float,
     align_corners: bool | None,
     skip_first: bool,
 ) -> Tensor:
@@ -256,7 +256,7 @@ def upsample_concat(
         _upsample_concat_fwd_kernel, (batch * cells_h * blocks, groups),
         nhwc(x), dense(affine), None if skip is None else nhwc(skip), dense(skip_affine), y, channels, skip_channels,
         height, width, y_height, y_width, top, left, first_h, first_w, cells_h, blocks,
-        RELU=relu, SKIP_RELU=skip_relu, SKIP_FIRST=skip_first, ALIGN_CORNERS=align_corners,
+        SLOPE=act(slope), SKIP_SLOPE=act(skip_slope), SKIP_FIRST=skip_first, ALIGN_CORNERS=align_corners,
         ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
     )  # fmt: skip
     return y
@@ -266,10 +266,10 @@ def upsample_concat_backward(
     dy: Tensor,
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     skip: Tensor | None,
     skip_affine: Tensor | None,
-    skip_relu: bool,
+    skip_slope: float,
     align_corners: bool | None,
     skip_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -288,11 +288,11 @@ def upsample_concat_backward(
             _upsample_bwd_kernel, (slabs, cdiv(channels, block_c)),
             dy[:, skip_channels:] if skip_first else dy[:, :channels], x, dense(affine), dx, partial,
             channels, dy.shape[1], height, width, y_height, y_width, top, left, segments,
-            RELU=relu, ALIGN_CORNERS=align_corners,
+            SLOPE=act(slope), ALIGN_CORNERS=align_corners,
             ACC=accumulator(x.dtype), ROUNDS=_ROUNDS, BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
     daffine = affine_gradient(x, partial)
     if skip is None:
         return dx, daffine, *no_gradients(x)
     dz_skip = dy[:, :skip_channels] if skip_first else dy[:, channels:]
-    return dx, daffine, *source_gradient(dz_skip, dy.shape[1], skip, skip_affine, skip_relu)
+    return dx, daffine, *source_gradient(dz_skip, dy.shape[1], skip, skip_affine, skip_slope)

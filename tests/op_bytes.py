@@ -44,14 +44,15 @@ def _cost(
 
 
 def _plain_head(
-    x: Tensor, affine: Tensor, relu: bool, weight: Tensor, bias: Tensor, labels: Tensor, *settings: Any
+    x: Tensor, affine: Tensor, slope: float, weight: Tensor, bias: Tensor, labels: Tensor, *settings: Any
 ) -> Tensor:
     return plain_dice_ce(F.conv2d(_normalised(x, affine), weight, bias), labels)
 
 
 def _plain_upsample(
-    x: Tensor, affine: Tensor, relu: bool, skip: Tensor, skip_affine: Tensor, skip_relu: bool, align: bool, first: bool
-) -> Tensor:
+    x: Tensor, affine: Tensor, slope: float,
+    skip: Tensor, skip_affine: Tensor, skip_slope: float, align: bool, first: bool,
+) -> Tensor:  # fmt: skip
     up = F.interpolate(_normalised(x, affine), scale_factor=2, mode="bilinear", align_corners=align)
     rows, columns = (skip.shape[i] - up.shape[i] for i in (2, 3))
     up = F.pad(up, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])

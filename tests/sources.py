@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+# Of activation functions below zero: identity, ReLU, leaky ReLU, and one that falls there.
+SLOPES = {"linear": 1.0, "relu": 0.0, "leaky": 0.01, "falling": -0.5}
 LAYOUTS = ("contiguous", "channels_last", "permuted", "sliced")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -41,12 +44,12 @@ def random_affine(channels: int, device: str, dtype: torch.dtype = torch.float32
     return affine
 
 
-def truth(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
+def truth(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
     """act(scale·(x − centre) + shift) as anyone would write it."""
     if affine is not None:
         scale, shift, centre = (row.view(1, -1, 1, 1) for row in affine)
         x = scale * (x - centre) + shift
-    return x.relu() if relu else x
+    return x.relu() if slope == 0 else F.leaky_relu(x, slope)
 
 
 def check_compiled(function: Callable[..., Tensor], *inputs: Tensor) -> None:

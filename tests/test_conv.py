@@ -31,7 +31,7 @@ class Conv:
     size: tuple[int, int] | None = None
     offset: tuple[int, int, int, int] = (0, 0, 0, 0)
     affine: tuple[bool, bool] = (True, True)
-    relu: tuple[bool, bool] = (True, False)
+    slope: tuple[float, float] = (0.0, 1.0)
     bias: bool = False
     stats: bool = True
     transposed: bool = False
@@ -49,10 +49,12 @@ class Conv:
 
 
 CASES = {
-    "image": Conv((2, 3, 7, 9), 5, affine=(False, False), relu=(False, False)),
+    "image": Conv((2, 3, 7, 9), 5, affine=(False, False), slope=(1.0, 1.0)),
     "grey-1x1-pixels": Conv((3, 1, 1, 1), 1, bias=True),
     "lazy-17-to-20": Conv((1, 17, 5, 3), 20),
-    "relu-without-affine": Conv((1, 4, 3, 5), 6, affine=(False, False), relu=(True, True), bias=True, stats=False),
+    "leaky": Conv((2, 3, 5, 6), 4, x1=(2, 2, 4, 6), slope=(0.01, 0.2)),
+    "falling-transposed": Conv((1, 4, 3, 2), 3, slope=(-0.5, 1.0), kernel=3, transposed=True),
+    "relu-without-affine": Conv((1, 4, 3, 5), 6, affine=(False, False), slope=(0.0, 0.0), bias=True, stats=False),
     "stride-2-odd": Conv((2, 6, 7, 5), 9, stride=2, bias=True),
     "stride-2-even": Conv((1, 5, 4, 6), 3, stride=2),
     "1x1-head": Conv((2, 20, 4, 3), 3, kernel=1, bias=True, stats=False),
@@ -63,7 +65,7 @@ CASES = {
     "many-channels-two-sources": Conv((1, 70, 3, 2), 33, x1=(1, 35, 2, 2), offset=(0, 0, 0, 0)),
     "pooled": Conv((2, 8, 4, 6), 8, pool="all"),
     "pooled-by-sign-odd": Conv((1, 8, 7, 5), 9, pool="by sign"),
-    "pooled-image": Conv((1, 2, 5, 6), 4, affine=(False, False), relu=(False, False), stats=False, pool="by sign"),
+    "pooled-image": Conv((1, 2, 5, 6), 4, affine=(False, False), slope=(1.0, 1.0), stats=False, pool="by sign"),
     "pooled-stride-2": Conv((1, 3, 5, 7), 4, stride=2, pool="by sign"),
     "wider-than-a-tile": Conv((1, 2, 3, 37), 3),
     "taller-than-a-tile": Conv((1, 2, 41, 2), 3),
@@ -71,7 +73,7 @@ CASES = {
     "transposed-2x2": Conv((2, 5, 3, 4), 3, kernel=2, bias=True, stats=False, transposed=True),
     "transposed-2x2-1x1-pixels": Conv((2, 17, 1, 1), 20, kernel=2, bias=True, transposed=True),
     "transposed-3x3": Conv((2, 6, 3, 5), 4, bias=True, transposed=True),
-    "transposed-3x3-plain": Conv((1, 3, 2, 1), 18, affine=(False, False), relu=(False, False), transposed=True),
+    "transposed-3x3-plain": Conv((1, 3, 2, 1), 18, affine=(False, False), slope=(1.0, 1.0), transposed=True),
 }
 
 
@@ -123,7 +125,7 @@ def pooling(case: Conv, device: torch.device) -> tuple[bool, Tensor | None]:
 
 def run(case: Conv, inputs: Inputs, backend: str | None, save: bool = False) -> list[Tensor]:
     """[y, mean, var] or [y], and the pooled y, from the operator, or the reference if ``backend`` is None."""
-    source = (inputs.x0, inputs.affine0, case.relu[0])
+    source = (inputs.x0, inputs.affine0, case.slope[0])
     if case.transposed:
         function: Any = plain.conv_transpose2d if backend is None else ops.conv_transpose2d
         rest: tuple[Any, ...] = () if backend is None else (backend,)
@@ -133,7 +135,7 @@ def run(case: Conv, inputs: Inputs, backend: str | None, save: bool = False) -> 
         pool, scale = pooling(case, inputs.x0.device)
         rest = () if backend is None else (save, pool, scale, backend)
         outputs = function(
-            *source, inputs.x1, inputs.affine1, case.relu[1] and case.x1 is not None, inputs.weight, inputs.bias,
+            *source, inputs.x1, inputs.affine1, case.slope[1], inputs.weight, inputs.bias,
             case.stride, case.frame, case.offset, case.stats, *rest,
         )  # fmt: skip
     found = list(outputs[:3] if case.stats else outputs[:1])
@@ -198,13 +200,13 @@ def run_act(
     None."""
     with torch.no_grad():
         if backend is not None:
-            x1 = (inputs.x1, inputs.affine1, case.relu[1] and case.x1 is not None)
+            x1 = (inputs.x1, inputs.affine1, case.slope[1])
             found = ops.conv2d_act(
-                inputs.x0, inputs.affine0, case.relu[0], *x1, inputs.weight, inputs.bias, case.frame, case.offset,
-                affine, True, bool(case.pool), *head, backend,
+                inputs.x0, inputs.affine0, case.slope[0], *x1, inputs.weight, inputs.bias, case.frame, case.offset,
+                affine, 0.0, bool(case.pool), *head, backend,
             )  # fmt: skip
             return list(found if case.pool else found[:1])
-        z = plain.affine_act(run(case, inputs, None)[0], affine, True)
+        z = plain.affine_act(run(case, inputs, None)[0], affine, 0.0)
         y = z if head[0] is None else F.conv2d(z, *head)
         return [y, F.max_pool2d(z, 2)] if case.pool else [y]
 
@@ -247,12 +249,12 @@ def test_a_head_on_what_is_not_stored(name: str, classes: int, backend: str, dev
 def test_opcheck_conv2d_act(name: str, backend: str, device: str) -> None:
     case = CASES[name]
     inputs = draw(case, device)
-    x1 = (None, None, False) if inputs.x1 is None else (inputs.x1.detach(), inputs.affine1.detach(), False)
+    x1 = (None, None, 1.0) if inputs.x1 is None else (inputs.x1.detach(), inputs.affine1.detach(), 1.0)
     bias = None if inputs.bias is None else inputs.bias.detach()
     affine0 = None if inputs.affine0 is None else inputs.affine0.detach()
     arguments = (
-        inputs.x0.detach(), affine0, case.relu[0], *x1, inputs.weight.detach(), bias, case.frame, case.offset,
-        random_affine(case.filters, device), True, bool(case.pool), None, None, backend,
+        inputs.x0.detach(), affine0, case.slope[0], *x1, inputs.weight.detach(), bias, case.frame, case.offset,
+        random_affine(case.filters, device), 0.0, bool(case.pool), None, None, backend,
     )  # fmt: skip
     torch.library.opcheck(ops.conv2d_act, arguments)
 
@@ -357,7 +359,7 @@ def test_statistics_are_centred(backend: str, device: str) -> None:
     weight = torch.zeros(2, 1, 3, 3, device=device)
     weight[:, :, 1, 1] = 1
     y, mean, var, *_ = ops.conv2d(
-        x, None, False, None, None, False, weight, None, 1, (33, 17), (0, 0, 0, 0), True, False, False, None, backend
+        x, None, 1.0, None, None, 1.0, weight, None, 1, (33, 17), (0, 0, 0, 0), True, False, False, None, backend
     )
     exact = y.double()
     torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=0)  # float32's rounding of 1000
@@ -369,7 +371,7 @@ def test_statistics_are_of_the_rounded_output(backend: str, device: str) -> None
     x = torch.randn(2, 4, 9, 9, device=device).half()
     weight = torch.randn(3, 4, 3, 3, device=device).half() * 50
     y, mean, var, *_ = ops.conv2d(
-        x, None, False, None, None, False, weight, None, 1, (9, 9), (0, 0, 0, 0), True, False, False, None, backend
+        x, None, 1.0, None, None, 1.0, weight, None, 1, (9, 9), (0, 0, 0, 0), True, False, False, None, backend
     )
     exact = y.double()
     torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-5, atol=1e-4)  # float32 sums
@@ -428,6 +430,7 @@ def test_the_same_bits_every_time(name: str, backend: str, device: str) -> None:
 
 GRADCHECK = {
     "two-sources": Conv((1, 2, 3, 3), 2, x1=(1, 1, 2, 2), offset=(0, 0, 0, 1), bias=True),
+    "leaky": Conv((1, 2, 3, 3), 2, x1=(1, 1, 2, 2), slope=(0.1, -0.5)),
     "stride-2": Conv((2, 1, 3, 2), 2, stride=2),
     "pooled": Conv((1, 1, 2, 3), 2, pool="all"),
     "transposed-2x2": Conv((1, 2, 2, 2), 1, kernel=2, bias=True, transposed=True),
@@ -461,7 +464,7 @@ def test_gradcheck(case: Conv, backend: str, device: str) -> None:
 
 def conv2d_arguments(case: Conv, inputs: Inputs, backend: str, save: bool) -> tuple[Any, ...]:
     return (
-        inputs.x0, inputs.affine0, case.relu[0], inputs.x1, inputs.affine1, case.relu[1], inputs.weight, inputs.bias,
+        inputs.x0, inputs.affine0, case.slope[0], inputs.x1, inputs.affine1, case.slope[1], inputs.weight, inputs.bias,
         case.stride, case.frame, case.offset, case.stats, save, *pooling(case, inputs.x0.device), backend,
     )  # fmt: skip
 
@@ -481,7 +484,7 @@ def test_opcheck_conv2d(save: bool, channels_last: bool, backend: str, device: s
             ops.conv2d_backward,
             (
                 torch.randn_like(y), mean, var, torch.randn_like(pooled), y, mean, None, inputs.x0.detach(),
-                inputs.affine0.detach(), case.relu[0], inputs.x1.detach(), inputs.affine1.detach(), case.relu[1],
+                inputs.affine0.detach(), case.slope[0], inputs.x1.detach(), inputs.affine1.detach(), case.slope[1],
                 inputs.weight.detach(), z, case.stride, case.frame, case.offset, [True, False, True, True], backend,
             ),
         )  # fmt: skip
@@ -491,14 +494,14 @@ def test_opcheck_conv2d(save: bool, channels_last: bool, backend: str, device: s
 def test_opcheck_conv_transpose2d(kernel: int, backend: str, device: str) -> None:
     case = Conv((2, 2, 2, 3), 3, kernel=kernel, bias=True, transposed=True)
     inputs = draw(case, device)
-    source = (inputs.x0, inputs.affine0, True)
+    source = (inputs.x0, inputs.affine0, 0.0)
     torch.library.opcheck(ops.conv_transpose2d, (*source, inputs.weight, inputs.bias, True, backend))
     with torch.no_grad():
         y, mean, var = ops.conv_transpose2d(*source, inputs.weight, inputs.bias, True, backend)
         torch.library.opcheck(
             ops.conv_transpose2d_backward,
             (
-                torch.randn_like(y), None, var, y, mean, inputs.x0.detach(), inputs.affine0.detach(), True,
+                torch.randn_like(y), None, var, y, mean, inputs.x0.detach(), inputs.affine0.detach(), 0.0,
                 inputs.weight.detach(), [True, True, True], backend,
             ),
         )  # fmt: skip
@@ -510,7 +513,7 @@ def test_compiles_to_one_graph(backend: str, device: str) -> None:
 
     def function(x: Tensor, affine: Tensor, weight: Tensor) -> Tensor:
         y, mean, var, *_ = ops.conv2d(
-            x, affine, True, None, None, False, weight, None, 1, (4, 3), (0, 0, 0, 0), True, False, False, None, backend
+            x, affine, 0.0, None, None, 1.0, weight, None, 1, (4, 3), (0, 0, 0, 0), True, False, False, None, backend
         )
         return (y.sum() + mean.sum() + var.sum()) * 2
 
@@ -563,7 +566,7 @@ def test_operands_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
     t = {name: torch.randn(s, device=device) if isinstance(s, tuple) else s for name, s in shapes.items()}
     with pytest.raises(ValueError, match=message) as caught:
         ops.conv2d(
-            t["x0"], t["affine0"], True, t["x1"], None, False, t["weight"], t["bias"], t["stride"], (4, 4),
+            t["x0"], t["affine0"], 0.0, t["x1"], None, 1.0, t["weight"], t["bias"], t["stride"], (4, 4),
             (0, 0, 0, 0), False, False, False, None, backend,
         )  # fmt: skip
     assert "\n" not in str(caught.value)

@@ -23,8 +23,8 @@ BY_NAME = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 SERVED = {name: case for name, case in CASES.items() if case.kernel == 3 and case.stride == 1 and not case.transposed}
 SERVED["one-pixel"] = Conv((2, 3, 1, 1), 2)
-SERVED["both-cropped"] = Conv((1, 3, 5, 7), 2, x1=(1, 2, 6, 4), size=(4, 5), offset=(-1, 0, 0, -1), relu=(True, True))
-SERVED["plain"] = Conv((2, 17, 4, 3), 2, affine=(False, False), relu=(False, False))
+SERVED["both-cropped"] = Conv((1, 3, 5, 7), 2, x1=(1, 2, 6, 4), size=(4, 5), offset=(-1, 0, 0, -1), slope=(0.0, 0.0))
+SERVED["plain"] = Conv((2, 17, 4, 3), 2, affine=(False, False), slope=(1.0, 1.0))
 
 
 def outcome(case: Conv, inputs: Inputs, algorithm: str | None) -> list[torch.Tensor]:
@@ -79,7 +79,7 @@ def test_only_the_gradients_asked_for(algorithm: str, device: str) -> None:
 @BY_NAME
 def test_statistics_are_centred(algorithm: str, device: str) -> None:
     """Mean 1000, deviation 1: a one-pass variance in float32 would be off by a tenth."""
-    case = Conv((2, 1, 13, 17), 2, affine=(False, False), relu=(True, False))
+    case = Conv((2, 1, 13, 17), 2, affine=(False, False), slope=(0.0, 1.0))
     inputs = draw(case, device)
     with torch.no_grad():
         inputs.x0 += 1000
@@ -94,7 +94,7 @@ def test_statistics_are_centred(algorithm: str, device: str) -> None:
 @BY_NAME
 def test_a_nan_is_in_the_statistics_of_its_channels(algorithm: str, device: str) -> None:
     """As in PyTorch. A GPU's maximum drops a NaN unless it is told not to; the interpreter's never does."""
-    case = Conv((2, 1, 13, 17), 2, affine=(False, False), relu=(False, False))
+    case = Conv((2, 1, 13, 17), 2, affine=(False, False), slope=(1.0, 1.0))
     inputs = draw(case, device)
     with torch.no_grad():
         inputs.x0[1, 0, 6, 8] = torch.nan

@@ -25,7 +25,7 @@ def calls() -> Iterator[tuple[str, list[Any]]]:
     affine, vector, weight = torch.randn(3, 2), torch.rand(2), torch.randn(2, 4, 3, 3)
     labels, wanted = torch.zeros(1, 4, 4, dtype=torch.int64), [True, True, True]
     one, plane, stats = torch.randn(2, 2, 1, 1), torch.rand(1, 4, 4), torch.randn(1, 2, 7)
-    source, second = [x, affine, True], [skip, affine.clone(), True]
+    source, second = [x, affine, 0.0], [skip, affine.clone(), 0.0]
     place = [[4, 4], [0, 0, 0, 0]]
     up, big = torch.randn(2, 2, 2, 2), torch.randn(1, 2, 8, 8)
     half = torch.randn(1, 2, 2, 2)
@@ -40,7 +40,7 @@ def calls() -> Iterator[tuple[str, list[Any]]]:
         [x.clone(), vector, vector.clone(), half, x.clone(), vector.clone(), vector.clone(), *source, *second, weight,
          x.new_empty(0), 1, *place, [True] * 4],
     )  # fmt: skip
-    yield "conv2d_act", [*source, *second, weight, vector, *place, affine.clone(), True, False, one, vector.clone()]
+    yield "conv2d_act", [*source, *second, weight, vector, *place, affine.clone(), 0.0, False, one, vector.clone()]
     yield "conv_transpose2d", [*source, up, vector, True]
     yield (
         "conv_transpose2d_backward",
@@ -49,8 +49,8 @@ def calls() -> Iterator[tuple[str, list[Any]]]:
     yield "max_pool2x2", [x, affine]
     yield "max_pool2x2_backward", [x, affine, half, x.clone()]
     yield "pool_fork", [x, affine]
-    yield "upsample_concat", [*source, big, affine.clone(), True, True, True]
-    yield "upsample_concat_backward", [torch.randn(1, 4, 8, 8), *source, big, affine.clone(), True, True, True]
+    yield "upsample_concat", [*source, big, affine.clone(), 0.0, True, True]
+    yield "upsample_concat_backward", [torch.randn(1, 4, 8, 8), *source, big, affine.clone(), 0.0, True, True]
     yield "softmax_stats", [x, labels, plane, "softmax", -1, wanted]
     yield "softmax_stats_backward", [stats, x, labels, plane, "softmax", -1, wanted]
     yield "head_stats", [*source, one, vector, labels, plane, "softmax", -1, wanted]

@@ -24,7 +24,7 @@ class Case(NamedTuple):
     classes: int
     mode: str = "softmax"
     affine: bool = True
-    relu: bool = True
+    slope: float = 0.0
     bias: bool = True
     weighted: bool = False
 
@@ -32,9 +32,10 @@ class Case(NamedTuple):
 CASES = {
     "two-classes": Case((2, 8, 5, 7), 2),
     "three-tiles": Case((2, 16, 13, 23), 22, weighted=True),
-    "plain": Case((1, 3, 5, 4), 4, affine=False, relu=False),
+    "plain": Case((1, 3, 5, 4), 4, affine=False, slope=1.0),
+    "leaky": Case((1, 5, 6, 3), 3, slope=0.1),
     "relu-alone": Case((1, 16, 5, 4), 3, affine=False, bias=False),
-    "affine-alone": Case((1, 5, 6, 3), 3, relu=False),
+    "affine-alone": Case((1, 5, 6, 3), 3, slope=1.0),
     "70-channels": Case((1, 70, 5, 7), 5),
     "256-classes": Case((1, 4, 3, 7), 256),
     "one-class": Case((1, 4, 3, 3), 1),
@@ -58,7 +59,7 @@ def make(case: Case, device: str, dtype: torch.dtype = torch.float64, layout: st
     labels = torch.randint(0, 2 if multilabel else case.classes, shape, device=device)
     labels[torch.rand(labels.shape, device=device) < 0.1] = IGNORE
     pixel_weight = torch.rand(batch, height, width, device=device) if case.weighted else None
-    return [x, affine, case.relu, weight, bias, labels, pixel_weight, case.mode, IGNORE]
+    return [x, affine, case.slope, weight, bias, labels, pixel_weight, case.mode, IGNORE]
 
 
 FLOATS = (0, 1, 3, 4)  # those that receive a gradient
@@ -254,9 +255,9 @@ def test_argmax_takes_the_first_of_equals_and_nan(backend: str, device: str) -> 
     x = torch.zeros(1, 1, 1, 4, device=device)
     weight = torch.ones(5, 1, 1, 1, device=device)
     bias = torch.tensor([-1.0, 2.0, float("nan"), 2.0, float("nan")], device=device)
-    found = ops.head_predict(x, None, False, weight, bias, "argmax", 0.5, torch.float32, backend)
+    found = ops.head_predict(x, None, 1.0, weight, bias, "argmax", 0.5, torch.float32, backend)
     assert found.unique().tolist() == [2]
-    found = ops.head_predict(x, None, False, weight[:2], bias[[1, 1]], "argmax", 0.5, torch.float32, backend)
+    found = ops.head_predict(x, None, 1.0, weight[:2], bias[[1, 1]], "argmax", 0.5, torch.float32, backend)
     assert found.unique().tolist() == [0]
 
 

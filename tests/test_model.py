@@ -32,7 +32,7 @@ def launch(
     tile = SimpleNamespace(**shape)
     kernel = SimpleNamespace(__name__=name, arg_names=["affine_ptr", "N", "P", "Q", "tiles_h", "tiles_w", "C", "K"])
     args = (1 if normalised else None, 1, height, 8192, 8 // tile.rows, 8192 // tile.columns, channels, 128)
-    constants = {"TILE": tile, "RELU": normalised, "num_warps": 8, "num_stages": 2}
+    constants = {"TILE": tile, "SLOPE": 0.0 if normalised else None, "num_warps": 8, "num_stages": 2}
     return triton_rate(SimpleNamespace(kernel=kernel, grid=(programs,), args=args, kwargs=constants), architecture)
 
 

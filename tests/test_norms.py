@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import fastunet
 from fastunet import functional, losses, ops
-from fastunet.blocks import ConvSequence
+from fastunet.activation import Activation, Config, Next, Placed
+from fastunet.blocks import ConvSequence, Down
 
 
 def block() -> ConvSequence:
@@ -50,6 +51,41 @@ def test_states_of_a_batch_norm(change: Callable[[nn.BatchNorm2d], None], train:
         torch.testing.assert_close(ours(scale * x), theirs(scale * x), rtol=1e-4, atol=1e-5)
     for mine, other in zip(ours.buffers(), theirs.buffers(), strict=True):
         torch.testing.assert_close(mine, other)
+
+
+ACTS = {
+    "leaky": lambda: nn.LeakyReLU(0.1), "leaky-in-place": lambda: nn.LeakyReLU(0.2, inplace=True),
+    "falling": lambda: nn.LeakyReLU(-0.5), "none": nn.Identity, "prelu": lambda: nn.PReLU(4, 0.1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("act", ACTS.values(), ids=ACTS)
+@pytest.mark.parametrize("kind", ["torch", "triton", "auto"])
+@pytest.mark.parametrize("mode", ["training", "eval", "inference"])
+def test_activation_functions_by_their_slope(act: Callable[[], nn.Module], mode: str, kind: str) -> None:
+    """Read by a convolution and pooled, with and without a batch norm: as the modules they are, in float64."""
+    ours = ConvSequence(
+        nn.Conv2d(3, 4, 3, padding=1), nn.Identity(), nn.BatchNorm2d(4), act(), nn.Conv2d(4, 4, 3, padding=1), act(),
+    ).double().train(mode == "training")  # fmt: skip
+    below = Down(4, 2).double().train(mode == "training")
+    below.maxpool_conv[1].double_conv[2] = nn.LeakyReLU(0.1)
+    theirs = copy.deepcopy(
+        nn.ModuleList([nn.Sequential(*ours), nn.MaxPool2d(2), nn.Sequential(*below.maxpool_conv[1].double_conv)])
+    )
+    context = Config(kind).context
+    x = torch.randn(2, 3, 7, 6, dtype=torch.float64)
+    with torch.inference_mode(mode == "inference"):
+        here = context(x, ours)
+        last, skip = below.lazy(ours.lazy(Placed.of(Activation(x)), here, Next(pool=True)), here)
+        z = theirs[0](x)
+        found, expected = (last.tensor(here), skip.tensor(here)), (theirs[2](theirs[1](z)), z)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    if mode != "inference":
+        mine, other = [*ours.parameters(), *below.parameters()], [*theirs.parameters()]
+        grads = (
+            torch.autograd.grad(sum(y.square().sum() for y in ys), ps) for ys, ps in ((found, mine), (expected, other))
+        )
+        torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("missing", ["running_mean", "running_var"])

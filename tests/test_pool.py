@@ -59,13 +59,13 @@ def test_forward_and_backward(
     torch.testing.assert_close(merged, (exact_x.grad + dskip.double()).to(dtype))  # one rounding of the sum
 
 
-@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
-def test_equals_pooling_of_the_normalised(relu: bool, backend: str, device: str) -> None:
+@pytest.mark.parametrize("slope", [1.0, 0.0, 0.1], ids=["linear", "relu", "leaky"])
+def test_equals_pooling_of_the_normalised(slope: float, backend: str, device: str) -> None:
     """The promise of the op: act(affine(pool(x))) = MaxPool2d(act(affine(x))), exactly, for scales of any sign."""
     x = torch.randn(2, 6, 5, 7, device=device)
     affine = random_affine(6, device)
-    pooled = truth(ops.max_pool2x2(x, affine, backend), affine, relu)
-    torch.testing.assert_close(pooled, F.max_pool2d(truth(x, affine, relu), 2), rtol=0, atol=0)
+    pooled = truth(ops.max_pool2x2(x, affine, backend), affine, slope)
+    torch.testing.assert_close(pooled, F.max_pool2d(truth(x, affine, slope), 2), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

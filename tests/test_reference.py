@@ -118,9 +118,9 @@ CLOSE: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 
 def test_conv_with_lazy_batch_norm_is_conv_bn_relu_conv() -> None:
     x, first, second, gamma, beta = _rand(2, 3, 5, 7), _rand(4, 3, 3, 3), _rand(2, 4, 3, 3), _rand(4), _rand(4)
-    y, mean, var = RF.conv2d(x, None, False, None, None, False, first, None, 1, (5, 7), (0, 0, 0, 0), True)
+    y, mean, var = RF.conv2d(x, None, 1.0, None, None, 1.0, first, None, 1, (5, 7), (0, 0, 0, 0), True)
     affine = RF.bn_affine(mean, var, gamma, beta, 1e-5)
-    z, *_ = RF.conv2d(y, affine, True, None, None, False, second, None, 2, (5, 7), (0, 0, 0, 0), False)
+    z, *_ = RF.conv2d(y, affine, 0.0, None, None, 1.0, second, None, 2, (5, 7), (0, 0, 0, 0), False)
     plain = F.conv2d(RF.conv_bn_relu(x, first, gamma, beta, training=True), second, stride=2, padding=1)
     torch.testing.assert_close(z, plain, **CLOSE)
     operands, direction = (x, first, second, gamma, beta), torch.randn_like(z)
@@ -130,7 +130,7 @@ def test_conv_with_lazy_batch_norm_is_conv_bn_relu_conv() -> None:
 
 def test_conv_of_two_placed_sources_is_pad_cat_conv() -> None:
     skip, up, weight, bias = _rand(2, 3, 7, 5), _rand(2, 2, 6, 6), _rand(4, 5, 3, 3), _rand(4)
-    y, *_ = RF.conv2d(skip, None, True, up, None, False, weight, bias, 1, (7, 5), (0, 0, 0, -1), False)
+    y, *_ = RF.conv2d(skip, None, 0.0, up, None, 1.0, weight, bias, 1, (7, 5), (0, 0, 0, -1), False)
     z = torch.cat([skip.relu(), F.pad(up[..., 1:], [0, 0, 0, 1])], 1)
     torch.testing.assert_close(y, F.conv2d(z, weight, bias, padding=1), **CLOSE)
 
@@ -138,7 +138,7 @@ def test_conv_of_two_placed_sources_is_pad_cat_conv() -> None:
 @pytest.mark.parametrize("kernel", [2, 3])
 def test_conv_transpose_doubles_the_size_and_is_the_adjoint_of_a_strided_conv(kernel: int) -> None:
     x, weight, probe = _rand(2, 3, 4, 5), _rand(3, 2, kernel, kernel), _rand(2, 2, 8, 10)
-    y, mean, var = RF.conv_transpose2d(x, None, False, weight, None, True)
+    y, mean, var = RF.conv_transpose2d(x, None, 1.0, weight, None, True)
     adjoint = F.conv2d(probe, weight, stride=2, padding=kernel - 2)
     torch.testing.assert_close((y * probe).sum(), (x * adjoint).sum(), **CLOSE)
     torch.testing.assert_close((mean, var), (y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)), **CLOSE)
@@ -147,7 +147,7 @@ def test_conv_transpose_doubles_the_size_and_is_the_adjoint_of_a_strided_conv(ke
 def test_max_pool_is_taken_after_the_affine() -> None:
     x = _rand(1, 3, 4, 5)
     affine = torch.tensor([[2.0, -1.0, 0.0], [1.0, 2.0, 3.0], [0.5, 0.0, 1.0]], dtype=torch.float64)
-    p = RF.max_pool2x2(x, affine, False)
+    p = RF.max_pool2x2(x, affine, 1.0)
     windows = x[..., :4].unflatten(2, (2, 2)).unflatten(4, (2, 2))
     high, low = windows.amax((3, 5)), windows.amin((3, 5))
     torch.testing.assert_close(p[:, 0], 2 * (high[:, 0] - 0.5) + 1, **CLOSE)
@@ -158,12 +158,12 @@ def test_max_pool_is_taken_after_the_affine() -> None:
 @pytest.mark.parametrize("skip_first", [True, False])
 def test_upsample_concat_places_the_larger_margin_below_and_right(skip_first: bool) -> None:
     x, skip = _rand(1, 2, 2, 3), _rand(1, 3, 7, 5)
-    y = RF.upsample_concat(x, None, False, skip, None, True, True, skip_first)
+    y = RF.upsample_concat(x, None, 1.0, skip, None, 0.0, True, skip_first)
     up = y[:, 3:] if skip_first else y[:, :2]
     assert torch.equal(y[:, :3] if skip_first else y[:, 2:], skip.relu())
     assert not up[:, :, :1].any()
     assert not up[:, :, 5:].any()
-    full = RF.upsample_concat(x, None, False, None, None, False, True, True)
+    full = RF.upsample_concat(x, None, 1.0, None, None, 1.0, True, True)
     assert torch.equal(up[:, :, 1:5], full[..., 1:])
     torch.testing.assert_close(full[..., ::3, ::5], x[..., ::1, ::2], **CLOSE)  # aligned corners keep the corners
 

@@ -45,20 +45,20 @@ def sources(case: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor 
 def upsampled_truth(
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     skip: Tensor | None,
     skip_affine: Tensor | None,
-    skip_relu: bool,
+    skip_slope: float,
     align_corners: bool | None,
     skip_first: bool,
 ) -> Tensor:
     mode = "nearest" if align_corners is None else "bilinear"
-    up = F.interpolate(truth(x, affine, relu), scale_factor=2, mode=mode, align_corners=align_corners)
+    up = F.interpolate(truth(x, affine, slope), scale_factor=2, mode=mode, align_corners=align_corners)
     if skip is None:
         return up
     rows, columns = (skip.shape[i] - up.shape[i] for i in (2, 3))
     up = F.pad(up, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
-    parts = [truth(skip, skip_affine, skip_relu), up]
+    parts = [truth(skip, skip_affine, skip_slope), up]
     return torch.cat(parts if skip_first else parts[::-1], 1)
 
 
@@ -94,14 +94,14 @@ def test_forward_and_backward(case: str, align_corners: bool | None, backend: st
     x, skip = sources(case, torch.float32, device)
     affine = random_affine(x.shape[1], device)
     skip_affine = None if skip is None else random_affine(skip.shape[1], device)
-    check((x, affine, True, skip, skip_affine, True, align_corners, True), torch.float32, backend)
+    check((x, affine, 0.0, skip, skip_affine, 0.0, align_corners, True), torch.float32, backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes(dtype: torch.dtype, backend: str, device: str) -> None:
     skip_if_unsupported(backend, dtype, device)
     x, skip = sources("odd_skip", dtype, device)
-    check((x, random_affine(3, device), True, skip, random_affine(4, device), True, True, True), dtype, backend)
+    check((x, random_affine(3, device), 0.0, skip, random_affine(4, device), 0.0, True, True), dtype, backend)
 
 
 @pytest.mark.parametrize("skip_first", [False, True], ids=["up_first", "skip_first"])
@@ -110,7 +110,16 @@ def test_either_source_may_be_plain(normalised: str, skip_first: bool, backend: 
     x, skip = sources("odd_skip", torch.float32, device)
     affine = random_affine(3, device) if normalised == "up" else None
     skip_affine = random_affine(4, device) if normalised == "skip" else None
-    args = (x, affine, normalised == "skip", skip, skip_affine, normalised == "up", False, skip_first)
+    args = (
+        x,
+        affine,
+        0.0 if normalised == "skip" else 1.0,
+        skip,
+        skip_affine,
+        0.0 if normalised == "up" else 1.0,
+        False,
+        skip_first,
+    )
     check(args, torch.float32, backend)
 
 
@@ -122,8 +131,8 @@ def test_any_layout(layout: str, backend: str, device: str) -> None:
     )
     affine = random_affine(6, device)[:, ::2]  # three rows that are not dense
     dy = laid_out((2, 5, 2, 5), layout, torch.float32, device)
-    sliced = (x, affine, True, skip, None, False, True, True, backend)
-    dense = (x.contiguous(), affine.contiguous(), True, skip.contiguous(), None, False, True, True, backend)
+    sliced = (x, affine, 0.0, skip, None, 1.0, True, True, backend)
+    dense = (x.contiguous(), affine.contiguous(), 0.0, skip.contiguous(), None, 1.0, True, True, backend)
     # ATen's order of sums and use of fused multiply-adds depend on the layout: hence a few roundings.
     torch.testing.assert_close(ops.upsample_concat(*sliced), ops.upsample_concat(*dense), rtol=1e-5, atol=1e-5)
     for actual, expected in zip(
@@ -138,15 +147,15 @@ def test_coordinates_are_exact(device: str) -> None:
     A coordinate o·(W − 1)/(2W − 1) rounded in float32, as in PyTorch, would cost λ about 1e-5 here.
     """
     x = torch.arange(2 * 151, dtype=torch.float32, device=device).remainder(2).view(1, 1, 1, -1)
-    y = ops.upsample_concat(x, None, False, None, None, False, True, False, "triton")
-    exact = upsampled_truth(x.double(), None, False, None, None, False, True, False)
+    y = ops.upsample_concat(x, None, 1.0, None, None, 1.0, True, False, "triton")
+    exact = upsampled_truth(x.double(), None, 1.0, None, None, 1.0, True, False)
     torch.testing.assert_close(y.double(), exact, rtol=0, atol=2e-7)  # the division and 1 − λ, one rounding each
 
 
 def test_wide_rows(device: str) -> None:
     """Rows of several tiles and of several programs in the backward, the last of them ragged."""
     x, skip = torch.randn(1, 2, 1, 531, device=device), torch.randn(1, 1, 2, 1060, device=device)
-    check((x, random_affine(2, device), False, skip, None, True, False, False), torch.float32, "triton")
+    check((x, random_affine(2, device), 1.0, skip, None, 0.0, False, False), torch.float32, "triton")
 
 
 @pytest.mark.parametrize("align_corners", [False, True], ids=["half_pixel", "align_corners"])
@@ -157,7 +166,7 @@ def test_nan_stays_where_it_is(align_corners: bool, backend: str, device: str) -
     """
     x, skip = torch.zeros(1, 2, 3, 3, device=device), torch.zeros(1, 1, 8, 8, device=device)
     x[0, 0, 1, 1], x[0, 1, 1, 1] = torch.nan, torch.inf
-    y = ops.upsample_concat(x, None, True, skip, None, False, align_corners, True, backend)
+    y = ops.upsample_concat(x, None, 0.0, skip, None, 1.0, align_corners, True, backend)
     # Outputs 1 to 4 of 6 lie between source 1 and one of its neighbours; the picture starts at (1, 1).
     assert y[0, 1, 2:6, 2:6].isnan().all()
     assert y[0, 2, 2:6, 2:6].isinf().all()
@@ -171,7 +180,7 @@ def test_nan_stays_in_its_own_outputs_of_nearest(backend: str, device: str) -> N
     x = torch.zeros(1, 1, 3, 3, device=device)
     x[0, 0, 1, 1] = torch.nan
     x.requires_grad_()
-    y = ops.upsample_concat(x, None, False, None, None, False, None, True, backend)
+    y = ops.upsample_concat(x, None, 1.0, None, None, 1.0, None, True, backend)
     assert y[0, 0, 2:4, 2:4].isnan().all()
     assert int(y.isnan().sum()) == 4
     dy = torch.zeros_like(y)
@@ -186,15 +195,15 @@ def test_an_upsample_module_runs_lazily(align_corners: bool | None, device: str)
     module.align_corners = align_corners
     x, affine = torch.randn(1, 3, 4, 5, device=device), random_affine(3, device)
     with trace() as calls:
-        up = enlarge(module, Activation(x, affine, True), Context("torch"))
+        up = enlarge(module, Activation(x, affine, 0.0), Context("torch"))
     assert [call.name for call in calls] == ["fastunet.upsample_concat"]
-    torch.testing.assert_close(up.x, module(truth(x, affine, True)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(up.x, module(truth(x, affine, 0.0)), rtol=1e-5, atol=1e-5)
 
 
 def test_empty_batch(backend: str, device: str) -> None:
     x, skip = torch.empty(0, 3, 2, 3, device=device), torch.empty(0, 2, 5, 6, device=device)
     affine = random_affine(3, device)
-    args = (x, affine, True, skip, random_affine(2, device), True, True, True, backend)
+    args = (x, affine, 0.0, skip, random_affine(2, device), 0.0, True, True, backend)
     y = ops.upsample_concat(*args)
     assert y.shape == (0, 5, 5, 6)
     dx, daffine, dskip, dskip_affine = ops.upsample_concat_backward(y, *args)
@@ -205,7 +214,7 @@ def test_empty_batch(backend: str, device: str) -> None:
 
 def test_same_bits_every_time(backend: str, device: str) -> None:
     x, skip = sources("padded_and_cropped", torch.float32, device)
-    args = (x, random_affine(1, device), True, skip, random_affine(3, device), True, True, True, backend)
+    args = (x, random_affine(1, device), 0.0, skip, random_affine(3, device), 0.0, True, True, backend)
     first = ops.upsample_concat(*args)
     assert torch.equal(first, ops.upsample_concat(*args))
     if backend == "torch" and device == "cuda":
@@ -225,7 +234,7 @@ def test_gradcheck(align_corners: bool | None, backend: str, device: str) -> Non
     affine, skip_affine = (random_affine(c, device, torch.float64).requires_grad_() for c in (2, 1))
 
     def function(x: Tensor, affine: Tensor, skip: Tensor, skip_affine: Tensor) -> Any:
-        return ops.upsample_concat(x, affine, True, skip, skip_affine, True, align_corners, True, backend)
+        return ops.upsample_concat(x, affine, 0.0, skip, skip_affine, 0.0, align_corners, True, backend)
 
     assert torch.autograd.gradcheck(function, (x, affine, skip, skip_affine), fast_mode=True)
 
@@ -235,16 +244,16 @@ def test_opcheck(with_skip: bool, backend: str, device: str) -> None:
     x = torch.randn(2, 2, 1, 1, device=device)
     skip = torch.randn(2, 1, 2, 3, device=device) if with_skip else None
     affine = random_affine(x.shape[1], device)
-    rest = (False, True, True, backend)
+    rest = (1.0, True, True, backend)
     differentiable = [t.clone().requires_grad_() if t is not None else None for t in (x, affine, skip)]
     torch.library.opcheck(ops.upsample_concat, (*differentiable[:2], True, differentiable[2], None, *rest))
-    dy = torch.randn_like(ops.upsample_concat(x, affine, True, skip, None, *rest))
-    torch.library.opcheck(ops.upsample_concat_backward, (dy, x, affine, True, skip, None, *rest))
+    dy = torch.randn_like(ops.upsample_concat(x, affine, 0.0, skip, None, *rest))
+    torch.library.opcheck(ops.upsample_concat_backward, (dy, x, affine, 0.0, skip, None, *rest))
 
 
 def test_compiled(backend: str, device: str) -> None:
     def function(x: Tensor, affine: Tensor, skip: Tensor) -> Tensor:
-        return (ops.upsample_concat(2 * x, affine, True, 2 * skip, None, True, True, True, backend) ** 2).sum()
+        return (ops.upsample_concat(2 * x, affine, 0.0, 2 * skip, None, 0.0, True, True, backend) ** 2).sum()
 
     x, skip = torch.randn(1, 2, 1, 2, device=device), torch.randn(1, 1, 2, 3, device=device)
     check_compiled(function, x, random_affine(2, device), skip)
@@ -264,7 +273,7 @@ def test_backends_agree(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.randn(shape, device=device)
     skip = torch.randn(shape[0], 2, max(1, 2 * shape[2] + rows), max(1, 2 * shape[3] + columns), device=device)
-    args = (x, random_affine(shape[1], device), True, skip, None, True, align_corners, skip_first)
+    args = (x, random_affine(shape[1], device), 0.0, skip, None, 0.0, align_corners, skip_first)
     dy = torch.randn(shape[0], shape[1] + 2, *skip.shape[2:], device=device)
     for name, arguments in ((ops.upsample_concat, args), (ops.upsample_concat_backward, (dy, *args))):
         results = [name(*arguments, backend) for backend in ("torch", "triton")]
@@ -275,8 +284,8 @@ def test_backends_agree(
 def test_beyond_32_bit_offsets(device: str) -> None:
     x = torch.zeros(1, 64, 513, 16384, dtype=torch.float16, device=device)
     x[0, -1, -1, -1] = 3
-    y = ops.upsample_concat(x, None, False, None, None, False, True, True, "triton")
+    y = ops.upsample_concat(x, None, 1.0, None, None, 1.0, True, True, "triton")
     assert y.numel() > 2**31
     assert y[0, -1, -1, -1] == 3
-    dx, *_ = ops.upsample_concat_backward(y, x, None, False, None, None, False, True, True, "triton")
+    dx, *_ = ops.upsample_concat_backward(y, x, None, 1.0, None, None, 1.0, True, True, "triton")
     assert dx[0, -1, -1, -1] > 3

@@ -64,6 +64,7 @@ def everything(dtype: str) -> list[Case]:
         Case("conv2d", (5, 64, 3, 4), x, filters=64),  # four pictures a tile
         Case("conv2d", (1, 512, 4, 6), x, filters=128),  # several programs share a sum
         replace(two, pool=True),
+        replace(two, changes=(("slope0", 0.01), ("slope1", 0.01))),
         replace(two, changes=crop),
         replace(two, changes=placed),
         replace(two, changes=placed, algorithm="cudnn"),
@@ -73,6 +74,7 @@ def everything(dtype: str) -> list[Case]:
         Case("conv2d", (1, 48, 9, 11), x, filters=22, kernel=1, stats=False, bias=True),
         Case("conv2d", (1, 64, 9, 70), x, filters=150, kernel=1),
         Case("conv2d", (3, 32, 11, 14), x, filters=48, stride=2),
+        Case("conv2d", (1, 32, 5, 6), x, filters=24, stride=2, changes=(("slope0", 0.01),)),
         replace(act, head=22),
         replace(act, pool=True),
         replace(act, shape=(1, 3, 10, 18)),
@@ -83,6 +85,7 @@ def everything(dtype: str) -> list[Case]:
         Case("upsample_concat", (1, 16, 9, 11), x, skip=8, nearest=True),
         Case("affine_act", (2, 16, 17, 23), x),
         Case("affine_act", (2, 5, 17, 23), x),
+        Case("affine_act", (2, 16, 17, 23), x, changes=(("slope", 0.01),)),
         Case("bn_affine", (2, 64, 4, 4), x),
         Case("bn_affine_running", (2, 64, 4, 4), x, mode="inference"),
         stats,

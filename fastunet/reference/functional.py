@@ -1,8 +1,9 @@
 """Every operation of fastunet in a few lines of plain PyTorch, differentiated by autograd, in any floating dtype.
 
 The functions take the arguments of the operators of the same name in :mod:`fastunet.ops`, less those that say how to
-compute (``save``, ``backend``). A *source* ``(x, affine, relu)`` is x (N, C, H, W) with affine None or (3, C), rows
-scale, shift, centre: it stands for ``act(scale·(x − centre) + shift)``, act being ReLU or the identity.
+compute (``save``, ``backend``). A *source* ``(x, affine, slope)`` is x (N, C, H, W) with affine None or (3, C), rows
+scale, shift, centre: it stands for ``act(scale·(x − centre) + shift)``, slope being act's below zero:
+1 the identity, 0 ReLU, between them a leaky ReLU.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor
 # ---- sources -----------------------------------------------------------------------------------------------------
 
 
-def affine_act(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
+def affine_act(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
     """The value of a source, in x's dtype."""
     z = x
     if affine is not None:
         scale, shift, centre = affine.view(3, -1, 1, 1)
         z = (scale * (x - centre) + shift).to(x.dtype)
-    return F.relu(z) if relu else z
+    return F.relu(z) if slope == 0 else F.leaky_relu(z, slope)
 
 
 def bn_affine(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -55,10 +56,10 @@ def _centre(z: Tensor, size: Sequence[int]) -> Tensor:
 def conv2d(
     x0: Tensor,
     affine0: Tensor | None,
-    relu0: bool,
+    slope0: float,
     x1: Tensor | None,
     affine1: Tensor | None,
-    relu1: bool,
+    slope1: float,
     weight: Tensor,
     bias: Tensor | None,
     stride: int,
@@ -71,22 +72,22 @@ def conv2d(
     Each source lies at its offset (top0, left0, top1, left1) in a frame of zeros of ``size`` (H, W). Returns
     (y, mean, var), the last two being :func:`batch_stats` of y, or empty without ``stats``.
     """
-    z = _frame(affine_act(x0, affine0, relu0), size, offset[0], offset[1])
+    z = _frame(affine_act(x0, affine0, slope0), size, offset[0], offset[1])
     if x1 is not None:
-        z = torch.cat([z, _frame(affine_act(x1, affine1, relu1), size, offset[2], offset[3])], 1)
+        z = torch.cat([z, _frame(affine_act(x1, affine1, slope1), size, offset[2], offset[3])], 1)
     y = F.conv2d(z, weight, bias, stride, weight.shape[-1] // 2)
     return y, *(batch_stats(y) if stats else (y.new_empty(0), y.new_empty(0)))
 
 
 def conv_transpose2d(
-    x: Tensor, affine: Tensor | None, relu: bool, weight: Tensor, bias: Tensor | None, stats: bool
+    x: Tensor, affine: Tensor | None, slope: float, weight: Tensor, bias: Tensor | None, stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Transposed convolution of stride 2 to (N, K, 2·H, 2·W) with weight (C, K, 2, 2) or (C, K, 3, 3).
 
     Returns (y, mean, var) as :func:`conv2d` does.
     """
     margin = 0 if weight.shape[-1] == 2 else 1
-    y = F.conv_transpose2d(affine_act(x, affine, relu), weight, bias, 2, margin, margin)
+    y = F.conv_transpose2d(affine_act(x, affine, slope), weight, bias, 2, margin, margin)
     return y, *(batch_stats(y) if stats else (y.new_empty(0), y.new_empty(0)))
 
 
@@ -111,28 +112,28 @@ def conv_bn_relu(
     return F.relu(z) if relu else z
 
 
-def max_pool2x2(x: Tensor, affine: Tensor | None, relu: bool) -> Tensor:
+def max_pool2x2(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
     """2×2 max-pool of a source's value: (N, C, ⌊H/2⌋, ⌊W/2⌋). (The operator returns it before affine and ReLU.)"""
-    return F.max_pool2d(affine_act(x, affine, relu), 2)
+    return F.max_pool2d(affine_act(x, affine, slope), 2)
 
 
 def upsample_concat(
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     skip: Tensor | None,
     skip_affine: Tensor | None,
-    skip_relu: bool,
+    skip_slope: float,
     align_corners: bool | None,
     skip_first: bool,
 ) -> Tensor:
     """×2 of a source, bilinear, or nearest if ``align_corners`` is None; with a skip source: centred in its size (zero
     pad or crop) and concatenated with it."""
     mode = "nearest" if align_corners is None else "bilinear"
-    up = F.interpolate(affine_act(x, affine, relu), scale_factor=2, mode=mode, align_corners=align_corners)
+    up = F.interpolate(affine_act(x, affine, slope), scale_factor=2, mode=mode, align_corners=align_corners)
     if skip is None:
         return up
-    parts = [affine_act(skip, skip_affine, skip_relu), _centre(up, skip.shape[2:])]
+    parts = [affine_act(skip, skip_affine, skip_slope), _centre(up, skip.shape[2:])]
     return torch.cat(parts if skip_first else parts[::-1], 1)
 
 
@@ -189,7 +190,7 @@ def softmax_stats(
 def head_stats(
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
@@ -199,14 +200,14 @@ def head_stats(
     wanted: Sequence[bool],
 ) -> Tensor:
     """:func:`softmax_stats` of the logits that a 1×1 convolution, weight (K, C, 1, 1), makes of a source."""
-    logits = F.conv2d(affine_act(x, affine, relu), weight, bias)
+    logits = F.conv2d(affine_act(x, affine, slope), weight, bias)
     return softmax_stats(logits, labels, pixel_weight, mode, ignore_index, wanted)
 
 
 def head_predict(
     x: Tensor,
     affine: Tensor | None,
-    relu: bool,
+    slope: float,
     weight: Tensor,
     bias: Tensor | None,
     output: str,
@@ -218,7 +219,7 @@ def head_predict(
     ``output`` "argmax": the class of the largest, uint8 (N, H, W); "threshold": σ(logit) > threshold, uint8
     (N, K, H, W); "softmax", "sigmoid": probabilities (N, K, H, W) in ``dtype``.
     """
-    logits = F.conv2d(affine_act(x, affine, relu), weight, bias)
+    logits = F.conv2d(affine_act(x, affine, slope), weight, bias)
     if output == "argmax":
         return logits.argmax(1).to(torch.uint8)
     p = logits.softmax(1) if output == "softmax" else logits.sigmoid()
