@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Step = Callable[[], list[Tensor]]
+from benchmarks.measure import Step
 
 PACKAGES = {
     "onnxruntime": ("onnxruntime", "onnxscript"),

@@ -58,7 +58,7 @@ from benchmarks.recorder import Launch, Specialisation, find_kernels, flat, reco
 from benchmarks.trace import Call, trace
 from fastunet import kernels
 from fastunet.architecture import as_if_on
-from fastunet.kernels import table as tiles
+from fastunet.kernels.table import entries as tiles_measured
 
 NETWORKS = (
     *map(NetCase, ("unet", "unet-bilinear", "strided")), NetCase("plain", classes=22), NetCase("brain", base=32)
@@ -202,7 +202,7 @@ def _launched(
 def tabled(chip: str) -> Iterator[Case]:
     """A 3×3 convolution for each entry of the table of tiles that names a tile for ``chip``."""
     modes = {"conv3x3_fwd": "inference", "conv3x3_dgrad": "dgrad", "conv3x3_wgrad": "wgrad"}
-    for (kind, architecture, dtype, _, sources, filters, width), batches in tiles.entries().items():
+    for (kind, architecture, dtype, _, sources, filters, width), batches in tiles_measured().items():
         first, *others = map(int, sources.split("+"))
         for batch, entry in batches.items():
             if entry.tile and architecture == chip and kind in modes:

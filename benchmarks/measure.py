@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 Name = TypeVar("Name", bound=Hashable)
+Step = Callable[[], list[Tensor]]  # does a case's work once, and returns its results and gradients
 
 ROOT = Path(__file__).parent.parent
 FLUSH_BYTES = 256 << 20  # and at least twice the L2 cache

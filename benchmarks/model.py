@@ -3,8 +3,8 @@
 A program of the 3×3 kernels is bounded by the slowest of four that overlap:
 
 - the tensor cores, of whose rate by data sheet nothing sustains more than SUSTAINED;
-- the L2 cache, from where a program loads, a step, ROWS + 2 rows of pixels of one operand and either three taps of the
-  weights (fprop, dgrad) or ROWS rows of the other (wgrad), for 3·ROWS products of a row;
+- the L2 cache, from where a program loads, a step, ``rows`` + 2 rows of pixels of one operand and either three taps of
+  the weights (fprop, dgrad) or ``rows`` rows of the other (wgrad), for 3·``rows`` products of a row;
 - the shared memory, into which these are written, and from where each product reads its second operand; its first lies
   in registers, for three products;
 - the issue slots, which grow with what is loaded and normalised beside each product.

@@ -35,14 +35,13 @@ from torch import Tensor
 import fastunet
 from benchmarks import engines, nets
 from benchmarks.cases import Case, LossCase
-from benchmarks.measure import DTYPES, precision
+from benchmarks.measure import DTYPES, Step, precision
 from benchmarks.nets import NetCase
 from fastunet import metrics, ops, reference
 from fastunet.backend import triton_unavailable
 from fastunet.losses import DiceCELoss
 
 AnyCase = Case | NetCase | LossCase
-Step = Callable[[], list[Tensor]]
 
 # Normalise what they read.
 _SOURCED = (

@@ -1,7 +1,7 @@
 """Which tensors a kernel launch reads and writes, from the kernel itself.
 
-Triton's IR, built for the constants of that launch, says which of its pointers reach a load and which a store. A
-pointer that only stands for an absent operand reaches neither. A launch is charged the whole of each tensor that it
+Triton's IR, built for the constants of that launch, says which of its pointers reach a load and which a store. An
+absent operand is None, which is no pointer. A launch is charged the whole of each tensor that it
 reads or writes, also where it needs a part (the half of a weight that serves one of two sources).
 """
 

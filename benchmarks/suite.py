@@ -49,9 +49,9 @@ import fastunet
 from benchmarks import ahead, cases, checks, nets, peers, report, traffic
 from benchmarks.cases import Case, LossCase
 from benchmarks.isolation import LostError, Message, describe, give_up_if_poisoned, messages, outliving
-from benchmarks.measure import Memory, interleaved, machine, precision, roofs
+from benchmarks.measure import Memory, Step, interleaved, machine, precision, roofs
 from benchmarks.nets import NetCase
-from benchmarks.peers import PROVIDERS, AnyCase, Provider, Step
+from benchmarks.peers import PROVIDERS, AnyCase, Provider
 from benchmarks.report import RESULTS
 from fastunet import reference
 

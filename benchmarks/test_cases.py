@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks import cases, nets, peers
-from benchmarks.measure import interleaved, machine, precision
+from benchmarks.measure import Step, interleaved, machine, precision
 from benchmarks.peers import PROVIDERS, AnyCase, Problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,7 +62,7 @@ def test_case(case: AnyCase, name: str, benchmark: Any) -> None:
         benchmark.pedantic(_finished, (step,), rounds=10 if DEVICE.type == "cuda" else 5)
 
 
-def _finished(step: peers.Step) -> None:
+def _finished(step: Step) -> None:
     step()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()

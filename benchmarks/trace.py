@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastunet.architecture import as_if_on
 from fastunet.backend import serving
+from fastunet.dispatch import composition
 from fastunet.layout import memory_format, stats_dtype
 
 if TYPE_CHECKING:
@@ -86,9 +87,6 @@ def _launches(call: Call) -> Iterator[None]:
         yield
 
 
-_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
-
-
 class _Tracer(TorchDispatchMode):
     def __init__(self, architecture: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -99,9 +97,9 @@ class _Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         namespace, _, name = func._schema.name.partition("::")
         if namespace != "fastunet":
-            if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-                with self:  # inside an operator they come in one piece: take them apart
-                    return func._op_dk(_COMPOSITE, *args, **kwargs)
+            if (parts := composition(func)) is not None:
+                with self:  # inside an operator it comes in one piece: take it apart
+                    return parts(*args, **kwargs)
             call = Call(f"{namespace}.{name}.{func._overloadname}", func, args, kwargs)
             results = _AS_ON_A_GPU.get(func, func)(*args, **kwargs)
         else:

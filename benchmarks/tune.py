@@ -36,8 +36,8 @@ from tqdm import tqdm
 from benchmarks import ahead, cases, peers, report
 from benchmarks.cases import Case
 from benchmarks.isolation import LostError, Message, describe, give_up_if_poisoned, outliving
-from benchmarks.measure import Times, interleaved, machine, rewrite
-from benchmarks.peers import PROVIDERS, Step
+from benchmarks.measure import Step, Times, interleaved, machine, rewrite
+from benchmarks.peers import PROVIDERS
 from benchmarks.report import RESULTS
 
 KINDS = {"inference": "conv3x3_fwd", "dgrad": "conv3x3_dgrad", "wgrad": "conv3x3_wgrad"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -48,7 +49,7 @@ def register(
             those that it names. That all tensors lie on one device is always checked.
         backward: what :func:`register_backward` returned; None: there is no derivative.
         results: the names of the results in order, and whether each has a gradient: True, False, or the argument that
-            says so. One that has none is empty, or of use to the backward alone.
+            says so. A result without one is empty, or is read by the backward only.
     """
     names = _names(_C.parse_schema(schema))
     operator = _define(schema, _bound(fake, names), None if check is None else _bound(check, names))
@@ -403,6 +404,13 @@ def _ordinary(args: Sequence[Any]) -> bool:
         elif device != first:
             return False
     return True
+
+
+def composition(operator: Operator) -> Callable[..., Any] | None:
+    """What PyTorch composes ``operator`` of, as one function; None if it has a kernel of its own."""
+    if not _C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd"):
+        return None
+    return partial(operator._op_dk, _C.DispatchKey.CompositeImplicitAutograd)
 
 
 def has_values(x: Tensor) -> bool:

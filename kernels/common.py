@@ -64,6 +64,10 @@ class Source:
         self.channels, self.height, self.width = x.shape[1:]
         self.extent = self.height, self.width, top, left  # in the frame
 
+    def fills(self, size: Sequence[int]) -> bool:
+        """Whether it is as large as a frame of ``size`` and lies in it."""
+        return [self.top, self.left, self.height, self.width] == [0, 0, *size]
+
     def sticks_out(self, size: Sequence[int]) -> bool:
         """Whether part of it lies outside a frame of ``size``: TMA would read it, and it must count as zero."""
         beyond = self.top + self.height > size[0] or self.left + self.width > size[1]
@@ -163,7 +167,7 @@ def sum_slabs(x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[1:])
     shape = x.shape[1:]
     while slabs > 1:
-        group = block(slabs, 128, 2)  # rows that are not there take as long as others
+        group = block(slabs, 128, 2)  # slabs beyond the last, which are masked, take as long as others
         columns = block(length, min(4096 // group, 1024), 32)
         groups = cdiv(slabs, group)
         y = x.new_empty((groups, length))

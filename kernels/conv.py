@@ -20,10 +20,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastunet.layout import frame, stats_dtype
+from fastunet.layout import stats_dtype
 
 from . import conv_aten
 from .affine import affine_act
@@ -84,11 +83,9 @@ def _stored(source: Source) -> Source:
 
 def joined(sources: Sequence[Source], size: Sequence[int]) -> Source:
     """What is placed in the frame as one source; formed in memory unless it is one source that fills the frame."""
-    first = sources[0]
-    if len(sources) == 1 and [first.height, first.width, first.top, first.left] == [*size, 0, 0]:
-        return first
-    placed = [frame(affine_act(each.x, each.affine, each.slope), size, each.top, each.left) for each in sources]
-    return Source(torch.cat(placed, 1), None, 1.0)
+    if len(sources) == 1 and sources[0].fills(size):
+        return sources[0]
+    return Source(conv_aten.values(sources, size), None, 1.0)
 
 
 def conv2d(

@@ -477,7 +477,7 @@ def conv3x3_dgrad(
         gradients.append((dx, None if shared else affine_slabs(source.x, source.affine, tiles)))
     blocks = sum(cdiv(source.channels, tile.outputs) for source in wanted)
     if tiles * blocks:
-        part = tile.outputs // 2 if tile.outputs >= 64 else tile.outputs
+        part = tile.part
         pointers = [
             (operand(source.x, tile, part, tile.tma), None if shared else source.affine,
              sums if shared else operand(dx, tile, part, tile.tma), partial)

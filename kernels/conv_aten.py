@@ -50,27 +50,17 @@ def _place_kernel(
     tl.store(z_ptr + index, z.to(x.dtype), mask=(m < pixels)[:, None] & (c < C)[None, :])
 
 
-def _fills(source: Source, size: Sequence[int]) -> bool:
-    """Whether a source is as large as the frame."""
-    return [source.top, source.left, source.height, source.width] == [0, 0, *size]
-
-
-def _plain(source: Source, size: Sequence[int]) -> bool:
-    """Whether a source's memory is its values in the frame."""
-    return source.plain and _fills(source, size)
-
-
-def _placed(sources: Sequence[Source], size: Sequence[int]) -> Tensor:
+def values(sources: Sequence[Source], size: Sequence[int]) -> Tensor:
     """z (N, C, *size), the sources' values side by side; a plain source that fills the frame is its own."""
     first = sources[0]
-    if len(sources) == 1 and _plain(first, size):
+    if len(sources) == 1 and first.plain and first.fills(size):
         return first.x
     batch, total = first.x.shape[0], sum(source.channels for source in sources)
     z = empty_nhwc(first.x, batch, total, *size)
     pixels = batch * size[0] * size[1]
     start = 0
     for source in sources:
-        if _fills(source, size):
+        if source.fills(size):
             store_value(z[:, start : start + source.channels], total, source.x, source.affine, source.slope)
         elif pixels and source.channels:
             block_p, block_c = flat_tile(source.channels, z.element_size(), 2)
@@ -88,7 +78,7 @@ def conv3x3(
     sources: Sequence[Source], size: Sequence[int], weight: Tensor, bias: Tensor | None, stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastunet.kernels.conv3x3.conv3x3`."""
-    y = nhwc(aten.convolution(_placed(sources, size), nhwc(weight), bias, [1, 1], [1, 1], [1, 1], False, [0, 0], 1))
+    y = nhwc(aten.convolution(values(sources, size), nhwc(weight), bias, [1, 1], [1, 1], [1, 1], False, [0, 0], 1))
     if stats:
         return y, *batch_stats(y)
     none = y.new_empty(0, dtype=stats_dtype(y.dtype))
@@ -123,9 +113,9 @@ def split_gradient(
         share = slice(start, start + source.channels)
         part, value = g[:, share], None if z is None else z[:, share]
         start += source.channels
-        if z is None and source.channels == total and _plain(source, size):
+        if z is None and source.channels == total and source.plain and source.fills(size):
             gradients.append((g, affine_gradient(g, None)))
-        elif _fills(source, size):
+        elif source.fills(size):
             gradients.append(source_gradient(part, total, source.x, source.affine, source.slope, value))
         else:
             part = nhwc(frame(part, (source.height, source.width), -source.top, -source.left))
@@ -150,7 +140,7 @@ def conv3x3_dgrad(
 
 def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tensor:
     """See :func:`fastunet.kernels.conv3x3_wgrad.conv3x3_wgrad`; dW in the weight's dtype."""
-    return _backward(dy, _placed(sources, dy.shape[2:]), weight, [False, True, False])[1]
+    return _backward(dy, values(sources, dy.shape[2:]), weight, [False, True, False])[1]
 
 
 def conv3x3_backward(
@@ -158,7 +148,7 @@ def conv3x3_backward(
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """What both give, for every source; of sources that fill the frame z is written by the pass that masks g."""
     size, everything = dy.shape[2:], [True] * len(sources)
-    if (len(sources) == 1 and _plain(sources[0], size)) or not all(_fills(source, size) for source in sources):
+    if (len(sources) == 1 and sources[0].plain) or not all(source.fills(size) for source in sources):
         return conv3x3_dgrad(dy, weight, sources, everything), conv3x3_wgrad(dy, weight, sources)
     z = empty_nhwc(dy, dy.shape[0], weight.shape[1], *size)
     gradients = split_gradient(_input_gradient(dy, z, weight), sources, everything, z)

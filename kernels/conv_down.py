@@ -176,7 +176,7 @@ def conv_down_dgrad(dy: Tensor, weight: Tensor, source: Source, stride: int) -> 
     tile = choose_strided(f"conv{ksize}x{ksize}_down_dgrad", batch, filters, channels, height, width, dy, tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     partial = affine_slabs(source.x, source.affine, tiles)
-    part = tile.outputs // 2 if tile.outputs >= 64 else tile.outputs
+    part = tile.part
     first, second = (tile.outputs, tile.reduction) if ksize > 1 else (tile.reduction, tile.outputs)
     launch(
         _conv_down_dgrad_kernel, (tiles * cdiv(channels, tile.outputs),),

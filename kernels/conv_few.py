@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fastunet.layout import stats_dtype
 
-from .affine import affine_slabs, source_backward, store_affine_gradient
-from .common import Source, block, cdiv, dense, empty_nhwc, load_affine, normalise, replace, sum_slabs
+from .affine import affine_slabs, flat_tile, source_backward, store_affine_gradient
+from .common import Source, cdiv, dense, empty_nhwc, load_affine, normalise, replace, sum_slabs
 from .launching import accumulator, launch
 
 FEW = 4  # filters: of each the backward keeps a sum and a weight per channel in registers
@@ -117,19 +117,13 @@ def serves(weight: Tensor) -> bool:
     return weight.shape[-1] == 1 and weight.shape[0] <= FEW
 
 
-def _tile(x: Tensor, channels: int, accesses: int) -> tuple[int, int]:
-    """Pixels and channels that 4 warps load in ``accesses`` 16-byte accesses a thread; at least 4 channels."""
-    block_c = block(channels, 64, 4)
-    return min(accesses * 128 * 16 // x.element_size() // block_c, 128), block_c
-
-
 def conv_few(source: Source, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y (N, K, H, W) of a convolution with W (K, C, 1, 1)."""
     x, filters, channels = source.x, weight.shape[0], source.channels
     y = empty_nhwc(x, x.shape[0], filters, source.height, source.width)
     if y.numel():
         pixels = y.numel() // filters
-        block_p, block_c = _tile(x, channels, 4)
+        block_p, block_c = flat_tile(channels, x.element_size(), 4)
         launch(
             _conv_few_fwd_kernel, (cdiv(pixels, block_p),),
             x, source.affine, weight.contiguous(), dense(bias), y, pixels, channels,
@@ -147,7 +141,7 @@ def conv_few_backward(
     """
     x, filters, channels = source.x, weight.shape[0], source.channels
     pixels = x.numel() // max(channels, 1)
-    block_p, block_c = _tile(x, channels, 1)
+    block_p, block_c = flat_tile(channels, x.element_size(), 1)
     step = block_p * _ROUNDS
     each = step * cdiv(cdiv(pixels, step), _PROGRAMS)
     slabs = cdiv(pixels, max(each, 1))

@@ -119,7 +119,7 @@ def _conv_image_wgrad_kernel(
 
 def serves(source: Source, size: Sequence[int], weight: Tensor) -> bool:
     """Whether a convolution of this one source is one of pictures."""
-    plain = source.plain and [source.height, source.width] == list(size)
+    plain = source.plain and source.fills(size)
     pixels = source.x.shape[0] * source.height * source.width
     return plain and weight.shape[-1] == 3 and 9 * weight.shape[1] <= _MOST_TAPS and pixels < 2**30  # 32-bit numbers
 

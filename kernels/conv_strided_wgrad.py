@@ -4,10 +4,10 @@
     up    dW[c,r,s,k] = Σ_{n,p,q} z[n,p,q,c] · dY[n, 2p + r − pad, 2q + s − pad, k]
     z = act(scale·(x − centre) + shift)
 
-Summed over the pixels of the source: then the operand that is normalised needs no padding, and what lies outside dY is
-zero by itself. A program sums one column s of the filter, its KSIZE rows in an accumulator each, for a block of
-channels and one of outputs over a slab of tiles of images·columns pixels of one row; what several rows of the filter
-read is loaded and normalised once. The slabs are summed in a fixed order.
+Tiles are of the coarser picture's pixels: dY's down, the source's up. A program sums one column s of the filter, its
+KSIZE rows in an accumulator each, for a block of channels and one of outputs over a slab of tiles of images·columns
+pixels of one row; what several rows of the filter read is loaded and normalised once. The slabs are summed in a fixed
+order.
 
 Layout: activations NHWC, dW (K,taps,C) or (C,taps,K) as the weights. Bytes: reads dY and the source, writes and reads
 the slabs of dW. Accumulation: float32 (float64 for float64).

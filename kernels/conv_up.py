@@ -195,7 +195,7 @@ def conv_up_dgrad(dy: Tensor, weight: Tensor, source: Source) -> tuple[Tensor, T
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     tiles *= 2  # rows of dx
     partial = affine_slabs(source.x, source.affine, tiles)
-    part = tile.outputs // 2 if tile.outputs >= 64 else tile.outputs
+    part = tile.part
     launch(
         _conv_up_dgrad_kernel, (tiles * cdiv(channels, tile.outputs),),
         operand(dy, tile, tile.reduction, tma),

@@ -120,8 +120,8 @@ def normalise_real(
     """:func:`normalise` in x's dtype; where ``MASKED``, 0 for pixels that are not ``real``, of which x is 0.
 
     Triton normalises a dot's operand in the registers that multiply it only if all that goes into it was loaded, so the
-    mask is loaded too: for each pixel all bits of a word (:func:`fastunet.kernels.launching.real_word`) or none, which
-    say what of the value's bits is kept.
+    mask is loaded too: for each pixel a word (:func:`fastunet.kernels.launching.real_word`) of ones, or zero where it
+    is not real. The value's bits and that word's are combined by "and": ones keep the value, zeros make it 0.
     """
     if MASKED and len(affine) > 0:
         z = normalise(x, affine, None, ACC, AXIS)

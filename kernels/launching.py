@@ -144,7 +144,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
             _compiled[known] = _remember(compiled, tuple(options[name] for name in kernel.arg_names[len(args) :]))
         return
     compiled, constants, call, between, tupled = remembered
-    three = (*grid, 1, 1)[:3]  # dimensions, or more
+    three = (*grid, 1, 1)[:3]  # a grid of three dimensions
     if call is None or _hooked():
         compiled[three](*args, *constants)
         return

@@ -37,7 +37,7 @@ def store_stats(
     squares = tl.zeros([rows.shape[0], BLOCK_K], ACC)
     for i in tl.static_range(ROWS):
         apart = tl.where((rows > i)[:, None], ys[i].to(ACC) - mean[None, :], 0.0)
-        squares = tl.fma(apart, apart, squares)  # also the first, which is rounded: see `sum_products`
+        squares = tl.fma(apart, apart, squares)  # fused, so that `tl.sum` fuses nothing: see `sum_products`
     m2 = tl.sum(squares, 0)
     index = number.to(tl.int64) * K + k
     tl.store(mean_ptr + index, mean, mask=k < K)
@@ -166,10 +166,10 @@ def _batch_stats(y: Tensor, sums: Tensor | None, bias: Tensor | None, stats: boo
 @triton.jit(do_not_specialize=["tiles"])
 def _merge_stats_kernel(
     mean_ptr, m2_ptr, count_ptr, out_mean_ptr, out_m2_ptr, out_count_ptr, tiles, K,
-    COUNTED: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, LAST: tl.constexpr,
+    COUNTED: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Merge GROUP tiles' (mean, M2, count) into one, COUNTED tiles having one count; the last merge stores the
-    variance."""
+    """Merge GROUP tiles' (mean, M2, count) into one, COUNTED tiles having one count; the last merge, whose count
+    nobody needs, stores the variance."""
     group = tl.program_id(0)
     t = group * GROUP + tl.arange(0, GROUP)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -182,12 +182,12 @@ def _merge_stats_kernel(
     merged = sum_products(mean * n[:, None]) / tl.maximum(total, 1.0)
     apart = mean - merged[None, :]
     spread = tl.sum(m2 + apart * apart * n[:, None], 0)
-    if LAST:
+    if out_count_ptr is None:
         spread = spread / tl.maximum(total, 1.0)
     out = group.to(tl.int64) * K + k
     tl.store(out_mean_ptr + out, merged, mask=k < K)
     tl.store(out_m2_ptr + out, spread, mask=k < K)
-    if not LAST:  # noqa: SIM102 - known when it is compiled
+    if out_count_ptr is not None:  # noqa: SIM102 - known when it is compiled
         if tl.program_id(1) == 0:
             tl.store(out_count_ptr + group, total)
 
@@ -202,13 +202,13 @@ def merge_stats(mean: Tensor, m2: Tensor, count: Tensor, counted: int = 1) -> tu
         groups, block_k = cdiv(tiles, group), block(filters, 4096 // group, 4)
         last = groups == 1
         merged = [mean.new_empty(filters if last else (groups, filters)) for _ in range(2)]
-        counts = count if last else mean.new_empty(groups)
+        counts = None if last else mean.new_empty(groups)
         launch(
             _merge_stats_kernel, (groups, cdiv(filters, block_k)),
             mean, m2, count, *merged, counts, tiles, filters,
-            COUNTED=counted, GROUP=group, BLOCK_K=block_k, LAST=last, num_warps=4,
+            COUNTED=counted, GROUP=group, BLOCK_K=block_k, num_warps=4,
         )  # fmt: skip
         mean, m2 = merged
-        if last:
+        if counts is None:
             return mean, m2
         count, tiles, counted = counts, groups, 1

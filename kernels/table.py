@@ -168,7 +168,8 @@ def overruled(rule: Callable[..., Any]) -> Callable[..., Any]:
         if entry is None or entry.tile is None:
             return wanted, tile, tile
         found = type(tile)(*entry.tile)
-        # Without TMA now, or with it only now; or more pictures a program than there are.
+        # The table's tile does not fit where TMA could be used when it was measured and cannot now, or the reverse, nor
+        # where it takes more pictures a program than the batch has.
         return wanted, tile, found if found.tma == tile.tma and found.images <= batch else tile
 
     @functools.wraps(rule)

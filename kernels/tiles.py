@@ -16,8 +16,8 @@ from .table import Arithmetic, arithmetic, overruled
 
 
 class Tile(NamedTuple):
-    """IMAGES × ROWS × COLUMNS pixels and ``outputs`` channels a program, ``reduction`` channels a step; of ``shares``
-    programs a tile each sums a part of the channels."""
+    """``images`` × ``rows`` × ``columns`` pixels and ``outputs`` channels a program, ``reduction`` channels a step; of
+    ``shares`` programs a tile each sums a part of the channels."""
 
     images: int
     rows: int
@@ -33,6 +33,11 @@ class Tile(NamedTuple):
         """Tiles in all, along the height, along the width."""
         tiles_h, tiles_w = cdiv(height, self.rows), cdiv(width, self.columns)
         return cdiv(batch, self.images) * tiles_h * tiles_w, tiles_h, tiles_w
+
+    @property
+    def part(self) -> int:
+        """Of the outputs those that an epilogue works on at a time: half of many, or the registers do not suffice."""
+        return self.outputs // 2 if self.outputs >= 64 else self.outputs
 
     def constants(self, x: Tensor, hold: bool = True) -> dict[str, Any]:
         """What is compiled into a kernel of this tile that multiplies ``x``; see :func:`numbers` for ``hold``. How many
@@ -68,9 +73,9 @@ def _choose(
     reduced, kept = (sources, [filters]) if kind == "conv3x3_fwd" else ([filters], sources)
     programs = tile.grid(batch, height, width)[0] * sum(cdiv(each, tile.outputs) for each in kept)
     steps = sum(cdiv(each, tile.reduction) for each in reduced)
-    places = PROCESSORS.get(how.architecture, 0) * 8 // tile.warps
+    slots = PROCESSORS.get(how.architecture, 0) * 8 // tile.warps
     # A share that is too small has more sums to store than products to form.
-    most = min(places // max(programs, 1), steps // 2, 8)
+    most = min(slots // max(programs, 1), steps // 2, 8)
     return tile._replace(shares=1 << most.bit_length() - 1 if most > 1 else 1)
 
 
@@ -110,7 +115,7 @@ def _unshared(
     # On Hopper half the outputs for twice the programs, of which two share a processor: while one stores, the other
     # multiplies. An H200 takes 0.84 of the time so, but not where each normalises what it reads.
     pairs = name == "sm_90" and not prologue
-    # Unless most of a wider tile would lie outside the picture.
+    # Not where pictures are so small that most of a wider tile would lie outside them.
     if outputs >= (64 if pairs else 65) and batch * block(width, 128) >= 128:
         images = min(128 // block(width, 128), block(batch, 128, 1))
         outputs, warps = (64, 4) if pairs else (128, 8)
@@ -139,7 +144,7 @@ def _choose_strided(
     if narrow and not tma and (wgrad or kind == "conv3x3_up" or (dgrad and "1x1" not in kind)):
         pixels = 64  # two accumulators and the epilogues of gradients take registers
     if name.startswith("gfx") and kind == "conv3x3_down":
-        pixels = min(pixels, 64)  # as do masks
+        pixels = min(pixels, 64)  # masks take registers too
     # Loading and normalising cost a warp the same for few outputs as for many: half as many warps do it half as often.
     # Beside the 2×2 transposed convolution and its gradient a second program of 4 warps hides loads and epilogue: 0.6
     # to 0.85 of the time on an H200.

@@ -123,7 +123,7 @@ def test_auto_takes_what_the_table_says_and_triton_is_triton(
     keys = [table.key(kind, (3, 2), 2, 5, len(inputs.x0), table.arithmetic(inputs.x0)) for kind in KINDS]
     table.PATH.write_text(json.dumps([{"key": key, "algorithm": "cudnn", "source": "modelled"} for key in keys]))
     calls = []
-    for name in ("_placed", "_backward"):
+    for name in ("values", "_backward"):
         function = getattr(conv_aten, name)
         monkeypatch.setattr(conv_aten, name, lambda *given, f=function, n=name: calls.append(n) or f(*given))
     table.forget()
@@ -132,4 +132,4 @@ def test_auto_takes_what_the_table_says_and_triton_is_triton(
     finally:
         table.forget()
     # The backward's sources are normalised by the pass that masks their gradient.
-    assert sorted(calls) == (["_backward", "_backward", "_placed"] if taken else [])
+    assert sorted(calls) == (["_backward", "_backward", "values"] if taken else [])
