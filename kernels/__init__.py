@@ -1,7 +1,7 @@
 """Triton kernels of fastunet, one operation per file. Import as ``fastunet.kernels``.
 
-They import each other relatively, and of fastunet only :mod:`fastunet.layout` and :mod:`fastunet.architecture`, by name:
-whoever takes the folder elsewhere sees at once what must come along.
+They import each other relatively, and of fastunet only :mod:`fastunet.layout` and :mod:`fastunet.architecture`, by
+name: whoever takes the folder elsewhere sees at once what must come along.
 
 Every launcher has the name, the arguments and the results of its twin in :mod:`fastunet.aten`;
 :mod:`fastunet.ops` registers both behind one operator.
