@@ -55,7 +55,9 @@ def _warn_once(message: str) -> None:
 def check_backend(backend: str) -> None:
     """Raise ValueError for a ``backend`` that is none, before an operator prints its schema."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; check FASTUNET_BACKEND too")
+        raise ValueError(
+            f"expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}; check FASTUNET_BACKEND too"
+        )
 
 
 def requested(backend: str) -> str:
@@ -90,7 +92,7 @@ def _resolved(backend: str, device: torch.device, dtype: torch.dtype) -> str:
             reason = f"the Triton kernels take {_KERNEL_DTYPES_SAID[interpreted]}, and the tensors are {dtype}"
     if backend == "triton":
         if reason is not None:
-            raise ValueError(f"backend='triton' cannot be used here: {reason}")
+            raise ValueError(f"expected a backend that runs here, got 'triton': {reason}; take 'auto' or 'torch'")
         return backend
     if reason is None:
         return "triton"

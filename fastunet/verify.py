@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastunet import models, ops, reference
 from fastunet.backend import resolve_backend, triton_unavailable
+from fastunet.errors import UserError
 from fastunet.reference import functional as plain
 
 Tensors = dict[str, Tensor | None]
@@ -84,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
         triton_unavailable.cache_clear()
     reason = triton_unavailable(device.type)
     backend = args.backend or ("torch" if reason else "triton")
-    resolve_backend(backend, device, torch.float32)
+    try:
+        resolve_backend(backend, device, torch.float32)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     where = "the interpreter" if backend == "triton" and device.type == "cpu" else str(device)
     print(f"fastunet verify: backend {backend} on {where}, against float64 truth")
     if reason and backend == "torch":
