@@ -67,23 +67,6 @@ def test_no_pixels() -> None:
     assert unet_weight_map(torch.zeros(0, 4, 5, dtype=torch.int64)).shape == (0, 4, 5)
 
 
-@pytest.mark.parametrize(
-    ("labels", "options", "message"),
-    [
-        (torch.zeros(4), {}, r"expected labels of shape \(H, W\) or \(N, H, W\), got \(4,\)"),
-        (torch.zeros(4, 4), {}, "expected integer labels"),
-        (torch.zeros(4, 4).long(), {"sigma": 0.0}, "sigma > 0"),
-        (torch.zeros(4, 4).long(), {"sigma": float("nan")}, "expected sigma to be finite, got nan"),
-        (torch.zeros(4, 4).long(), {"w0": float("nan")}, "expected w0 to be finite, got nan"),
-    ],
-    ids=["rank", "float", "sigma", "sigma-nan", "w0-nan"],
-)
-def test_bad_arguments_get_one_sentence(labels: Tensor, options: dict[str, float], message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message) as error:
-        unet_weight_map(labels, **options)
-    assert "\n" not in str(error.value)
-
-
 def test_numbers_of_cells_keep_their_64_bits() -> None:
     labels = torch.zeros(1, 24, 30, dtype=torch.int64)
     labels[:, 4:20, 4:14], labels[:, 4:20, 17:27] = 1, 2
