@@ -150,10 +150,12 @@ def save(picture: Image.Image, path: Path) -> None:
     """
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{path.suffix}")
     try:
-        with open(temporary, "xb") as file:  # never a file or a link that somebody put there
-            picture.save(file, Image.registered_extensions()[path.suffix.lower()])
-        os.replace(temporary, path)  # a link is replaced, and what it points to stays as it was
+        file = open(temporary, "xb")  # noqa: SIM115 - never a file or a link that somebody put there
+        try:
+            with file:
+                picture.save(file, Image.registered_extensions()[path.suffix.lower()])
+            os.replace(temporary, path)  # a link is replaced, and what it points to stays as it was
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}): choose another --output") from error
-    finally:
-        temporary.unlink(missing_ok=True)
