@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import warnings
@@ -10,10 +11,12 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastunet import aten
 from fastunet.architecture import pretending
+from fastunet.versions import TRITON, numbers, refusal
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -38,7 +41,13 @@ def triton_unavailable(device_type: str, index: int | None = None) -> str | None
     """Why the Triton kernels cannot run on this device, in a few words; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install 'fastunet[triton]')"
+    version = importlib.metadata.version("triton")
+    if refusal("Triton", "triton", TRITON, version) is not None:
+        return f"Triton {version} is too old (pip install 'triton>=3.6')"
     if interpreting():
+        if numbers(version) < (3, 8) and numbers(np.__version__) >= (2, 4):
+            older = f"an older NumPy than {np.__version__} (pip install 'numpy<2.4')"
+            return f"the interpreter of Triton {version} needs {older}"
         return None if device_type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
     if device_type != "cuda":
         return f"Triton kernels need a CUDA device and the tensors are on {device_type}"
