@@ -41,7 +41,10 @@ def triton_unavailable(device_type: str, index: int | None = None) -> str | None
     """Why the Triton kernels cannot run on this device, in a few words; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install 'fastunet[triton]')"
-    version = importlib.metadata.version("triton")
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # under another name, as builds for ROCm have it
+        version = "4"
     if refusal("Triton", "triton", TRITON, version) is not None:
         return f"Triton {version} is too old (pip install 'triton>=3.6')"
     if interpreting():
