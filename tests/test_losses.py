@@ -617,6 +617,17 @@ def test_compiles_to_one_graph() -> None:
     torch.testing.assert_close(compiled.grad, eager.grad)
 
 
+@pytest.mark.parametrize(
+    ("left_out", "columns"), [({"squares": False}, [3]), ({"entropy": False}, [4, 5]), ({"smoothing": False}, [6])]
+)
+def test_columns_that_are_left_out_are_zero(left_out: dict[str, bool], columns: list[int]) -> None:
+    logits, labels = batch()
+    expected = softmax_stats(logits, labels)
+    assert (expected[..., columns] != 0).any()
+    expected[..., columns] = 0
+    torch.testing.assert_close(softmax_stats(logits, labels, **left_out), expected)
+
+
 def test_weight_moves_and_is_saved_with_the_module() -> None:
     loss = copy.deepcopy(DiceLoss(weight=torch.tensor([1.0, 2.0])))
     assert loss.state_dict()["weight"].tolist() == [1.0, 2.0]

@@ -219,6 +219,12 @@ def test_multiclass_dice_coeff_takes_every_class_for_a_plane(reduce_batch_first:
     assert multiclass_dice_coeff(p, y, reduce_batch_first).item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_epsilon_is_the_score_of_nothing() -> None:
+    p, y = torch.full((2, 4, 5), 0.5), torch.zeros(2, 4, 5)
+    assert dice_coeff(p, y, epsilon=10.0).item() == pytest.approx(10 / (10 + 10))
+    assert multiclass_dice_coeff(p[None], y[None], epsilon=10.0).item() == pytest.approx(0.5)
+
+
 def test_dice_coeff_of_one_image() -> None:
     p, y = torch.rand(4, 5).double(), (torch.rand(4, 5) < 0.5).double()
     assert dice_coeff(p, y).item() == pytest.approx(plane_dice(p, y), rel=1e-12)

@@ -721,6 +721,12 @@ def test_seed001_checkpoint_loads_under_its_new_names() -> None:
 def test_attributes_of_the_upstream_class() -> None:
     fast = fastunet.UNet(n_channels=1, n_classes=5, bilinear=True, base_c=4)
     assert (fast.n_channels, fast.n_classes, fast.bilinear) == (1, 5, True)
+    brain = fastunet.BrainUNet(in_channels=2, out_channels=3, init_features=2)
+    assert (brain.n_channels, brain.n_classes) == (2, 3)
+    brain.use_checkpointing()
+    assert brain.checkpointing
+    brain.use_checkpointing(enabled=False)
+    assert not brain.checkpointing
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------

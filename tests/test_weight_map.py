@@ -29,7 +29,7 @@ def brute(labels: Tensor, w0: float, sigma: float) -> Tensor:
 def test_is_the_papers_formula(density: float, cells: int, sigma: float) -> None:
     labels = torch.randint(0, cells + 1, (2, 23, 31)) * (torch.rand(2, 23, 31) < density)
     expected = torch.stack([brute(picture, 10.0, sigma) for picture in labels])
-    weights = unet_weight_map(labels.to(torch.uint8), 10.0, sigma)
+    weights = unet_weight_map(labels.to(torch.uint8), w0=10.0, sigma=sigma)
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights.double(), expected, rtol=1e-6, atol=1e-6)  # float32 of numbers up to 11
 
