@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import os
 import pkgutil
@@ -186,6 +187,14 @@ def test_kernels_refuse_to_be_a_top_level_package(tmp_path):
     done = run(sys.executable, "-c", "import kernels", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 1
     assert "must be imported as 'fastunet.kernels', not as 'kernels'" in done.stderr
+
+
+@pytest.mark.skipif("CI" not in os.environ, reason="only CI has to have all that the test extra names")
+@pytest.mark.parametrize("oracle", ["matplotlib", "monai", "onnxruntime", "onnxscript", "torchmetrics"])
+def test_ci_compares_with_every_oracle(oracle):
+    """What skips without it is run there."""
+    assert importlib.util.find_spec(oracle) is not None
+    assert f'"{oracle}' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def test_version_is_the_installed_one():
