@@ -1,6 +1,7 @@
 # make demo     train a small U-Net and draw what it learned
 # make test     lint, types, tests
-# make test-oldest   the tests on the oldest PyTorch and Triton that are served, in a virtual environment of their own
+# make test-versions   the tests on the oldest and on the newest Python, PyTorch and Triton, in virtual environments of
+#                      their own; test-oldest and test-newest are one of them
 # make verify   every operation against float64 truth, on this machine
 # make gate     compile every kernel for every GPU, with no GPU, and read the machine code
 # make ptx      execute what the kernels compile to on this CPU: errors, races, accesses out of bounds
@@ -27,7 +28,7 @@ endif
 BIN := $(VENV)/bin
 TYPES := build/types
 
-.PHONY: demo test test-oldest lint types unit verify gate ptx bench clean
+.PHONY: demo test test-oldest test-newest test-versions lint types unit verify gate ptx bench clean
 
 demo: $(VENV)/.fastunet
 	$(BIN)/python -m fastunet demo $(ARGS)
@@ -49,14 +50,32 @@ types: $(VENV)/.fastunet-test
 unit: $(VENV)/.fastunet-test
 	$(BIN)/pytest -n $(JOBS) $(ARGS)
 
-# What goes together: PyTorch, the Triton that it pins, and the NumPy that this Triton's interpreter takes. From the
-# default package index this PyTorch is the CUDA build, some gigabytes to download: it is fetched once, into PAIR_VENV.
+# What goes together: PyTorch, the Triton that it pins, and the NumPy that this Triton's interpreter takes; at the floor
+# of what is served, and the newest there are. From the default package index these PyTorches are CUDA builds, some
+# gigabytes to download, once, into environments of their own.
 # Another pair goes the same way: make test-oldest PAIR="torch==2.14.0 triton==3.8.0" PAIR_VENV=.venv-2.14
-PAIR ?= torch==2.11.0 triton==3.6.0 'numpy<2.4'
+PAIR ?= torch==2.10.0 triton==3.6.0 'numpy<2.4'
 PAIR_VENV ?= .venv-oldest
+NEWEST ?= torch triton numpy
+NEWEST_VENV ?= .venv-newest
+FIRST = $(shell for python in $(1); do $$python -c '$(SUPPORTED)' 2>/dev/null && echo $$python && break; done)
+OLDEST_PYTHON ?= $(call FIRST,python3.10 python3.11 python3.12 $(PYTHON))
+NEWEST_PYTHON ?= $(call FIRST,python3.14 python3.13 python3.12 $(PYTHON))
 
 test-oldest:
-	$(MAKE) unit VENV=$(PAIR_VENV) TORCH="$(PAIR)"
+	$(MAKE) unit VENV=$(PAIR_VENV) TORCH="$(PAIR)" PYTHON="$(OLDEST_PYTHON)"
+
+test-newest:
+	$(MAKE) unit VENV=$(NEWEST_VENV) TORCH="$(NEWEST)" PYTHON="$(NEWEST_PYTHON)"
+
+# Both ends; what cannot be installed here is named and costs the other nothing.
+test-versions:
+	@status=0; \
+	$(MAKE) $(PAIR_VENV)/.fastunet-test VENV=$(PAIR_VENV) TORCH="$(PAIR)" PYTHON="$(OLDEST_PYTHON)" \
+		&& { $(MAKE) test-oldest || status=1; } || { echo "not tested: the oldest cannot be installed here"; }; \
+	$(MAKE) $(NEWEST_VENV)/.fastunet-test VENV=$(NEWEST_VENV) TORCH="$(NEWEST)" PYTHON="$(NEWEST_PYTHON)" \
+		&& { $(MAKE) test-newest || status=1; } || { echo "not tested: the newest cannot be installed here"; }; \
+	exit $$status
 
 verify: $(VENV)/.fastunet-test
 	$(BIN)/python -m fastunet verify $(ARGS)
@@ -71,7 +90,7 @@ bench: $(VENV)/.fastunet-test
 	$(BIN)/pytest benchmarks $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(PAIR_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(PAIR_VENV) $(NEWEST_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 # ---- the virtual environment -------------------------------------------------------------------------------------
 

@@ -51,18 +51,20 @@ def steps(base: int, size: int, batch: int, bilinear: bool, layout: str, mode: s
     return {"eager": step(plain), "fastunet": step(ours)}
 
 
-def rows(batch: int, seconds: float) -> Iterator[tuple[str, ...]]:
-    """(network, layout, mode, milliseconds of eager, of fastunet, their ratio, goal) as text."""
+def rows(batch: int, seconds: float, only: str = "") -> Iterator[tuple[str, ...]]:
+    """(network, layout, mode, ms of eager, of fastunet, their ratio, goal) as text, of rows whose name has ``only``."""
     for base, size in SIZES:
         for bilinear in (False, True):
             for layout in LAYOUTS:
                 for mode, goal in GOALS.items():
+                    name = f"base {base}, {batch}×{size}×{size}, {'bilinear' if bilinear else 'transposed'}"
+                    if only not in f"{name}, {layout}, {mode}":
+                        continue
                     calls = steps(base, size, batch, bilinear, layout, mode)
                     for call in calls.values():
                         call()
                     times = interleaved(calls, torch.device("cpu"), seconds, head_start=False)
                     eager, ours = times["eager"].p50, times["fastunet"].p50
-                    name = f"base {base}, {batch}×{size}×{size}, {'bilinear' if bilinear else 'transposed'}"
                     yield name, layout, mode, f"{eager:.1f}", f"{ours:.1f}", f"{ours / eager:.2f}", f"≤ {goal:.2f}"
 
 
@@ -71,6 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=6, help="for each pair; 6: two minutes or more in all")
     parser.add_argument("--batch", type=int, default=2, help="pictures at a time; 2")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help='only rows with it: "base 16", "bilinear, contiguous"'
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch; its own choice")
     options = parser.parse_args(arguments)
     if resolve_backend("auto", torch.device("cpu"), torch.float32) != "torch":
@@ -80,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"PyTorch {torch.__version__}, {options.threads} threads, float32")
     layout = "{:<32} {:<13} {:<9} {:>9} {:>11} {:>6} {:>7}"
     print(layout.format(*head))
-    for row in rows(options.batch, options.seconds):
+    for row in rows(options.batch, options.seconds, options.only):
         print(layout.format(*row), flush=True)
     return 0
 

@@ -5,6 +5,7 @@ from pathlib import Path
 # An editable install is a folder of links (pyproject.toml), made once: the folder behind them also has newer modules.
 __path__ = [str(Path(__file__).resolve().parent)]
 
+import fastunet.versions as _versions  # refuses what is too old # noqa: F401
 from fastunet import functional, losses, metrics, reference
 from fastunet.models import BrainUNet, PlainUNet, StridedUNet, UNet
 

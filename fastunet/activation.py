@@ -36,7 +36,9 @@ class Config(NamedTuple):
     def checked(cls, backend: str, policy: str) -> Config:
         check_backend(backend)
         if policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+            raise ValueError(
+                f"expected policy to be one of {', '.join(POLICIES)}, got {policy!r}; leave it out for speed"
+            )
         return cls(backend, policy)
 
     def context(self, x: Tensor, module: nn.Module) -> Context:
@@ -291,8 +293,8 @@ def batch_norm(raw: Raw, bn: nn.BatchNorm2d, slope: float, backend: str) -> Acti
     if uses_batch_stats(bn):
         if count == 1:
             raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {tuple(raw.y.shape)}; "
-                "use a larger batch or picture, or model.eval()"
+                f"expected more than 1 value per channel in training, got an output of {tuple(raw.y.shape)}; pass a "
+                "larger batch or picture, or call model.eval()"
             )
         mean, var = raw.mean, raw.var
         if bn.training and bn.track_running_stats:
@@ -311,7 +313,9 @@ def running_stats(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
         return mean, var
     if mean is not None or var is not None:
         missing = "running_mean" if mean is None else "running_var"
-        raise ValueError(f"expected a batch norm with running_mean and running_var or with neither, got no {missing}")
+        raise ValueError(
+            f"expected a batch norm with running_mean and running_var or with neither, got no {missing}; give it both"
+        )
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import warnings
@@ -10,10 +11,12 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastunet import aten
 from fastunet.architecture import pretending
+from fastunet.versions import TRITON, numbers, refusal
 
 BACKENDS = ("auto", "torch", "triton")
 
@@ -38,7 +41,16 @@ def triton_unavailable(device_type: str, index: int | None = None) -> str | None
     """Why the Triton kernels cannot run on this device, in a few words; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install 'fastunet[triton]')"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # under another name, as builds for ROCm have it
+        version = "4"
+    if refusal("Triton", "triton", TRITON, version) is not None:
+        return f"Triton {version} is too old (pip install 'triton>=3.6')"
     if interpreting():
+        if numbers(version) < (3, 8) and numbers(np.__version__) >= (2, 4):
+            older = f"an older NumPy than {np.__version__} (pip install 'numpy<2.4')"
+            return f"the interpreter of Triton {version} needs {older}"
         return None if device_type == "cpu" else "TRITON_INTERPRET=1 runs kernels on CPU tensors only"
     if device_type != "cuda":
         return f"Triton kernels need a CUDA device and the tensors are on {device_type}"
@@ -55,7 +67,9 @@ def _warn_once(message: str) -> None:
 def check_backend(backend: str) -> None:
     """Raise ValueError for a ``backend`` that is none, before an operator prints its schema."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; check FASTUNET_BACKEND too")
+        raise ValueError(
+            f"expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}; check FASTUNET_BACKEND too"
+        )
 
 
 def requested(backend: str) -> str:
@@ -90,7 +104,7 @@ def _resolved(backend: str, device: torch.device, dtype: torch.dtype) -> str:
             reason = f"the Triton kernels take {_KERNEL_DTYPES_SAID[interpreted]}, and the tensors are {dtype}"
     if backend == "triton":
         if reason is not None:
-            raise ValueError(f"backend='triton' cannot be used here: {reason}")
+            raise ValueError(f"expected a backend that runs here, got 'triton': {reason}; take 'auto' or 'torch'")
         return backend
     if reason is None:
         return "triton"

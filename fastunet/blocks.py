@@ -231,12 +231,20 @@ def _of_modules(error: Exception, layer: Layer, placed: Placed) -> Exception:
         told = ValueError(f"expected {wanted} channels, got {given}; change the layer or what comes before it")
     elif norm is not None and norm.num_features != filters:
         at = norm
-        told = ValueError(f"expected a batch norm of {filters} features, got one of {norm.num_features}")
+        told = ValueError(
+            f"expected a batch norm of {filters} features, got one of {norm.num_features}; change it "
+            "or the layer before it"
+        )
     elif norm is not None and (norm.running_mean is None) != (norm.running_var is None):
         at = norm
     elif norm is not None and torch.float64 in {p.dtype for p in norm.parameters()} - {conv.weight.dtype}:
         at = norm
         told = TypeError(f"expected a batch norm in float32 for an input in {x.dtype}, got one in float64; convert it")
+    elif isinstance(error, ValueError) and "more than 1 value per channel" in str(error):  # PyTorch's own words
+        told = ValueError(
+            f"expected more than 1 value per channel in training, got one from an input of shape {tuple(x.shape)}; "
+            "pass a larger batch or picture, or call model.eval()"
+        )
     told.misfit = Misfit(at, device)  # type: ignore[attr-defined]
     return told
 

@@ -7,6 +7,7 @@ sentence that names the file and the fix, raised before anything is trained.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from fastunet.checks import check_integer
 from fastunet.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp", ".pgm", ".ppm")
 MASK_ENDINGS = ("_mask", "_gt")  # what a mask's name may add to the stem of its image, in any case
+_FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "GIF", "WEBP", "PPM")  # what these suffixes stand for
+MAX_PIXELS = 1 << 26  # of a picture: decoded 200 MB in colour, 800 MB in float32
 MAX_CLASSES = 64
 MIN_SIZE = 16  # the U-Net halves four times
 
@@ -68,7 +72,11 @@ class Pictures(Sequence[Pair]):
     @overload
     def __getitem__(self, index: slice) -> list[Pair]: ...
     def __getitem__(self, index: int | slice) -> Pair | list[Pair]:
-        positions = range(len(self))[index]
+        try:
+            positions = range(len(self))[index]
+        except IndexError:
+            last = len(self) - 1
+            raise IndexError(f"expected an index up to {last}, got {index}; there are {last + 1} pictures") from None
         return self.load(positions) if isinstance(positions, int) else [self.load(i) for i in positions]
 
     def select(self, indices: Sequence[int]) -> Pictures:
@@ -110,6 +118,8 @@ def random_crops(
     Every picture is visited once before any is visited again. A crop is turned and mirrored at random (the eight
     symmetries of the square); pictures smaller than ``size`` are continued by reflection.
     """
+    check_integer("size", size)
+    check_integer("batch", batch)
     queue: list[int] = []
     while True:
         images: list[Tensor] = []
@@ -161,7 +171,7 @@ def _standardised(image: Array) -> Tensor:
 # ---- a user's folders --------------------------------------------------------------------------------------------
 
 
-def open_folders(images: Path, masks: Path) -> Pictures:
+def open_folders(images: str | Path, masks: str | Path) -> Pictures:
     """Pair the pictures of two folders (they may be the same one) and check every file.
 
     The mask of ``a.png`` is called ``a``, ``a_mask`` or ``a_GT`` with any picture suffix. Images may be grey or in
@@ -170,8 +180,10 @@ def open_folders(images: Path, masks: Path) -> Pictures:
 
     Raises:
         DataError: a folder is missing or empty, a file has no or several partners, cannot be read, differs in size
-            from its partner or is smaller than 16×16, or the masks hold one value only or more than 64.
+            from its partner, is smaller than 16×16 or larger than 8192×8192, or the masks hold one value only or more
+            than 64.
     """
+    images, masks = Path(images), Path(masks)
     pairs = find_pairs(images, masks)
     in_colour = any_colour = False
     palettes: set[bytes | None] = set()
@@ -271,15 +283,25 @@ _GREY_MODES = ("1", "L", "LA", *_NUMBER_MODES)
 def _open(path: Path) -> Image.Image:
     """The decoded picture, upright as viewers show it, in a grey mode, with a palette ("P") or as "RGB"."""
     try:
-        with Image.open(path) as file:
-            pages = getattr(file, "n_frames", 1)
-            file.load()
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode not in ("P", *_GREY_MODES):
-                picture = picture.convert("RGB")
+        # Pillow goes by the content, whatever the name says: without the list it starts Ghostscript for an EPS file.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the header is judged below
+            file = Image.open(path, formats=_FORMATS)
+        with file:
+            too_large = file.width * file.height > MAX_PIXELS
+            if not too_large:
+                pages = getattr(file, "n_frames", 1)
+                file.load()
+                picture = ImageOps.exif_transpose(file)
+                if picture.mode not in ("P", *_GREY_MODES):
+                    picture = picture.convert("RGB")
+    except Image.DecompressionBombError:
+        too_large = True
     except Exception as error:  # decoders of damaged files raise whatever they stumble on
         reason = (error.strerror if isinstance(error, OSError) else None) or "damaged, or not a picture"
         raise DataError(f"cannot read {path} ({reason}): replace it, or take it and its partner away") from error
+    if too_large:
+        raise DataError(f"{path} has more than {MAX_PIXELS:,} pixels by its header: cut it into smaller pictures")
     if pages > 1:
         raise DataError(f"{path} holds {pages} pictures: save each one as a file of its own")
     return picture
@@ -363,6 +385,9 @@ def generated(count: int = 12, size: int = 384, seed: int = 0) -> Pictures:
     Three classes: membrane, cytoplasm, nucleus. Grey values alone do not tell them apart: nuclear envelopes and
     vesicles are as dark as membranes, light is uneven and the camera noisy.
     """
+    check_integer("count", count)
+    check_integer("size", size, MIN_SIZE)
+    check_integer("seed", seed, 0)
 
     def load(index: int) -> Pair:
         image, labels = _draw_cells(np.random.default_rng([seed, index]), size)

@@ -242,8 +242,8 @@ def refuse_second_derivative() -> None:
     """Refuse create_graph=True in a backward: a gradient penalty would silently be constant."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "expected a first derivative, got create_graph=True: fastunet's operators have no second one; "
-            "fastunet.reference has the same networks with it"
+            "expected a first derivative, got create_graph=True: fastunet's operators have no second one; take the "
+            "same network of fastunet.reference"
         )
 
 
@@ -269,15 +269,23 @@ def _refuse_tangents(args: Sequence[Any]) -> None:
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
             raise RuntimeError(
                 "expected no forward-mode derivative, got a tensor with a tangent: fastunet's operators differentiate "
-                "backward only; fastunet.reference has the same networks with both"
+                "backward only; take the same network of fastunet.reference"
             )
 
 
 def refuse_tracing() -> None:
     """Say that torch.jit.trace is not served."""
     raise RuntimeError(
-        "expected a call outside torch.jit.trace, which does not know fastunet's operators; use torch.export, or trace "
-        "the same computation of fastunet.reference"
+        "expected a call outside torch.jit.trace, which does not know fastunet's operators, got one inside; use "
+        "torch.export, or trace the same computation of fastunet.reference"
+    )
+
+
+def refuse_scripting() -> None:
+    """Say that torch.jit.script is not served."""
+    raise RuntimeError(
+        "expected no torch.jit.script, which does not know fastunet's operators, got a network to compile; use "
+        "torch.export, or script the same network of fastunet.reference"
     )
 
 
@@ -285,8 +293,8 @@ def refuse_transforms() -> None:
     """Say why a call inside a transform of torch.func failed, if it was one."""
     if _C._are_functorch_transforms_active():
         raise RuntimeError(
-            "expected no transform of torch.func, got a call inside one: fastunet's operators have none; "
-            "fastunet.reference has the same networks for them"
+            "expected no transform of torch.func, got a call inside one: fastunet's operators have none; take the same "
+            "network of fastunet.reference"
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastunet import ops
 from fastunet.activation import Activation, Placed, compute_dtype
 from fastunet.backend import check_backend
-from fastunet.checks import check_number, check_tensor
+from fastunet.checks import check_criterion, check_flags, check_integer, check_number, check_tensor
 from fastunet.dispatch import call
 from fastunet.layout import memory_format, stats_dtype
 from fastunet.losses import StatsLoss, dice_loss, softmax_stats
@@ -41,7 +41,9 @@ def _check_vector(name: str, v: Tensor | None, channels: int, dtype: torch.dtype
     if v is None:
         return
     if v.shape != (channels,):
-        raise ValueError(f"expected {name} of shape ({channels},), one value per filter, got {tuple(v.shape)}")
+        raise ValueError(
+            f"expected {name} of shape ({channels},), one value per filter, got {tuple(v.shape)}; change one of them"
+        )
     if not v.is_floating_point():
         raise TypeError(f"expected {name} in floating point, got {v.dtype}; convert it with .float()")
     if v.dtype == torch.float64 != dtype:
@@ -94,17 +96,20 @@ def conv_bn_relu(
     )  # fmt: skip
     check_number("momentum", momentum)
     check_number("eps", eps)
-    if not isinstance(stride, int):
-        raise TypeError(f"expected stride as an integer, got {stride!r}")
+    if eps < 0:
+        raise ValueError(f"expected eps of at least 0, got {eps}; pass 1e-5, as PyTorch")
+    check_integer("stride", stride)
+    check_flags(training=training, relu=relu)
     filters, channels, *kernel = weight.shape
     if kernel not in ([3, 3], [1, 1]) or channels != x.shape[1]:
         raise ValueError(
             f"expected weight of shape (K, {x.shape[1]}, 3, 3) or (K, {x.shape[1]}, 1, 1) for an x of shape "
-            f"{tuple(x.shape)}, got {tuple(weight.shape)}"
+            f"{tuple(x.shape)}, got {tuple(weight.shape)}; change one of them"
         )
     if stride != 1 and (stride != 2 or kernel != [3, 3]):
         raise ValueError(
-            f"expected stride 1, or 2 for a 3×3 weight, got stride {stride} and a {kernel[0]}×{kernel[1]} one"
+            f"expected stride 1, or 2 for a 3×3 weight, got stride {stride} and a {kernel[0]}×{kernel[1]} one; pass "
+            "stride=1 and take a part of the result"
         )
     for name, v in (("bn_weight", bn_weight), ("bn_bias", bn_bias), ("bias", bias)):
         _check_vector(name, v, filters, x.dtype)
@@ -114,7 +119,9 @@ def conv_bn_relu(
         given = "running_var" if running_mean is None else "running_mean"
         raise ValueError(f"expected running_mean and running_var or neither, got {given} alone; pass both")
     if not training and (running_mean is None or running_var is None):
-        raise ValueError("expected running_mean and running_var when training=False; pass both, or training=True")
+        raise ValueError(
+            "expected running_mean and running_var when training=False, got neither; pass both, or training=True"
+        )
     dtype = compute_dtype(x)
     if weight.dtype != dtype and dtype == x.dtype:
         raise TypeError(f"expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; convert one of them")
@@ -125,7 +132,10 @@ def conv_bn_relu(
     )  # fmt: skip
     count = y.numel() // filters
     if training and count == 1:
-        raise ValueError(f"expected more than one value per channel in training, got an output of {tuple(y.shape)}")
+        raise ValueError(
+            f"expected more than 1 value per channel in training, got an output of {tuple(y.shape)}; pass a larger "
+            "batch or picture, or training=False"
+        )
     running: tuple[Any, ...] = ()
     if training and count and running_mean is not None and running_var is not None:
         running = running_mean, running_var, count, momentum
@@ -165,12 +175,14 @@ def upsample_pad_concat(
     _check_4d("x", x)
     _check_4d("skip", skip)
     _check_devices(x, skip=skip)
+    check_flags(skip_first=skip_first)
+    check_flags(optional=True, align_corners=align_corners)
     if x.shape[0] != skip.shape[0]:
-        raise ValueError(f"expected x and skip of one batch size, got {x.shape[0]} and {skip.shape[0]}")
+        raise ValueError(f"expected x and skip of one batch size, got {x.shape[0]} and {skip.shape[0]}; pass as many")
     if x.dtype != skip.dtype:
         raise TypeError(f"expected x and skip of one dtype, got {x.dtype} and {skip.dtype}; convert one of them")
     if 0 in x.shape[2:]:
-        raise ValueError(f"expected an x with pixels to upsample, got shape {tuple(x.shape)}")
+        raise ValueError(f"expected an x with pixels to upsample, got shape {tuple(x.shape)}; pass a larger one")
     cat: Tensor = ops.upsample_concat(x, None, 1.0, skip, None, 1.0, align_corners, skip_first, backend)
     return cat.contiguous(memory_format=memory_format(x, skip))
 
@@ -204,7 +216,9 @@ def head_loss(
         ValueError, TypeError: shapes, dtypes or labels that do not fit, or another criterion.
     """
     _check_4d("x", x)
+    _check_4d("weight", weight)
     _check_devices(x, weight=weight, bias=bias)
+    check_criterion(criterion)
     if not (isinstance(criterion, StatsLoss) and criterion.plain()):
         raise TypeError(f"expected a loss of fastunet.losses, got {type(criterion).__name__}; give it the logits")
     check_backend(backend)

@@ -101,5 +101,5 @@ def _choose(device: torch.device, dtype: torch.dtype, setting: str) -> tuple[str
     try:
         resolve_backend("triton", device, dtype)
     except ValueError as error:
-        return backend, str(error).partition(": ")[2]
+        return backend, str(error).partition(": ")[2].partition("; ")[0]
     return backend, f"{str(dtype).removeprefix('torch.')} is served by torch on a GPU"

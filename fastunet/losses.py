@@ -22,11 +22,13 @@ from fastunet.blocks import untouched
 from fastunet.checks import (
     LABEL_DTYPES,
     NEVER,
+    check_flags,
     check_in_graph,
     check_labels,
     check_number,
     check_tensor,
     checked_ignore_index,
+    said,
 )
 from fastunet.dispatch import call, has_values, unwatched
 from fastunet.layout import stats_dtype
@@ -59,11 +61,11 @@ def _check(
     """What statistics of logits of ``shape`` (N, C, H, W) are to be made with."""
     check_tensor("labels", labels)
     if mode not in MODES:
-        raise ValueError(f"expected mode 'softmax' or 'sigmoid', got {mode!r}")
+        raise ValueError(f"expected mode 'softmax' or 'sigmoid', got {mode!r}; several labels per pixel are 'sigmoid'")
     shape = tuple(shape)
     batch, classes, height, width = shape
     if not 1 <= classes <= MAX_CLASSES:
-        raise ValueError(f"expected logits with 1 to {MAX_CLASSES} classes, got {classes}")
+        raise ValueError(f"expected logits with 1 to {MAX_CLASSES} classes, got {classes}; change the last convolution")
     if classes == 1 and mode == "softmax":
         raise ValueError(
             f"expected 2 channels or more for a softmax, which of one is always 1, got logits of shape {shape}; "
@@ -75,19 +77,26 @@ def _check(
     given = tuple(labels.shape)
     if not (mode == "sigmoid" and given == shape) and (given != plane or (mode == "sigmoid" and classes > 1)):
         expected = shape if mode == "sigmoid" else plane
-        hint = "; drop the channel with labels.squeeze(1)" if given == (batch, 1, height, width) else ""
+        if given == (batch, 1, height, width):
+            hint = "drop the channel with labels.squeeze(1)"
+        elif given == shape:
+            hint = "turn one-hot labels into indices with labels.argmax(1)"
+        else:
+            hint = "pass those of the same pictures"
         raise ValueError(
-            f"expected labels of shape {expected} for logits of shape {shape} in {mode} mode, got {given}{hint}"
+            f"expected labels of shape {expected} for logits of shape {shape} in {mode} mode, got {given}; {hint}"
         )
     if pixel_weight is not None:
         check_tensor("pixel_weight", pixel_weight)
         if pixel_weight.shape != plane or not pixel_weight.is_floating_point():
             raise ValueError(
                 f"expected a floating-point pixel_weight of shape {plane}, got {pixel_weight.dtype} of shape "
-                f"{tuple(pixel_weight.shape)}"
+                f"{tuple(pixel_weight.shape)}; pass one factor per pixel"
             )
         if pixel_weight.requires_grad:
-            raise ValueError("expected a pixel_weight without requires_grad, since none is computed; detach() it")
+            raise ValueError(
+                "expected a pixel_weight without requires_grad, since none is computed, got one with it; detach() it"
+            )
     for name, t in (("labels", labels), ("pixel_weight", pixel_weight)):
         if t is not None and t.device != device:
             raise ValueError(f"expected {name} on {device}, where the logits are, got {t.device}; move them")
@@ -145,6 +154,7 @@ def softmax_stats(
     """
     check_backend(backend)
     ignore_index = checked_ignore_index(ignore_index)
+    check_flags(squares=squares, entropy=entropy, smoothing=smoothing)
     _check_logits(logits)
     _check(logits.shape, logits.device, labels, mode, ignore_index, pixel_weight)
     return _stats(logits, labels, pixel_weight, mode, ignore_index, [squares, entropy, smoothing], backend)
@@ -228,16 +238,25 @@ class StatsLoss(nn.Module):
     ) -> None:
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"expected reduction 'mean', 'sum' or 'none', got {reduction!r}")
+            raise ValueError(f"expected reduction 'mean', 'sum' or 'none', got {reduction!r}; take one of those")
         check_backend(backend)
+        check_flags(optional=True, sigmoid=sigmoid)
         if weight is not None:
-            weight = torch.as_tensor(weight)
+            try:
+                weight = torch.as_tensor(weight)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(
+                    f"expected weight as one factor per class, got {said(weight)}; pass a list of numbers or a tensor"
+                ) from error
             if weight.is_complex() or weight.dtype == torch.bool:
                 raise TypeError(f"expected weight to be real factors, got {weight.dtype}; convert it with .float()")
             weight = weight if weight.is_floating_point() else weight.to(torch.get_default_dtype())
             # Tensors on the meta device have no values to look at.
             if weight.dim() != 1 or not (weight.is_meta or bool(((weight >= 0) & weight.isfinite()).all())):
-                raise ValueError(f"expected weight to be one factor ≥ 0 per class, and finite, got {weight.tolist()}")
+                raise ValueError(
+                    f"expected weight to be one factor ≥ 0 per class, and finite, got {said(weight.tolist())}; pass a "
+                    "list of numbers"
+                )
         self.sigmoid = sigmoid
         self.reduction = reduction
         self.ignore_index = checked_ignore_index(ignore_index)
@@ -288,7 +307,8 @@ class StatsLoss(nn.Module):
         mode, ignore_index = settings.pop("mode"), settings.pop("ignore_index")
         if pixel_weight is not None and not settings["entropy"]:
             raise ValueError(
-                f"expected no pixel_weight with {type(self).__name__}, which has no cross-entropy to weigh"
+                f"expected no pixel_weight with {type(self).__name__}, which has no cross-entropy to weigh, got one; "
+                "leave it out or take DiceCELoss"
             )
         shape = (act.x.shape[0], weight.shape[0], act.x.shape[2], act.x.shape[3])
         _check(shape, act.x.device, labels, mode, ignore_index, pixel_weight)
@@ -306,12 +326,15 @@ class StatsLoss(nn.Module):
                     f".to('{device}')"
                 )
         if self.weight is not None and self.weight.shape[0] != classes:
-            raise ValueError(f"expected one weight for each of the {classes} classes, got {self.weight.shape[0]}")
+            raise ValueError(
+                f"expected one weight for each of the {classes} classes, got {self.weight.shape[0]}; construct the "
+                f"loss with {classes} factors"
+            )
         mode = "sigmoid" if self._takes_sigmoid(classes) else "softmax"
         if classes == 1 and self.weight is not None and self._wanted()["entropy"]:
             raise ValueError(
-                "expected no weight for a single channel, where it would weigh both answers alike; pos_weight weighs "
-                "the pixels labelled 1"
+                "expected no weight for a single channel, where it would weigh both answers alike, got "
+                f"{said(self.weight.tolist())}; pos_weight weighs the pixels labelled 1"
             )
         if self.pos_weight is not None and (classes > 1 or mode == "softmax"):
             raise ValueError(
@@ -351,8 +374,8 @@ def _less(stats: Tensor, excess: Tensor | None) -> Tensor:
 
 # Arguments of MONAI's losses that these do not have, and why.
 _UNKNOWN = {
-    "softmax": ": a softmax is the default, and sigmoid=True takes its place",
-    "to_onehot_y": ": labels are integers, and nothing is converted",
+    "softmax": "leave it out, since a softmax is the default and sigmoid=True takes its place",
+    "to_onehot_y": "leave it out, since labels are integers and nothing is converted",
 }
 
 
@@ -376,12 +399,18 @@ class _OverlapLoss(StatsLoss):
         **unknown: Any,
     ) -> None:
         for name in unknown:
-            raise TypeError(f"expected an argument of {type(self).__name__}, got {name}{_UNKNOWN.get(name, '')}")
+            kind = type(self).__name__
+            advice = _UNKNOWN.get(name, f"help(fastunet.losses.{kind}) lists them")
+            raise TypeError(f"expected an argument of {kind}, got {name}; {advice}")
         super().__init__(sigmoid, reduction, weight, ignore_index, backend)
         for name, value in (("smooth_nr", smooth_nr), ("smooth_dr", smooth_dr)):
             check_number(name, value)
         if micro and weight is not None:
-            raise ValueError("expected no weight with micro=True, which adds the classes up before it divides")
+            raise ValueError(
+                f"expected no weight with micro=True, which adds the classes up before it divides, got {said(weight)}; "
+                "leave one of them out"
+            )
+        check_flags(include_background=include_background, batch=batch, micro=micro, ignore_absent=ignore_absent)
         self.include_background = include_background
         self.smooth_nr = smooth_nr
         self.smooth_dr = smooth_dr
@@ -457,6 +486,7 @@ class DiceLoss(_OverlapLoss):
 
     def __init__(self, *, squared_pred: bool = False, jaccard: bool = False, log: bool = False, **options: Any) -> None:
         super().__init__(**options)
+        check_flags(squared_pred=squared_pred, jaccard=jaccard, log=log)
         self.squared_pred = squared_pred
         self.jaccard = jaccard
         self.log = log
@@ -478,7 +508,9 @@ class DiceLoss(_OverlapLoss):
             ValueError: an unknown name.
         """
         if name not in _PRESETS:
-            raise ValueError(f"expected a preset among {', '.join(sorted(_PRESETS))}, got {name!r}")
+            raise ValueError(
+                f"expected a preset among {', '.join(sorted(_PRESETS))}, got {name!r}; its arguments build any other"
+            )
         return cls(**{**_PRESETS[name], **overrides})
 
     def _wanted(self) -> dict[str, bool]:
@@ -551,9 +583,13 @@ class GeneralizedDiceLoss(_OverlapLoss):
     def __init__(self, *, w_type: str = "square", **options: Any) -> None:
         super().__init__(**options)
         if w_type not in ("square", "simple", "uniform"):
-            raise ValueError(f"expected w_type 'square', 'simple' or 'uniform', got {w_type!r}")
+            raise ValueError(f"expected w_type 'square', 'simple' or 'uniform', got {w_type!r}; take one of those")
         if self.micro or self.weight is not None:
-            raise ValueError("expected neither micro nor weight, since w_type says how the classes are weighted")
+            given = "micro" if self.micro else "weight"
+            raise ValueError(
+                f"expected neither micro nor weight, since w_type says how the classes are weighted, got {given}; "
+                "leave it out"
+            )
         self.w_type = w_type
 
     def from_stats(self, stats: Tensor) -> Tensor:
@@ -622,15 +658,20 @@ class CrossEntropyLoss(StatsLoss):
 
 def _check_entropy(reduction: str, label_smoothing: float, pos_weight: float | None) -> None:
     if reduction == "none":
-        raise ValueError("expected reduction 'mean' or 'sum', got 'none': the statistics know no single pixel")
+        raise ValueError(
+            "expected reduction 'mean' or 'sum', got 'none': the statistics know no single pixel; take a mean"
+        )
     check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"expected label_smoothing from 0 to 1, got {label_smoothing}")
+        raise ValueError(f"expected label_smoothing from 0 to 1, got {label_smoothing}; 0.1 is usual")
     if pos_weight is None:
         return
     check_number("pos_weight", pos_weight)
     if pos_weight <= 0 or label_smoothing != 0:
-        raise ValueError(f"expected pos_weight > 0 without label_smoothing, got {pos_weight} with {label_smoothing}")
+        raise ValueError(
+            f"expected pos_weight > 0 without label_smoothing, got {pos_weight} with {label_smoothing}; leave one of "
+            "them out"
+        )
 
 
 def _cross_entropy(loss: StatsLoss, stats: Tensor, label_smoothing: float) -> Tensor:

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from fastunet import ops
 from fastunet.backend import check_backend
-from fastunet.checks import NEVER, check_labels, check_number, check_tensor, checked_ignore_index
+from fastunet.checks import (
+    NEVER,
+    check_flags,
+    check_integer,
+    check_labels,
+    check_number,
+    check_tensor,
+    checked_ignore_index,
+)
 from fastunet.dispatch import has_values
 from fastunet.layout import stats_dtype
 from fastunet.losses import softmax_stats
@@ -33,6 +41,7 @@ def soft_miou(
     from the labels: any probability left on that class takes its score, and a share of the mean, to about 0.
     Arguments, dtypes and errors as in :func:`fastunet.losses.softmax_stats`; a differentiable scalar.
     """
+    check_number("smooth", smooth)
     stats = softmax_stats(
         logits, labels, ignore_index=ignore_index, squares=False, entropy=False, smoothing=False, backend=backend
     )
@@ -58,14 +67,20 @@ def dice_coeff(input: Tensor, target: Tensor, reduce_batch_first: bool = False, 
     """
     check_tensor("input", input)
     check_tensor("target", target)
+    check_number("epsilon", epsilon)
+    check_flags(reduce_batch_first=reduce_batch_first)
     if input.device != target.device:
         raise ValueError(f"expected input and target on one device, got {input.device} and {target.device}; move one")
     if input.shape != target.shape or input.dim() < 2:
         raise ValueError(
-            f"expected input and target of one shape (…, H, W), got {tuple(input.shape)} and {tuple(target.shape)}"
+            f"expected input and target of one shape (…, H, W), got {tuple(input.shape)} and {tuple(target.shape)}; "
+            "pass those of the same pictures"
         )
     if reduce_batch_first and input.dim() != 3:
-        raise ValueError(f"expected (N, H, W) with reduce_batch_first=True, got {tuple(input.shape)}")
+        raise ValueError(
+            f"expected (N, H, W) with reduce_batch_first=True, got {tuple(input.shape)}; drop the channel with "
+            "squeeze(1)"
+        )
     axes = (0, 1, 2) if reduce_batch_first else (-2, -1)
     dtype = stats_dtype(input.dtype)  # float16 sums would overflow at 65504 pixels
     overlap, total = (
@@ -92,10 +107,11 @@ def multiclass_dice_coeff(
     check_tensor("input", input)
     check_tensor("target", target)
     if version not in (2, 3, 4):
-        raise ValueError(f"expected version 2, 3 or 4 of Pytorch-UNet, got {version!r}")
+        raise ValueError(f"expected version 2, 3 or 4 of Pytorch-UNet, got {version!r}; leave it out for 4")
     if input.shape != target.shape or input.dim() != 4:
         raise ValueError(
-            f"expected input and target of one shape (N, C, H, W), got {tuple(input.shape)} and {tuple(target.shape)}"
+            f"expected input and target of one shape (N, C, H, W), got {tuple(input.shape)} and {tuple(target.shape)}; "
+            "pass probabilities and one-hot masks"
         )
     if reduce_batch_first and version < 4:
         classes = zip(input.unbind(1), target.unbind(1), strict=True)
@@ -127,11 +143,10 @@ class ConfusionMatrix(nn.Module):
         self, num_classes: int, ignore_index: int | None = None, *, threshold: float = 0.0, backend: str = "auto"
     ) -> None:
         super().__init__()
-        if not isinstance(num_classes, int):
-            raise TypeError(f"expected num_classes as an integer, got {num_classes!r}")
+        check_integer("num_classes", num_classes, 2)
         check_number("threshold", threshold)
-        if not 2 <= num_classes <= 256:
-            raise ValueError(f"expected 2 to 256 classes, got {num_classes}; a foreground mask has 2")
+        if num_classes > 256:
+            raise ValueError(f"expected 2 to 256 classes, got {num_classes}; merge some of them")
         check_backend(backend)
         self.num_classes = num_classes
         self.ignore_index = checked_ignore_index(ignore_index)
@@ -155,6 +170,7 @@ class ConfusionMatrix(nn.Module):
         counts = state_dict.pop(f"{prefix}matrix", None)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if counts is not None:
+            check_tensor("the counts", counts)
             if counts.shape != self.matrix.shape:
                 raise ValueError(
                     f"expected counts of shape {tuple(self.matrix.shape)}, got {tuple(counts.shape)}; build the "
@@ -186,6 +202,8 @@ class ConfusionMatrix(nn.Module):
         check_tensor("labels", labels)
         if labels.is_floating_point() or labels.is_complex():
             raise TypeError(f"expected integer labels, got {labels.dtype}; convert them with .long()")
+        if prediction.is_complex():
+            raise TypeError(f"expected logits or a mask, got {prediction.dtype}; take its real part")
         count = self._count if prediction.is_floating_point() else self._count_mask
         counts = count(prediction, labels)
         wrong = counts[-1].any()
@@ -201,10 +219,11 @@ class ConfusionMatrix(nn.Module):
         channels = logits.shape[1] if logits.dim() == 4 else 0
         fits = channels == self.num_classes or (channels == 1 and self.num_classes == 2)
         if not fits or logits.shape[:1] + logits.shape[2:] != labels.shape:
-            hint = "; drop the channel with labels.squeeze(1)" if labels.dim() == 4 and labels.shape[1] == 1 else ""
+            extra = labels.dim() == 4 and labels.shape[1] == 1
+            hint = "drop the channel with labels.squeeze(1)" if extra else "pass those of the same pictures and classes"
             raise ValueError(
                 f"expected logits of shape (N, {self.num_classes}, H, W) and labels (N, H, W), got "
-                f"{tuple(logits.shape)} and {tuple(labels.shape)}{hint}"
+                f"{tuple(logits.shape)} and {tuple(labels.shape)}; {hint}"
             )
         counts: Tensor = ops.confusion_matrix(logits, labels, self._ignored, self.threshold, self.backend)
         return counts
@@ -215,7 +234,10 @@ class ConfusionMatrix(nn.Module):
 
     def _count_mask(self, mask: Tensor, labels: Tensor) -> Tensor:
         if mask.shape != labels.shape:
-            raise ValueError(f"expected a mask of the labels' shape {tuple(labels.shape)}, got {tuple(mask.shape)}")
+            raise ValueError(
+                f"expected a mask of the labels' shape {tuple(labels.shape)}, got {tuple(mask.shape)}; pass those of "
+                "the same pictures"
+            )
         counts: Tensor = ops.confusion_matrix_of_masks(mask, labels, self.num_classes, self._ignored, self.backend)
         return counts
 

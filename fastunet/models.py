@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +46,8 @@ from fastunet.blocks import (
     strided_descend,
     untouched,
 )
-from fastunet.dispatch import refuse_tracing, refuse_transforms
+from fastunet.checks import check_criterion, check_flags, check_integer, check_number, misfit, said
+from fastunet.dispatch import refuse_scripting, refuse_tracing, refuse_transforms
 from fastunet.layout import stats_dtype
 from fastunet.losses import StatsLoss
 
@@ -61,10 +61,7 @@ class _Network(nn.Module):
     def __init__(self, backend: str, policy: str, **sizes: int):
         super().__init__()
         for name, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
-                raise TypeError(f"expected {name} as an integer, got {size!r}")
-            if size < 1:
-                raise ValueError(f"expected {name} of at least 1, got {size}")
+            check_integer(name, size)
         self.config = Config.checked(backend, policy)
         self.checkpointing = False
         self._channels, self._classes = list(sizes.values())[:2]
@@ -84,7 +81,26 @@ class _Network(nn.Module):
 
         Less memory for more time; gradients are the same and running statistics are updated once.
         """
+        check_flags(enabled=enabled)
         self.checkpointing = enabled
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in PyTorch; what does not fit is one sentence.
+
+        Raises:
+            TypeError: no mapping of names to tensors.
+            RuntimeError: keys or shapes of another network.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except (TypeError, RuntimeError) as error:
+            told = misfit(self, state_dict, strict)
+            if told is None:
+                raise
+            raise type(error)(told) from error
+
+    def __prepare_scriptable__(self) -> None:
+        refuse_scripting()
 
     def _stage(self, function: Callable[..., Any], block: nn.Module, *acts: Any, **facts: Any) -> Any:
         """function(block, *acts, **facts), checkpointed if that is on."""
@@ -99,8 +115,11 @@ class _Network(nn.Module):
             raise TypeError(f"expected an input that is a torch.Tensor, got {type(x).__name__}; {hint}")
         if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             refuse_tracing()
+        if x.layout is not torch.strided:
+            raise TypeError(f"expected a dense input, got {x.layout}; convert it with x.to_dense()")
         if x.dim() != 4:
-            raise ValueError(f"expected an input of shape (N, C, H, W), got {tuple(x.shape)}; add a batch dimension?")
+            hint = "add a batch dimension with x[None]" if x.dim() < 4 else "reshape it"
+            raise ValueError(f"expected an input of shape (N, C, H, W), got {tuple(x.shape)}; {hint}")
         if x.shape[1] != self._channels:  # the constructor's number: the modules may be others now
             self._check_channels(x)
         if not x.is_floating_point():
@@ -268,6 +287,7 @@ class _LogitNetwork(_Network):
             ValueError, TypeError: as a call, or as the loss; a :class:`BrainUNet` whose call is not its own, since it
                 returns probabilities.
         """
+        check_criterion(criterion)
         weights = () if pixel_weight is None else (pixel_weight,)
         if not self._called_as_is():
             if not self._calls_for_logits:
@@ -311,6 +331,10 @@ class _LogitNetwork(_Network):
     def _predict(
         self, x: Tensor, exclusive: str, independent: str, sigmoid: bool | None, threshold: float, dtype: torch.dtype
     ) -> Tensor:
+        check_flags(optional=True, sigmoid=sigmoid)
+        check_number("threshold", threshold)
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"expected a floating-point dtype for probabilities, got {said(dtype)}; take torch.float32")
         conv: nn.Conv2d | None = None
         logits: Tensor | None = None
         with _evaluating(self):
@@ -332,7 +356,8 @@ class _LogitNetwork(_Network):
         if not isinstance(y, Tensor) or y.dim() != 4:
             found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise TypeError(
-                f"expected a call of the model to return a tensor (N, K, H, W) to predict from, got {found}"
+                f"expected a call of the model to return a tensor (N, K, H, W) to predict from, got {found}; make its "
+                "forward return the logits"
             )
         if self._calls_for_logits:
             return y
@@ -375,6 +400,7 @@ class UNet(_LogitNetwork):
         policy: str = "speed",
     ):
         super().__init__(backend, policy, n_channels=n_channels, n_classes=n_classes, base_c=base_c)
+        check_flags(bilinear=bilinear, conv_bias=conv_bias)
         self.bilinear = bilinear
         factor = 2 if bilinear else 1
         self.inc = DoubleConv(n_channels, base_c, bias=conv_bias)

@@ -59,12 +59,15 @@ def _check_filters(
         pair = f"({channels}, K" if axis == 0 else f"(K, {channels}"
         shapes = " or ".join(f"{pair}, {side}, {side})" for side in sides)
         raise ValueError(
-            f"expected a weight of shape {shapes} for sources of {channels} channels, got {_shape(weight)}"
+            f"expected a weight of shape {shapes} for sources of {channels} channels, got {_shape(weight)}; change one "
+            "of them"
         )
     if bias is not None:
         _check_kind("bias", bias, x)
         if bias.dim() != 1 or bias.shape[0] != weight.shape[1 - axis]:
-            raise ValueError(f"expected a bias of shape ({weight.shape[1 - axis]},), got {_shape(bias)}")
+            raise ValueError(
+                f"expected a bias of shape ({weight.shape[1 - axis]},), got {_shape(bias)}; pass one value per filter"
+            )
 
 
 def _filters(weight: Tensor) -> Tensor:
@@ -518,7 +521,7 @@ def _check_head_predict(
     if output not in OUTPUTS:
         raise ValueError(f"expected output {', '.join(map(repr, OUTPUTS[:-1]))} or {OUTPUTS[-1]!r}, got {output!r}")
     if not dtype.is_floating_point:
-        raise TypeError(f"expected a floating-point dtype for probabilities, got {dtype}")
+        raise TypeError(f"expected a floating-point dtype for probabilities, got {dtype}; take torch.float32")
 
 
 head_predict = register(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import os
+import secrets
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,11 +148,14 @@ def save(picture: Image.Image, path: Path) -> None:
     Raises:
         UserError: the file cannot be written, for instance because the disk is full; ``path`` is as it was.
     """
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{path.suffix}")
     try:
-        picture.save(temporary)
-        os.replace(temporary, path)
+        file = open(temporary, "xb")  # noqa: SIM115 - never a file or a link that somebody put there
+        try:
+            with file:
+                picture.save(file, Image.registered_extensions()[path.suffix.lower()])
+            os.replace(temporary, path)  # a link is replaced, and what it points to stays as it was
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}): choose another --output") from error
-    finally:
-        temporary.unlink(missing_ok=True)

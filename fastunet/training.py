@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunet.blocks import untouched
+from fastunet.checks import check_criterion, check_integer
 from fastunet.data import Pair
 from fastunet.errors import UserError
 from fastunet.metrics import ConfusionMatrix
@@ -82,6 +83,8 @@ def fit(
     Raises:
         TrainingError: the loss is NaN or infinite at a report, or there was no batch.
     """
+    check_criterion(loss)
+    check_integer("report_every", report_every)
     model.train()
     device = _device(model)
     clock = _Clock(device)

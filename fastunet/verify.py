@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastunet import models, ops, reference
 from fastunet.backend import resolve_backend, triton_unavailable
+from fastunet.errors import UserError
 from fastunet.reference import functional as plain
 
 Tensors = dict[str, Tensor | None]
@@ -84,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
         triton_unavailable.cache_clear()
     reason = triton_unavailable(device.type)
     backend = args.backend or ("torch" if reason else "triton")
-    resolve_backend(backend, device, torch.float32)
+    try:
+        resolve_backend(backend, device, torch.float32)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     where = "the interpreter" if backend == "triton" and device.type == "cpu" else str(device)
     print(f"fastunet verify: backend {backend} on {where}, against float64 truth")
     if reason and backend == "torch":
@@ -261,6 +265,27 @@ def _bn_case(channels: int) -> Case:
     )
 
 
+def _running_case(channels: int) -> Case:
+    """The same with running statistics, which move by a tenth."""
+    count, momentum, names = 7, 0.1, ("mean", "var", "running_mean", "running_var")
+
+    def ours(inputs: Tensors, backend: str) -> Any:
+        mean, var, *running = (t for t in map(inputs.get, names) if t is not None)
+        moved = [t.clone() for t in running]
+        affine = ops.bn_affine_running(mean, var * var + 0.1, None, None, *moved, count, momentum, 1e-5, backend)
+        return affine, *moved
+
+    def truth(inputs: Tensors) -> Any:
+        mean, var, *running = (t for t in map(inputs.get, names) if t is not None)
+        var = var * var + 0.1
+        batch = mean, var * count / (count - 1)
+        moved = [t.lerp(of_batch, momentum) for t, of_batch in zip(running, batch, strict=True)]
+        return plain.bn_affine(mean, var, None, None, 1e-5), *moved
+
+    inputs: dict[str, tuple[int, ...]] = {name: (channels,) for name in names}
+    return Case("bn_affine_running", str(channels), inputs, ours, truth, backward=False)
+
+
 def _stats_case(logits: tuple[int, ...], mode: str) -> Case:
     batch, classes, height, width = logits
     sigmoid = mode == "sigmoid"
@@ -298,6 +323,47 @@ def _head_case(x: tuple[int, ...], classes: int, mode: str) -> Case:
     )
 
 
+def _predict_case(x: tuple[int, ...], classes: int, output: str) -> Case:
+    """Probabilities; of masks a rounding decides where two classes are nearly equal."""
+    _, channels, *_ = x
+
+    def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
+        source = inputs["x"]
+        assert source is not None
+        wide = torch.promote_types(source.dtype, torch.float32)
+        return function(*_source(inputs), True, inputs["weight"], inputs["bias"], output, 0.5, wide, *rest)
+
+    return Case(
+        "head_predict",
+        f"{_by(x)}, {classes} classes, {output}",
+        {"x": x, "affine": (3, channels), "weight": (classes, channels, 1, 1), "bias": (classes,)},
+        lambda t, backend: call(ops.head_predict, t, backend),
+        lambda t: call(plain.head_predict, t),
+        backward=False,
+    )
+
+
+def _confusion_case(logits: tuple[int, ...]) -> Case:
+    """Counts, of logits and of the mask of their largest classes: exact in every dtype."""
+    batch, classes, height, width = logits
+
+    def call(functions: tuple[Callable[..., Any], Callable[..., Any]], inputs: Tensors, *rest: Any) -> Any:
+        scores, labels = inputs["logits"], inputs["labels"]
+        assert scores is not None
+        counts = functions[0](scores, labels, 1, 0.0, *rest)
+        return counts.double(), functions[1](scores.argmax(1), labels, classes, 1, *rest).double()
+
+    return Case(
+        "confusion_matrix",
+        _by(logits),
+        {"logits": logits},
+        lambda t, backend: call((ops.confusion_matrix, ops.confusion_matrix_of_masks), t, backend),
+        lambda t: call((plain.confusion_matrix, plain.confusion_matrix_of_masks), t),
+        labels=(classes, (batch, height, width)),
+        backward=False,
+    )
+
+
 def _by(shape: tuple[int, ...]) -> str:
     return "×".join(str(n) for n in shape)
 
@@ -318,10 +384,14 @@ CASES = [
     _upsample_case((1, 20, 5, 3), (1, 4, 9, 6), align_corners=False, quick=False),
     _upsample_case((2, 8, 5, 3), (2, 4, 11, 6), align_corners=None),
     _bn_case(37),
+    _running_case(37),
     _stats_case((2, 22, 9, 7), "softmax"),
     _stats_case((2, 3, 8, 5), "sigmoid"),
     _head_case((2, 16, 9, 7), 22, "softmax"),
     _head_case((2, 8, 8, 5), 3, "sigmoid"),
+    _predict_case((2, 16, 9, 7), 22, "softmax"),
+    _predict_case((2, 8, 8, 5), 3, "sigmoid"),
+    _confusion_case((2, 22, 9, 7)),
 ]
 
 
@@ -336,10 +406,10 @@ def _compare(case: Case, dtype: torch.dtype, device: torch.device, backend: str)
     if case.labels is not None:
         exact["labels"] = torch.randint(case.labels[0], case.labels[1], device=device)
     parts = ("forward", "backward") if case.backward else ("forward",)
-    truth = _outputs_and_gradients(case.truth, exact)
+    truth = _outputs_and_gradients(case.truth, exact, case.backward)
     ours = _outputs_and_gradients(lambda t: case.ours(t, backend), _rounded(exact, dtype, None), case.backward)
     own = [
-        _outputs_and_gradients(case.truth, _rounded(exact, dtype, form))
+        _outputs_and_gradients(case.truth, _rounded(exact, dtype, form), case.backward)
         for form in (torch.contiguous_format, torch.channels_last)
     ]
     for part in parts:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastunet.checks import check_number, check_tensor
+from fastunet.checks import check_number, check_tensor, said
 
 
 def unet_weight_map(
@@ -36,13 +37,17 @@ def unet_weight_map(
     """
     check_tensor("labels", labels)
     if labels.dim() not in (2, 3):
-        raise ValueError(f"expected labels of shape (H, W) or (N, H, W), got {tuple(labels.shape)}")
+        raise ValueError(f"expected labels of shape (H, W) or (N, H, W), got {tuple(labels.shape)}; reshape them")
     if labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"expected integer labels, or a bool mask, got {labels.dtype}; convert them with .long()")
-    for name, value in (("w0", w0), ("sigma", sigma)):
+    if not isinstance(class_weight, Sequence) or isinstance(class_weight, str) or len(class_weight) != 2:
+        raise TypeError(
+            f"expected class_weight as two numbers, of background and of cells, got {said(class_weight)}; pass a pair"
+        )
+    for name, value in (("w0", w0), ("sigma", sigma), *(("class_weight", weight) for weight in class_weight)):
         check_number(name, value)
     if sigma <= 0:
-        raise ValueError(f"expected sigma > 0, got {sigma}")
+        raise ValueError(f"expected sigma > 0, got {sigma}; the paper's is 5 pixels")
     if labels.numel() == 0:
         return torch.zeros(labels.shape, device=labels.device)
     cells = labels if labels.dim() == 3 else labels.unsqueeze(0)

@@ -55,3 +55,32 @@ def seed() -> int:
     np.random.seed(0)  # noqa: NPY002 - third-party code may draw from the global state
     torch.manual_seed(0)
     return 0
+
+
+# ---- drawing for longer ------------------------------------------------------------------------------------------
+
+_SECONDS = pytest.StashKey[float]()  # that each test which draws goes on for
+_ENDLESS = "seconds"  # the fixture that such a test has
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long", type=float, default=0.0, metavar="MINUTES",
+        help="run only the tests that draw what they try, and go on drawing, for so many minutes of one process in all",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --long, leave the tests that draw, and divide the time among them."""
+    minutes = config.getoption("--long")
+    if minutes:
+        drawing = [item for item in items if _ENDLESS in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in drawing])
+        items[:] = drawing
+        config.stash[_SECONDS] = 60 * minutes / max(len(drawing), 1)
+
+
+@pytest.fixture
+def seconds(request: pytest.FixtureRequest) -> float:
+    """How long a test goes on drawing: 0 unless pytest is run with --long."""
+    return request.config.stash.get(_SECONDS, 0.0)

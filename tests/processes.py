@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def python(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(*command: str, limit: float = 900, **environment: str) -> subprocess.CompletedProcess[str]:
     """``python *command`` in the checkout, with nobody at the keyboard; ``environment`` has the last word."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -21,5 +21,5 @@ def python(*command: str, **environment: str) -> subprocess.CompletedProcess[str
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=900,
+        timeout=limit,
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from processes import python
 
 from benchmarks import cpu
 from fastunet.backend import triton_unavailable
@@ -33,14 +34,18 @@ def test_both_give_the_same(bilinear: bool, layout: str) -> None:
             assert [g.shape for g in ours] == [g.shape for g in eager]
 
 
-def test_the_command_prints_a_row_for_every_pair(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_there_is_a_row_for_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "SIZES", ((2, 16),))
-    threads = torch.get_num_threads()
-    assert cpu.main(["--seconds", "0", "--threads", str(threads)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert sum("2×16×16" in line for line in lines) == 2 * len(cpu.LAYOUTS) * len(cpu.GOALS)
+    assert sum("2×16×16" in row[0] for row in cpu.rows(2, 0)) == 2 * len(cpu.LAYOUTS) * len(cpu.GOALS)
+
+
+def test_the_command_prints_the_rows_that_are_asked_for() -> None:
+    chosen = ("--seconds", "0", "--batch", "1", "--only", "base 16, 1×128×128, bilinear, contiguous, inference")
+    done = python("-m", "benchmarks.cpu", *chosen)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert lines[-1].startswith("base 16, 1×128×128, bilinear")
 
 
 def test_a_chosen_backend_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

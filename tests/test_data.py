@@ -204,71 +204,7 @@ def test_colour_masks_keep_their_colours(folders: tuple[Path, Path]) -> None:
 # ---- mistakes ----------------------------------------------------------------------------------------------------
 
 
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.write_bytes(source.read_bytes())
-
-
 # what is done to the good folders; what the message must say
-MISTAKES = {
-    "missing-folder": (lambda i, m: i.rename(i.with_name("moved")), r"--images .*images does not exist"),
-    "file-as-folder": (lambda i, m: (_empty(m), m.rmdir(), m.touch()), r"--masks .*masks is a file"),
-    "empty-folder": (lambda i, m: _empty(i), r"--images .*images holds no pictures: expected .*png"),
-    "no-mask": (lambda i, m: (m / "b.png").unlink(), r"b\.png has no mask in .*masks: expected b, b_mask or b_GT"),
-    "no-image": (lambda i, m: (i / "b.png").unlink(), r"mask .*b\.png has no image in .*images"),
-    "two-masks": (lambda i, m: _copy(m / "a.png", m / "a_GT.png"), r"a\.png has several masks .*a\.png and a_GT\.png"),
-    "two-images": (lambda i, m: _copy(i / "a.png", i / "a.gif"), r"a\.gif and a\.png would share a mask"),
-    "truncated-image": (lambda i, m: _truncate(i / "a.png"), r"cannot read .*images.a\.png .*replace it"),
-    "text-as-mask": (lambda i, m: (m / "a.png").write_text("no picture"), r"cannot read .*masks.a\.png .*replace it"),
-    "many-pages": (
-        lambda i, m: Image.fromarray(_GREY).save(
-            i / "a.png", save_all=True, append_images=[Image.fromarray(_GREY + 1)]
-        ),
-        r"a\.png holds 2 pictures",
-    ),
-    "nan": (
-        lambda i, m: ((i / "a.png").unlink(), _write(i / "a.tif", np.full(SIZE[::-1], np.nan, np.float32))),
-        r"a\.tif holds NaN",
-    ),
-    "other-size": (lambda i, m: _write(m / "a.png", _halves(0, 1, size=(24, 22))), r"a\.png is 24×20 but .* is 24×22"),
-    "too-small": (
-        lambda i, m: [_write(f / "a.png", _halves(0, 1, size=(24, 15))) for f in (i, m)],
-        r"a\.png is 24×15, smaller than 16×16",
-    ),
-    "one-class": (lambda i, m: [_write(m / f"{n}.png", _halves(255)) for n in "ab"], r"all masks hold only value 255"),
-    "many-values": (lambda i, m: _write(m / "b.png", _GREY), r"more than 64 different values .*b\.png"),
-    "jpeg-mask": (
-        lambda i, m: ((m / "a.png").unlink(), _write(m / "a.jpg", _halves(0, 99, 255))),
-        r"mask .*a\.jpg is a JPEG.* as PNG",
-    ),
-    "wide-and-colour": (
-        lambda i, m: (_write(m / "a.png", _WIDE), _write(m / "b.png", _halves(_RED, _BLUE))),
-        r"mask .*a\.png holds wide numbers while other masks hold colours",
-    ),
-    "fractions": (
-        lambda i, m: ((m / "a.png").unlink(), _write(m / "a.tif", _halves(0, 1) / np.float32(2))),
-        r"mask .*a\.tif holds fractions",
-    ),
-}
-
-
-@pytest.mark.parametrize(("break_it", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_mistake_gets_one_sentence(folders: tuple[Path, Path], break_it: object, message: str) -> None:
-    assert callable(break_it)
-    break_it(*folders)
-    with pytest.raises(DataError, match=message) as caught:
-        open_folders(*folders)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert ": " in text  # what came: what to do
 
 
 def test_folder_of_images_alone_cannot_be_both(folders: tuple[Path, Path]) -> None:

@@ -48,8 +48,6 @@ for _name in (
     "test_second_derivatives_are_refused_not_wrong",
     "test_default_sizes_are_the_published_ones",
     "test_same_state_dict",
-    "test_constructors_refuse_at_once",
-    "test_strided_networks_predict_nothing",
     "test_tracers_and_transforms_are_refused_in_a_sentence",
     "test_predict_and_loss_of_a_sharded_network",
 ):
@@ -263,7 +261,7 @@ def test_what_does_not_fit_is_refused_by_the_modules_name(train: bool, grad: boo
     for missing in ("running_mean", "running_var"):
         model = models()[0].train(train)
         setattr(model.get_submodule(norm), missing, None)
-        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=rf"got no {missing} \({norm}\)"):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=rf"got no {missing}; .* \({norm}\)"):
             model(x)
     for features in (1, 5):  # one value could be broadcast
         model = models()[0].train(train)

@@ -217,28 +217,6 @@ def test_compiled_in_one_graph() -> None:
     assert_same(results, **EXACT)
 
 
-@pytest.mark.parametrize(
-    ("criterion", "labels", "weight", "message"),
-    [
-        (losses.DiceLoss(), torch.zeros(2, 17, 18).long(), torch.rand(2, 17, 18), "expected no pixel_weight with Dice"),
-        (losses.DiceLoss(), torch.zeros(2, 17, 17).long(), None, r"expected labels of shape \(2, 17, 18\)"),
-        (losses.DiceLoss(), torch.full((2, 17, 18), CLASSES), None, "expected labels from 0 to 4"),
-        (losses.DiceLoss(weight=[1.0, 2.0]), torch.zeros(2, 17, 18).long(), None, "one weight for each of the 5"),
-    ],
-    ids=["pixel_weight", "shape", "range", "weight"],
-)
-def test_says_what_is_wrong(criterion: Any, labels: Tensor, weight: Tensor | None, message: str) -> None:
-    model = NETWORKS["unet"](backend="torch")
-    with pytest.raises(ValueError, match=message):
-        model.loss(torch.randn(2, 2, 17, 18), labels, criterion, weight)
-
-
-def test_strided_unet_says_what_to_use() -> None:
-    model = fastunet.StridedUNet(1, 2, 2)
-    with pytest.raises(TypeError, match=r"nn\.BCELoss"):
-        model.loss(torch.randn(1, 1, 32, 32), torch.zeros(1, 32, 32).long(), losses.DiceLoss())
-
-
 # ---- the head alone ----------------------------------------------------------------------------------------------
 
 

@@ -133,29 +133,6 @@ def test_a_cumulative_norm_compiles_into_one_graph() -> None:
 # ---- functional.conv_bn_relu -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"training": True, "running_mean": torch.zeros(4)}, "or neither, got running_mean alone"),
-        ({"training": True, "running_var": torch.ones(4)}, "or neither, got running_var alone"),
-        ({"training": False, "running_var": torch.ones(4)}, "or neither, got running_var alone"),
-        ({"training": True, "stride": 2.0}, "expected stride as an integer, got 2.0"),
-        ({"training": True, "momentum": None}, "expected momentum as a number, got None"),
-        ({"training": True, "eps": None}, "expected eps as a number, got None"),
-        ({"training": True, "backend": None}, "backend must be one of auto, torch, triton, got None"),
-        ({"training": True, "bn_weight": torch.ones(4, dtype=torch.bool)}, "expected bn_weight in floating point, got"),
-        ({"training": True, "eps": float("nan")}, "expected eps to be finite, got nan"),
-        ({"training": True, "bn_bias": torch.ones(4).double()}, "expected bn_bias no wider than x, which is"),
-        ({"training": True, "bn_bias": torch.ones(4, dtype=torch.int64)}, "expected bn_bias in floating point, got"),
-        ({"training": True, "bias": [0.0] * 4}, "expected bias as a torch.Tensor, got list"),
-    ],
-)  # fmt: skip
-def test_conv_bn_relu_refuses_in_a_sentence(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message) as error:
-        functional.conv_bn_relu(torch.randn(2, 3, 6, 8), torch.randn(4, 3, 3, 3), **arguments)
-    assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float64])
 def test_operators_refuse_parameters_of_other_dtypes(dtype: torch.dtype, backend: str) -> None:
     mean, var, one = torch.zeros(4), torch.ones(4), torch.ones(4, dtype=dtype)

@@ -104,7 +104,7 @@ def test_seed001_is_the_same_function_under_other_names(bilinear: bool) -> None:
 
 
 def test_rename_keys_refuses_an_unknown_layout() -> None:
-    with pytest.raises(ValueError, match=r"layout must be one of milesial, seed001, got 'x'"):
+    with pytest.raises(ValueError, match=r"expected layout to be one of milesial, seed001, got 'x'"):
         reference.rename_keys({}, "x")
 
 

@@ -5,19 +5,27 @@ The schemas tell the arguments, the operators which weights they take, and the k
 
 from __future__ import annotations
 
+import ast
+import inspect
 import itertools
 import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import python
+from processes import ROOT, python
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="cases are launched by Triton, part of pip install 'fastunet[test]' on Linux")
 
+import fastunet
+from benchmarks import nets
 from benchmarks.cases import CASES, DTYPES, UNTIMED, WORDS, Case
-from fastunet import checks, ops
+from fastunet import checks, functional, losses, metrics, ops, verify
+from fastunet.losses import DiceLoss
+from fastunet.metrics import ConfusionMatrix
 
 Value = tuple[str, str, str]  # operator, argument, value
 
@@ -122,6 +130,113 @@ def test_what_no_case_has_is_named() -> None:
     assert ("upsample_concat_backward", "skip_affine", "None") in missing
     assert ("conv_transpose2d", "weight", "2×2 of stride None") in missing
     assert all(value[0].startswith(("upsample_concat", "conv_transpose2d")) for value in missing)
+
+
+# ---- what users run ----------------------------------------------------------------------------------------------
+
+
+class Watching(TorchDispatchMode):
+    """Notes the arguments of every operator that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[Value] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastunet" and (operator := func._opname) in OPERATORS:
+            for argument, value in zip(arguments(operator), args, strict=False):
+                self.seen |= {(operator, argument.name, each) for each in given(argument, value)}
+        return func(*args, **(kwargs or {}))
+
+
+# Arguments of which ``fastunet verify`` has one value only: its cases are a sample, each run in several dtypes, and the
+# whole networks of float64 behind them have the others.
+SAMPLED = {
+    "affine_act": "affine relu",
+    "bn_affine": "weight bias",
+    "bn_affine_running": "weight bias",
+    "conv2d": "save pool pool_scale",
+    "conv2d_act": "affine0 relu0 x1 affine1 relu1 bias affine relu pool head_bias",
+    "conv_transpose2d": "affine relu bias",
+    "head_predict": "affine relu bias output dtype",
+    "head_stats": "affine relu bias labels pixel_weight wanted",
+    "max_pool2x2": "affine",
+    "softmax_stats": "labels pixel_weight wanted",
+    "upsample_concat": "affine relu skip skip_affine skip_relu skip_first",
+    "confusion_matrix": "labels",
+    "confusion_matrix_of_masks": "mask labels",
+}
+
+
+def test_verify_calls_every_operator_and_what_it_samples_is_named() -> None:
+    with Watching() as watching:
+        for case in verify.CASES:
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                assert all(row.passed for row in verify._compare(case, dtype, torch.device("cpu"), "torch"))
+    forward = [operator for operator in OPERATORS if not operator.endswith("_backward")]
+    assert set(forward) <= {operator for operator, _, _ in watching.seen}
+    sampled = {
+        (operator, argument.name)
+        for operator in forward
+        for argument in arguments(operator)
+        if any((operator, argument.name, value) not in watching.seen for value in possible(operator, argument))
+    }
+    assert sampled == {(operator, name) for operator, names in SAMPLED.items() for name in names.split()}
+
+
+def test_every_network_is_verified_and_timed() -> None:
+    public = {name for name in fastunet.__all__ if isinstance(getattr(fastunet, name), type)}
+    assert {ours.__name__ for ours, *_ in verify.NETWORKS.values()} == public
+    assert {network.name for network in nets.NETWORKS.values()} == public
+
+
+# Arguments that are the same for everybody, or say where something runs.
+EVERYWHERE = {
+    "self",
+    "args",
+    "kwargs",
+    "x",
+    "logits",
+    "labels",
+    "weight",
+    "bias",
+    "backend",
+    "options",
+    "dice",
+    "unknown",
+}
+
+
+def public_arguments() -> Iterator[tuple[str, str]]:
+    """Every argument that may be left out, of everything that is public."""
+    networks = [getattr(fastunet, name) for name in fastunet.__all__]
+    modules = (functional, losses, metrics)
+    public = [*networks, *(getattr(module, name) for module in modules for name in module.__all__)]
+    methods = [getattr(fastunet.UNet, name) for name in ("loss", "predict", "predict_proba", "use_checkpointing")]
+    methods += [DiceLoss.preset, ConfusionMatrix.update, losses._OverlapLoss]
+    for each in [*(x for x in public if callable(x)), *methods]:
+        for name, parameter in inspect.signature(each).parameters.items():
+            if parameter.default is not parameter.empty and name not in EVERYWHERE:
+                yield each.__name__, name
+
+
+def named_in_tests() -> set[str]:
+    """Keywords of calls, and names in dicts, of all tests but the table of wrong calls; arguments by position too."""
+    found = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        if path.name not in ("test_wrong_calls.py", Path(__file__).name):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.keyword):
+                    found.add(str(node.arg))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.add(node.value)
+    return found
+
+
+def test_every_argument_of_the_surface_is_given_in_a_test() -> None:
+    known = named_in_tests()
+    assert [pair for pair in public_arguments() if pair[1] not in known] == []
+    assert len({*public_arguments()}) > 60
 
 
 # In a process of its own, whose kernels are not the interpreter's.

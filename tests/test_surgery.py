@@ -348,40 +348,6 @@ def test_a_prediction_that_outlasts_another() -> None:
 # ---- constructors and inputs -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: fastunet.UNet("a", 2), "expected n_channels as an integer, got 'a'"),
-        (lambda: fastunet.UNet(3, 0), "expected n_classes of at least 1, got 0"),
-        (lambda: fastunet.UNet(3, 2, base_c=0), "expected base_c of at least 1, got 0"),
-        (lambda: fastunet.StridedUNet(3, True), "expected n_classes as an integer, got True"),
-        (lambda: fastunet.PlainUNet(0, 2), "expected in_channels of at least 1, got 0"),
-        (lambda: fastunet.BrainUNet(3, 1, 2.0), "expected init_features as an integer, got 2.0"),
-        (lambda: fastunet.UNet(3, 2, base_c=4, backend=None), "backend must be one of auto, torch, triton, got None"),
-    ],
-)
-def test_constructors_refuse_at_once(make: Callable[[], nn.Module], message: str) -> None:
-    with pytest.raises((TypeError, ValueError), match=message):
-        make()
-
-
-@pytest.mark.parametrize("network", FIRST)
-def test_inputs_that_are_none(network: str) -> None:
-    model, x = made(network), torch.randn(1, 3, 16, 16)
-    for wrong, kind in ((x.numpy(), "ndarray"), (x.tolist(), "list"), (None, "NoneType")):
-        with pytest.raises(TypeError, match=f"expected an input that is a torch.Tensor, got {kind}; convert it with"):
-            model(wrong)
-    with pytest.raises(TypeError, match=r"floating-point input, got torch\.complex64; pass x\.abs\(\)") as said:
-        model(x.to(torch.complex64))
-    assert "scale it" not in str(said.value)
-
-
-def test_strided_networks_predict_nothing() -> None:
-    for predict in (made("StridedUNet").predict, made("StridedUNet").predict_proba):
-        with pytest.raises(TypeError, match="got StridedUNet, whose call returns probabilities; compare those"):
-            predict(torch.randn(1, 3, 16, 16))
-
-
 @pytest.mark.parametrize("network", FIRST)
 def test_tracers_and_transforms_are_refused_in_a_sentence(network: str) -> None:
     model, x = made(network), torch.randn(2, 3, 16, 16)

@@ -209,7 +209,7 @@ def rename_keys(state_dict: Mapping[str, T], layout: str) -> OrderedDict[str, T]
         ValueError: ``layout`` is not in :data:`KEY_LAYOUTS`.
     """
     if layout not in KEY_LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(KEY_LAYOUTS)}, got {layout!r}")
+        raise ValueError(f"expected layout to be one of {', '.join(KEY_LAYOUTS)}, got {layout!r}; take one of those")
     renamed: OrderedDict[str, T] = OrderedDict()
     for key, value in state_dict.items():
         for other in KEY_LAYOUTS.values():
