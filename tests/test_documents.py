@@ -110,7 +110,9 @@ TABLE: dict[str, Run | By | Not] = {
     "make gate": GATE,
     "python -m benchmarks.gate": GATE,
     "python -m benchmarks.gate --all --arch sm_90": By("tests/test_documents.py::test_slow_defaults", "in --long"),
-    "python -m benchmarks.gate --all --only wgrad --verbose": By("tests/test_documents.py::test_slow_defaults", "in --long"),
+    "python -m benchmarks.gate --all --only wgrad --verbose": By(
+        "tests/test_documents.py::test_slow_defaults", "in --long"
+    ),
     "python -m benchmarks.gate --update": PLANTED,
     "python -m benchmarks.gate --variants --arch sm_90": Run(
         "python -m benchmarks.gate --variants --arch sm_90 --only bn_affine", "0 broken rules", "all take half an hour"
