@@ -35,6 +35,7 @@ from fastunet.activation import (
     upsample,
     uses_batch_stats,
 )
+from fastunet.checks import check_integer, check_tensor
 
 # PyTorch's own methods, noted before anybody patches the classes.
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
@@ -272,6 +273,11 @@ def lazily(modules: list[nn.Module], placed: Placed, context: Context, after: Ne
     return Activation(z)
 
 
+def _check_channels(in_channels: int, out_channels: int) -> None:
+    check_integer("in_channels", in_channels)
+    check_integer("out_channels", out_channels)
+
+
 class LazyModule(nn.Module):
     """A block with a lazy way to run, and the :class:`~fastunet.activation.Config` of calls to it as a module."""
 
@@ -281,6 +287,18 @@ class LazyModule(nn.Module):
         """Whether a network may run this block lazily: its class is fastunet's own and nobody listens to its calls."""
         return type(self).__module__ == __name__ and untouched(self, type(self))
 
+    def _called(self, x: Tensor, **others: Tensor) -> Context:
+        """The context of a call as a module, of checked inputs."""
+        for name, t in {"x": x, **others}.items():
+            check_tensor(name, t)
+            if t.dim() != 4:
+                raise ValueError(f"expected {name} of shape (N, C, H, W), got {tuple(t.shape)}; reshape it")
+            if t.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"expected x and {name} of one batch size, got {x.shape[0]} and {t.shape[0]}; pass as many"
+                )
+        return self.config.context(x, self)
+
 
 class LazyBlock(LazyModule):
     """A block with one input."""
@@ -289,7 +307,7 @@ class LazyBlock(LazyModule):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        context = self.config.context(x, self)
+        context = self._called(x)
         return self.lazy(Placed.of(Activation(x)), context).tensor(context)
 
 
@@ -312,6 +330,7 @@ class DoubleConv(LazyBlock):
 
     def __init__(self, in_channels: int, out_channels: int, mid_channels: int | None = None, *, bias: bool = False):
         super().__init__()
+        _check_channels(in_channels, out_channels)
         mid_channels = mid_channels or out_channels
         self.double_conv = ConvSequence(
             nn.Conv2d(in_channels, mid_channels, 3, padding=1, bias=bias),
@@ -331,6 +350,7 @@ class OutConv(LazyBlock):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
+        _check_channels(in_channels, out_channels)
         self.conv = nn.Conv2d(in_channels, out_channels, 1)
 
     def lazy(self, placed: Placed, context: Context, after: Next = UNKNOWN) -> Activation:
@@ -349,6 +369,7 @@ class Down(LazyModule):
 
     def __init__(self, in_channels: int, out_channels: int, *, bias: bool = False):
         super().__init__()
+        _check_channels(in_channels, out_channels)
         self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), DoubleConv(in_channels, out_channels, bias=bias))
 
     def lazy(self, act: Activation, context: Context, after: Next = UNKNOWN) -> tuple[Activation, Activation]:
@@ -367,7 +388,7 @@ class Down(LazyModule):
         return self.is_lazy() and untouched(self.maxpool_conv, nn.Sequential) and is_pool(self.maxpool_conv[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        context = self.config.context(x, self)
+        context = self._called(x)
         return self.lazy(Activation(x), context)[0].tensor(context)
 
 
@@ -379,6 +400,7 @@ class Up(LazyModule):
 
     def __init__(self, in_channels: int, out_channels: int, bilinear: bool = True, *, bias: bool = False):
         super().__init__()
+        _check_channels(in_channels, out_channels)
         self.up: nn.Module
         if bilinear:
             self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
@@ -392,7 +414,7 @@ class Up(LazyModule):
         return run(self.conv, Placed.with_skip(up, skip, skip_first=True), context, after)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        context = self.config.context(x, self)
+        context = self._called(x, skip=skip)
         return self.lazy(Activation(x), Activation(skip), context).tensor(context)
 
 
@@ -406,6 +428,7 @@ class StridedDown(LazyModule):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
+        _check_channels(in_channels, out_channels)
         self.Conv_BN_ReLU_2 = ConvSequence(
             *conv_bn_relu(in_channels, out_channels), *conv_bn_relu(out_channels, out_channels)
         )
@@ -417,7 +440,7 @@ class StridedDown(LazyModule):
         return skip, run(self.downsample, Placed.of(skip), context)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        context = self.config.context(x, self)
+        context = self._called(x)
         skip, below = self.lazy(Placed.of(Activation(x)), context)
         return skip.tensor(context), below.tensor(context)
 
@@ -430,6 +453,7 @@ class StridedUp(LazyModule):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
+        _check_channels(in_channels, out_channels)
         doubled = 2 * out_channels
         self.Conv_BN_ReLU_2 = ConvSequence(*conv_bn_relu(in_channels, doubled), *conv_bn_relu(doubled, doubled))
         self.upsample = ConvSequence(
@@ -444,7 +468,7 @@ class StridedUp(LazyModule):
         return Placed.with_skip(up, skip, skip_first=False)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        context = self.config.context(x, self)
+        context = self._called(x, skip=skip)
         return self.lazy(Placed.of(Activation(x)), Activation(skip), context).tensor(context)
 
 

@@ -109,10 +109,10 @@ TABLE: dict[str, Run | By | Not] = {
     "make verify": By("tests/test_verify.py::test_the_command_compares_every_case", "it is python -m fastunet verify"),
     "make gate": GATE,
     "python -m benchmarks.gate": GATE,
-    "python -m benchmarks.gate --all --arch sm_90": Run(
-        "python -m benchmarks.gate --all --arch sm_90 --only affine_act --verbose", "0 broken rules", "minutes"
+    "python -m benchmarks.gate --all --arch sm_90": By("tests/test_documents.py::test_slow_defaults", "in --long"),
+    "python -m benchmarks.gate --all --only wgrad --verbose": By(
+        "tests/test_documents.py::test_slow_defaults", "in --long"
     ),
-    "python -m benchmarks.gate --all --only wgrad --verbose": By("tests/test_documents.py::test_commands_run", "above"),
     "python -m benchmarks.gate --update": PLANTED,
     "python -m benchmarks.gate --variants --arch sm_90": Run(
         "python -m benchmarks.gate --variants --arch sm_90 --only bn_affine", "0 broken rules", "all take half an hour"
@@ -148,7 +148,7 @@ TABLE: dict[str, Run | By | Not] = {
         "tests/test_profile.py::test_a_cpu_profiles_a_small_network_and_says_what_it_cannot_show"
     ),
     "python -m benchmarks.tune": By("tests/test_tune.py::test_dry_run_checks_candidates_in_the_interpreter", GPU),
-    ".venv/bin/ruff format .": Run("ruff format . && git diff --exit-code --stat", "left unchanged"),
+    ".venv/bin/ruff format .": Run("ruff format . && git diff --exit-code --stat -- '*.py'", "unchanged"),
     "TRITON_INTERPRET=1 FASTUNET_BACKEND=triton python my_script.py": Run(
         "TRITON_INTERPRET=1 FASTUNET_BACKEND=triton python my_script.py", "float32 triton"
     ),
@@ -252,6 +252,8 @@ def test_slow_defaults(seconds: float, checkout: Path) -> None:
         "make demo": "wrote fastunet_demo.png",
         "python -m fastunet verify --quick": "all passed",
         "python -m fastunet verify --backend torch": "all passed",
+        "python -m benchmarks.gate --all --arch sm_90": "0 broken rules",
+        "python -m benchmarks.gate --all --only wgrad --verbose": "0 broken rules",
         "python -m benchmarks.cpu --seconds 0": "bilinear +channels_last inference",
     }.items():
         done = shell(command, checkout)

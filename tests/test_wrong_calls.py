@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import fastunet
-from fastunet import cli, data, functional, losses, metrics, reference, training
+from fastunet import blocks, cli, data, functional, losses, metrics, reference, training
 from fastunet.backend import triton_unavailable
 from fastunet.errors import UserError
 from fastunet.losses import CrossEntropyLoss, DiceCELoss, DiceLoss, GeneralizedDiceLoss, TverskyLoss
@@ -201,6 +201,43 @@ NETWORKS: list[Row] = [
      TypeError, "expected a BrainUNet with its own forward and no hooks, for the loss of its logits, got one to be called, which returns probabilities; use nn.BCELoss of those"),
     ("a forward that returns a dict", lambda: with_part("forward", lambda x: {"out": x}).predict(PICTURE),
      TypeError, "expected a call of the model to return a tensor (N, K, H, W) to predict from, got dict; make its forward return the logits"),
+]
+# fmt: on
+
+# ---- blocks ------------------------------------------------------------------------------------------------------------
+
+# fmt: off
+BLOCKS: list[Row] = [
+    ("a block of 'a' channels", lambda: blocks.DoubleConv("a", 2),
+     TypeError, "expected in_channels as an integer, got 'a'; pass a whole number"),
+    ("a block of no channels", lambda: blocks.Down(0, 2),
+     ValueError, "expected in_channels of at least 1, got 0; pass 1 or more"),
+    ("a head of no classes", lambda: blocks.OutConv(2, 0),
+     ValueError, "expected out_channels of at least 1, got 0; pass 1 or more"),
+    ("a block of half channels", lambda: blocks.Up(4.0, 2),
+     TypeError, "expected in_channels as an integer, got 4.0; pass a whole number"),
+    ("a strided block of True channels", lambda: blocks.StridedDown(3, True),
+     TypeError, "expected out_channels as an integer, got True; pass a whole number"),
+    ("a block on a list", lambda: blocks.DoubleConv(3, 4)([1]),
+     TypeError, "expected x as a torch.Tensor, got list; convert it with torch.as_tensor"),
+    ("a block on no batch", lambda: blocks.DoubleConv(3, 4)(X[0]),
+     ValueError, "expected x of shape (N, C, H, W), got (3, 6, 8); reshape it"),
+    ("a block on other channels", lambda: blocks.DoubleConv(3, 4)(X[:, :2]),
+     ValueError, "expected 3 channels, got 2; change the layer or what comes before it"),
+    ("a block on float64", lambda: blocks.DoubleConv(3, 4)(X.double()),
+     TypeError, "expected input and weights of one dtype, got torch.float64 and torch.float32; convert one of them (model.to(dtype) or x.to(dtype)) or run under torch.autocast"),
+    ("a block elsewhere", lambda: blocks.OutConv(3, 4).to("meta")(X),
+     ValueError, "expected a Conv2d on cpu, where its input is, got one on meta; move one of them"),
+    ("a block on nothing", lambda: blocks.Down(3, 4)(None),
+     TypeError, "expected x as a torch.Tensor, got NoneType; convert it with torch.as_tensor"),
+    ("a block on one pixel", lambda: blocks.Down(3, 4)(X[..., :1, :1]),
+     ValueError, "expected at least 2×2 pixels to pool, got 1×1; pad or enlarge the input"),
+    ("a block without its skip connection", lambda: blocks.Up(6, 3)(torch.zeros(2, 6, 3, 4), None),
+     TypeError, "expected skip as a torch.Tensor, got NoneType; convert it with torch.as_tensor"),
+    ("a skip connection of another batch", lambda: blocks.Up(6, 3)(torch.zeros(2, 6, 3, 4), X[:1]),
+     ValueError, "expected x and skip of one batch size, got 2 and 1; pass as many"),
+    ("a strided block without a batch", lambda: blocks.StridedUp(4, 2)(X[0], X),
+     ValueError, "expected x of shape (N, C, H, W), got (3, 6, 8); reshape it"),
 ]
 # fmt: on
 
@@ -696,7 +733,7 @@ PICTURES: list[Row] = [
 
 # ---- the rule ----------------------------------------------------------------------------------------------------
 
-TABLE = [*NETWORKS, *CONSTRUCTORS, *FUNCTIONAL, *LOSSES, *METRICS, *DATA, *PICTURES]
+TABLE = [*NETWORKS, *BLOCKS, *CONSTRUCTORS, *FUNCTIONAL, *LOSSES, *METRICS, *DATA, *PICTURES]
 
 # What was expected, what came, what to do. A user's files and options are named first: what came, what to do.
 LIBRARY = re.compile(r"expected (?P<expected>.+?), got (?P<came>.+); (?P<advice>.+)")
