@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.ptx import faults, large
-from benchmarks.ptx.trials import Problem, Trial, everything, launched, missed, quick
+from benchmarks.ptx.trials import Prepared, Trial, everything, launched, missed, quick
 
 CHIPS = ("sm_80", "sm_90")
 DTYPES = ("bf16", "fp16", "fp32")
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    places = [
+    pairs = [
         (chip, dtype)
         for chip in chosen.chip or CHIPS
         for dtype in chosen.dtype or ("bf16", "fp32")
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.faults:
         return faults.run(chosen.faults, chosen.chip or CHIPS, chosen.only, chosen.json)
     trials = []
-    for chip, dtype in places:
+    for chip, dtype in pairs:
         for trial in _trials(chip, dtype, chosen.only, chosen.quick):
             trials.append(trial)
             if not chosen.json:
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         json.dump([_plain(trial) for trial in trials], sys.stdout)
     else:
         _table(trials)
-    without = set() if chosen.quick or chosen.only else {name for place in places for name in missed(*place)}
+    without = set() if chosen.quick or chosen.only else {name for pair in pairs for name in missed(*pair)}
     for name in sorted(without):
         print(f"FAILED {name} is launched by no case: add one to benchmarks/ptx/trials.py", file=sys.stderr)
     return 0 if not without and all(trial.passed for trial in trials) else 1
@@ -71,7 +71,7 @@ def _trials(chip: str, dtype: str, only: str, short: bool) -> Iterator[Trial]:
         return only in case.name or any(only in name for name in launched(case, chip, dtype))
 
     for case in filter(wanted, quick(dtype) if short else everything(dtype)):
-        yield Problem(case, dtype).run(chip)
+        yield Prepared(case, dtype).run(chip)
     for case in filter(wanted, [] if short else large.cases(dtype)):
         yield large.run(case, chip, dtype)
 
@@ -104,7 +104,7 @@ def _table(trials: list[Trial]) -> None:
             for finding in trial.findings:
                 if finding.kernel == name:
                     found[finding.what] += 1
-        told = "; ".join(f"{what} (at {times} places)" for what, times in found.items()) or "none"
+        told = "; ".join(f"{what} (at {times} instructions)" for what, times in found.items()) or "none"
         launches = sum(t.launches[name] for t in mine)
         print(f"{name:<34}{chip:<7}{dtype:<7}{launches:>8}{error:>10.1e}{own:>10.1e}  {told}")
     failed = sum(not trial.passed for trial in trials)

@@ -178,7 +178,7 @@ class Trial:
         )
 
 
-class Problem:
+class Prepared:
     """A case with its operands, and what its results should be."""
 
     def __init__(self, case: Case, dtype: str) -> None:
