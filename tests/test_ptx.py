@@ -1,7 +1,8 @@
 """The compiled kernels, executed on a CPU: a dozen cases on two chips, planted faults, and the interpreter itself.
 
 What runs the project's kernels runs in processes of its own, because here Triton may already be in interpreter mode.
-``make ptx`` runs every kernel.
+All other cases run by ``make ptx``, which prints a table, and not by a mark: there is one list of cases and one way to
+run it.
 """
 
 from __future__ import annotations
@@ -30,23 +31,33 @@ def triton():
 
 
 @needs_triton
-@pytest.mark.parametrize(("chip", "dtype"), [("sm_80", "bf16"), ("sm_90", "bf16"), ("sm_80", "fp32")])
-def test_kernels(chip, dtype):
+@pytest.mark.parametrize(
+    ("chip", "dtype", "cases"),
+    [("sm_80", "bf16", 12), ("sm_90", "bf16", 12), ("sm_80", "fp32", 12), ("sm_90", "tf32", 8)],
+)
+def test_kernels(chip, dtype, cases):
     done = python("-m", "benchmarks.ptx", "--quick", "--json", "--chip", chip, "--dtype", dtype)
     assert done.stdout, done.stderr
     trials = json.loads(done.stdout)
     assert [trial["said"] for trial in trials if not trial["passed"]] == []
-    assert len(trials) == 12
+    assert len(trials) == cases
     assert done.returncode == 0
-    assert len(set().union(*(trial["launches"] for trial in trials))) > 20
+    assert len(set().union(*(trial["launches"] for trial in trials))) >= 20
+
+
+RECORDED = """
+from benchmarks.ptx.trials import everything, missed, recorded
+
+print(missed("sm_80", "bf16"), missed("sm_90", "bf16"))
+launches = (launch for case in everything("bf16") for launch in recorded(case, "sm_90", "bf16"))
+print(max(launch.kwargs["TILE"].outputs for launch in launches if launch.kernel.__name__ == "_conv3x3_fwd_kernel"))
+"""
 
 
 @needs_triton
-def test_every_kernel_has_a_case():
-    done = python(
-        "-c", "from benchmarks.ptx.trials import missed; print(missed('sm_80', 'bf16'), missed('sm_90', 'bf16'))"
-    )
-    assert done.stdout.strip() == "[] []", done.stderr
+def test_every_kernel_and_the_widest_tile_have_a_case():
+    done = python("-c", RECORDED)
+    assert done.stdout.split("\n")[:2] == ["[] []", "128"], done.stderr
 
 
 MATTER = ["bar.sync removed", "cp.async.wait_group one later", "mbarrier wait skipped", "fence.proxy.async removed"]
@@ -340,6 +351,17 @@ def test_bfloat16_is_pytorch_s():
     expected = torch.from_numpy(x).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     assert np.array_equal(values.to_bf16(x), expected)
     assert values.to_bf16(np.array([np.nan], np.float32)).tolist() == [0x7FFF]
+
+
+def test_tf32_products_cut_their_operands_off():
+    """Of what TF32 has no bits for nothing is left, though it is more than half of its last bit."""
+    x, ones = np.full(64, 1 + 2.0**-11 + 2.0**-12, np.float32), np.ones(64, np.float32)
+    left, right, sums = "{%r4, %r4, %r4, %r4}", "{%r5, %r5}", "{%r8, %r8, %r8, %r8}"
+    product = "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%r9, %r10, %r11, %r7}"
+    found = computed(f"mov.b32 %r8, 0; {product}, {left}, {right}, {sums};", x, ones, ones).view(np.float32)
+    assert found.tolist() == [8.0] * 64
+    rounded = computed("cvt.rna.tf32.f32 %r7, %r4;", x, ones, ones).view(np.float32)
+    assert rounded.tolist() == [1 + 2.0**-10] * 64
 
 
 @pytest.mark.parametrize("name", values.ERRORS)

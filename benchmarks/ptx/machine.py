@@ -47,19 +47,22 @@ class Threads:
     """The threads of some CTAs of a grid, and what they hold."""
 
     def __init__(self, program: Program, grid: Grid, programs: Sequence[int]) -> None:
-        self.program, self.grid, self.findings = program, grid, grid.findings
-        self.size, self.ctas = program.threads, len(programs)
+        self.program: Program = program
+        self.grid: Grid = grid
+        self.findings = grid.findings
+        self.size: int = program.threads
+        self.ctas = len(programs)
         self.warps, self.lanes = self.size // 32, self.size * self.ctas
         self.all = np.arange(self.lanes)
         self.cta = np.repeat(np.arange(self.ctas), self.size)
-        self.thread = np.tile(np.arange(self.size, dtype=u4), self.ctas)
+        self.thread: Array = np.tile(np.arange(self.size, dtype=u4), self.ctas)
         self.warp, self.lane = (self.thread // 32).astype(i4), self.thread % u4(32)
-        self.program_id = np.repeat(np.asarray(programs, u4), self.size)
+        self.program_id: Array = np.repeat(np.asarray(programs, u4), self.size)
         self.number = self.program_id * u4(self.size) + self.thread + u4(1)  # over the grid, from 1
         self.epoch = np.zeros(self.ctas, i4)
-        self.memory = grid.memory
-        self.shared = SharedMemory(self, grid.shared, program.granules["shared"])
-        self.asynchronous = Asynchronous(self)
+        self.memory: GlobalMemory = grid.memory
+        self.shared: SharedMemory = SharedMemory(self, grid.shared, program.granules["shared"])
+        self.asynchronous: Asynchronous = Asynchronous(self)
         # What nothing has written is all ones: NaN, of which a result shows.
         self.registers: list[Any] = [
             UNSIGNED[size](np.iinfo(UNSIGNED[size]).max) if size else np.bool_(False) for size in program.sizes
