@@ -286,9 +286,6 @@ class Asynchronous:
         pieces = address + 16 * np.arange(tensor.bytes // 16, dtype=i8)
         return swizzled(pieces, tensor.swizzle) + t.shared.base[lane]
 
-    def _owners(self, lane: int, count: int) -> Array:
-        return np.full(count, lane)
-
     def load(self, to: Array, tensors: Array, corner: list[Array], barriers: Array, lanes: Array, line: int) -> None:
         """cp.async.bulk.tensor into shared memory: begin; the mbarrier is told."""
         shared = self.t.shared
@@ -298,7 +295,7 @@ class Asynchronous:
             address = self._pieces(tensor, int(to[lane]), lane, line)
             granules = shared.granules(address, 16)
             shared.check_fenced(granules, line)
-            shared.write(granules, self._owners(lane, len(granules)), line, arrives=True)
+            shared.write(granules, np.full(len(granules), lane), line, arrives=True)
             shared.begin_arrival(granules)
             barrier.copies.append(_Copy(lane, tensor, [int(c[lane]) for c in corner], address, granules, line))
 
@@ -310,7 +307,7 @@ class Asynchronous:
         data = np.frombuffer(tensor.fill * len(offset), kind).copy()
         data[inside] = region.view(tensor.element)[offset[inside]]
         granules = offset[inside] * tensor.element // t.memory.granule
-        t.memory.read(t, region, granules[:, None], self._owners(copy.lane, len(granules)), copy.line)
+        t.memory.read(t, region, granules[:, None], np.full(len(granules), copy.lane), copy.line)
         shared.arrive(copy.granules)
         for asynchronous in (False, True):
             shared.view(16, asynchronous)[copy.address // 16] = data.view("V16")
@@ -325,7 +322,7 @@ class Asynchronous:
             address = self._pieces(tensor, int(source[lane]), lane, line)
             granules = shared.granules(address, 16)
             shared.check_fenced(granules, line)
-            shared.read(granules, self._owners(lane, len(granules)), line, "bulk copy")
+            shared.read(granules, np.full(len(granules), lane), line, "bulk copy")
             shared.begin_reading(granules)
             at = [int(c[lane]) for c in corner]
             finish = functools.partial(self._write_tensor, tensor, address, at, lane, line)
@@ -339,7 +336,7 @@ class Asynchronous:
         if len(index):
             granules = (index * tensor.element // t.memory.granule)[:, None]
             new = data.view(UNSIGNED[tensor.element])[inside]
-            owners = self._owners(lane, len(index))
+            owners = np.full(len(index), lane)
             t.memory.wrote(t, region, granules, owners, line, region.view(tensor.element), index, new)
 
     def commit_bulk(self, mask: Mask) -> None:
@@ -400,7 +397,7 @@ class Asynchronous:
         warps = lane + 32 * np.arange(4)
         shared.check_fenced(granules, line)
         for warp in warps:
-            shared.read(granules[:, None], self._owners(int(warp), len(granules)), line, "wgmma")
+            shared.read(granules[:, None], np.full(len(granules), int(warp)), line, "wgmma")
         shared.begin_reading(granules)
         self.product_reads.append(_Read(warps, int(self.products_committed[lane]), granules))
 

@@ -69,16 +69,8 @@ FLOAT32 |= {f"{name}.approx": functools.partial(v.approximate, name) for name in
 FLOAT32 |= {f"{name}.rn": functools.partial(v.exact, name) for name in ("rcp", "sqrt", "div")}
 
 # 9.7.6 Comparison and Selection, 9.7.7 Half Precision Comparison: setp. With "u" at its end also true of NaN.
-COMPARISONS: dict[str, Function] = {
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "lt": operator.lt,
-    "le": operator.le,
-    "gt": operator.gt,
-    "ge": operator.ge,
-    "num": lambda a, b: np.True_,
-    "nan": lambda a, b: np.False_,  # but of NaN
-}
+COMPARISONS: dict[str, Function] = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+COMPARISONS |= {"num": lambda a, b: np.True_, "nan": lambda a, b: np.False_}  # but of NaN False, and True
 
 # Operations of atom, red (9.7.13) and redux (9.7.13).
 COMBINATIONS: dict[str, Any] = {"add": np.add, "min": np.minimum, "max": np.maximum}
@@ -383,7 +375,7 @@ def _load(o: _Operands) -> Effect:
     def load(t: Threads, mask: Mask) -> None:
         lanes = t.active(mask)
         if space == "shared":
-            data = t.shared.load(t.shared.locate(address(t)[lanes], total, lanes, line), total, lanes, line)
+            data = t.shared.load(address(t)[lanes], total, lanes, line)
         else:
             data = t.memory.load(t, address(t)[lanes], total, lanes, line)
         columns = data.view(number)
@@ -406,7 +398,7 @@ def _store(o: _Operands) -> Effect:
         columns = np.stack([t.full(read(t))[lanes] for read in reads], 1)
         data = columns.view(u1).reshape(len(lanes), -1)
         if space == "shared":
-            t.shared.store(t.shared.locate(address(t)[lanes], data.shape[1], lanes, line), data, lanes, line)
+            t.shared.store(address(t)[lanes], data, lanes, line)
         else:
             t.memory.store(t, address(t)[lanes], data, lanes, line)
 
@@ -416,8 +408,8 @@ def _store(o: _Operands) -> Effect:
 def _atomic(o: _Operands) -> Effect:
     """atom, red: of integers, whose sums depend on no order."""
     space, kind = _space(o)
-    returns, line, size = o.words[0] == "atom", o.line, SIZES[o.kind]
-    if is_float(o.kind) or (returns and space == "global"):
+    returns, line = o.words[0] == "atom", o.line
+    if returns and space == "global":
         raise ValueError(o.kind)
     function = COMBINATIONS[o.words[-2]]
     address, every = o.address(o[1 if returns else 0], kind), o.every(2 if returns else 1, o.kind)
@@ -428,9 +420,8 @@ def _atomic(o: _Operands) -> Effect:
         if space == "global":
             t.memory.update(t, address(t)[lanes], function, operand[lanes], lanes, line)
             return
-        slots = t.shared.locate(address(t)[lanes], size, lanes, line)
         old = np.array(operand)
-        old[lanes] = t.shared.update(slots, function, operand[lanes], lanes, line)
+        old[lanes] = t.shared.update(address(t)[lanes], function, operand[lanes], lanes, line)
         if write is not None:
             write(t, old, mask)
 
@@ -501,10 +492,9 @@ def _elect(o: _Operands) -> Effect:
 # ---- matrices of a warp: 9.7.14 Warp Level Matrix Multiply-Accumulate --------------------------------------------
 
 
-def _rows(t: Threads, address: Array, first: Array, matrices: int, line: int) -> tuple[Array, Array]:
-    """(slots, lanes) of the 16-byte rows of 8 × 8 matrices: matrix j's i-th row is where lane 8·j + i says."""
-    lanes = (first[:, None] + np.arange(8 * matrices)).ravel()
-    return t.shared.locate(address[lanes], 16, lanes, line), lanes
+def _rows(first: Array, matrices: int) -> Array:
+    """Lanes that hold addresses of 16-byte rows of 8 × 8 matrices: of matrix j's row i it is lane 8·j + i of a warp."""
+    return (first[:, None] + np.arange(8 * matrices)).ravel()
 
 
 def _load_matrices(o: _Operands) -> Effect:
@@ -513,8 +503,8 @@ def _load_matrices(o: _Operands) -> Effect:
 
     def ldmatrix(t: Threads, mask: Mask) -> None:
         first = t.whole_warps(mask, line)
-        slots, lanes = _rows(t, address(t), first, len(registers), line)
-        rows = t.shared.load(slots, 16, lanes, line).view(u2).reshape(len(first), len(registers), 8, 8)
+        lanes = _rows(first, len(registers))
+        rows = t.shared.load(address(t)[lanes], 16, lanes, line).view(u2).reshape(len(first), len(registers), 8, 8)
         words = np.ascontiguousarray(rows.swapaxes(2, 3) if transposed else rows).view(u4)
         for j, register in enumerate(registers):
             t.put_rows(register, words[:, j].reshape(-1), t.active(mask), mask)
@@ -530,9 +520,9 @@ def _store_matrices(o: _Operands) -> Effect:
         first, active = t.whole_warps(mask, line), t.active(mask)
         words = np.stack([t.full(t.registers[r])[active].reshape(-1, 32) for r in registers], 1)
         rows = words.view(u2).reshape(len(first), len(registers), 8, 8)
-        slots, lanes = _rows(t, address(t), first, len(registers), line)
+        lanes = _rows(first, len(registers))
         data = np.ascontiguousarray(rows.swapaxes(2, 3) if transposed else rows).view(u1).reshape(-1, 16)
-        t.shared.store(slots, data, lanes, line)
+        t.shared.store(address(t)[lanes], data, lanes, line)
 
     return stmatrix
 

@@ -230,16 +230,18 @@ class SharedMemory:
             raise StoppedError("misaligned shared access")
         return address + self.base[lanes]
 
-    # ---- ordinary accesses: ``address`` as :meth:`locate` gives it ----
+    # ---- ordinary accesses, by addresses in the CTAs' windows ----
 
     def load(self, address: Array, size: int, lanes: Array, line: int) -> Array:
         """What lies there, (lanes, size) bytes."""
+        address = self.locate(address, size, lanes, line)
         self.read(self.granules(address, size), lanes, line)
         return np.ascontiguousarray(self.view(size)[address // size]).view(u1).reshape(-1, size)
 
     def store(self, address: Array, data: Array, lanes: Array, line: int) -> None:
         """Write (lanes, size) bytes."""
         size = data.shape[1]
+        address = self.locate(address, size, lanes, line)
         view, index = self.view(size), address // size
         new = np.ascontiguousarray(data).view(_words(size)).reshape(-1)
         granules = self.granules(address, size)
@@ -262,6 +264,7 @@ class SharedMemory:
 
         Among themselves such updates are no races.
         """
+        address = self.locate(address, operand.itemsize, lanes, line)
         view, index = self.view(operand.itemsize).view(operand.dtype), address // operand.itemsize
         granules = self.granules(address, operand.itemsize)
         ordinary = self.writer[granules] & 255 != UPDATE

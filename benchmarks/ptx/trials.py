@@ -1,8 +1,8 @@
 """What runs in the interpreter, and how it is judged: each operation beside ATen in the same dtype, and float64.
 
-An error may be twice PyTorch's own and some roundings of float32, in any dtype: four of the largest error, one of the root
-of the mean square. In TF32 PyTorch's own is what it errs on a CPU if its products are made as tensor cores make them, of
-operands cut off to TF32: a CPU has no TF32, and errs less.
+An error may be twice PyTorch's own and some roundings of float32, in any dtype: four of the largest error, one of the
+root of the mean square. In TF32 PyTorch's own is what it errs on a CPU if its products are made as tensor cores make
+them, of operands cut off to TF32: a CPU has no TF32, and errs less.
 """
 
 from __future__ import annotations
