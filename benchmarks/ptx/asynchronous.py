@@ -25,8 +25,8 @@ _UNDELIVERED = u4(0x7FC0DEAD)  # a NaN in float32, and in both halves as bfloat1
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """What a tensor map says (PTX ISA 5.5): outermost dimension first, strides in elements."""
+class TensorMap:
+    """A tensor map (PTX ISA 5.5): outermost dimension first, strides in elements."""
 
     address: int
     element: int  # bytes
@@ -68,7 +68,7 @@ class _Copy:
     """A bulk copy into shared memory that is under way."""
 
     lane: int
-    tensor: Tensor
+    tensor: TensorMap
     corner: list[int]
     address: Array  # of its 16-byte pieces
     granules: Array
@@ -148,7 +148,7 @@ class Asynchronous:
         for part in np.unique(wanted[(wanted > 0) & (wanted <= size)]):
             which = wanted == part
             data[which, :part] = t.memory.load(t, source[which], int(part), lanes[which], line)
-        address = shared.place(to, size, lanes, line)
+        address = shared.locate(to, size, lanes, line)
         granules = shared.granules(address, size)
         shared.write(granules, lanes, line, arrives=True)
         shared.begin_arrival(granules)
@@ -251,14 +251,14 @@ class Asynchronous:
 
     # ---- cp.async.bulk.tensor: 9.7.9 ----
 
-    def _tensor(self, address: Any, line: int) -> Tensor:
-        tensor = self.t.launch.tensors.get(int(address))
+    def _tensor(self, address: Any, line: int) -> TensorMap:
+        tensor = self.t.grid.tensors.get(int(address))
         if tensor is None:
             self.t.found("bulk copy without a tensor map", line)
             raise StoppedError("bulk copy without a tensor map")
         return tensor
 
-    def _box(self, tensor: Tensor, corner: list[int], line: int) -> tuple[Array, Array]:
+    def _box(self, tensor: TensorMap, corner: list[int], line: int) -> tuple[Array, Array]:
         """Of a block's elements: where they lie in the region, in elements; and which are within the tensor."""
         rank = len(tensor.shape)
         offset, inside = np.zeros((1,) * rank, i8), np.ones((1,) * rank, bool)
@@ -276,18 +276,15 @@ class Asynchronous:
             raise StoppedError("a tensor map reaches beyond its tensor")
         return offset, inside
 
-    def _pieces(self, tensor: Tensor, address: int, lane: int, line: int) -> Array:
+    def _pieces(self, tensor: TensorMap, address: int, lane: int, line: int) -> Array:
         """Where in shared memory the 16-byte pieces of a block lie."""
         t = self.t
         if address % (128 << tensor.swizzle if tensor.swizzle else 128):
             t.found("bulk copy to a shared address that is not aligned", line, hex(address))
         ends = np.array([address, address + tensor.bytes - 16])
-        t.shared.place(ends, 16, np.array([lane, lane]), line)
-        place = address + 16 * np.arange(tensor.bytes // 16, dtype=i8)
-        return swizzled(place, tensor.swizzle) + t.shared.base[lane]
-
-    def _owners(self, lane: int, count: int) -> Array:
-        return np.full(count, lane)
+        t.shared.locate(ends, 16, np.array([lane, lane]), line)
+        pieces = address + 16 * np.arange(tensor.bytes // 16, dtype=i8)
+        return swizzled(pieces, tensor.swizzle) + t.shared.base[lane]
 
     def load(self, to: Array, tensors: Array, corner: list[Array], barriers: Array, lanes: Array, line: int) -> None:
         """cp.async.bulk.tensor into shared memory: begin; the mbarrier is told."""
@@ -298,7 +295,7 @@ class Asynchronous:
             address = self._pieces(tensor, int(to[lane]), lane, line)
             granules = shared.granules(address, 16)
             shared.check_fenced(granules, line)
-            shared.write(granules, self._owners(lane, len(granules)), line, arrives=True)
+            shared.write(granules, np.full(len(granules), lane), line, arrives=True)
             shared.begin_arrival(granules)
             barrier.copies.append(_Copy(lane, tensor, [int(c[lane]) for c in corner], address, granules, line))
 
@@ -310,7 +307,7 @@ class Asynchronous:
         data = np.frombuffer(tensor.fill * len(offset), kind).copy()
         data[inside] = region.view(tensor.element)[offset[inside]]
         granules = offset[inside] * tensor.element // t.memory.granule
-        t.memory.read(t, region, granules[:, None], self._owners(copy.lane, len(granules)), copy.line)
+        t.memory.read(t, region, granules[:, None], np.full(len(granules), copy.lane), copy.line)
         shared.arrive(copy.granules)
         for asynchronous in (False, True):
             shared.view(16, asynchronous)[copy.address // 16] = data.view("V16")
@@ -325,22 +322,22 @@ class Asynchronous:
             address = self._pieces(tensor, int(source[lane]), lane, line)
             granules = shared.granules(address, 16)
             shared.check_fenced(granules, line)
-            shared.read(granules, self._owners(lane, len(granules)), line, "bulk copy")
+            shared.read(granules, np.full(len(granules), lane), line, "bulk copy")
             shared.begin_reading(granules)
             at = [int(c[lane]) for c in corner]
             finish = functools.partial(self._write_tensor, tensor, address, at, lane, line)
             self.bulk_reads.append(_Read(np.array([lane]), int(self.bulk_committed[lane]), granules, finish))
 
-    def _write_tensor(self, tensor: Tensor, address: Array, corner: list[int], lane: int, line: int) -> None:
+    def _write_tensor(self, tensor: TensorMap, address: Array, corner: list[int], lane: int, line: int) -> None:
         t = self.t
         data = np.ascontiguousarray(t.shared.view(16, asynchronous=True)[address // 16])
         offset, inside = self._box(tensor, corner, line)
-        region, place = t.memory.region(tensor.address), offset[inside]
-        if len(place):
-            granules = (place * tensor.element // t.memory.granule)[:, None]
+        region, index = t.memory.region(tensor.address), offset[inside]
+        if len(index):
+            granules = (index * tensor.element // t.memory.granule)[:, None]
             new = data.view(UNSIGNED[tensor.element])[inside]
-            owners = self._owners(lane, len(place))
-            t.memory.wrote(t, region, granules, owners, line, region.view(tensor.element), place, new)
+            owners = np.full(len(index), lane)
+            t.memory.wrote(t, region, granules, owners, line, region.view(tensor.element), index, new)
 
     def commit_bulk(self, mask: Mask) -> None:
         """cp.async.bulk.commit_group."""
@@ -372,42 +369,42 @@ class Asynchronous:
         """
         key = descriptor, rows, columns, size, transposed
         if key not in self._matrices:
-            start, leading, stride = ((descriptor >> place & 0x3FFF) << 4 for place in (0, 16, 32))
+            start, leading, stride = ((descriptor >> bit & 0x3FFF) << 4 for bit in (0, 16, 32))
             mode = (0, 3, 2, 1)[descriptor >> 62 & 3]
             assert not descriptor >> 49 & 7, "a matrix descriptor with a base offset is not understood"
             i, k = np.arange(rows, dtype=i8)[:, None], np.arange(columns, dtype=i8)[None, :]
             width = 16 << mode
             if not transposed and mode == 0:
-                place = i % 8 * 16 + i // 8 * stride + k * size // 16 * leading + k * size % 16
+                address = i % 8 * 16 + i // 8 * stride + k * size // 16 * leading + k * size % 16
             elif not transposed:
-                place = i % 8 * width + i // 8 * stride + k * size
+                address = i % 8 * width + i // 8 * stride + k * size
             elif mode == 0:
-                place = i * size // 16 * stride + k % 8 * 16 + k // 8 * leading + i * size % 16
+                address = i * size // 16 * stride + k % 8 * 16 + k // 8 * leading + i * size % 16
             else:
-                place = i * size % width + i * size // width * leading + k % 8 * width + k // 8 * stride
-            place = swizzled(start + place, mode)
-            self._matrices[key] = place, np.unique(place // self.t.shared.granule)
+                address = i * size % width + i * size // width * leading + k % 8 * width + k // 8 * stride
+            address = swizzled(start + address, mode)
+            self._matrices[key] = address, np.unique(address // self.t.shared.granule)
         return self._matrices[key]
 
     def begin_matrix(self, descriptor: Any, shape: tuple[int, int, int, bool], lane: int, line: int) -> None:
         """A warpgroup, from ``lane`` on, begins to read a matrix: (rows, columns, bytes of an element, transposed)."""
         t, shared = self.t, self.t.shared
-        place, granules = self._matrix(int(descriptor), *shape)
-        if place.min() < 0 or place.max() + shape[2] > shared.size:
+        address, granules = self._matrix(int(descriptor), *shape)
+        if address.min() < 0 or address.max() + shape[2] > shared.size:
             t.found("shared access out of bounds", line, "a matrix descriptor")
             raise StoppedError("shared access out of bounds")
         granules = granules + int(shared.base[lane]) // shared.granule
         warps = lane + 32 * np.arange(4)
         shared.check_fenced(granules, line)
         for warp in warps:
-            shared.read(granules[:, None], self._owners(int(warp), len(granules)), line, "wgmma")
+            shared.read(granules[:, None], np.full(len(granules), int(warp)), line, "wgmma")
         shared.begin_reading(granules)
         self.product_reads.append(_Read(warps, int(self.products_committed[lane]), granules))
 
     def matrix(self, descriptor: Any, shape: tuple[int, int, int, bool], lane: int) -> Array:
         """The bits of a matrix as they are now."""
-        place, _ = self._matrix(int(descriptor), *shape)
-        return self.t.shared.view(shape[2], asynchronous=True)[(place + int(self.t.shared.base[lane])) // shape[2]]
+        address, _ = self._matrix(int(descriptor), *shape)
+        return self.t.shared.view(shape[2], asynchronous=True)[(address + int(self.t.shared.base[lane])) // shape[2]]
 
     def add_product(
         self,
@@ -444,7 +441,11 @@ class Asynchronous:
         self.fenced = dict(enumerate(self.t.registers))
 
     def moved(self, register: int | None, source: int | None) -> None:
-        """mov: LLVM copies sums into place behind the fence, which ptxas undoes; None: of a register and a constant."""
+        """mov into a register, from a ``source`` register or (None) a constant.
+
+        LLVM copies sums to the registers of the next wgmma behind the fence, which ptxas undoes: a copy of what the
+        fence saw, or a constant, counts as written before the fence.
+        """
         now = self.t.registers
         if register is not None and self.fenced and (source is None or self.fenced.get(source) is now[source]):
             self.fenced[register] = now[register]

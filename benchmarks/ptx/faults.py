@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from benchmarks.ptx.machine import FIRST_WARP, LAST_WARP
-from benchmarks.ptx.trials import Problem, Trial, quick
+from benchmarks.ptx.trials import Prepared, Trial, quick
 
 Match = re.Match[str]
 
 
 @dataclass(frozen=True)
-class Kind:
+class FaultKind:
     """A kind of fault: what it changes, and into what."""
 
     name: str
@@ -43,31 +43,31 @@ def _to(template: str) -> Callable[[Match], str]:
     return lambda match: match.expand(template)
 
 
-KINDS = [
-    Kind("bar.sync removed", r"bar\.sync \t0;", _to("//"), True),
-    Kind("cp.async.wait_group one later", r"(cp\.async\.wait_group\s+)(\d+)(;)", _more(1), True),
+FAULT_KINDS = [
+    FaultKind("bar.sync removed", r"bar\.sync \t0;", _to("//"), True),
+    FaultKind("cp.async.wait_group one later", r"(cp\.async\.wait_group\s+)(\d+)(;)", _more(1), True),
     # It may be harmless: two groups that are waited for together may be one.
-    Kind("cp.async.commit_group removed", r"cp\.async\.commit_group;", _to("//")),
-    Kind("wgmma.wait_group one later", r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)(;)", _more(1), True),
-    Kind("wgmma.commit_group removed", r"wgmma\.commit_group\S*;", _to("//")),
-    Kind("wgmma.fence removed", r"wgmma\.fence\S*;", _to("//"), True),
-    Kind("mbarrier wait skipped", r"mbarrier\.try_wait\S* (\w+), .*?;", _to(r"setp.eq.s32 \1, 0, 0;"), True),
-    Kind("mbarrier wait for the other phase", r"(mbarrier\.try_wait.*?, )%r\d+(;)", _to(r"\g<1>1\2"), True),
-    Kind("expect_tx of 16 bytes more", r"(arrive\.expect_tx\S* _, \[.*?\], )(\d+)(;)", _more(16), True),
-    Kind("fence.proxy.async removed", r"fence\.proxy\.async\S*;", _to("//"), True),
-    Kind("cp.async.bulk.wait_group removed", r"cp\.async\.bulk\.wait_group\S*\s+\d+;", _to("//"), True),
-    Kind("bulk copy one pixel on", r"(cp\.async\.bulk\.tensor.*?\{%r\d+, )(%r\d+)", _to(r"\1 0")),
-    Kind("< becomes <=", r"setp\.lt\.([su]\d+)", _to(r"setp.le.\1")),
-    Kind("> becomes >=", r"setp\.gt\.([su]\d+)", _to(r"setp.ge.\1")),
-    Kind("store without its mask", r"@%p\d+ (st\.global)", _to(r"\1")),
-    Kind("load without its mask", r"@%p\d+ (ld\.global)", _to(r"\1")),
-    Kind("xor of an address becomes or", r"xor\.b32( \t%r\d+, %r\d+, (?:16|32|64|96|112);)", _to(r"or.b32\1")),
-    Kind("swizzle of a matrix changed", r"\b4611686\d{12}\b", lambda match: str(int(match[0]) ^ 3 << 62)),
-    Kind("shared load 16 bytes on", r"(ld\.shared\S* \t.*?\[%r\d+\+?)(\d+)?(\])", _more(16)),
-    Kind("shuffle with another lane", r"(shfl\.sync\.bfly\.b32 \t%r\d+, %r\d+, )(\d+)(,)", _more(1)),
-    Kind("registers of a product swapped", r"(mma\.sync.*?\}, \{.*?\}, \{ ?)(%r\d+), (%r\d+)", _to(r"\1\3, \2")),
-    Kind("matrix not transposed", r"(ldmatrix\S*)\.trans", _to(r"\1")),
-    Kind("matrix transposed", r"(stmatrix\S*x\d)\.shared", _to(r"\1.trans.shared")),
+    FaultKind("cp.async.commit_group removed", r"cp\.async\.commit_group;", _to("//")),
+    FaultKind("wgmma.wait_group one later", r"(wgmma\.wait_group\.sync\.aligned\s+)(\d+)(;)", _more(1), True),
+    FaultKind("wgmma.commit_group removed", r"wgmma\.commit_group\S*;", _to("//")),
+    FaultKind("wgmma.fence removed", r"wgmma\.fence\S*;", _to("//"), True),
+    FaultKind("mbarrier wait skipped", r"mbarrier\.try_wait\S* (\w+), .*?;", _to(r"setp.eq.s32 \1, 0, 0;"), True),
+    FaultKind("mbarrier wait for the other phase", r"(mbarrier\.try_wait.*?, )%r\d+(;)", _to(r"\g<1>1\2"), True),
+    FaultKind("expect_tx of 16 bytes more", r"(arrive\.expect_tx\S* _, \[.*?\], )(\d+)(;)", _more(16), True),
+    FaultKind("fence.proxy.async removed", r"fence\.proxy\.async\S*;", _to("//"), True),
+    FaultKind("cp.async.bulk.wait_group removed", r"cp\.async\.bulk\.wait_group\S*\s+\d+;", _to("//"), True),
+    FaultKind("bulk copy one pixel on", r"(cp\.async\.bulk\.tensor.*?\{%r\d+, )(%r\d+)", _to(r"\1 0")),
+    FaultKind("< becomes <=", r"setp\.lt\.([su]\d+)", _to(r"setp.le.\1")),
+    FaultKind("> becomes >=", r"setp\.gt\.([su]\d+)", _to(r"setp.ge.\1")),
+    FaultKind("store without its mask", r"@%p\d+ (st\.global)", _to(r"\1")),
+    FaultKind("load without its mask", r"@%p\d+ (ld\.global)", _to(r"\1")),
+    FaultKind("xor of an address becomes or", r"xor\.b32( \t%r\d+, %r\d+, (?:16|32|64|96|112);)", _to(r"or.b32\1")),
+    FaultKind("swizzle of a matrix changed", r"\b4611686\d{12}\b", lambda match: str(int(match[0]) ^ 3 << 62)),
+    FaultKind("shared load 16 bytes on", r"(ld\.shared\S* \t.*?\[%r\d+\+?)(\d+)?(\])", _more(16)),
+    FaultKind("shuffle with another lane", r"(shfl\.sync\.bfly\.b32 \t%r\d+, %r\d+, )(\d+)(,)", _more(1)),
+    FaultKind("registers of a product swapped", r"(mma\.sync.*?\}, \{.*?\}, \{ ?)(%r\d+), (%r\d+)", _to(r"\1\3, \2")),
+    FaultKind("matrix not transposed", r"(ldmatrix\S*)\.trans", _to(r"\1")),
+    FaultKind("matrix transposed", r"(stmatrix\S*x\d)\.shared", _to(r"\1.trans.shared")),
 ]
 
 
@@ -78,7 +78,7 @@ class Fault:
     chip: str
     case: int  # of :func:`quick`
     kernel: str
-    kind: Kind
+    kind: FaultKind
     text: str
     start: int
     stop: int
@@ -116,15 +116,15 @@ def run(count: int, chips: Sequence[str], only: str, as_json: bool) -> int:
     """Plant ``count`` faults and print what came of them; the exit status is 1 if fewer than nine of ten that change
     a result or break an ordering were noticed."""
     cases = [(i, case) for i, case in enumerate(quick("bf16")) if only in case.name]
-    problems = {i: Problem(case, "bf16") for i, case in cases}
-    sound = {(chip, i): problem.run(chip) for chip in chips for i, problem in problems.items()}
+    prepared = {i: Prepared(case, "bf16") for i, case in cases}
+    sound = {(chip, i): one.run(chip) for chip in chips for i, one in prepared.items()}
     if unsound := [trial.case.name for trial in sound.values() if not trial.passed]:
         raise RuntimeError(f"expected cases that pass before faults are planted, got {', '.join(unsound)}")
     outcomes = []
     for fault in _choose(list(_faults(sound)), count):
-        trial = problems[fault.case].run(fault.chip, fault.plant)
+        trial = prepared[fault.case].run(fault.chip, fault.plant)
         again: list[Callable[[], Trial]] = [
-            functools.partial(problems[fault.case].run, fault.chip, fault.plant, order)
+            functools.partial(prepared[fault.case].run, fault.chip, fault.plant, order)
             for order in ORDERS
             if fault.kind.orders
         ]
@@ -139,10 +139,7 @@ def run(count: int, chips: Sequence[str], only: str, as_json: bool) -> int:
         print(f"\n{'fault':<40}{'noticed':>8}{'unnoticed':>10}{'harmless':>9}")
         counts = Counter((outcome.kind, outcome.verdict) for outcome in outcomes)
         for kind in dict.fromkeys(outcome.kind for outcome in outcomes):
-            print(
-                f"{kind:<40}"
-                + "{:>8}{:>10}{:>9}".format(*(counts[kind, x] for x in ("noticed", "UNNOTICED", "harmless")))
-            )
+            print(f"{kind:<40}" + "{:>8}{:>10}{:>9}".format(*(counts[kind, verdict] for verdict in VERDICTS)))
         print(f"\n{noticed} noticed of {matter} that change a result or break an ordering; {len(outcomes)} planted")
     return 0 if matter and noticed >= 0.9 * matter else 1
 
@@ -157,7 +154,7 @@ def _faults(sound: dict[tuple[str, int], Trial]) -> Iterator[Fault]:
                 continue
             seen.add((chip, program.name))
             ran = compiled.machine.ran
-            for kind in KINDS:
+            for kind in FAULT_KINDS:
                 for match in re.finditer(kind.pattern, compiled.text):
                     fault = Fault(
                         chip, case, program.name, kind, compiled.text, match.start(), match.end(), kind.change(match)
@@ -167,7 +164,7 @@ def _faults(sound: dict[tuple[str, int], Trial]) -> Iterator[Fault]:
 
 
 def _choose(faults: list[Fault], count: int) -> list[Fault]:
-    """So many of them: of each kind about as many, and of a kind as many kernels and places as there are."""
+    """So many of them: of each kind about as many, and of a kind as many kernels and lines as there are."""
     groups: dict[str, dict[tuple[str, str], list[Fault]]] = defaultdict(lambda: defaultdict(list))
     for fault in faults:
         groups[fault.kind.name][fault.chip, fault.kernel].append(fault)
@@ -177,7 +174,7 @@ def _choose(faults: list[Fault], count: int) -> list[Fault]:
         for queue in queues:
             if queue and len(chosen) < count:
                 chosen.append(queue.pop(0))
-    return sorted(chosen, key=lambda fault: [kind.name for kind in KINDS].index(fault.kind.name))
+    return sorted(chosen, key=lambda fault: [kind.name for kind in FAULT_KINDS].index(fault.kind.name))
 
 
 def _spread(groups: list[list[Fault]]) -> list[Fault]:
@@ -186,13 +183,13 @@ def _spread(groups: list[list[Fault]]) -> list[Fault]:
     return [order[i] for i in range(max(map(len, orders))) for order in orders if i < len(order)]
 
 
-def _bisected(place: int, length: int) -> tuple[int, int]:
+def _bisected(index: int, length: int) -> tuple[int, int]:
     low, high, depth = 0, length, 0
     while True:
         middle = (low + high) // 2
-        if place == middle:
-            return depth, place
-        low, high = (low, middle) if place < middle else (middle + 1, high)
+        if index == middle:
+            return depth, index
+        low, high = (low, middle) if index < middle else (middle + 1, high)
         depth += 1
 
 

@@ -12,10 +12,6 @@ class StoppedError(Exception):
     """A kernel cannot go on: it would crash or hang on a GPU."""
 
 
-class UnknownError(NotImplementedError):
-    """An instruction that is not understood; the message is the instruction."""
-
-
 @dataclass
 class Finding:
     """Something wrong at one instruction of one kernel, however often it happened."""

@@ -1,27 +1,30 @@
 """Each instruction that is understood, as a function of the threads: a table's line for what maps numbers to numbers,
 a function for what does more.
 
-Sections are those of the PTX ISA 9.0; within one an instruction is found under its own name.
+What stands in no table is unknown, with any rounding or modifier that is not written there: when a kernel is read, it
+is named. Sections are those of the PTX ISA 9.0; within one an instruction is found under its own name.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from benchmarks.ptx import values as v
-from benchmarks.ptx.findings import UnknownError
-from benchmarks.ptx.machine import Mask, Step, Threads
-from benchmarks.ptx.program import SIZES, Instruction, Program, split
-from benchmarks.ptx.values import KINDS, SIGNED, UNSIGNED, Array, Function, i4, is_float, u1, u2, u4, u8
+from benchmarks.ptx.program import SIZES, Program, Statement, UnknownError, split
+from benchmarks.ptx.values import FORMATS, SIGNED, UNSIGNED, Array, Function, i4, is_float, u1, u2, u4
 
-Reader = Callable[[Threads], Any]
+if TYPE_CHECKING:
+    from benchmarks.ptx.machine import Effect, Mask, Threads
 
-# ---- tables: an opcode (and the words that matter) without its type, for integers and for floats -----------------
+    Reader = Callable[[Threads], Any]
+
+# ---- tables: an opcode with the words that matter and without its type, for integers and for floats ---------------
 
 INTEGER: dict[str, Function] = {
     # 9.7.1 Integer Arithmetic
@@ -30,7 +33,6 @@ INTEGER: dict[str, Function] = {
     "mul.lo": operator.mul,
     "mul.hi": v.high_product,
     "mad.lo": lambda a, b, c: a * b + c,
-    "mad.hi": lambda a, b, c: v.high_product(a, b) + c,
     "div": v.divide,
     "rem": v.remainder,
     "abs": np.abs,
@@ -38,7 +40,7 @@ INTEGER: dict[str, Function] = {
     "min": np.minimum,
     "max": np.maximum,
     "bfe": v.extract,
-    "bfi": v.insert,
+    "popc": lambda x: np.bitwise_count(x).astype(u4),
     # 9.7.8 Logic and Shift
     "and": operator.and_,
     "or": operator.or_,
@@ -46,16 +48,15 @@ INTEGER: dict[str, Function] = {
     "not": operator.invert,
     "shl": v.shift_left,
     "shr": v.shift_right,
-    "lop3": v.look_up,
     # 9.7.9 Data Movement and Conversion
     "prmt": v.permute,
 }
 FLOAT: dict[str, Function] = {
-    # 9.7.3 Floating Point, 9.7.4 Half Precision Floating Point
+    # 9.7.3 Floating Point, 9.7.4 Half Precision Floating Point; rounded to nearest even, with or without .rn
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
-    "fma": v.fma,  # of 16 bits v.fma_16
+    "fma": v.fma_16,
     "neg": operator.neg,
     "abs": np.abs,
     "min": np.fmin,  # of a number and NaN the number
@@ -63,54 +64,59 @@ FLOAT: dict[str, Function] = {
     "min.NaN": np.minimum,
     "max.NaN": np.maximum,
 }
-APPROXIMATE = ("rcp", "sqrt", "rsqrt", "ex2", "lg2", "tanh", "sin", "cos", "div")  # 9.7.3
+FLOAT32: dict[str, Function] = FLOAT | {"fma": v.fma, "div.full": functools.partial(v.approximate, "div")}
+FLOAT32 |= {f"{name}.approx": functools.partial(v.approximate, name) for name in v.ERRORS}
+FLOAT32 |= {f"{name}.rn": functools.partial(v.exact, name) for name in ("rcp", "sqrt", "div")}
 
 # 9.7.6 Comparison and Selection, 9.7.7 Half Precision Comparison: setp. With "u" at its end also true of NaN.
-COMPARISONS: dict[str, Function] = {
-    "eq": operator.eq,
-    "ne": operator.ne,
-    "lt": operator.lt,
-    "le": operator.le,
-    "gt": operator.gt,
-    "ge": operator.ge,
-    "lo": operator.lt,
-    "ls": operator.le,
-    "hi": operator.gt,
-    "hs": operator.ge,
-    "num": lambda a, b: ~(np.isnan(a) | np.isnan(b)),
-    "nan": lambda a, b: np.isnan(a) | np.isnan(b),
+COMPARISONS: dict[str, Function] = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+COMPARISONS |= {"num": lambda a, b: np.True_, "nan": lambda a, b: np.False_}  # but of NaN False, and True
+
+# Operations of atom, red (9.7.13) and redux (9.7.13).
+COMBINATIONS: dict[str, Any] = {"add": np.add, "min": np.minimum, "max": np.maximum}
+COMBINATIONS |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
+
+# 10 Special Registers
+SPECIAL: dict[str, Reader] = {
+    "%tid.x": lambda t: t.thread,
+    "%ntid.x": lambda t: u4(t.size),
+    "%ctaid.x": lambda t: t.program_id % u4(t.grid.size[0]),
+    "%ctaid.y": lambda t: t.program_id // u4(t.grid.size[0]) % u4(t.grid.size[1]),
+    "%ctaid.z": lambda t: t.program_id // u4(t.grid.size[0]) // u4(t.grid.size[1]),
+    "%nctaid.x": lambda t: u4(t.grid.size[0]),
+    "%nctaid.y": lambda t: u4(t.grid.size[1]),
+    "%nctaid.z": lambda t: u4(t.grid.size[2]),
 }
-_IGNORED = ("ftz", "rn", "relaxed", "sys", "gpu", "cta", "sync", "aligned", "volatile", "weak", "uni")
-_HINTS = {"membar", "prefetch", "discard", "applypriority", "griddepcontrol", "nanosleep"}
 
 
-def step(program: Program, instruction: Instruction) -> Step:
+def effect(program: Program, statement: Statement) -> Effect:
     """What an instruction does; raises :class:`UnknownError`, which names it, if that is not known."""
-    words = instruction.words
-    special = SPECIAL.get(words[0])
     try:
-        if special is not None:
-            return special(_Operands(program, instruction))
-        return _elementwise(_Operands(program, instruction))
+        return _maker(statement.opcode)(_Operands(program, statement))
     except (KeyError, IndexError, ValueError) as error:
         raise UnknownError(
-            f"{instruction.opcode} is not understood: {program.lines[instruction.line - 1].strip()}"
+            f"{statement.opcode} is not understood: {program.lines[statement.line - 1].strip()}"
         ) from error
 
 
-class _Operands:
-    """An instruction's operands, for the functions that make a step of it."""
+@functools.cache
+def _maker(opcode: str) -> Callable[[_Operands], Effect]:
+    return next((make for form, make in FORMS.items() if re.fullmatch(form, opcode)), _elementwise)
 
-    def __init__(self, program: Program, instruction: Instruction) -> None:
-        self.program, self.instruction = program, instruction
-        self.words, self.line = instruction.words, instruction.line
+
+class _Operands:
+    """An instruction's operands, for the functions that tell what it does."""
+
+    def __init__(self, program: Program, statement: Statement) -> None:
+        self.program, self.statement = program, statement
+        self.words, self.line = statement.words, statement.line
         self.kind = self.words[-1]
 
     def __len__(self) -> int:
-        return len(self.instruction.operands)
+        return len(self.statement.operands)
 
     def __getitem__(self, i: int) -> str:
-        return self.instruction.operands[i]
+        return self.statement.operands[i]
 
     def register(self, name: str) -> int | None:
         """The number of the register to write; None for ``_``."""
@@ -132,7 +138,7 @@ class _Operands:
 
     def reader(self, text: str, kind: str) -> Reader:
         """What reads an operand as a type: a register, a special one, a symbol, or a number."""
-        size, decode, _ = KINDS[kind]
+        size, decode, _ = FORMATS[kind]
         number = self.program.register(text)
         if number is not None:
             held = self.program.sizes[number]
@@ -146,7 +152,7 @@ class _Operands:
             inner = self.reader(text[1:], kind)
             return lambda t: ~inner(t)
         if text[0] == "%":
-            return lambda t: t.special[text]
+            return SPECIAL[text]
         constant = decode(self._constant(text, size))
         return lambda t: constant
 
@@ -172,7 +178,7 @@ class _Operands:
         """What writes numbers of a type into a register, which may be wider: a signed number then keeps its value."""
         kind = kind or self.kind
         register = self.register(name)
-        size, _, encode = KINDS[kind]
+        size, _, encode = FORMATS[kind]
         if register is None or self.program.sizes[register] == size:
             return lambda t, value, mask: t.put(register, encode(np.asarray(value)), mask)
         held = self.program.sizes[register]
@@ -191,36 +197,26 @@ class _Operands:
         offset = UNSIGNED[SIZES[kind]](int(found[2] or "0", 0) & (1 << 8 * SIZES[kind]) - 1)
         return lambda t: t.full(base(t) + offset)
 
-    @property
-    def name(self) -> list[str]:
-        """The opcode's words without its type and those that change nothing here."""
-        return [word for word in self.words[:-1] if word not in _IGNORED]
-
 
 # ---- what maps numbers to numbers --------------------------------------------------------------------------------
 
 
-def _elementwise(o: _Operands) -> Step:
-    name, kind = ".".join(o.name), o.kind
+def _elementwise(o: _Operands) -> Effect:
+    name, kind = ".".join(word for word in o.words[:-1] if word != "ftz"), o.kind
     kinds = [kind] * (len(o) - 1)
-    if o.words[0] in APPROXIMATE and is_float(kind):
+    if is_float(kind):
+        table = FLOAT32 if kind == "f32" else FLOAT
+        function = table.get(name) or table[name.removesuffix(".rn")]
+        if "ftz" not in o.words:
+            return _apply(o, function, kinds)
         if kind != "f32":
             raise ValueError(kind)
-        rounded: Function = v.exact if "rn" in o.words else v.approximate
-        return _apply(o, lambda *x: rounded(o.words[0], *x), kinds)
-    if is_float(kind):
-        function = FLOAT[name] if name != "fma" else {"f32": v.fma}.get(kind, v.fma_16)
-        if kind == "f64":  # no kernel computes in it, and its fma would not be exact
-            raise ValueError(kind)
-        if kind == "f32" and "ftz" in o.words:
-            return _apply(o, lambda *x: _flushed(function(*map(_flushed, x))), kinds)
-    else:
-        function = INTEGER[name]
-        if name in ("shl", "shr"):
-            kinds[1] = "u32"
-        elif name in ("bfe", "bfi"):
-            kinds[-2:] = ["u32", "u32"]
-    return _apply(o, function, kinds)
+        return _apply(o, lambda *x: _flushed(function(*map(_flushed, x))), kinds)
+    if name in ("shl", "shr"):
+        kinds[1] = "u32"
+    elif name == "bfe":
+        kinds[1:] = ["u32", "u32"]
+    return _apply(o, INTEGER[".".join(o.words[:-1])], kinds)
 
 
 def _flushed(x: Array) -> Array:
@@ -228,7 +224,7 @@ def _flushed(x: Array) -> Array:
     return np.where(np.abs(x) < 2.0**-126, np.copysign(v.f4(0), x), x)
 
 
-def _apply(o: _Operands, function: Function, kinds: list[str], result: str = "") -> Step:
+def _apply(o: _Operands, function: Function, kinds: list[str], result: str = "") -> Effect:
     reads = [o.read(i + 1, kind) for i, kind in enumerate(kinds)]
     write = o.writer(o[0], result)
     if len(reads) == 1:
@@ -240,10 +236,8 @@ def _apply(o: _Operands, function: Function, kinds: list[str], result: str = "")
     return lambda t, mask: write(t, function(*(read(t) for read in reads)), mask)
 
 
-def _wide(o: _Operands) -> Step:
-    """mul.wide, mad.wide: a product of twice the width; other ``mul`` and ``mad`` by the tables."""
-    if "wide" not in o.words:
-        return _elementwise(o)
+def _wide(o: _Operands) -> Effect:
+    """mul.wide, mad.wide (9.7.1): a product of twice the width."""
     kind = f"{o.kind[0]}{2 * int(o.kind[1:])}"
     wide = (SIGNED if kind[0] == "s" else UNSIGNED)[SIZES[kind]]
     if o.words[0] == "mul":
@@ -251,13 +245,7 @@ def _wide(o: _Operands) -> Step:
     return _apply(o, lambda a, b, c: a.astype(wide) * b.astype(wide) + c, [o.kind, o.kind, kind], kind)
 
 
-def _count(o: _Operands) -> Step:
-    """popc, clz (9.7.1)."""
-    function = {"popc": lambda x: np.bitwise_count(x).astype(u4), "clz": v.leading_zeros}[o.words[0]]
-    return _apply(o, function, [o.kind], "u32")
-
-
-def _move(o: _Operands) -> Step:
+def _move(o: _Operands) -> Effect:
     """mov, cvta (9.7.9): also several registers into a wide one, and back."""
     size = SIZES[o.kind]
     if o[0].startswith("{"):
@@ -290,25 +278,26 @@ def _move(o: _Operands) -> Step:
     return move
 
 
-def _select(o: _Operands) -> Step:
+def _select(o: _Operands) -> Effect:
     """selp (9.7.6)."""
     kind = f"b{8 * SIZES[o.kind]}"
     yes, no, which, write = o.read(1, kind), o.read(2, kind), o.read(3, "pred"), o.writer(o[0], kind)
     return lambda t, mask: write(t, np.where(which(t), yes(t), no(t)), mask)
 
 
-def _compare(o: _Operands) -> Step:
+def _compare(o: _Operands) -> Effect:
     """setp (9.7.6, 9.7.7): of a packed pair into two predicates; else with ``and``, ``or``, ``xor`` of a third."""
-    name, *combination = o.name[1:]
+    name, *combination = o.words[1:-1]
     floats = is_float(o.kind)
-    unordered = floats and len(name) == 3 and name.endswith("u")
-    function = COMPARISONS[name[:-1] if unordered else name]
+    unordered = floats and (name == "nan" or (len(name) == 3 and name.endswith("u")))
+    function = COMPARISONS[name[:-1] if unordered and name != "nan" else name]
 
     def compare(a: Any, b: Any) -> Any:
         result = function(a, b)
-        if unordered:
-            return result | np.isnan(a) | np.isnan(b)
-        return result & ~(np.isnan(a) | np.isnan(b)) if floats and name == "ne" else result
+        if not floats:
+            return result
+        nan = np.isnan(a) | np.isnan(b)
+        return result | nan if unordered else result & ~nan
 
     a, b = o.read(1), o.read(2)
     targets = [o.writer(name, "pred") for name in o[0].split("|")]
@@ -327,42 +316,27 @@ def _compare(o: _Operands) -> Step:
     return lambda t, mask: write(t, combine(compare(a(t), b(t)), third(t)), mask)
 
 
-_WHOLE = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
-
-
-def _convert(o: _Operands) -> Step:
-    """cvt (9.7.9)."""
-    to, of = o.words[-2:]
-    words = set(o.words[1:-2])
-    rounding = next(iter(words & set(_WHOLE)), None)
-    if to in ("bf16x2", "f16x2") and of == "f32" and len(o) == 3:
-        half = KINDS[to[:-2]].encode
-
-        def pack(high: Array, low: Array) -> Array:
-            if "relu" in words:  # NaN stays
-                high, low = np.maximum(high, v.f4(0)), np.maximum(low, v.f4(0))
-            return half(high).astype(u4) << u4(16) | half(low).astype(u4)
-
-        return _apply(o, pack, ["f32", "f32"], "b32")
-    if to == "tf32":
-        return _apply(o, lambda x: v.to_tf32(x, "rna" in words), ["b32"], "b32")
-    if "relu" in words or "satfinite" in words or "f64" in (to, of):
-        raise ValueError(to)
-    if is_float(of) and is_float(to):
-        change = _WHOLE[rounding] if rounding else (lambda x: np.clip(x, 0, 1)) if "sat" in words else (lambda x: x)
-        return _apply(o, change, [of], to)
-    if is_float(of):
-        kind = (SIGNED if to[0] == "s" else UNSIGNED)[SIZES[to]]
-        return _apply(o, lambda x: v.to_integer(x, kind, rounding or ""), [of], to)
-    if is_float(to):
-        if (to != "f32" and SIZES[of] > 2) or "rn" not in words:
-            raise ValueError(to)
+def _convert(o: _Operands) -> Effect:
+    """cvt (9.7.9): of integers, of an integer to float32 and back, from and to 16-bit floats, to TF32."""
+    *rounding, to, of = o.words[1:]
+    how = ".".join(rounding)
+    numbers = (SIGNED if to[0] == "s" else UNSIGNED)[SIZES[to]]
+    if not is_float(to) and is_float(of):
+        whole = v.WHOLE[how]
+        return _apply(o, lambda x: v.to_integer(x, numbers, whole), [of], to)
+    if not is_float(to) and how == "":
+        extended = (SIGNED if of[0] == "s" else UNSIGNED)[SIZES[to]]  # by the source's sign
+        return _apply(o, lambda x: x.astype(extended).view(numbers), [of], to)
+    if to == "f32" and how == ("" if is_float(of) else "rn"):
         return _apply(o, lambda x: x.astype(v.f4), [of], to)
-    if "sat" in words:
-        raise ValueError(to)
-    source = (SIGNED if of[0] == "s" else UNSIGNED)[SIZES[to]]  # extended by the source's sign
-    target = (SIGNED if to[0] == "s" else UNSIGNED)[SIZES[to]]
-    return _apply(o, lambda x: x.astype(source).view(target), [of], to)
+    if (to, of, how) == ("tf32", "f32", "rna"):
+        return _apply(o, v.to_tf32, ["b32"], "b32")
+    if of == "f32" and how == "rn" and to in ("bf16", "f16"):
+        return _apply(o, lambda x: x, [of], to)
+    if of == "f32" and how == "rn" and to in ("bf16x2", "f16x2"):
+        half = FORMATS[to[:-2]].encode
+        return _apply(o, lambda high, low: half(high).astype(u4) << u4(16) | half(low).astype(u4), [of, of], "b32")
+    raise ValueError(how)
 
 
 # ---- memory: 9.7.9 ld, st; 9.7.13 atom, red ----------------------------------------------------------------------
@@ -370,26 +344,28 @@ def _convert(o: _Operands) -> Step:
 
 def _space(o: _Operands) -> tuple[str, str]:
     """The state space of an access, and the type of its addresses."""
-    for word in o.words:
-        if word.partition("::")[0] in ("shared", "global"):
-            space = word.partition("::")[0]
-            return space, "u32" if space == "shared" else "u64"
-    raise ValueError("a generic address")
+    return ("shared", "u32") if "shared" in o.words else ("global", "u64")
 
 
-def _load(o: _Operands) -> Step:
+def _parameter(o: _Operands) -> Effect:
+    """ld.param: of the launch's arguments."""
     size, names = SIZES[o.kind], o.names(0)
-    if o.words[1] == "param":
-        name, _, offset = o[1][1:-1].partition("+")
-        start = int(offset or "0")
-        writes = [o.writer(name, f"b{8 * size}") for name in names]
+    name, _, offset = o[1][1:-1].partition("+")
+    name, start = name.strip(), int(offset or "0")
+    if name not in o.program.parameters:
+        raise ValueError(name)
+    writes = [o.writer(register, f"b{8 * size}") for register in names]
 
-        def parameter(t: Threads, mask: Mask) -> None:
-            raw = t.launch.parameters[name.strip()][start:]
-            for write, value in zip(writes, np.frombuffer(raw[: size * len(names)], UNSIGNED[size]), strict=True):
-                write(t, value, mask)
+    def parameter(t: Threads, mask: Mask) -> None:
+        raw = t.grid.parameters[name][start:]
+        for write, value in zip(writes, np.frombuffer(raw[: size * len(names)], UNSIGNED[size]), strict=True):
+            write(t, value, mask)
 
-        return parameter
+    return parameter
+
+
+def _load(o: _Operands) -> Effect:
+    size, names = SIZES[o.kind], o.names(0)
     space, kind = _space(o)
     address, total, line = o.address(o[1], kind), size * len(names), o.line
     bits = o.kind if o.kind[0] == "s" else f"b{8 * size}"
@@ -399,7 +375,7 @@ def _load(o: _Operands) -> Step:
     def load(t: Threads, mask: Mask) -> None:
         lanes = t.active(mask)
         if space == "shared":
-            data = t.shared.load(t.shared.place(address(t)[lanes], total, lanes, line), total, lanes, line)
+            data = t.shared.load(address(t)[lanes], total, lanes, line)
         else:
             data = t.memory.load(t, address(t)[lanes], total, lanes, line)
         columns = data.view(number)
@@ -412,7 +388,7 @@ def _load(o: _Operands) -> Step:
     return load
 
 
-def _store(o: _Operands) -> Step:
+def _store(o: _Operands) -> Effect:
     size, line = SIZES[o.kind], o.line
     space, kind = _space(o)
     address, reads = o.address(o[0], kind), [o.reader(name, f"b{8 * size}") for name in o.names(1)]
@@ -422,24 +398,20 @@ def _store(o: _Operands) -> Step:
         columns = np.stack([t.full(read(t))[lanes] for read in reads], 1)
         data = columns.view(u1).reshape(len(lanes), -1)
         if space == "shared":
-            t.shared.store(t.shared.place(address(t)[lanes], data.shape[1], lanes, line), data, lanes, line)
+            t.shared.store(address(t)[lanes], data, lanes, line)
         else:
             t.memory.store(t, address(t)[lanes], data, lanes, line)
 
     return store
 
 
-_ATOMIC: dict[str, Any] = {"add": np.add, "min": np.minimum, "max": np.maximum}
-_ATOMIC |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
-
-
-def _atomic(o: _Operands) -> Step:
+def _atomic(o: _Operands) -> Effect:
     """atom, red: of integers, whose sums depend on no order."""
     space, kind = _space(o)
-    returns, line, size = o.words[0] == "atom", o.line, SIZES[o.kind]
-    if is_float(o.kind) or (returns and space == "global"):
+    returns, line = o.words[0] == "atom", o.line
+    if returns and space == "global":
         raise ValueError(o.kind)
-    function = _ATOMIC[next(word for word in o.words[1:-1] if word in _ATOMIC)]
+    function = COMBINATIONS[o.words[-2]]
     address, every = o.address(o[1 if returns else 0], kind), o.every(2 if returns else 1, o.kind)
     write = o.writer(o[0]) if returns else None
 
@@ -448,9 +420,8 @@ def _atomic(o: _Operands) -> Step:
         if space == "global":
             t.memory.update(t, address(t)[lanes], function, operand[lanes], lanes, line)
             return
-        place = t.shared.place(address(t)[lanes], size, lanes, line)
         old = np.array(operand)
-        old[lanes] = t.shared.update(place, function, operand[lanes], lanes, line)
+        old[lanes] = t.shared.update(address(t)[lanes], function, operand[lanes], lanes, line)
         if write is not None:
             write(t, old, mask)
 
@@ -460,7 +431,7 @@ def _atomic(o: _Operands) -> Step:
 # ---- within a warp: 9.7.9 shfl; 9.7.13 vote, redux, elect --------------------------------------------------------
 
 
-def _shuffle(o: _Operands) -> Step:
+def _shuffle(o: _Operands) -> Effect:
     """shfl.sync: another lane's value, or one's own where that lies outside the segment; and whether it does not."""
     target, _, inside = o[0].partition("|")
     mode, line = o.words[2], o.line
@@ -481,11 +452,9 @@ def _shuffle(o: _Operands) -> Step:
     return shuffle
 
 
-def _reduce(o: _Operands) -> Step:
+def _reduce(o: _Operands) -> Effect:
     """redux.sync: an integer operation over the warp."""
-    function: dict[str, Any] = {"add": np.add, "min": np.minimum, "max": np.maximum}
-    function |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
-    reduce, every, write, line = function[o.words[2]].reduce, o.every(1, o.kind), o.writer(o[0]), o.line
+    reduce, every, write, line = COMBINATIONS[o.words[2]].reduce, o.every(1, o.kind), o.writer(o[0]), o.line
 
     def redux(t: Threads, mask: Mask) -> None:
         t.whole_warps(mask, line)
@@ -495,24 +464,19 @@ def _reduce(o: _Operands) -> Step:
     return redux
 
 
-def _vote(o: _Operands) -> Step:
-    """vote.sync."""
-    mode, every, line = o.words[2], o.every(1, "pred"), o.line
-    write = o.writer(o[0], "b32" if mode == "ballot" else "pred")
+def _vote(o: _Operands) -> Effect:
+    """vote.sync.ballot: a bit for each lane."""
+    every, write, line = o.every(1, "pred"), o.writer(o[0]), o.line
 
     def vote(t: Threads, mask: Mask) -> None:
         t.whole_warps(mask, line)
-        x = every(t).reshape(-1, 32)
-        if mode == "ballot":
-            result = (x.astype(u4) << np.arange(32, dtype=u4)).sum(1).astype(u4)
-        else:
-            result = {"any": x.any, "all": x.all}[mode](axis=1)
-        write(t, np.repeat(result, 32), mask)
+        bits = every(t).reshape(-1, 32).astype(u4) << np.arange(32, dtype=u4)
+        write(t, np.repeat(bits.sum(1).astype(u4), 32), mask)
 
     return vote
 
 
-def _elect(o: _Operands) -> Step:
+def _elect(o: _Operands) -> Effect:
     """elect.sync: one lane of a warp, the first."""
     number, _, chosen = o[0].partition("|")
     write, tell, line = o.writer(number, "b32"), o.writer(chosen, "pred"), o.line
@@ -528,22 +492,19 @@ def _elect(o: _Operands) -> Step:
 # ---- matrices of a warp: 9.7.14 Warp Level Matrix Multiply-Accumulate --------------------------------------------
 
 
-def _rows(t: Threads, address: Array, first: Array, matrices: int, line: int) -> tuple[Array, Array]:
-    """(places, lanes) of the 16-byte rows of 8 × 8 matrices: matrix j's i-th row is where lane 8·j + i says."""
-    lanes = (first[:, None] + np.arange(8 * matrices)).ravel()
-    return t.shared.place(address[lanes], 16, lanes, line), lanes
+def _rows(first: Array, matrices: int) -> Array:
+    """Lanes that hold addresses of 16-byte rows of 8 × 8 matrices: of matrix j's row i it is lane 8·j + i of a warp."""
+    return (first[:, None] + np.arange(8 * matrices)).ravel()
 
 
-def _load_matrices(o: _Operands) -> Step:
+def _load_matrices(o: _Operands) -> Effect:
     """ldmatrix: lane i gets elements 2·(i mod 4), + 1 of row i / 4 of each matrix, or of its transpose."""
     registers, address, transposed, line = o.registers(0), o.address(o[1], "u32"), "trans" in o.words, o.line
-    if o.kind != "b16" or "m8n8" not in o.words:
-        raise ValueError(o.kind)
 
     def ldmatrix(t: Threads, mask: Mask) -> None:
         first = t.whole_warps(mask, line)
-        place, lanes = _rows(t, address(t), first, len(registers), line)
-        rows = t.shared.load(place, 16, lanes, line).view(u2).reshape(len(first), len(registers), 8, 8)
+        lanes = _rows(first, len(registers))
+        rows = t.shared.load(address(t)[lanes], 16, lanes, line).view(u2).reshape(len(first), len(registers), 8, 8)
         words = np.ascontiguousarray(rows.swapaxes(2, 3) if transposed else rows).view(u4)
         for j, register in enumerate(registers):
             t.put_rows(register, words[:, j].reshape(-1), t.active(mask), mask)
@@ -551,19 +512,17 @@ def _load_matrices(o: _Operands) -> Step:
     return ldmatrix
 
 
-def _store_matrices(o: _Operands) -> Step:
+def _store_matrices(o: _Operands) -> Effect:
     """stmatrix: the other way."""
     registers, address, transposed, line = o.registers(1), o.address(o[0], "u32"), "trans" in o.words, o.line
-    if o.kind != "b16" or "m8n8" not in o.words:
-        raise ValueError(o.kind)
 
     def stmatrix(t: Threads, mask: Mask) -> None:
         first, active = t.whole_warps(mask, line), t.active(mask)
         words = np.stack([t.full(t.registers[r])[active].reshape(-1, 32) for r in registers], 1)
         rows = words.view(u2).reshape(len(first), len(registers), 8, 8)
-        place, lanes = _rows(t, address(t), first, len(registers), line)
+        lanes = _rows(first, len(registers))
         data = np.ascontiguousarray(rows.swapaxes(2, 3) if transposed else rows).view(u1).reshape(-1, 16)
-        t.shared.store(place, data, lanes, line)
+        t.shared.store(address(t)[lanes], data, lanes, line)
 
     return stmatrix
 
@@ -571,7 +530,7 @@ def _store_matrices(o: _Operands) -> Step:
 _PRODUCTS: dict[str, Function] = {
     "bf16": v.from_bf16,
     "f16": v.from_f16,
-    "tf32": lambda x: (x & u4(0xFFFFE000)).view(v.f4),
+    "tf32": v.from_tf32,
 }
 
 
@@ -591,15 +550,13 @@ def _fragment(t: Threads, registers: list[int], kind: str, left: bool) -> Array:
     return np.ascontiguousarray(x.transpose(1, 0, 3, 4, 2)).reshape(x.shape[1], -1, 8)
 
 
-def _multiply(o: _Operands) -> Step:
+def _multiply(o: _Operands) -> Effect:
     """mma.sync: 16 × 8 sums of 32 bits a warp; lane 4·g + i holds columns 2·i, + 1 of rows g and g + 8."""
-    *_, layout, other, result, kind, _, last = o.words
-    if (layout, other, result, last) != ("row", "col", "f32", "f32") or "m16n8" not in o.words[3]:
-        raise ValueError(o.instruction.opcode)
+    kind = o.words[-2]
     to, a, b, c = map(o.registers, range(4))
     line, depth = o.line, int(o.words[3].partition("k")[2])
     if len(a) * (4 if kind == "tf32" else 8) != 2 * depth:
-        raise ValueError(o.instruction.opcode)
+        raise ValueError(depth)
 
     def mma(t: Threads, mask: Mask) -> None:
         t.whole_warps(mask, line)
@@ -614,25 +571,10 @@ def _multiply(o: _Operands) -> Step:
 # ---- what is asynchronous ----------------------------------------------------------------------------------------
 
 
-def _warpgroup(o: _Operands) -> Step:
-    """wgmma (9.7.15)."""
-    line = o.line
-    if o.words[1] == "fence":
-        return lambda t, mask: t.asynchronous.fence_registers()
-    if o.words[1] == "commit_group":
-        return lambda t, mask: t.asynchronous.commit_products(mask)
-    if o.words[1] == "wait_group":
-        most = int(o[0])
-        return lambda t, mask: t.asynchronous.wait_products(most, mask, line)
-    return _warpgroup_product(o)
-
-
-def _warpgroup_product(o: _Operands) -> Step:
-    """wgmma.mma_async: 64 × n sums; a warp has 16 rows, spread over its lanes as those of mma."""
-    shape = re.fullmatch(r"m64n(\d+)k(\d+)", o.words[4])
-    if shape is None or o.words[5] != "f32" or o.words[6] not in _PRODUCTS:
-        raise ValueError(o.instruction.opcode)
-    n, k, kind, line = int(shape[1]), int(shape[2]), o.words[6], o.line
+def _product(o: _Operands) -> Effect:
+    """wgmma.mma_async (9.7.15): 64 × n sums; a warp has 16 rows, spread over its lanes as those of mma."""
+    n, k = map(int, o.words[4].removeprefix("m64n").split("k"))
+    kind, line = o.words[6], o.line
     size = 4 if kind == "tf32" else 2
     sums = o.registers(0)
     left = o.registers(1) if o[1].startswith("{") else []
@@ -673,15 +615,8 @@ def _warpgroup_product(o: _Operands) -> Step:
     return wgmma
 
 
-def _copy(o: _Operands) -> Step:
-    """cp.async (9.7.9): copies of a thread, and bulk copies of tensors."""
-    if o.words[2] == "bulk":
-        return _bulk_copy(o)
-    if o.words[2] == "commit_group":
-        return lambda t, mask: t.asynchronous.commit_copies(mask)
-    if o.words[2] in ("wait_group", "wait_all"):
-        most = int(o[0]) if o.words[2] == "wait_group" else None
-        return lambda t, mask: t.asynchronous.wait_copies(most, mask)
+def _copy(o: _Operands) -> Effect:
+    """cp.async (9.7.9): a copy of a thread."""
     to, source, size, line = o.address(o[0], "u32"), o.address(o[1], "u64"), int(o[2], 0), o.line
     wanted = o.every(3, "u32") if len(o) > 3 else lambda t: t.full(u4(size))
 
@@ -692,15 +627,9 @@ def _copy(o: _Operands) -> Step:
     return copy
 
 
-def _bulk_copy(o: _Operands) -> Step:
-    if o.words[3] == "commit_group":
-        return lambda t, mask: t.asynchronous.commit_bulk(mask)
-    if o.words[3] == "wait_group":
-        most = int(o[0])
-        return lambda t, mask: t.asynchronous.wait_bulk(most, mask)
-    if o.words[3] != "tensor" or ("tile" not in o.words and any("im2col" in word for word in o.words)):
-        raise ValueError(o.instruction.opcode)
-    line, loads = o.line, o.words[5].startswith("shared")
+def _bulk_copy(o: _Operands) -> Effect:
+    """cp.async.bulk.tensor (9.7.9): a copy of a tensor map's block, to or from shared memory."""
+    line, loads = o.line, o.words[5] != "global"
     tensor, where = split((o[1] if loads else o[0])[1:-1])
     shared = o.address(o[0] if loads else o[1], "u32")
     descriptor = o.reader(tensor, "u64")
@@ -718,7 +647,17 @@ def _bulk_copy(o: _Operands) -> Step:
     return bulk
 
 
-def _mbarrier(o: _Operands) -> Step:
+def _wait(o: _Operands) -> Effect:
+    """The wait_group of cp.async, of bulk copies, and of wgmma: until so many groups are under way."""
+    most, line = int(o[0]), o.line
+    if o.words[0] == "wgmma":
+        return lambda t, mask: t.asynchronous.wait_products(most, mask, line)
+    if "bulk" in o.words:
+        return lambda t, mask: t.asynchronous.wait_bulk(most, mask)
+    return lambda t, mask: t.asynchronous.wait_copies(most, mask)
+
+
+def _mbarrier(o: _Operands) -> Effect:
     """mbarrier (9.7.13)."""
     what, line = o.words[1], o.line
     if what == "init":
@@ -729,62 +668,66 @@ def _mbarrier(o: _Operands) -> Step:
         return lambda t, mask: t.asynchronous.unmake(address(t), t.active(mask), line)
     address = o.address(o[1], "u32")
     if what == "arrive":
-        expects = "expect_tx" in o.words
         number = int(o[2]) if len(o) > 2 else 1
-        count, expected = (1, number) if expects else (number, 0)
+        count, expected = (1, number) if "expect_tx" in o.words else (number, 0)
         return lambda t, mask: t.asynchronous.arrive(address(t), count, expected, t.active(mask), line)
-    if what not in ("try_wait", "test_wait") or "parity" not in o.words:
-        raise ValueError(what)
     parity, write = o.every(2, "u32"), o.writer(o[0], "pred")
     return lambda t, mask: write(t, t.asynchronous.wait(address(t), parity(t), t.active(mask), line), mask)
 
 
-def _fence(o: _Operands) -> Step:
-    """fence (9.7.13): between proxies it lets bulk copies and wgmma see ordinary stores; others order what is so."""
-    if "proxy" in o.words:
-        return lambda t, mask: t.shared.fence(t.active(mask))
+def _nothing(o: _Operands) -> Effect:
     return lambda t, mask: None
 
 
-def _warp_barrier(o: _Operands) -> Step:
-    """bar.warp.sync: lanes of a warp are in step."""
-    if o.words[1] != "warp":
-        raise ValueError(o.instruction.opcode)
-    return lambda t, mask: None
+def _end(o: _Operands) -> Effect:
+    """What ends a block, which :class:`.machine.Machine` does; a barrier is one of all threads of a CTA."""
+    if "sync" in o.words and (o.statement.predicate is not None or o.statement.operands != ["0"]):
+        raise ValueError("a barrier of some threads")
+    if o.words[0] == "bra" and o[0] not in o.program.labels:
+        raise ValueError(o[0])
+    return _nothing(o)
 
 
-def _policy(o: _Operands) -> Step:
-    """createpolicy (9.7.9): a hint for the cache."""
-    write = o.writer(o[0], "b64")
-    return lambda t, mask: write(t, u8(0), mask)
+_N = r"(b?f|[bus])\d+"  # a type
+_SHARED = r"\.shared(::cta)?"
 
-
-SPECIAL: dict[str, Callable[[_Operands], Step]] = {
-    "mul": _wide,
-    "mad": _wide,
-    "popc": _count,
-    "clz": _count,
-    "mov": _move,
-    "cvta": _move,
-    "selp": _select,
-    "setp": _compare,
-    "cvt": _convert,
-    "ld": _load,
-    "st": _store,
-    "atom": _atomic,
-    "red": _atomic,
-    "shfl": _shuffle,
-    "redux": _reduce,
-    "vote": _vote,
-    "elect": _elect,
-    "ldmatrix": _load_matrices,
-    "stmatrix": _store_matrices,
-    "mma": _multiply,
-    "wgmma": _warpgroup,
-    "cp": _copy,
-    "mbarrier": _mbarrier,
-    "fence": _fence,
-    "bar": _warp_barrier,
-    "createpolicy": _policy,
-    **{name: lambda o: lambda t, mask: None for name in _HINTS},
+# What tables do not do: the whole opcode, as a regular expression.
+FORMS: dict[str, Callable[[_Operands], Effect]] = {
+    r"(mul|mad)\.wide\.[us](16|32)": _wide,
+    rf"(mov|cvta\.param)\.(pred|{_N})": _move,
+    rf"selp\.{_N}": _select,
+    rf"setp\.\w+(\.(and|or|xor))?\.{_N}(x2)?": _compare,
+    r"cvt\..*": _convert,
+    rf"ld\.param(\.v[24])?\.{_N}": _parameter,
+    rf"ld\.(global|shared)(\.v[24])?\.{_N}": _load,
+    rf"st\.(global|shared)(\.v[24])?\.{_N}": _store,
+    r"(atom|red)(\.(relaxed|cta|gpu|sys|shared|global))+\.(add|min|max|and|or|xor)\.[bsu](32|64)": _atomic,
+    r"shfl\.sync\.(up|down|bfly|idx)\.b32": _shuffle,
+    r"redux\.sync\.(add|min|max|and|or|xor)\.[bsu]32": _reduce,
+    r"vote\.sync\.ballot\.b32": _vote,
+    r"elect\.sync": _elect,
+    r"ldmatrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared\.b16": _load_matrices,
+    r"stmatrix\.sync\.aligned\.m8n8\.x[124](\.trans)?\.shared\.b16": _store_matrices,
+    r"mma\.sync\.aligned\.m16n8k\d+\.row\.col\.f32\.(bf16|f16|tf32)\.\1\.f32": _multiply,
+    # 9.7.15
+    r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k\d+\.f32\.(bf16|f16|tf32)\.\1": _product,
+    r"wgmma\.fence\.sync\.aligned": lambda o: lambda t, mask: t.asynchronous.fence_registers(),
+    r"wgmma\.commit_group\.sync\.aligned": lambda o: lambda t, mask: t.asynchronous.commit_products(mask),
+    r"wgmma\.wait_group\.sync\.aligned": _wait,
+    # 9.7.9. After .read a bulk copy has read shared memory and may not have written: what it writes no program reads.
+    r"cp\.async\.c[ag]\.shared\.global": _copy,
+    r"cp\.async\.commit_group": lambda o: lambda t, mask: t.asynchronous.commit_copies(mask),
+    r"cp\.async\.wait_all": lambda o: lambda t, mask: t.asynchronous.wait_copies(None, mask),
+    r"cp\.async\.bulk\.tensor\.[1-5]d\.shared::(cta|cluster)\.global\.mbarrier::complete_tx::bytes": _bulk_copy,
+    r"cp\.async\.bulk\.tensor\.[1-5]d\.global\.shared::cta\.bulk_group": _bulk_copy,
+    r"cp\.async\.bulk\.commit_group": lambda o: lambda t, mask: t.asynchronous.commit_bulk(mask),
+    r"cp\.async(\.bulk)?\.wait_group|cp\.async\.bulk\.wait_group\.read": _wait,
+    # 9.7.13. Barriers alone order what two warps do, so that an ordinary fence adds nothing; one between proxies lets
+    # bulk copies and wgmma see ordinary stores. Lanes of a warp are in step.
+    rf"mbarrier\.(init|inval|arrive(\.expect_tx)?|(try|test)_wait\.parity){_SHARED}\.b64": _mbarrier,
+    r"fence\.proxy\.async(\.shared::cta)?": lambda o: lambda t, mask: t.shared.fence(t.active(mask)),
+    r"membar\.(cta|gl|sys)|fence\.(acq_rel|sc)\.(cta|gpu|sys)|bar\.warp\.sync": _nothing,
+    r"(bar|barrier)\.sync(\.aligned)?": _end,
+    r"bra(\.uni)?|ret|exit": _end,  # 9.7.12 Control Flow
+    r"trap": _end,  # 9.7.19 Miscellaneous
 }

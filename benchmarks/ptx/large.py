@@ -23,17 +23,18 @@ PROGRAMS = 16  # of a launch, the last ones
 
 
 def cases(dtype: str) -> list[Case]:
-    """Each has an operand or a result of more than 2³¹ elements."""
+    """Each has an operand or a result of more than 2³¹ elements; in TF32 none: addresses are float32's."""
     x = DTYPES[dtype]
     rows = (1 << 31) // (64 * 64) + 2 * ROWS
     high = (1, 64, rows, 64)
-    return [
+    cases = [
         Case("affine_act", high, x, mode="inference"),
         Case("max_pool2x2", high, x, mode="inference"),
         Case("conv2d", high, x, filters=64, stats=False, mode="inference", algorithm="triton"),
         Case("conv_transpose2d", (1, 64, rows // 4, 64), x, filters=64, kernel=2, stats=False, mode="inference"),
         Case("upsample_concat", (1, 64, rows // 4, 64), x, mode="inference", nearest=True),
     ]
+    return [] if dtype == "tf32" else cases
 
 
 def run(case: Case, chip: str, dtype: str) -> Trial:

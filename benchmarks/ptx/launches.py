@@ -25,15 +25,15 @@ from triton.runtime.jit import JITFunction
 from benchmarks import recorder
 from benchmarks.chips import CHIPS
 from benchmarks.ptx import machine
-from benchmarks.ptx.asynchronous import Tensor
+from benchmarks.ptx.asynchronous import TensorMap
 from benchmarks.ptx.findings import Findings
 from benchmarks.ptx.memory import GlobalMemory
 from benchmarks.ptx.program import PARAMETER, PARAMETERS
 from benchmarks.ptx.values import Array, u1
 from fastunet.architecture import as_if_on
 
-_FORMATS = {"i1": "?", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q", "u64": "Q"}
-_FORMATS |= {"fp32": "f", "fp64": "d"}
+_PACKED = {"i1": "?", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q", "u64": "Q"}
+_PACKED |= {"fp32": "f", "fp64": "d"}
 
 
 @dataclass(eq=False)
@@ -59,12 +59,12 @@ _compiled: dict[str, Compiled] = {}
 
 # A program's text before it is run: where faults are planted.
 Change = Callable[[str], str]
-Choice = Callable[[int], Sequence[int]]  # of so many programs of a grid, those that run, in their order
+Selection = Callable[[int], Sequence[int]]  # of so many programs of a grid, those that run, in their order
 
 
 @contextmanager
 def emulated(
-    chip: str, change: Change | None = None, programs: Choice | None = None, order: int = machine.IN_STEP
+    chip: str, change: Change | None = None, programs: Selection | None = None, order: int = machine.IN_STEP
 ) -> Iterator[Report]:
     """Inside, launches run on CPU tensors as on that chip; the report says what was found.
 
@@ -78,7 +78,7 @@ def emulated(
         kernel, todo = _ready(launch, chip, change)
         if kernel not in report.kernels:
             report.kernels.append(kernel)
-        todo.findings, count = report.findings, math.prod(todo.grid)
+        todo.findings, count = report.findings, math.prod(todo.size)
         if count:
             kernel.machine.run(todo, programs(count) if programs else None, order)
 
@@ -132,7 +132,7 @@ def _no_assembler() -> Iterator[None]:
         knobs.runtime.add_stages_inspection_hook = kept
 
 
-def _ready(launch: recorder.Launch, chip: str, change: Change | None) -> tuple[Compiled, machine.Launch]:
+def _ready(launch: recorder.Launch, chip: str, change: Change | None) -> tuple[Compiled, machine.Grid]:
     """The kernel of a launch, and the launch as the machine takes it."""
     wanted, kernel = compiled(launch, chip, change)
     program = kernel.machine.program
@@ -150,8 +150,8 @@ def _ready(launch: recorder.Launch, chip: str, change: Change | None) -> tuple[C
     words = dict(zip(program.parameters, [*arguments.words, *[bytes(8)] * 4], strict=False))
     for name, size in program.parameters.items():
         assert len(words[name]) == size, f"{name} has {size} bytes, its argument {len(words[name])}"
-    tensors = {PARAMETERS + PARAMETER * place: tensor for place, tensor in arguments.tensors.items()}
-    return kernel, machine.Launch(memory, words, tensors, grid, kernel.shared, Findings())
+    tensors = {PARAMETERS + PARAMETER * number: tensor for number, tensor in arguments.tensors.items()}
+    return kernel, machine.Grid(memory, words, tensors, grid, kernel.shared, Findings())
 
 
 class _Arguments:
@@ -160,7 +160,7 @@ class _Arguments:
     def __init__(self, memory: GlobalMemory, maps: list[Any]) -> None:
         self.memory, self.maps = memory, iter(maps)
         self.words: list[bytes] = []
-        self.tensors: dict[int, Tensor] = {}  # by the number of the parameter
+        self.tensors: dict[int, TensorMap] = {}  # by the number of the parameter
         self._bases: dict[int, int] = {}  # addresses of storages
 
     def add(self, name: str, kind: Any, value: Any) -> None:
@@ -175,7 +175,7 @@ class _Arguments:
         elif isinstance(value, torch.Tensor):
             self.words.append(struct.pack("Q", self._address(name, value)))
         else:
-            self.words.append(struct.pack(_FORMATS[kind], value))
+            self.words.append(struct.pack(_PACKED[kind], value))
 
     def _address(self, name: str, x: torch.Tensor) -> int:
         start = x.untyped_storage().data_ptr()
@@ -192,7 +192,7 @@ class _Arguments:
         fill = bytes(x.element_size())
         if descriptor.padding == "nan":
             fill = torch.tensor([float("nan")], dtype=x.dtype).view(torch.uint8).numpy().tobytes()
-        self.tensors[len(self.words)] = Tensor(
+        self.tensors[len(self.words)] = TensorMap(
             self._address(name, x), x.element_size(), tuple(descriptor.shape), tuple(descriptor.strides), block,
             int(about["swizzle"]), fill,
         )  # fmt: skip

@@ -7,73 +7,66 @@ and those that did not meet again behind it. A CTA's barrier lets its threads on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from benchmarks.ptx.asynchronous import Asynchronous, Tensor
+from benchmarks.ptx.asynchronous import Asynchronous, TensorMap
 from benchmarks.ptx.findings import Findings, StoppedError
+from benchmarks.ptx.instructions import effect
 from benchmarks.ptx.memory import GlobalMemory, SharedMemory
-from benchmarks.ptx.program import Program, ends_block
+from benchmarks.ptx.program import Program, Statement, UnknownError, ends_block
 from benchmarks.ptx.values import UNSIGNED, Array, i4, i8, u4
 
 LANES = 1024  # threads that run in step: the more, the less Python for each
-MOST_STEPS = 100_000  # blocks that a batch may run through: more is a loop without end
+MOST_BLOCKS = 100_000  # blocks that a batch may run through: more is a loop without end
 
 # The order in which threads run: all in step, or each warp as far as it comes, from the first one on or the last.
 IN_STEP, FIRST_WARP, LAST_WARP = 0, 1, -1
 
 Mask = Any  # which threads: an array of bools, or None: all
-Step = Callable[["Threads", Mask], None]
+Effect = Callable[["Threads", Mask], None]  # of an instruction
 
 
 @dataclass
-class Launch:
-    """A launch on its way: its memory, parameters, and grid."""
+class Grid:
+    """The programs of one launch: how many, their memory and parameters."""
 
     memory: GlobalMemory
     parameters: dict[str, bytes]
-    tensors: dict[int, Tensor]  # descriptors, by their addresses
-    grid: tuple[int, int, int]
+    tensors: dict[int, TensorMap]  # by their addresses
+    size: tuple[int, int, int]
     shared: int  # bytes a CTA
     findings: Findings
 
 
 class Threads:
-    """Registers and places of the threads of some CTAs of a launch."""
+    """The threads of some CTAs of a grid, and what they hold."""
 
-    def __init__(self, program: Program, launch: Launch, programs: Sequence[int]) -> None:
-        self.program, self.launch, self.findings = program, launch, launch.findings
-        self.size, self.ctas = program.threads, len(programs)
+    def __init__(self, program: Program, grid: Grid, programs: Sequence[int]) -> None:
+        self.program: Program = program
+        self.grid: Grid = grid
+        self.findings = grid.findings
+        self.size: int = program.threads
+        self.ctas = len(programs)
         self.warps, self.lanes = self.size // 32, self.size * self.ctas
         self.all = np.arange(self.lanes)
         self.cta = np.repeat(np.arange(self.ctas), self.size)
-        thread = np.tile(np.arange(self.size, dtype=u4), self.ctas)
-        self.warp, self.lane = (thread // 32).astype(i4), thread % u4(32)
-        self.program_id = np.repeat(np.asarray(programs, u4), self.size)
-        self.number = self.program_id * u4(self.size) + thread + u4(1)  # over the grid, from 1
+        self.thread: Array = np.tile(np.arange(self.size, dtype=u4), self.ctas)
+        self.warp, self.lane = (self.thread // 32).astype(i4), self.thread % u4(32)
+        self.program_id: Array = np.repeat(np.asarray(programs, u4), self.size)
+        self.number = self.program_id * u4(self.size) + self.thread + u4(1)  # over the grid, from 1
         self.epoch = np.zeros(self.ctas, i4)
-        x, y, z = map(u4, launch.grid)
-        self.special: dict[str, Any] = {
-            "%tid.x": thread, "%tid.y": u4(0), "%tid.z": u4(0), "%ntid.x": u4(self.size),
-            "%laneid": self.lane, "%warpid": self.warp.astype(u4),
-            "%ctaid.x": self.program_id % x, "%ctaid.y": self.program_id // x % y,
-            "%ctaid.z": self.program_id // x // y,
-            "%nctaid.x": x, "%nctaid.y": y, "%nctaid.z": z, "%cluster_ctarank": u4(0),
-        }  # fmt: skip
-        self.memory = launch.memory
-        self.shared = SharedMemory(self, launch.shared, program.granules["shared"])
-        self.asynchronous = Asynchronous(self)
+        self.memory: GlobalMemory = grid.memory
+        self.shared: SharedMemory = SharedMemory(self, grid.shared, program.granules["shared"])
+        self.asynchronous: Asynchronous = Asynchronous(self)
         # What nothing has written is all ones: NaN, of which a result shows.
-        self.registers: list[Any] = []
-        self.grow()
-
-    def grow(self) -> None:
-        """Give registers that were met since a place."""
-        for size in self.program.sizes[len(self.registers) :]:
-            self.registers.append(UNSIGNED[size](np.iinfo(UNSIGNED[size]).max) if size else np.bool_(False))
+        self.registers: list[Any] = [
+            UNSIGNED[size](np.iinfo(UNSIGNED[size]).max) if size else np.bool_(False) for size in program.sizes
+        ]
 
     # ---- for instructions ----
 
@@ -127,45 +120,46 @@ class Threads:
 
 
 class Machine:
-    """A kernel, ready to run: its instructions are made into functions when they are first met."""
+    """A kernel, read and ready to run; raises :class:`.program.UnknownError` if something in it is not understood."""
 
     def __init__(self, text: str) -> None:
-        self.program = Program(text)
-        self._steps: dict[int, list[tuple[Step, int | None, bool, int]]] = {}
+        self.program = program = Program(text)
+        # Of each block (effect, number of its predicate, whether that is negated, line), and what ends it.
+        self._effects: list[list[tuple[Effect, int | None, bool, int]]] = []
+        self._ends: list[tuple[Statement | None, int | None]] = []
+        for number in range(program.blocks):
+            block = program.block(number)
+            read = [(effect(program, one), self._predicate(one), one.negated, one.line) for one in block]
+            ends = bool(block) and ends_block(block[-1])
+            self._effects.append(read[:-1] if ends else read)
+            self._ends.append((block[-1], read[-1][1]) if ends else (None, None))
         self.ran: set[int] = set()  # lines of the instructions that some thread executed
 
-    def run(self, launch: Launch, programs: Sequence[int] | None = None, order: int = IN_STEP) -> None:
+    def _predicate(self, one: Statement) -> int | None:
+        if one.predicate is None:
+            return None
+        number = self.program.register(one.predicate)
+        if number is None:
+            raise UnknownError(f"a predicate that is not understood: @{one.predicate} {one}")
+        return number
+
+    def run(self, grid: Grid, programs: Sequence[int] | None = None, order: int = IN_STEP) -> None:
         """Run the programs of a grid, in this order: all, first to last."""
         if programs is None:
-            programs = range(launch.grid[0] * launch.grid[1] * launch.grid[2])
+            programs = range(math.prod(grid.size))
         batch = max(1, LANES // self.program.threads)
         threads = None
         for start in range(0, len(programs), batch):
-            threads = Threads(self.program, launch, programs[start : start + batch])
+            threads = Threads(self.program, grid, programs[start : start + batch])
             with np.errstate(all="ignore"):  # as on a GPU
                 self._run(threads, order)
             threads.asynchronous.finish()
         if threads is not None:
-            launch.memory.finish(threads)
-
-    def _block(self, number: int, t: Threads) -> list[tuple[Step, int | None, bool, int]]:
-        """The steps of a block without its end: (step, number of its predicate, whether that is negated, line)."""
-        steps = self._steps.get(number)
-        if steps is None:
-            from benchmarks.ptx.instructions import step
-
-            steps = []
-            for one in self.program.block(number):
-                predicate = None if one.predicate is None else self.program.register(one.predicate)
-                if not ends_block(one):
-                    steps.append((step(self.program, one), predicate, one.negated, one.line))
-            self._steps[number] = steps
-            t.grow()
-        return steps
+            grid.memory.finish(threads)
 
     def _run(self, t: Threads, order: int) -> None:
         flow = _Flow(t, order)
-        for _ in range(MOST_STEPS):
+        for _ in range(MOST_BLOCKS):
             found = flow.next()
             if found is None:
                 return
@@ -173,7 +167,7 @@ class Machine:
             if number >= self.program.blocks:
                 flow.exit(mask)
                 continue
-            for run, predicate, negated, line in self._block(number, t):
+            for run, predicate, negated, line in self._effects[number]:
                 wanted = mask
                 if predicate is not None:
                     value = t.registers[predicate]
@@ -190,31 +184,27 @@ class Machine:
         raise StoppedError(f"{self.program.name} does not end")
 
     def _end(self, flow: _Flow, number: int, mask: Mask, t: Threads) -> None:
-        code = self.program.block(number)
-        last = code[-1] if code else None
-        if last is None or not ends_block(last):
+        last, predicate = self._ends[number]
+        if last is None:
             flow.add(number + 1, mask)
             return
         self.ran.add(last.line)
         there: Mask = mask
         stay: Mask = None
-        if last.predicate is not None:
-            value = t.full(t.registers[self.program.register(last.predicate) or 0])
+        if predicate is not None:
+            value = t.full(t.registers[predicate])
             value = ~value if last.negated else value
             there = value if mask is None else value & mask
             stay = ~value if mask is None else ~value & mask
         if last.words[0] == "bra":
             target = self.program.block_at[self.program.labels[last.operands[0]]]
             flow.add(target, there, waits=target == number)
-        elif last.words[0] in ("ret", "exit"):
-            flow.exit(there)
-        elif last.words[0] == "trap":
-            t.found("trap", last.line)
-            flow.exit(there)
-        else:
-            assert last.predicate is None, str(last)
-            assert last.operands in (["0"], []), f"a barrier of some threads is not understood: {last}"
+        elif last.words[0] in ("bar", "barrier"):
             flow.wait(number + 1, there)
+        else:
+            if last.words[0] == "trap":
+                t.found("trap", last.line)
+            flow.exit(there)
         if stay is not None:
             flow.add(number + 1, stay)
 
@@ -298,7 +288,7 @@ class _Flow:
         for number in np.unique(self.waiting[go]):
             self.add(int(number), go & (self.waiting == number))
         for cta in np.flatnonzero(ready):
-            places = np.unique(self.waiting[(self.t.cta == cta) & go])
-            if len(places) > 1:
-                self.t.found("threads of a CTA meet at different barriers", 0, str(places))
+            blocks = np.unique(self.waiting[(self.t.cta == cta) & go])
+            if len(blocks) > 1:
+                self.t.found("threads of a CTA meet at different barriers", 0, f"before blocks {blocks}")
         self.waiting[go] = -1

@@ -2,8 +2,8 @@
 
 Time is counted in *epochs*: how often a CTA has passed ``bar.sync``. Within an epoch nothing orders what two warps do
 (lanes of one warp are taken to run in step, as Triton takes them); between programs of a launch nothing does. Chapter 8
-of the PTX ISA, the memory consistency model, says so; 8.2.2, *Vector data types*, makes a vector access several
-scalar ones, so shadows are kept by granules: the least that the kernel accesses at once.
+of the PTX ISA, the memory consistency model, says so; 8.2.4, *Memory Operations on Vector Data Types*, makes a vector
+access several scalar ones, so shadows are kept by granules: the least that the kernel accesses at once.
 
 - **Shared memory** remembers for each granule the last warp that wrote it, the last epoch in which each warp read it,
   and what asynchronous instructions do with it: a copy that is under way to it, a ``wgmma`` or a bulk copy that still
@@ -87,7 +87,7 @@ class GlobalMemory:
 
     # Addresses, data and ``lanes`` (the threads that access) are arrays of one length from here on.
 
-    def _places(
+    def _regions(
         self, t: Threads, address: Array, size: int, lanes: Array, line: int
     ) -> Iterator[tuple[Region, Array, Any]]:
         """(region, offsets, which of the lanes) for each region that is accessed within its bounds."""
@@ -119,7 +119,7 @@ class GlobalMemory:
     def load(self, t: Threads, address: Array, size: int, lanes: Array, line: int) -> Array:
         """What lies there, (lanes, size) bytes; 0 out of bounds."""
         out = np.zeros((len(lanes), size), u1)
-        for region, offset, which in self._places(t, address, size, lanes, line):
+        for region, offset, which in self._regions(t, address, size, lanes, line):
             out[which] = np.ascontiguousarray(region.view(size)[offset // size]).view(u1).reshape(-1, size)
             self.read(t, region, self._granules(offset, size), lanes[which], line)
         return out
@@ -139,7 +139,7 @@ class GlobalMemory:
     def store(self, t: Threads, address: Array, data: Array, lanes: Array, line: int) -> None:
         """Write (lanes, size) bytes."""
         size = data.shape[1]
-        for region, offset, which in self._places(t, address, size, lanes, line):
+        for region, offset, which in self._regions(t, address, size, lanes, line):
             new = np.ascontiguousarray(data[which]).view(_words(size)).reshape(-1)
             self.wrote(
                 t, region, self._granules(offset, size), lanes[which], line, region.view(size), offset // size, new
@@ -170,13 +170,13 @@ class GlobalMemory:
             clash = bool(((other & unordered).any(1) & (view[index] != new)).any())
         view[index] = new
         if clash or (view[index] != new).any():
-            t.found("global race: two threads write different values to one place", line, region.name)
+            t.found("global race: two threads write different values to one address", line, region.name)
         region.writer[granules] = me
         region.epoch[granules] = t.epoch_of(lanes)[:, None]
 
     def update(self, t: Threads, address: Array, function: Any, operand: Array, lanes: Array, line: int) -> None:
         """Combine what lies there with the operands; among themselves such updates are no races."""
-        for region, offset, which in self._places(t, address, operand.itemsize, lanes, line):
+        for region, offset, which in self._regions(t, address, operand.itemsize, lanes, line):
             function.at(region.view(operand.itemsize).view(operand.dtype), offset // operand.itemsize, operand[which])
 
     def finish(self, t: Threads) -> None:
@@ -217,7 +217,7 @@ class SharedMemory:
         """The granules, a row for each address."""
         return (address // self.granule)[:, None] + np.arange(max(size // self.granule, 1))
 
-    def place(self, address: Array, size: int, lanes: Array, line: int) -> Array:
+    def locate(self, address: Array, size: int, lanes: Array, line: int) -> Array:
         """The addresses in :attr:`data` of those within the CTAs' windows, which must hold them."""
         address = address.astype(i8)
         outside = (address < 0) | (address + size > self.size)
@@ -230,16 +230,18 @@ class SharedMemory:
             raise StoppedError("misaligned shared access")
         return address + self.base[lanes]
 
-    # ---- ordinary accesses: ``address`` as :meth:`place` gives it ----
+    # ---- ordinary accesses, by addresses in the CTAs' windows ----
 
     def load(self, address: Array, size: int, lanes: Array, line: int) -> Array:
         """What lies there, (lanes, size) bytes."""
+        address = self.locate(address, size, lanes, line)
         self.read(self.granules(address, size), lanes, line)
         return np.ascontiguousarray(self.view(size)[address // size]).view(u1).reshape(-1, size)
 
     def store(self, address: Array, data: Array, lanes: Array, line: int) -> None:
         """Write (lanes, size) bytes."""
         size = data.shape[1]
+        address = self.locate(address, size, lanes, line)
         view, index = self.view(size), address // size
         new = np.ascontiguousarray(data).view(_words(size)).reshape(-1)
         granules = self.granules(address, size)
@@ -262,6 +264,7 @@ class SharedMemory:
 
         Among themselves such updates are no races.
         """
+        address = self.locate(address, operand.itemsize, lanes, line)
         view, index = self.view(operand.itemsize).view(operand.dtype), address // operand.itemsize
         granules = self.granules(address, operand.itemsize)
         ordinary = self.writer[granules] & 255 != UPDATE
@@ -269,9 +272,9 @@ class SharedMemory:
         self._check_read(granules[ordinary][:, None], owners, line, "update")
         self.write(granules, lanes, line, changed=ordinary)
         old = np.empty_like(operand)
-        for i, (place, value) in enumerate(zip(index, operand, strict=True)):
-            old[i] = view[place]
-            view[place] = function(view[place], value)
+        for i, (at, value) in enumerate(zip(index, operand, strict=True)):
+            old[i] = view[at]
+            view[at] = function(view[at], value)
         self.writer[granules] = self.t.epoch_of(lanes)[:, None] << 8 | UPDATE
         self.unfenced[granules] = True
         return old
@@ -338,7 +341,7 @@ class SharedMemory:
             self.reader[self.t.warp[lane], granules] = self.t.epoch_of(lane)
 
     def check_fenced(self, granules: Array, line: int) -> None:
-        """The asynchronous proxy accesses these granules (8.7, proxies)."""
+        """The asynchronous proxy accesses these granules (8.6, *Proxies*)."""
         if self.unfenced[granules].any():
             self.t.found("asynchronous access to ordinary stores with no fence.proxy.async between", line)
 

@@ -23,13 +23,17 @@ _REGISTERS = re.compile(r"(%?\w+)<(\d+)>")
 _NUMBERED = re.compile(r"(%[a-z]+)\d+$")
 _NAME = re.compile(r"(?<![\w%@.])[A-Za-z_]\w*(?!@)")
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]+)"')
-_PLACE = re.compile(r"(?:\.loc|inlined_at)\s+(\d+)\s+(\d+)")
+_LOCATION = re.compile(r"(?:\.loc|inlined_at)\s+(\d+)\s+(\d+)")
 _PARAMETER = re.compile(r"\.param\s+(.*?)\s*(\w+_param_\d+)(?:\[(\d+)\])?")
 
 
+class UnknownError(NotImplementedError):
+    """Something that is not understood; the message names it."""
+
+
 @dataclass(slots=True)
-class Instruction:
-    """``@[!]predicate opcode operands`` on a line of the text."""
+class Statement:
+    """An instruction statement (4.3): ``@[!]predicate opcode operands`` on a line of the text."""
 
     opcode: str
     operands: list[str]
@@ -52,20 +56,21 @@ class Program:
         self.lines = text.split("\n")
         entry = re.search(r"\.visible \.entry (\w+)\((.*?)\n\)", text, re.DOTALL)
         threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", text)
-        assert entry is not None, "expected one .visible .entry"
-        assert threads is not None, "expected .reqntid"
+        if entry is None or threads is None:
+            raise UnknownError("a kernel that is not one .visible .entry with .reqntid")
         self.name, self.threads = entry[1], int(threads[1])
         self.parameters: dict[str, int] = {}  # bytes, by name
         for kind, name, length in _PARAMETER.findall(entry[2]):
             basic = re.search(r"\.([bsuf]\d+)\b", re.sub(r"\.align \d+", "", kind))
-            assert basic is not None, kind
+            if basic is None:
+                raise UnknownError(f"a parameter of a type that is not understood: {kind} {name}")
             self.parameters[name] = SIZES[basic[1]] * int(length or 1)
         self.symbols = {name: PARAMETERS + PARAMETER * i for i, name in enumerate(self.parameters)}
         self.symbols["global_smem"] = 0
         self.sizes: list[int] = []  # of each register, in bytes
         self._registers: dict[str, int] = {}
         self._prefixes: dict[str, int] = {}
-        self.code: list[Instruction] = []
+        self.code: list[Statement] = []
         self.labels: dict[str, int] = {}
         self.sources: dict[int, str] = {}  # file and line that an instruction came from, by its line
         start = text.index("{", threads.end())
@@ -81,7 +86,7 @@ class Program:
         for number, line in enumerate(body[1:].split("\n"), before + 1):
             line = _COMMENT.sub("", line).strip()
             if line.startswith(".loc"):
-                source = " in ".join(f"{files.get(file, '?')}:{place}" for file, place in _PLACE.findall(line))
+                source = " in ".join(f"{files.get(file, '?')}:{number}" for file, number in _LOCATION.findall(line))
                 continue
             pending = f"{pending} {line}".strip()
             while pending:
@@ -105,6 +110,8 @@ class Program:
     def _statement(self, statement: str, scopes: list[dict[str, str]], line: int, source: str) -> None:
         if statement.startswith(".reg"):
             _, kind, names = statement.split(None, 2)
+            if kind[1:] not in SIZES:
+                raise UnknownError(f"registers of a type that is not understood: {statement}")
             for name in map(str.strip, names.split(",")):
                 many = _REGISTERS.match(name)
                 if many:
@@ -122,7 +129,7 @@ class Program:
             known = {name: unique for scope in scopes for name, unique in scope.items()}
             rest = _NAME.sub(lambda found: known.get(found[0], found[0]), rest)
             predicate = predicate and known.get(predicate, predicate)
-        self.code.append(Instruction(opcode, split(rest), predicate, bool(negated), line))
+        self.code.append(Statement(opcode, split(rest), predicate, bool(negated), line))
         self.sources[line] = source
 
     def register(self, name: str) -> int | None:
@@ -138,7 +145,7 @@ class Program:
     def _cut(self) -> None:
         """Blocks begin at labels that something branches to and where a warpgroup meets for its products; they end at
         branches, exits and barriers."""
-        targets = {self.labels[i.operands[0]] for i in self.code if i.words[0] == "bra"}
+        targets = {self.labels.get(i.operands[0], 0) for i in self.code if i.words[0] == "bra"}
         ends = {n + 1 for n, i in enumerate(self.code) if ends_block(i)}
         meetings = {n for n, i in enumerate(self.code) if i.opcode.startswith("wgmma.fence")}
         self.starts = sorted({0} | targets | ends | meetings | {len(self.code)})
@@ -150,39 +157,33 @@ class Program:
     def blocks(self) -> int:
         return len(self.starts) - 1
 
-    def block(self, number: int) -> list[Instruction]:
+    def block(self, number: int) -> list[Statement]:
         """The instructions of a block."""
         return self.code[self.starts[number] : self.starts[number + 1]]
 
     def _granule(self, space: str) -> int:
         """Bytes of the least access to a state space, at most 4: what its shadow memory is kept by."""
-        sizes = [SIZES[i.words[-1]] for i in self.code if i.words[0] in ("ld", "st", "atom", "red") and is_in(i, space)]
+        kinds = [i.words[-1] for i in self.code if i.words[0] in ("ld", "st", "atom", "red") and space in i.words]
+        sizes = [SIZES.get(kind, 1) for kind in kinds]  # another type is named when its instruction is read
         copies = [int(i.operands[2], 0) for i in self.code if i.opcode.startswith(("cp.async.ca", "cp.async.cg"))]
         return min([4, *sizes, *copies])
 
 
-def is_in(instruction: Instruction, space: str) -> bool:
-    """Whether an access is to that state space; of shared memory a CTA has a window of its own (``shared::cta``)."""
-    return any(word.partition("::")[0] == space for word in instruction.words)
-
-
-def ends_block(instruction: Instruction) -> bool:
+def ends_block(statement: Statement) -> bool:
     """Whether a block ends behind it."""
-    return instruction.words[0] in ("bra", "ret", "exit", "trap", "barrier") or instruction.opcode.startswith(
-        "bar.sync"
-    )
+    return statement.words[0] in ("bra", "ret", "exit", "trap", "barrier") or statement.opcode.startswith("bar.sync")
 
 
 def split(operands: str) -> list[str]:
     """Operands at the commas outside brackets."""
     found, depth, start = [], 0, 0
-    for place, letter in enumerate(operands):
+    for i, letter in enumerate(operands):
         if letter in "{[(":
             depth += 1
         elif letter in "}])":
             depth -= 1
         elif letter == "," and not depth:
-            found.append(operands[start:place].strip())
-            start = place + 1
+            found.append(operands[start:i].strip())
+            start = i + 1
     last = operands[start:].strip()
     return [*found, last] if last else found

@@ -1,6 +1,6 @@
 """What registers hold: bits, as numpy arrays of unsigned integers, and the numbers that they stand for.
 
-A register is one bit pattern for every thread, or a numpy scalar where all threads have the same. :data:`KINDS` says
+A register is one bit pattern for every thread, or a numpy scalar where all threads have the same. :data:`FORMATS` says
 for each PTX type how bits become numbers to compute with (16-bit floats become float32, a packed pair becomes two
 columns) and how numbers become bits. Sums, products and fused multiply-adds are rounded once, as the ISA says
 (9.7.3 and 9.7.4); what it calls ``.approx`` or ``.full`` is as wrong as it may be: see :func:`approximate`.
@@ -49,10 +49,15 @@ def to_f16(x: Array) -> Array:
     return x.astype(np.float16).view(u2)
 
 
-def to_tf32(bits: Array, away: bool) -> Array:
-    """float32 rounded to 10 bits of mantissa: ties away from zero (``.rna``) or to even (``.rn``)."""
-    add = u4(0x1000) if away else u4(0x0FFF) + ((bits >> u4(13)) & u4(1))
-    return (bits + add) & u4(0xFFFFE000)
+def to_tf32(bits: Array) -> Array:
+    """float32 rounded to 10 bits of mantissa, ties away from zero (``.rna``)."""
+    nan = (bits & u4(0x7FFFFFFF)) > u4(0x7F800000)
+    return np.where(nan, u4(0x7FFFFFFF), (bits + u4(0x1000)) & u4(0xFFFFE000))
+
+
+def from_tf32(bits: Array) -> Array:
+    """float32 of what a tensor core reads as TF32: the low 13 bits are cut off."""
+    return (bits & u4(0xFFFFE000)).view(f4)
 
 
 def _halves(bits: Array, kind: Any) -> Array:
@@ -64,7 +69,7 @@ def _joined(x: Array) -> Array:
     return np.ascontiguousarray(x).view(u4).reshape(-1)
 
 
-class Kind(NamedTuple):
+class Format(NamedTuple):
     """A type: the bytes it has, its numbers from bits, and bits from its numbers."""
 
     size: int
@@ -76,21 +81,21 @@ def _same(x: Any) -> Any:
     return x
 
 
-def _viewed(size: int, kind: Any) -> Kind:
-    return Kind(size, lambda x: x.view(kind), lambda x: x.view(UNSIGNED[size]))
+def _viewed(size: int, kind: Any) -> Format:
+    return Format(size, lambda x: x.view(kind), lambda x: x.view(UNSIGNED[size]))
 
 
-KINDS: dict[str, Kind] = {"pred": Kind(0, _same, _same)}
+FORMATS: dict[str, Format] = {"pred": Format(0, _same, _same)}
 for _size in (1, 2, 4, 8):
     _bits = 8 * _size
-    KINDS |= {f"u{_bits}": Kind(_size, _same, _same), f"b{_bits}": Kind(_size, _same, _same)}
-    KINDS[f"s{_bits}"] = _viewed(_size, SIGNED[_size])
-KINDS |= {"f32": _viewed(4, f4), "tf32": _viewed(4, f4), "f64": _viewed(8, f8)}
-KINDS |= {"f16": Kind(2, from_f16, to_f16), "bf16": Kind(2, from_bf16, to_bf16)}
-KINDS["f16x2"] = Kind(4, lambda x: from_f16(_halves(x, u2)), lambda x: _joined(to_f16(x)))
-KINDS["bf16x2"] = Kind(4, lambda x: from_bf16(_halves(x, u2)), lambda x: _joined(to_bf16(x)))
-KINDS["u16x2"] = Kind(4, lambda x: _halves(x, u2), _joined)
-KINDS["s16x2"] = Kind(4, lambda x: _halves(x, i2), _joined)
+    FORMATS |= {f"u{_bits}": Format(_size, _same, _same), f"b{_bits}": Format(_size, _same, _same)}
+    FORMATS[f"s{_bits}"] = _viewed(_size, SIGNED[_size])
+FORMATS["f32"] = _viewed(4, f4)
+FORMATS |= {"f16": Format(2, from_f16, to_f16), "bf16": Format(2, from_bf16, to_bf16)}
+FORMATS["f16x2"] = Format(4, lambda x: from_f16(_halves(x, u2)), lambda x: _joined(to_f16(x)))
+FORMATS["bf16x2"] = Format(4, lambda x: from_bf16(_halves(x, u2)), lambda x: _joined(to_bf16(x)))
+FORMATS["u16x2"] = Format(4, lambda x: _halves(x, u2), _joined)
+FORMATS["s16x2"] = Format(4, lambda x: _halves(x, i2), _joined)
 
 
 def is_float(kind: str) -> bool:
@@ -139,19 +144,14 @@ def _odd_sum(a: Array, b: Array) -> Array:
 
 # ---- what is only approximate ------------------------------------------------------------------------------------
 
-# The largest relative error that the ISA grants (9.7.3), of lg2, sin and cos the largest absolute one near zero.
-ERRORS = {"rcp": 2.0**-23, "sqrt": 2.0**-23, "rsqrt": 2.0**-22.9, "ex2": 2.0**-22, "lg2": 2.0**-22}
-ERRORS |= {"tanh": 2.0**-11, "sin": 2.0**-20.5, "cos": 2.0**-20.5, "div": 2.0**-22}  # div: 2 ulp
+# The largest relative error that the ISA grants (9.7.3); of div it is 2 units in the last place.
+ERRORS = {"rcp": 2.0**-23, "sqrt": 2.0**-23, "rsqrt": 2.0**-22.9, "ex2": 2.0**-22, "div": 2.0**-22}
 
 EXACT: dict[str, Function] = {
     "rcp": lambda x: 1.0 / x,
     "sqrt": np.sqrt,
     "rsqrt": lambda x: 1.0 / np.sqrt(x),
     "ex2": np.exp2,
-    "lg2": np.log2,
-    "tanh": np.tanh,
-    "sin": np.sin,
-    "cos": np.cos,
     "div": lambda x, y: x / y,
 }
 
@@ -172,11 +172,7 @@ def approximate(name: str, *operands: Array) -> Array:
         mixed = (np.asarray(x).view(u4) ^ mixed) * u4(0x85EBCA6B)
         mixed = (mixed ^ (mixed >> u4(13))) * u4(0xC2B2AE35)
     chance = (mixed ^ (mixed >> u4(16))).astype(f8) / 2.0**31 - 1  # in [−1, 1)
-    error = (ERRORS[name] - 2.0**-24) * chance
-    absolute = name in ("sin", "cos", "lg2")
-    result: Array = (
-        np.where(np.abs(true) < 1, true + error, true * (1 + error)) if absolute else true * (1 + error)
-    ).astype(f4)
+    result: Array = (true * (1 + (ERRORS[name] - 2.0**-24) * chance)).astype(f4)
     return result
 
 
@@ -245,13 +241,6 @@ def extract(a: Array, position: Array, length: Array) -> Array:
     return (wide & ((u8(1) << np.minimum(length, 63).astype(u8)) - u8(1))).astype(a.dtype)
 
 
-def insert(a: Array, b: Array, position: Array, length: Array) -> Array:
-    """bfi: b with a field of bits replaced by the lowest ones of a."""
-    position, length = (np.asarray(n).astype(u8) & u8(255) for n in (position, length))
-    mask = ((u8(1) << length) - u8(1)) << position
-    return ((b.astype(u8) & ~mask) | ((a.astype(u8) << position) & mask)).astype(b.dtype)
-
-
 def permute(a: Array, b: Array, selector: Array) -> Array:
     """prmt: four bytes of the eight of b:a, each chosen by a nibble whose upper bit asks for copies of the sign."""
     both = a.astype(u8) | (b.astype(u8) << u8(32))
@@ -264,26 +253,13 @@ def permute(a: Array, b: Array, selector: Array) -> Array:
     return np.asarray(result)
 
 
-def look_up(a: Array, b: Array, c: Array, table: Array) -> Array:
-    """lop3: bit by bit, what the table of 8 bits says at 4·a + 2·b + c."""
-    result = u4(0)
-    for i in range(8):
-        if int(table) >> i & 1:
-            result = result | ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c))
-    return np.asarray(result)
+WHOLE: dict[str, Function] = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 
 
-def leading_zeros(a: Array) -> Array:
-    """clz."""
-    bits = _bits_of(a)
-    length = np.where(a == 0, 0, np.frexp(a.astype(np.longdouble))[1])
-    return (bits - length).astype(u4)
-
-
-def to_integer(x: Array, kind: Any, rounding: str) -> Array:
-    """cvt: a float rounded to an integer and held within its range; NaN becomes 0."""
-    whole = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}[rounding](x.astype(f8))
+def to_integer(x: Array, kind: Any, whole: Function) -> Array:
+    """cvt: a float rounded by one of :data:`WHOLE` and held within an integer's range; NaN becomes 0."""
+    x = whole(x.astype(f8))
     limits = np.iinfo(kind)
-    over, under = whole >= float(limits.max), whole <= float(limits.min)
-    inside = np.where(over | under | np.isnan(whole), 0, whole).astype(kind)
+    over, under = x >= float(limits.max), x <= float(limits.min)
+    inside = np.where(over | under | np.isnan(x), 0, x).astype(kind)
     return np.where(over, kind(limits.max), np.where(under, kind(limits.min), inside))
