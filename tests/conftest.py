@@ -10,11 +10,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -29,7 +33,12 @@ torch.set_num_threads(1)
 torch.backends.cudnn.allow_tf32 = False
 
 # The interpreter has no steady pace, and a red test must be red again when it is looked into.
-settings.register_profile("fastunet", deadline=None, derandomize=True)
+settings.register_profile(
+    "fastunet",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 settings.load_profile("fastunet")
 
 
@@ -55,3 +64,49 @@ def seed() -> int:
     np.random.seed(0)  # noqa: NPY002 - third-party code may draw from the global state
     torch.manual_seed(0)
     return 0
+
+
+# ---- drawing for longer ------------------------------------------------------------------------------------------
+
+_SECONDS = pytest.StashKey[float]()  # that each test which draws goes on for
+_ENDLESS = "seconds"  # the fixture that such a test has
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long", type=float, default=0.0, metavar="MINUTES",
+        help="run only the tests that draw what they try, and go on drawing, for so many minutes of one process in all",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --long, leave the tests that draw, and divide the time among them."""
+    minutes = config.getoption("--long")
+    if minutes:
+        drawing = [item for item in items if _ENDLESS in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in drawing])
+        items[:] = drawing
+        config.stash[_SECONDS] = 60 * minutes / max(len(drawing), 1)
+
+
+@pytest.fixture
+def seconds(request: pytest.FixtureRequest) -> float:
+    """How long a test goes on drawing: 0 unless pytest is run with --long."""
+    return request.config.stash.get(_SECONDS, 0.0)
+
+
+@pytest.fixture
+def explore(seconds: float) -> Callable[[Callable[[Any], None], int], None]:
+    """``explore(holds, examples)``: call ``holds`` with hypothesis' data so many times, always the same; with --long
+    with ever new ones, until its time is over."""
+
+    def run(holds: Callable[[Any], None], examples: int) -> None:
+        # To shrink what fails could take the interpreter an hour; what was drawn is printed as it is.
+        drawn = settings(max_examples=examples, derandomize=not seconds, database=None, phases=[Phase.generate])
+        stop = time.monotonic() + seconds
+        while True:
+            drawn(given(st.data())(holds))()
+            if time.monotonic() >= stop:
+                break
+
+    return run

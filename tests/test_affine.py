@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sources import DTYPES, LAYOUTS, check_compiled, laid_out, large_gpu, random_affine, skip_if_unsupported, truth
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -155,19 +153,6 @@ def test_compiled(backend: str, device: str) -> None:
         return (ops.affine_act(2 * x, affine, True, backend) ** 2).sum()
 
     check_compiled(function, torch.randn(2, 3, 2, 3, device=device), random_affine(3, device))
-
-
-@settings(max_examples=15)
-@given(
-    st.tuples(st.integers(0, 2), st.integers(1, 6), st.integers(1, 4), st.integers(1, 4)), st.booleans(), st.booleans()
-)
-def test_backends_agree(shape: tuple[int, ...], relu: bool, with_affine: bool) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, dz = (torch.randn(shape, device=device) for _ in range(2))
-    affine = random_affine(shape[1], device) if with_affine else None
-    for name, args in ((ops.affine_act, (x,)), (ops.affine_act_backward, (dz, x))):
-        results = [name(*args, affine, relu, backend) for backend in ("torch", "triton")]
-        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 @large_gpu
