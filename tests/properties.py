@@ -252,7 +252,7 @@ def _predict_truth(operands: Operands, found: Sequence[Tensor]) -> list[Tensor]:
     """Probabilities; or classes and masks, where what was found is as good as the right one."""
     given = {k: v for k, v in operands.items() if k not in ("output", "threshold", "dtype")}
     logits = F.conv2d(plain.affine_act(given["x"], given["affine"], given["relu"]), given["weight"], given["bias"])
-    output, bound = operands["output"], 64 * torch.finfo(operands["dtype"]).eps * float(logits.detach().abs().amax())
+    output, bound = operands["output"], 4 * torch.finfo(operands["dtype"]).eps * (1 + logits.detach().abs().amax())
     if output == "argmax":
         taken = logits.gather(1, found[0].long().unsqueeze(1)).squeeze(1)
         return [torch.where(taken >= logits.amax(1) - bound, found[0], 255)]

@@ -323,6 +323,20 @@ def test_any_layout(name: str, layout: str, backend: str, device: str) -> None:
         assert weight_gradient.stride() == moved.weight.stride()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_single_filter_in_any_memory(layout: str, device: str) -> None:
+    """Its stride means nothing, and ATen lays a gradient out by it that it then refuses, in float64."""
+    case = Conv((3, 4, 8, 9), 1)
+    inputs = draw(case, device).to(torch.float64)
+    dense = run(case, inputs, "torch")
+    expected = gradients(dense, inputs.leaves)
+    inputs.weight = laid_out((1, 4, 3, 3), layout, torch.float64, device).copy_(inputs.weight.detach())
+    inputs.__post_init__()
+    results = run(case, inputs, "torch")
+    for found, value in zip([*results, *gradients(results, inputs.leaves)], [*dense, *expected], strict=True):
+        torch.testing.assert_close(found, value)
+
+
 @pytest.mark.parametrize("name", ["lazy-17-to-20", "transposed-2x2"])
 def test_empty_batch(name: str, backend: str, device: str) -> None:
     case = CASES[name]

@@ -46,8 +46,6 @@ def wide(problem: Problem, leaves: Sequence[str]) -> Operands:
     operands = {
         k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in problem.operands.items()
     }
-    if "dtype" in operands:
-        operands["dtype"] = torch.float64
     return operands | {name: operands[name].requires_grad_() for name in leaves}
 
 
