@@ -70,7 +70,7 @@ def guarded() -> Iterator[None]:
             if t.device.type != "cpu" or t.numel() == 0 or type(t) is not Tensor:
                 return t
             size = t.untyped_storage().nbytes()
-            memory = full((size + 2 * _BAND,), 0xA5, dtype=torch.uint8)
+            memory = full((size + 2 * _BAND,), 0xFF, dtype=torch.uint8)  # NaN, or −1
             memory[_BAND : _BAND + size].view(t.dtype).fill_(0 if written else poison(t.dtype))
             made.append(memory)
             return empty(0, dtype=t.dtype).set_(
@@ -95,12 +95,14 @@ def guarded() -> Iterator[None]:
                 setattr(home, name, own)
     for memory in made:
         bands = torch.cat([memory[:_BAND], memory[-_BAND:]])
-        assert bool((bands == 0xA5).all()), f"something was written outside a tensor of {len(memory) - 2 * _BAND} bytes"
+        assert bool((bands == 0xFF).all()), f"something was written outside a tensor of {len(memory) - 2 * _BAND} bytes"
 
 
 def random_affine(channels: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A random affine with negative scales and, from three channels on, one that is zero."""
+    """A random affine with negative scales and, from three channels on, one that is zero; a ReLU behind it passes some
+    of most channels."""
     affine = torch.randn(3, channels, device=device, dtype=dtype)
+    affine[1:] *= 0.3
     affine[0, 1::3] = -affine[0, 1::3].abs()
     affine[0, 2::3] = 0
     return affine

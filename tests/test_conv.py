@@ -243,13 +243,14 @@ def test_opcheck_conv2d_act(name: str, backend: str, device: str) -> None:
 # Channels whose rows TMA can move, so that each case has a path for Hopper and one for older chips.
 EVEN = {
     "3x3": Conv((3, 4, 3, 5), 6, bias=True),
+    "3x3-a-tile-inside": Conv((2, 2, 3, 130), 2),  # which needs no mask
     "3x3-two-sources": Conv((1, 4, 5, 4), 6, x1=(1, 2, 4, 4), offset=(0, 0, 1, -1)),
     "1x1": Conv((3, 4, 2, 5), 6, kernel=1, bias=True),
     "1x1-two-sources": Conv((2, 4, 3, 2), 2, x1=(2, 2, 2, 3), offset=(0, 0, 0, -1), kernel=1),
     "stride-2": Conv((3, 4, 5, 6), 6, stride=2, bias=True),
     "stride-2-odd-width": Conv((2, 4, 4, 7), 2, stride=2),
     "stride-2-cropped": Conv((2, 4, 4, 6), 2, stride=2, size=(3, 4), offset=(-1, 1, 0, 0)),
-    "stride-2-wider-than-a-tile": Conv((1, 2, 2, 70), 2, stride=2),
+    "stride-2-a-tile-inside": Conv((1, 2, 4, 130), 2, stride=2),
     "transposed-2x2": Conv((3, 4, 2, 3), 6, kernel=2, bias=True, transposed=True),
     "transposed-2x2-wider-than-a-tile": Conv((1, 2, 2, 35), 2, kernel=2, transposed=True),
     "transposed-3x3": Conv((3, 4, 2, 3), 6, bias=True, transposed=True),

@@ -226,7 +226,7 @@ CALLS: dict[str, Callable[[Draw, Size], Problem]] = OPERATORS | {f"functional.{k
 
 
 # A convolution takes a second or more in the interpreter.
-SLOW = {"conv2d": 6, "conv2d_act": 4, "conv_transpose2d": 4, "upsample_concat": 4, "functional.conv_bn_relu": 2,
+SLOW = {"conv2d": 6, "conv2d_act": 4, "conv_transpose2d": 10, "upsample_concat": 4, "functional.conv_bn_relu": 2,
         "functional.upsample_pad_concat": 2}  # fmt: skip
 
 
