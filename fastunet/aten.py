@@ -76,6 +76,7 @@ def _normalise_backward(
             dz, x, scale, centre, one, centre, one, False, 0.0, [True, False, False]
         )
     else:
+        dz = dz.contiguous(memory_format=memory_format(x))  # a stride that means nothing, of one picture, misleads ATen
         dx, dscale, dshift = aten.native_batch_norm_backward(
             dz, x, scale, centre, one, centre, one, False, 0.0, [True, True, True]
         )

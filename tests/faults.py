@@ -180,7 +180,7 @@ KERNELS = [
         "kernels/common.py",
         "mask = (row < slabs)[:, None]",
         "mask = (row <= slabs)[:, None]",
-        f"{_drawn('triton-softmax_stats')} {_drawn('triton-affine_act')} {_drawn('triton-conv2d')}",
+        "tests/test_affine.py::test_a_sum_reads_its_own_rows_only",
     ),
     Fault(
         "pooling writes a window too many",
@@ -215,7 +215,7 @@ KERNELS = [
         "kernels/upsample.py",
         "tl.where(even, 0.75, 0.25)",
         "tl.where(even, 0.25, 0.75)",
-        _drawn("triton-upsample_concat"),
+        "tests/test_upsample.py::test_forward_and_backward -k triton",
     ),
     Fault(
         "upsampling's gradient includes the padding",
@@ -305,7 +305,7 @@ TORCH = [
         "fastunet/softmax_stats.py",
         "at_label -= cost if w is None else cost.mul_(w)",
         "at_label -= cost",
-        _drawn("torch-softmax_stats"),
+        "tests/test_softmax_stats.py::test_equals_float64_truth -k torch",
     ),
     Fault(
         "a gradient is written into what came in",
@@ -380,6 +380,13 @@ FOUND = [
         "return weight.contiguous() if weight.shape[0] == 1 else weight",
         "return weight",
         "tests/test_conv.py::test_a_single_filter_in_any_memory",
+    ),
+    Fault(
+        "a single picture's stride is believed",
+        "fastunet/aten.py",
+        "        dz = dz.contiguous(memory_format=memory_format(x))",
+        "        dz = dz  # dz.contiguous(memory_format=memory_format(x))",
+        "tests/test_affine.py::test_any_layout",
     ),
     Fault(
         "an ignored class lowers the mean",

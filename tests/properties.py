@@ -380,6 +380,9 @@ def _of_operator(operator: str) -> Callable[[Draw, Size], Problem]:
             made.results, made.flips, made.dtype = {"affine": False}, False, operands["mean"].dtype
         if operator == "bn_affine_running":
             operands["count"] = draw(st.integers(1, 100))
+            for name in ("running_mean", "running_var"):  # of any dtype, and not the batch's
+                kind = draw(st.sampled_from(size.dtypes))
+                operands[name] = torch.rand_like(operands[name], dtype=kind)
             made.results |= {"running_mean": False, "running_var": False}
             made.written = "running_mean", "running_var"
             made.ours = lambda operands, backend: [

@@ -122,18 +122,20 @@ def assert_near(
     own: Sequence[Tensor],
     dtype: torch.dtype,
     names: Sequence[str] | None = None,
+    times: float = 2,
+    roundings: int = 3,
 ) -> None:
-    """Within twice PyTorch's own error in this dtype, and three roundings of the tensor's largest value.
+    """Within twice (``times``) PyTorch's own error in this dtype, and three roundings of the tensor's largest value.
 
     The roundings are there because PyTorch may happen to be exact, and because a value can round the other way. In
     float64 truth has rounding errors of its own: there only the formula is tested.
     """
-    roundings = 1000 if dtype == torch.float64 else 3
+    roundings = 1000 if dtype == torch.float64 else roundings
     for i, (result, truth, mine) in enumerate(zip(results, truths, own, strict=True)):
         truth, mine = truth.detach(), mine.detach()
         scale = max(float(truth.abs().max()), 1.0) if truth.numel() else 1.0
         own_error = float((mine.double() - truth).abs().max()) if truth.numel() else 0.0
-        atol = 2 * own_error + roundings * scale * torch.finfo(dtype).eps
+        atol = times * own_error + roundings * scale * torch.finfo(dtype).eps
         name = f"result {i}" if names is None else names[i]
         torch.testing.assert_close(result.double(), truth, rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 

@@ -52,17 +52,18 @@ def test_forward_and_backward(
         torch.testing.assert_close(affine.grad.double(), exact_affine.grad, **SUMS)
 
 
+@pytest.mark.parametrize(("batch", "relu"), [(1, False), (2, True)])
 @pytest.mark.parametrize("dz_layout", LAYOUTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout(layout: str, dz_layout: str, backend: str, device: str) -> None:
-    shape = (2, 3, 4, 5)
+def test_any_layout(layout: str, dz_layout: str, batch: int, relu: bool, backend: str, device: str) -> None:
+    shape = (batch, 3, 4, 5)
     x, dz = (laid_out(shape, each, torch.float32, device) for each in (layout, dz_layout))
     affine = random_affine(6, device)[:, ::2]  # three rows that are not dense
-    dense = [x.contiguous(), affine.contiguous(), True, backend]
+    dense = [x.contiguous(), affine.contiguous(), relu, backend]
     # ATen's order of sums, and its use of fused multiply-adds, depend on the layout: hence a few roundings.
-    torch.testing.assert_close(ops.affine_act(x, affine, True, backend), ops.affine_act(*dense), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ops.affine_act(x, affine, relu, backend), ops.affine_act(*dense), rtol=1e-6, atol=1e-6)
     for actual, expected in zip(
-        ops.affine_act_backward(dz, x, affine, True, backend),
+        ops.affine_act_backward(dz, x, affine, relu, backend),
         ops.affine_act_backward(dz.contiguous(), *dense),
         strict=True,
     ):
@@ -78,6 +79,14 @@ def test_many_slabs_of_sums(backend: str, device: str) -> None:
     _, daffine = ops.affine_act_backward(dz, x, affine, True, backend)
     # 2294 terms of order 1 in float32.
     torch.testing.assert_close(daffine.double(), exact_affine.grad, rtol=1e-5, atol=5e-4)
+
+
+@pytest.mark.parametrize("slabs", [1, 3, 130])
+def test_a_sum_reads_its_own_rows_only(slabs: int, device: str) -> None:
+    common = pytest.importorskip("fastunet.kernels.common")
+    memory = torch.full((slabs + 9, 5), torch.nan, device=device)
+    rows = memory[:slabs].normal_()
+    torch.testing.assert_close(common.sum_slabs(rows), rows.sum(0), rtol=1e-5, atol=1e-5)  # another order
 
 
 def test_large_mean_costs_no_digits(device: str) -> None:

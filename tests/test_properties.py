@@ -1,7 +1,7 @@
 """Every operator and function, called with what hypothesis draws, on both backends.
 
 Of each call: results and gradients err at most twice as much as plain PyTorch's in the same dtype on contiguous memory,
-and three roundings; nothing is written outside what was allocated, and no operand is; and the same call told otherwise
+and a few roundings; nothing is written outside what was allocated, and no operand is; and the same call told otherwise
 (pictures in another order, one after another, mirrored) has the same results. ``--long MINUTES`` goes on drawing.
 """
 
@@ -133,8 +133,9 @@ def check(problem: Problem, draw: Draw, backend: str, size: Size, device: str) -
                 return [y.cpu() for y in other.ours(given(other, layouts, [], device), backend)]
 
         def agree(found: Sequence[Tensor], names: Sequence[str]) -> None:
+            # PyTorch's own error would be another one too, for what it is: twice as much is granted.
             # Of two classes that are as likely either may be found, and another one than before.
-            near(problem, found, problem.truth(exact, found) if problem.exact else truths, own, names, results)
+            near(problem, found, problem.truth(exact, found) if problem.exact else truths, own, names, results, 4)
 
         told_otherwise(problem, draw, anew, agree)
 
@@ -162,19 +163,21 @@ def near(
     own: Sequence[Tensor],
     names: Sequence[str],
     neighbour: Callable[[], Sequence[Tensor]],
+    times: float = 2,
 ) -> None:
-    """Whether what was found is as near to the truth as plain PyTorch's ``own``. Of a few numbers those may be right by
-    chance: then as near as the truth of operands a rounding apart."""
+    """Whether what was found errs at most ``times`` as much as plain PyTorch's ``own``, and eight roundings, as a sum
+    of some hundred numbers does in another order than PyTorch's. Of a few numbers PyTorch's may be right by chance:
+    then at most ``times`` as much as the truth of operands a rounding apart."""
     for i, (y, truth, plain, name) in enumerate(zip(found, truths, own, names, strict=bool(found))):
         if problem.exact:
             assert torch.equal(y.detach(), truth), name
             continue
         coarser = max(y.dtype, problem.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         try:
-            assert_near([y.detach()], [truth], [plain], coarser, [name])
+            assert_near([y.detach()], [truth], [plain], coarser, [name], times, 8)
         except AssertionError:
             moved = [neighbour()[i].detach() for _ in range(4)]
-            if not (y.detach() - truth).abs().max() <= 2 * max((m - truth).abs().max() for m in moved):
+            if not (y.detach() - truth).abs().max() <= times * max((m - truth).abs().max() for m in moved):
                 raise
 
 
@@ -235,7 +238,7 @@ def test_any_call(name: str, backend: str, device: str, explore: Explore) -> Non
     size = SMALL
     if backend == "triton":
         size = TINY if device == "cpu" else replace(SMALL, dtypes=DTYPES)  # no GPU multiplies float64 there
-    explore(claims(name, size, backend, device), SLOW.get(name, 10) if size is TINY else 15)
+    explore(claims(name, size, backend, device), SLOW.get(name, 15) if size is TINY else 30)
 
 
 def claims(name: str, size: Size, backend: str, device: str) -> Callable[[Any], None]:
