@@ -92,6 +92,7 @@ def _normalise_backward(
             dz, x, scale, centre, one, centre, one, False, 0.0, [True, False, False]
         )
     else:
+        dz = dz.contiguous(memory_format=memory_format(x))  # a stride that means nothing, of one picture, misleads ATen
         dx, dscale, dshift = aten.native_batch_norm_backward(
             dz, x, scale, centre, one, centre, one, False, 0.0, [True, True, True]
         )
@@ -284,6 +285,11 @@ def _beside(weight: Tensor, z: Tensor) -> torch.memory_format:
     return torch.contiguous_format if few_pixels else torch.channels_last
 
 
+def _unambiguous(weight: Tensor) -> Tensor:
+    """``weight``, whose gradient ATen would lay out by a stride that means nothing, of a single filter, and refuse."""
+    return weight.contiguous() if weight.shape[0] == 1 else weight
+
+
 def _unframe(g: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
     """The adjoint of :func:`frame`: the gradient of a tensor of ``size`` that was placed at (top, left)."""
     return frame(g, size, -top, -left)
@@ -426,7 +432,7 @@ def conv2d_backward(
     dz, dweight, dbias = aten.convolution_backward(
         dy.contiguous(memory_format=form),
         z.contiguous(memory_format=form),
-        weight,
+        _unambiguous(weight),
         [weight.shape[0]],
         [stride] * 2,
         [pad] * 2,
@@ -497,7 +503,7 @@ def conv_transpose2d_backward(
     dz, dweight, dbias = aten.convolution_backward(
         dy.contiguous(memory_format=form),
         z.contiguous(memory_format=form),
-        weight,
+        _unambiguous(weight),
         [weight.shape[1]],
         [2, 2],
         padding,

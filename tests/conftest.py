@@ -10,11 +10,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -29,7 +33,12 @@ torch.set_num_threads(1)
 torch.backends.cudnn.allow_tf32 = False
 
 # The interpreter has no steady pace, and a red test must be red again when it is looked into.
-settings.register_profile("fastunet", deadline=None, derandomize=True)
+settings.register_profile(
+    "fastunet",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 settings.load_profile("fastunet")
 
 
@@ -84,3 +93,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def seconds(request: pytest.FixtureRequest) -> float:
     """How long a test goes on drawing: 0 unless pytest is run with --long."""
     return request.config.stash.get(_SECONDS, 0.0)
+
+
+@pytest.fixture
+def explore(seconds: float) -> Callable[[Callable[[Any], None], int], None]:
+    """``explore(holds, examples)``: call ``holds`` with hypothesis' data so many times, always the same; with --long
+    with ever new ones, until its time is over."""
+
+    def run(holds: Callable[[Any], None], examples: int) -> None:
+        # To shrink what fails could take the interpreter an hour; what was drawn is printed as it is.
+        drawn = settings(max_examples=examples, derandomize=not seconds, database=None, phases=[Phase.generate])
+        stop = time.monotonic() + seconds
+        while True:
+            drawn(given(st.data())(holds))()
+            if time.monotonic() >= stop:
+                break
+
+    return run

@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_conv import CASES, Conv, Inputs, assert_near, draw, gradients, run
+from sources import assert_near
+from test_conv import CASES, Conv, Inputs, draw, gradients, run
 
 from fastunet.kernels import conv_aten, table
 from fastunet.kernels.conv import FUNCTIONS

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sources import DTYPES, LAYOUTS, check_compiled, laid_out, large_gpu, random_affine, skip_if_unsupported, truth
 from torch import Tensor
 
@@ -190,23 +188,6 @@ def test_fork_merges_the_gradients(used: str, backend: str, device: str) -> None
         losses[name].backward()
     torch.testing.assert_close(losses["fork"], losses["plain"], rtol=0, atol=0)
     torch.testing.assert_close(x.grad, plain.grad, rtol=1e-6, atol=1e-6)  # one sum, rounded once in either
-
-
-@settings(max_examples=15)
-@given(
-    st.tuples(st.integers(0, 2), st.integers(1, 6), st.integers(2, 5), st.integers(2, 5)), st.booleans(), st.booleans()
-)
-def test_backends_agree(shape: tuple[int, ...], with_affine: bool, with_skip: bool) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.randint(-2, 3, shape, device=device).float()
-    dp, dskip = gradients(halved(shape), shape, dtype=torch.float32, device=device)
-    affine = random_affine(shape[1], device) if with_affine else None
-    for name, args in (
-        (ops.max_pool2x2, (x, affine)),
-        (ops.max_pool2x2_backward, (x, affine, dp, dskip if with_skip else None)),
-    ):
-        results = [name(*args, backend) for backend in ("torch", "triton")]
-        torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @large_gpu

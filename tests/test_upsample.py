@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sources import DTYPES, LAYOUTS, check_compiled, laid_out, large_gpu, random_affine, skip_if_unsupported, truth
 from torch import Tensor, nn
 
@@ -257,27 +255,6 @@ def test_compiled(backend: str, device: str) -> None:
 
     x, skip = torch.randn(1, 2, 1, 2, device=device), torch.randn(1, 1, 2, 3, device=device)
     check_compiled(function, x, random_affine(2, device), skip)
-
-
-@settings(max_examples=5)
-@given(
-    st.tuples(st.just(1), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
-    st.integers(-2, 4),
-    st.integers(-2, 4),
-    st.booleans(),
-    st.booleans(),
-)
-def test_backends_agree(
-    shape: tuple[int, ...], rows: int, columns: int, align_corners: bool | None, skip_first: bool
-) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.randn(shape, device=device)
-    skip = torch.randn(shape[0], 2, max(1, 2 * shape[2] + rows), max(1, 2 * shape[3] + columns), device=device)
-    args = (x, random_affine(shape[1], device), 0.0, skip, None, 0.0, align_corners, skip_first)
-    dy = torch.randn(shape[0], shape[1] + 2, *skip.shape[2:], device=device)
-    for name, arguments in ((ops.upsample_concat, args), (ops.upsample_concat_backward, (dy, *args))):
-        results = [name(*arguments, backend) for backend in ("torch", "triton")]
-        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 @large_gpu

@@ -166,6 +166,7 @@ def softmax_stats(
     are Σw·CE and Σw. ``pixel_weight`` w is (N, H, W), or None for 1. The columns 3, 4 and 5, and 6 are 0 unless
     ``wanted``.
     """
+    labels = labels.to(torch.int64)  # uint8 would wrap a negative ignore_index around
     if mode == "softmax":
         p, cost = logits.softmax(1), -logits.log_softmax(1)
         valid = (labels != ignore_index).unsqueeze(1)

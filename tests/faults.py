@@ -1,0 +1,685 @@
+"""Faults planted in the kernels, the torch backend, the networks and the losses: do the ordinary tests notice?
+
+    make faults                          every fault, one after the other
+    make faults ARGS="conv ignored"      those whose name or file holds one of these words
+
+Each is a text that occurs once in a file of the package, what takes its place, and tests that must then fail. The
+checkout is copied to a temporary folder, the fault is planted there, and only those tests run. The exit status is not 0
+if a fault goes unnoticed, or a text occurs no more: ``tests/test_faults.py`` looks at the texts in every run.
+
+The faults under "found from outside" once were there: each is a line of CHANGELOG.md's "Fixed" or of a refusal's test.
+(Faults in compiled kernels, a missing barrier or fence, are planted by ``make ptx ARGS="--faults 100"``; what the
+compile gate is to see, by ``tests/planted_kernels.py``.)
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("fastunet", "kernels", "benchmarks", "tests", "pyproject.toml", "README.md", "LICENSE", "Makefile")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change of one file. ``tests`` are arguments of pytest; a name without a dot is one of a file's tests."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def _drawn(call: str) -> str:
+    """The property test of a call."""
+    return f"tests/test_properties.py::test_any_call[{call}]"
+
+
+KERNELS = [
+    Fault(
+        "padding is act(shift), not 0",
+        "kernels/gemm.py",
+        "z = (bits & tl.expand_dims(kept, AXIS).to(bits.dtype)).to(ACC, bitcast=True)",
+        "z = bits.to(ACC, bitcast=True)",
+        "tests/test_conv.py::test_forward_and_backward -k 'triton and float32 and padded-on-all-sides'",
+    ),
+    Fault(
+        "a 3×3 tile at the border is taken for one inside",
+        "kernels/conv3x3.py",
+        "(over.h + TILE.rows < inside.h_high)",
+        "(over.h + TILE.rows <= inside.h_high)",
+        "tests/test_conv.py::test_every_chip -k tile-inside",
+    ),
+    Fault(
+        "wgrad's rows are off by one",
+        "kernels/conv3x3_wgrad.py",
+        "at.h + frame.top + (i - 1)",
+        "at.h + frame.top + i",
+        "tests/test_conv.py::test_forward_and_backward -k 'triton and float32 and padded-on-all-sides'",
+    ),
+    Fault(
+        "a picture's neighbours are one column on",
+        "kernels/conv_image.py",
+        "((s - 1) * C + t % C)",
+        "(s * C + t % C)",
+        "tests/test_conv.py::test_forward_and_backward -k 'triton and float32 and image'",
+    ),
+    Fault(
+        "a transposed convolution's taps are shifted",
+        "kernels/conv_up.py",
+        "+ b + 1 - 2 * right",
+        "+ b + 1 - right",
+        "tests/test_conv.py::test_forward_and_backward -k 'triton and float32 and transposed-3x3'",
+    ),
+    Fault(
+        "a strided convolution reads the pixel below",
+        "kernels/conv_down.py",
+        "pixel = Pixel(at.n, STRIDE * at.h + r - PAD, at.w)",
+        "pixel = Pixel(at.n, STRIDE * at.h + r, at.w)",
+        "tests/test_conv.py::test_forward_and_backward -k 'triton and float32 and stride-2'",
+    ),
+    Fault(
+        "a strided tile at the border is taken for one inside",
+        "kernels/conv_down.py",
+        "(at.w >= WIDE - 1)",
+        "(at.w >= 0)",
+        "tests/test_conv.py::test_every_chip -k stride-2-a-tile-inside",
+    ),
+    Fault(
+        "a weight is read from the other source's channels",
+        "kernels/gemm.py",
+        "    c = filters.first + c\n",
+        "    c = 0 * filters.first + c\n",
+        "tests/test_conv.py::test_forward_and_backward -k 'triton and float32 and padded-on-all-sides'",
+    ),
+    Fault(
+        "a sum of squares is not centred",
+        "kernels/statistics.py",
+        "pivot = tl.sum(tl.where(mask, y.to(ACC), 0.0), 0) / some",
+        "pivot = tl.zeros([BLOCK_K], ACC)",
+        "tests/test_conv_algorithms.py::test_statistics_are_centred",
+    ),
+    Fault(
+        "a tile's variance is of one pass",
+        "kernels/statistics.py",
+        "    m2 = tl.sum(squares, 0)\n",
+        "    for i in tl.static_range(ROWS):\n        whole = tl.where((rows > i)[:, None], ys[i].to(ACC), 0.0)\n"
+        "        squares = whole * whole if i == 0 else squares + whole * whole\n"
+        "    m2 = tl.sum(squares, 0) - n * mean * mean\n",
+        "tests/test_conv.py::test_statistics_are_centred",
+    ),
+    Fault(
+        "means of tiles are merged without their sizes",
+        "kernels/statistics.py",
+        "tl.sum(m2 + apart * apart * n[:, None], 0)",
+        "tl.sum(m2 + apart * apart, 0)",
+        "tests/test_conv.py::test_statistics_of_many_tiles",
+    ),
+    Fault(
+        "dY has half the variance's gradient",
+        "kernels/conv_backward.py",
+        "slope = tl.load(dvar_ptr + k, mask=k < K, other=0.0) * (2.0 / count)",
+        "slope = tl.load(dvar_ptr + k, mask=k < K, other=0.0) * (1.0 / count)",
+        "tests/test_conv.py::test_gradient_of_one_output_alone",
+    ),
+    Fault(
+        "a bias' gradient counts pixels that are not there",
+        "kernels/conv_backward.py",
+        "total += tl.sum(tl.where(mask, d, 0.0), 0)",
+        "total += tl.sum(d, 0)",
+        "tests/test_conv.py::test_forward_and_backward -k 'triton and float32 and stride-2-odd'",
+    ),
+    Fault(
+        "dx lacks the scale",
+        "kernels/affine.py",
+        "dx = g * affine.scale[None, :]",
+        "dx = g",
+        _drawn("triton-affine_act"),
+    ),
+    Fault(
+        "the scale's gradient is not centred",
+        "kernels/affine.py",
+        "gx = g * (x.to(ACC) - affine.centre[None, :])",
+        "gx = g * x.to(ACC)",
+        _drawn("triton-affine_act"),
+    ),
+    Fault(
+        "running variances are biased",
+        "kernels/affine.py",
+        "MOMENTUM * (unbiased - running.to(ACC))",
+        "MOMENTUM * (var - running.to(ACC))",
+        _drawn("triton-bn_affine_running"),
+    ),
+    Fault(
+        "a NaN does not pass a ReLU",
+        "kernels/common.py",
+        "        value = tl.maximum(z, 0.0, propagate_nan=PROPAGATE_ALL)\n",
+        "        value = tl.where(z > 0.0, z, 0.0)\n",
+        "tests/test_affine.py::test_nan_and_infinity_propagate",
+    ),
+    Fault(
+        "a sum reads a row too many",
+        "kernels/common.py",
+        "mask = (row < slabs)[:, None]",
+        "mask = (row <= slabs)[:, None]",
+        "tests/test_affine.py::test_a_sum_reads_its_own_rows_only",
+    ),
+    Fault(
+        "pooling writes a window too many",
+        "kernels/pool.py",
+        "inside = (w < W // 2)[:, None] & (c < C)[None, :]",
+        "inside = (w <= W // 2)[:, None] & (c < C)[None, :]",
+        _drawn("triton-max_pool2x2"),
+    ),
+    Fault(
+        "pooling's rows are as long as an even picture's",
+        "kernels/pool.py",
+        "p_index = (q.to(tl.int64) * (W // 2) + w)",
+        "p_index = (q.to(tl.int64) * ((W + 1) // 2) + w)",
+        _drawn("triton-max_pool2x2"),
+    ),
+    Fault(
+        "of equals the last one wins",
+        "kernels/pool.py",
+        "better = ((x > best)",
+        "better = ((x >= best)",
+        "tests/test_pool.py::test_forward_and_backward -k triton",
+    ),
+    Fault(
+        "a negative scale takes the largest",
+        "kernels/pool.py",
+        "return (scale < 0)[None, :], (scale == 0)[None, :]",
+        "return (scale < -9)[None, :], (scale == 0)[None, :]",
+        _drawn("triton-max_pool2x2"),
+    ),
+    Fault(
+        "bilinear weights are swapped",
+        "kernels/upsample.py",
+        "tl.where(even, 0.75, 0.25)",
+        "tl.where(even, 0.25, 0.75)",
+        "tests/test_upsample.py::test_forward_and_backward -k triton",
+    ),
+    Fault(
+        "upsampling's gradient includes the padding",
+        "kernels/upsample.py",
+        "first_h, end_h = tl.maximum(top, 0), tl.minimum(top + 2 * H, YH)",
+        "first_h, end_h = tl.maximum(top, 0), YH",
+        "tests/test_upsample.py::test_forward_and_backward -k triton",
+    ),
+    Fault(
+        "a softmax's gradient lacks its mean",
+        "kernels/softmax_stats.py",
+        "dx = q - p * tl.sum(q, axis=1)[:, None]",
+        "dx = q",
+        _drawn("triton-softmax_stats"),
+    ),
+    Fault(
+        "weights of pixels are lost",
+        "kernels/softmax_stats.py",
+        "ce = tl.where(counted, ce * truth.weight, 0.0)",
+        "ce = tl.where(counted, ce, 0.0)",
+        _drawn("triton-softmax_stats"),
+    ),
+    Fault(
+        "a label that is no class is smoothed",
+        "kernels/softmax_stats.py",
+        "known = valid & (label >= 0)[:, None]",
+        "known = valid",
+        "tests/test_softmax_stats.py::test_a_label_out_of_range_is_no_class",
+    ),
+    Fault(
+        "ignored pixels are counted",
+        "kernels/confusion.py",
+        "        counted = row & (label != ignore_index)\n        known",
+        "        counted = row\n        known",
+        _drawn("triton-confusion_matrix_of_masks"),
+    ),
+    Fault(
+        "a head's bias is lost",
+        "kernels/head.py",
+        "    if layer.bias is not None:\n        acc += ",
+        "    if False:\n        acc += ",
+        _drawn("triton-head_stats"),
+    ),
+]
+
+TORCH = [
+    Fault(
+        "a frame's rows and columns are swapped",
+        "fastunet/layout.py",
+        "pad = [left, size[1] - width - left, top, size[0] - height - top]",
+        "pad = [top, size[1] - width - top, left, size[0] - height - left]",
+        _drawn("torch-conv2d"),
+    ),
+    Fault(
+        "dY has half the variance's gradient",
+        "fastunet/aten.py",
+        "dvar * (2.0 / count)",
+        "dvar * (1.0 / count)",
+        _drawn("torch-conv2d"),
+    ),
+    Fault(
+        "dY lacks the mean's gradient", "fastunet/aten.py", "dmean / count", "dmean / count * 0", _drawn("torch-conv2d")
+    ),
+    Fault(
+        "the second source gets the first one's gradient",
+        "fastunet/aten.py",
+        "        start = stop\n    if x1 is None:",
+        "        start = 0\n    if x1 is None:",
+        _drawn("torch-conv2d"),
+    ),
+    Fault(
+        "the centre's gradient lacks the scale",
+        "fastunet/aten.py",
+        "torch.stack([dscale, dshift, -scale * dshift])",
+        "torch.stack([dscale, dshift, -dshift])",
+        _drawn("torch-affine_act"),
+    ),
+    Fault(
+        "running means stay",
+        "fastunet/aten.py",
+        "running_mean.lerp_(mean.to(running_mean.dtype), momentum)",
+        "running_mean.lerp_(running_mean, momentum)",
+        _drawn("torch-bn_affine_running"),
+    ),
+    Fault(
+        "weights of pixels are lost in the gradient",
+        "fastunet/softmax_stats.py",
+        "at_label -= cost if w is None else cost.mul_(w)",
+        "at_label -= cost",
+        "tests/test_softmax_stats.py::test_equals_float64_truth -k torch",
+    ),
+    Fault(
+        "a gradient is written into what came in",
+        "fastunet/aten.py",
+        "        dx = dx + aten.max_pool2d",
+        "        dx += aten.max_pool2d",
+        f"{_drawn('torch-pool_fork')} tests/test_pool.py",
+    ),
+    Fault(
+        "large pictures' gradients are not centred",
+        "fastunet/aten.py",
+        "level = scale * dbias / -count - rise * mean",
+        "level = scale * dbias / -count",
+        "tests/test_eager.py::test_a_layer_over_many_pixels_is_as_exact_as_pytorchs",
+    ),
+    Fault(
+        "a folded bias is lost",
+        "fastunet/eager.py",
+        "centre = mean if conv.bias is None else mean - conv.bias",
+        "centre = mean",
+        "tests/test_eager.py::test_folded_weights",
+    ),
+    Fault(
+        "batches are not counted",
+        "fastunet/eager.py",
+        "        norm.num_batches_tracked.add_(1)\n",
+        "",
+        "tests/test_eager.py::test_a_large_picture_trains_as_the_reference",
+    ),
+    Fault(
+        "checkpointing moves statistics twice",
+        "fastunet/blocks.py",
+        "            with _frozen_running_stats(module):\n                return function(*acts)\n",
+        "            return function(*acts)\n",
+        "tests/test_models.py::test_checkpointing_gives_the_same_gradients_and_updates_statistics_once",
+    ),
+    Fault(
+        "a hooked module is not called",
+        "fastunet/blocks.py",
+        '        own["_forward_hooks"]\n        or own',
+        "        own",
+        "tests/test_models.py::test_a_forward_hook_on_any_one_module tests/test_random_networks.py",
+    ),
+    Fault(
+        "a class' weight is lost",
+        "fastunet/losses.py",
+        "ce, total = ce * weight, total * weight",
+        "total = total * weight",
+        "tests/test_losses.py::test_cross_entropy_is_pytorchs",
+    ),
+]
+
+# What issues and trials from outside found, planted again.
+FOUND = [
+    Fault(
+        "statistics of a CPU are added up one by one",
+        "fastunet/aten.py",
+        "    if adds_one_by_one(wide):\n        return _pixel_stats(wide)\n",
+        "",
+        "tests/test_properties.py::test_many_pixels -k conv",
+    ),
+    Fault(
+        "an affine's gradients of a CPU are added up one by one",
+        "fastunet/aten.py",
+        "    if adds_one_by_one(x):\n        dz = channels_last(dz)",
+        "    if False:\n        dz = channels_last(dz)",
+        "tests/test_properties.py::test_many_pixels",
+    ),
+    Fault(
+        "a single filter's stride is believed",
+        "fastunet/aten.py",
+        "return weight.contiguous() if weight.shape[0] == 1 else weight",
+        "return weight",
+        "tests/test_conv.py::test_a_single_filter_in_any_memory",
+    ),
+    Fault(
+        "a single picture's stride is believed",
+        "fastunet/aten.py",
+        "        dz = dz.contiguous(memory_format=memory_format(x))",
+        "        dz = dz  # dz.contiguous(memory_format=memory_format(x))",
+        "tests/test_affine.py::test_any_layout",
+    ),
+    Fault(
+        "an ignored class lowers the mean",
+        "fastunet/metrics.py",
+        "            score[self.ignore_index] = torch.nan\n",
+        "            pass\n",
+        "tests/test_metrics.py::test_an_ignored_class_has_no_score_and_lowers_no_mean",
+    ),
+    Fault(
+        "a softmax of one channel learns nothing",
+        "fastunet/losses.py",
+        'if classes == 1 and mode == "softmax":',
+        "if False:",
+        "tests/test_losses.py::test_a_softmax_of_one_channel_is_refused",
+    ),
+    Fault(
+        "weight of one channel does nothing",
+        "fastunet/losses.py",
+        'if classes == 1 and self.weight is not None and self._wanted()["entropy"]:',
+        "if False:",
+        "tests/test_wrong_calls.py::test_a_wrong_call_is_refused_in_a_sentence",
+    ),
+    Fault(
+        "pos_weight is no weight of the mean",
+        "fastunet/losses.py",
+        "return added + (1 if pixel_weight is None else pixel_weight), added.flatten(1).sum(1)",
+        "return added + (1 if pixel_weight is None else pixel_weight), None",
+        "tests/test_losses.py::test_pos_weight_is_pytorchs",
+    ),
+    Fault(
+        "class weights in float64 are rounded",
+        "fastunet/losses.py",
+        "weight = weight if weight.is_floating_point() else weight.to(torch.get_default_dtype())",
+        "weight = weight.to(torch.get_default_dtype())",
+        "tests/test_losses.py::test_class_weights_in_float64_stay_so",
+    ),
+    Fault(
+        "versions 2 and 3 of Pytorch-UNet are version 4",
+        "fastunet/metrics.py",
+        "if reduce_batch_first and version < 4:",
+        "if False:",
+        "tests/test_metrics.py::test_multiclass_dice_coeff_knows_the_versions_of_pytorch_unet",
+    ),
+    Fault(
+        "probabilities are taken for logits",
+        "fastunet/losses.py",
+        "        _warn_of_probabilities(logits)\n    ignored",
+        "        pass\n    ignored",
+        "tests/test_losses.py::test_probabilities_in_place_of_logits_are_warned_of_once",
+    ),
+    Fault(
+        "operators mix devices",
+        "fastunet/dispatch.py",
+        "    def dispatched(*args: Any) -> Any:\n        _check_devices(names, like, args)\n",
+        "    def dispatched(*args: Any) -> Any:\n",
+        "tests/test_devices.py::test_operators_refuse_tensors_of_two_devices",
+    ),
+    Fault(
+        "networks on a CPU mix devices",
+        "fastunet/eager.py",
+        "    _check_devices(parts[0], conv, norm)\n",
+        "",
+        "tests/test_eager.py::test_what_does_not_fit_is_refused_by_the_modules_name",
+    ),
+    Fault(
+        "the size is checked against the constructor's levels",
+        "fastunet/models.py",
+        "            self._check_size(x)\n",
+        '            raise ValueError("expected height and width of at least 16")\n',
+        "tests/test_surgery.py::test_a_removed_level",
+    ),
+    Fault(
+        "channels are the constructor's",
+        "fastunet/models.py",
+        "return self._channels if conv is None else conv.in_channels",
+        "return self._channels",
+        "tests/test_surgery.py::test_a_replaced_first_convolution tests/test_surgery.py::test_an_adapter_in_front",
+    ),
+    Fault(
+        "predict and loss do not call an own forward",
+        "fastunet/models.py",
+        "        return (\n            kind.forward in _FORWARDS and",
+        "        return True or (\n            kind.forward in _FORWARDS and",
+        "tests/test_surgery.py::test_predict_and_loss_call_what_is_called",
+    ),
+    Fault(
+        "a patched _conv_forward is ignored",
+        "fastunet/blocks.py",
+        '        or "_conv_forward" in own  # patched for seamless tiles\n',
+        "",
+        "tests/test_surgery.py::test_a_replaced_part_of_a_convolution",
+    ),
+    Fault(
+        "DDP overwrites counts",
+        "fastunet/metrics.py",
+        "        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64)\n",
+        '        self.register_buffer("matrix", torch.zeros(num_classes, num_classes, dtype=torch.int64))\n',
+        "tests/test_metrics.py::test_counts_inside_a_ddp_module_are_those_of_their_process",
+    ),
+    Fault(
+        "counts are not saved",
+        "fastunet/metrics.py",
+        '        destination[f"{prefix}matrix"] = self.matrix\n',
+        "",
+        "tests/test_metrics.py::test_its_state_and_its_options_are_told",
+    ),
+    Fault(
+        "losses do not show their options",
+        "fastunet/losses.py",
+        'return ", ".join(f"{name}={value!r}" for name, value in options.items())',
+        'return ""',
+        "tests/test_losses.py::test_options_are_told",
+    ),
+    Fault(
+        "forward-mode derivatives are zero",
+        "fastunet/dispatch.py",
+        "        _refuse_tangents(args)\n        return implementation(*args)",
+        "        return implementation(*args)",
+        "tests/test_norms.py::test_forward_mode_derivatives_are_refused",
+    ),
+    Fault(
+        "second derivatives are constant",
+        "fastunet/dispatch.py",
+        "    if torch.is_grad_enabled():\n        raise RuntimeError(",
+        "    if False:\n        raise RuntimeError(",
+        "tests/test_models.py::test_second_derivatives_are_refused_not_wrong",
+    ),
+    Fault(
+        "a running mean alone is not moved",
+        "fastunet/functional.py",
+        "if (running_mean is None) != (running_var is None):",
+        "if False:",
+        "tests/test_wrong_calls.py::test_a_wrong_call_is_refused_in_a_sentence",
+    ),
+    Fault(
+        "a prediction in a thread ends another one's eval mode",
+        "fastunet/models.py",
+        "changed = [module for module in model.modules() if module.training or module in _evaluated]",
+        "changed = [module for module in model.modules() if module.training]",
+        "tests/test_surgery.py::test_predictions_in_threads_leave_a_training_model_alone "
+        "tests/test_surgery.py::test_a_prediction_that_outlasts_another",
+    ),
+    Fault(
+        "compiled losses take labels out of range",
+        "fastunet/losses.py",
+        "            check_in_graph(labels, outcomes, ignore_index)\n",
+        "            pass\n",
+        "tests/test_losses.py::test_compiled_losses_refuse_labels_out_of_range",
+    ),
+    Fault(
+        "labels are looked at while somebody traces",
+        "fastunet/losses.py",
+        "elif has_values(labels):",
+        "else:",
+        "tests/test_losses.py::test_labels_are_not_looked_at_while_somebody_traces",
+    ),
+    Fault(
+        "cells' numbers have 32 bits",
+        "fastunet/weight_map.py",
+        "cells.to(torch.int64)",
+        "cells.to(torch.int32)",
+        "tests/test_weight_map.py::test_numbers_of_cells_keep_their_64_bits",
+    ),
+    Fault(
+        "an install hides behind a folder of its name",
+        "pyproject.toml",
+        'mode = "strict"',
+        'mode = "lenient"',
+        "tests/test_packaging.py::test_an_editable_install_works_beside_a_folder_of_its_name",
+    ),
+    Fault(
+        "a batch norm without a count breaks",
+        "fastunet/activation.py",
+        "    if batches is not None:\n        batches.add_(1)",
+        "    if True:\n        batches.add_(1)",
+        "tests/test_norms.py::test_states_of_a_batch_norm",
+    ),
+    Fault(
+        "an empty batch is not counted",
+        "fastunet/activation.py",
+        "    if batches is not None:\n        batches.add_(1)",
+        "    if batches is not None and count:\n        batches.add_(1)",
+        "tests/test_norms.py::test_an_empty_batch_is_counted",
+    ),
+    Fault(
+        "a cumulative norm breaks the graph",
+        "fastunet/activation.py",
+        "momentum = batches.to(stats[0].dtype).reciprocal()",
+        "momentum = 1.0 / float(batches)",
+        "tests/test_norms.py::test_a_cumulative_norm_compiles_into_one_graph",
+    ),
+    Fault(
+        "unsigned labels are not looked at",
+        "fastunet/checks.py",
+        "seen = labels.to(torch.int64) if labels.dtype in _FEW_OPERATIONS else labels",
+        "seen = labels",
+        "tests/test_losses.py::test_unsigned_labels_are_checked tests/test_metrics.py::test_unsigned_labels",
+    ),
+    Fault(
+        "a mismatch names no module",
+        "fastunet/models.py",
+        'return type(error)(f"{error} ({name})")',
+        "return type(error)(str(error))",
+        "tests/test_surgery.py::test_a_mismatch_names_its_module",
+    ),
+    Fault(
+        "labels with a channel get no hint",
+        "fastunet/losses.py",
+        'hint = "drop the channel with labels.squeeze(1)"',
+        'hint = "pass those of the same pictures"',
+        "tests/test_wrong_calls.py::test_a_wrong_call_is_refused_in_a_sentence",
+    ),
+    Fault(
+        "a network takes no channels",
+        "fastunet/models.py",
+        "            check_integer(name, size)\n",
+        "            pass\n",
+        "tests/test_wrong_calls.py::test_a_wrong_call_is_refused_in_a_sentence",
+    ),
+    Fault(
+        "jit.trace asserts inside",
+        "fastunet/models.py",
+        "            refuse_tracing()\n",
+        "            pass\n",
+        "tests/test_surgery.py::test_tracers_and_transforms_are_refused_in_a_sentence",
+    ),
+    Fault(
+        "infinite class weights are taken",
+        "fastunet/losses.py",
+        "bool(((weight >= 0) & weight.isfinite()).all())",
+        "bool((weight >= 0).all())",
+        "tests/test_wrong_calls.py::test_a_wrong_call_is_refused_in_a_sentence",
+    ),
+    Fault(
+        "gamma may be NaN",
+        "fastunet/checks.py",
+        "if not math.isfinite(value):",
+        "if False:",
+        "tests/test_wrong_calls.py::test_a_wrong_call_is_refused_in_a_sentence",
+    ),
+    Fault(
+        "ignore_index may be 1.5",
+        "fastunet/checks.py",
+        "if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):",
+        "if False:",
+        "tests/test_wrong_calls.py::test_a_wrong_call_is_refused_in_a_sentence",
+    ),
+]
+
+FAULTS = [*KERNELS, *TORCH, *FOUND]
+
+
+def rotten(fault: Fault) -> str | None:
+    """What is wrong with the record, if anything."""
+    count = (ROOT / fault.file).read_text(encoding="utf-8").count(fault.old)
+    if count != 1:
+        return f"{fault.file} holds {count} times, and should once: {fault.old!r}"
+    return None
+
+
+def planted(fault: Fault, folder: Path) -> None:
+    """A copy of the checkout with the fault."""
+    for name in COPIED:
+        source, target = ROOT / name, folder / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        else:
+            shutil.copy(source, target)
+    file = folder / fault.file
+    file.write_text(file.read_text(encoding="utf-8").replace(fault.old, fault.new), encoding="utf-8")
+
+
+def verdict(fault: Fault) -> str:
+    """ "noticed", or what is wrong."""
+    if (wrong := rotten(fault)) is not None:
+        return wrong
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        planted(fault, folder)
+        environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(fault.tests)]
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900
+        )
+    if done.returncode == 1:  # tests failed: any other status says that they did not run
+        return "noticed"
+    return "NOT NOTICED" if done.returncode == 0 else f"NOT RUN\n{done.stdout}{done.stderr}"
+
+
+def main(words: Sequence[str]) -> int:
+    chosen = [fault for fault in FAULTS if not words or any(word in f"{fault.name} {fault.file}" for word in words)]
+    missed = 0
+    for fault in (bar := tqdm(chosen, unit="fault")):
+        bar.set_postfix_str(fault.name)
+        said = verdict(fault)
+        missed += said != "noticed"
+        bar.write(f"{said:<12} {fault.file:<28} {fault.name}")
+    print(f"{len(chosen) - missed} of {len(chosen)} faults are noticed")
+    return 1 if missed or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
