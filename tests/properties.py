@@ -102,7 +102,7 @@ def _flag(draw: Draw, *names: str) -> tuple[tuple[str, Any], ...]:
 def _conv2d(draw: Draw, size: Size) -> Case:
     kernel, stride = draw(st.sampled_from([(3, 1), (3, 1), (3, 2), (1, 1)]))
     case = _case(draw, size, "conv2d", 3, kernel=kernel, stride=stride, bias=draw(st.booleans()),
-                 filters=draw(st.integers(1, size.channels)), stats=draw(st.booleans()),
+                 filters=draw(st.integers(1, size.channels)), stats=size.least > 1 or draw(st.booleans()),
                  skip=draw(st.one_of(st.just(0), st.integers(1, size.channels))))  # fmt: skip
     changes = _flag(draw, "relu0", *(["relu1"] if case.skip else []), "save")
     if draw(st.booleans()):
@@ -131,7 +131,7 @@ def _conv2d_act(draw: Draw, size: Size) -> Case:
 def _conv_transpose2d(draw: Draw, size: Size) -> Case:
     kernel, filters = draw(st.sampled_from([2, 3])), draw(st.integers(1, size.channels))
     return _case(draw, size, "conv_transpose2d", kernel=kernel, filters=filters, bias=draw(st.booleans()),
-                 stats=draw(st.booleans()), changes=_flag(draw, "relu"))  # fmt: skip
+                 stats=size.least > 1 or draw(st.booleans()), changes=_flag(draw, "relu"))  # fmt: skip
 
 
 def _upsample_concat(draw: Draw, size: Size) -> Case:
