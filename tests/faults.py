@@ -358,7 +358,7 @@ FOUND = [
         "fastunet/aten.py",
         "    if adds_one_by_one(wide):\n        return _pixel_stats(wide)\n",
         "",
-        "tests/test_properties.py::test_many_pixels -k conv",
+        "tests/test_eager.py::test_statistics_over_many_pixels",
     ),
     Fault(
         "an affine's gradients of a CPU are added up one by one",

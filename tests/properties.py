@@ -106,7 +106,7 @@ def _slope(draw: Draw, *names: str) -> tuple[tuple[str, Any], ...]:
 def _conv2d(draw: Draw, size: Size) -> Case:
     kernel, stride = draw(st.sampled_from([(3, 1), (3, 1), (3, 2), (1, 1)]))
     case = _case(draw, size, "conv2d", 3, kernel=kernel, stride=stride, bias=draw(st.booleans()),
-                 filters=draw(st.integers(1, size.channels)), stats=draw(st.booleans()),
+                 filters=draw(st.integers(1, size.channels)), stats=size.least > 1 or draw(st.booleans()),
                  skip=draw(st.one_of(st.just(0), st.integers(1, size.channels))))  # fmt: skip
     changes = (*_slope(draw, "slope0", *(["slope1"] if case.skip else [])), *_flag(draw, "save"))
     if draw(st.booleans()):
@@ -135,11 +135,15 @@ def _conv2d_act(draw: Draw, size: Size) -> Case:
 def _conv_transpose2d(draw: Draw, size: Size) -> Case:
     kernel, filters = draw(st.sampled_from([2, 3])), draw(st.integers(1, size.channels))
     return _case(draw, size, "conv_transpose2d", kernel=kernel, filters=filters, bias=draw(st.booleans()),
-                 stats=draw(st.booleans()), changes=_slope(draw, "slope"))  # fmt: skip
+                 stats=size.least > 1 or draw(st.booleans()), changes=_slope(draw, "slope"))  # fmt: skip
 
 
 def _upsample_concat(draw: Draw, size: Size) -> Case:
-    changes = (("align_corners", draw(st.sampled_from([True, False, None]))), *_slope(draw, "slope"), *_flag(draw, "skip_first"))
+    changes = (
+        ("align_corners", draw(st.sampled_from([True, False, None]))),
+        *_slope(draw, "slope"),
+        *_flag(draw, "skip_first"),
+    )
     skip = draw(st.one_of(st.just(0), st.integers(1, size.channels)))
     return _case(draw, size, "upsample_concat", skip=skip, changes=changes)
 

@@ -168,13 +168,15 @@ def near(
     """Whether what was found errs at most ``times`` as much as plain PyTorch's ``own``, and eight roundings, as a sum
     of some hundred numbers does in another order than PyTorch's. Of a few numbers PyTorch's may be right by chance:
     then at most ``times`` as much as the truth of operands a rounding apart."""
+    # Terms that are all alike are all rounded alike: their sum is as far off as they are.
+    many = any(isinstance(x, Tensor) and x.numel() > 2**17 for x in problem.operands.values())
     for i, (y, truth, plain, name) in enumerate(zip(found, truths, own, names, strict=bool(found))):
         if problem.exact:
             assert torch.equal(y.detach(), truth), name
             continue
         coarser = max(y.dtype, problem.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         try:
-            assert_near([y.detach()], [truth], [plain], coarser, [name], times, 8)
+            assert_near([y.detach()], [truth], [plain], coarser, [name], times, 32 if many else 8)
         except AssertionError:
             moved = [neighbour()[i].detach() for _ in range(4)]
             if not (y.detach() - truth).abs().max() <= times * max((m - truth).abs().max() for m in moved):
@@ -258,4 +260,4 @@ LARGE = ["affine_act", "conv2d", "conv2d_act", "conv_transpose2d", "max_pool2x2"
 @pytest.mark.parametrize("name", LARGE)
 def test_many_pixels(name: str, device: str, explore: Explore) -> None:
     """Where a sum that is added up one by one loses its digits."""
-    explore(claims(name, MANY, "torch", device), 2)
+    explore(claims(name, MANY, "torch", device), 3)
