@@ -152,17 +152,17 @@ class Watching(TorchDispatchMode):
 # Arguments of which ``fastunet verify`` has one value only: its cases are a sample, each run in several dtypes, and the
 # whole networks of float64 behind them have the others.
 SAMPLED = {
-    "affine_act": "affine relu",
+    "affine_act": "affine",
     "bn_affine": "weight bias",
     "bn_affine_running": "weight bias",
     "conv2d": "save pool pool_scale",
-    "conv2d_act": "affine0 relu0 x1 affine1 relu1 bias affine relu pool head_bias",
-    "conv_transpose2d": "affine relu bias",
-    "head_predict": "affine relu bias output dtype",
-    "head_stats": "affine relu bias labels pixel_weight wanted",
+    "conv2d_act": "affine0 x1 affine1 bias affine pool head_bias",
+    "conv_transpose2d": "affine bias",
+    "head_predict": "affine bias output dtype",
+    "head_stats": "affine bias labels pixel_weight wanted",
     "max_pool2x2": "affine",
     "softmax_stats": "labels pixel_weight wanted",
-    "upsample_concat": "affine relu skip skip_affine skip_relu skip_first",
+    "upsample_concat": "affine skip skip_affine skip_first",
     "confusion_matrix": "labels",
     "confusion_matrix_of_masks": "mask labels",
 }

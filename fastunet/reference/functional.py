@@ -141,7 +141,7 @@ def upsample_pad_concat(
     x: Tensor, skip: Tensor, *, align_corners: bool | None = True, skip_first: bool = True
 ) -> Tensor:
     """:func:`upsample_concat` of two plain tensors."""
-    return upsample_concat(x, None, False, skip, None, False, align_corners, skip_first)
+    return upsample_concat(x, None, 1.0, skip, None, 1.0, align_corners, skip_first)
 
 
 # ---- losses and scores -------------------------------------------------------------------------------------------
