@@ -119,16 +119,19 @@ class Asynchronous:
     def __init__(self, t: Threads) -> None:
         self.t = t
         self.copies: list[tuple[Array, Array, Array, Array, Array, int]] = []  # cp.async, by lane
-        self.committed = np.zeros(t.lanes, i4)  # groups of cp.async, by lane
+        # Groups of cp.async, of bulk copies and of wgmma that were committed, by lane.
+        self.committed = {what: np.zeros(t.lanes, i4) for what in ("copies", "bulk", "products")}
         self.barriers: dict[tuple[int, int], Barrier] = {}
-        self.bulk_committed = np.zeros(t.lanes, i4)
         self.bulk_reads: list[_Read] = []
         self.sums: list[_Sums] = []
         self.fenced: dict[int, Any] = {}  # the registers at the last wgmma.fence
-        self.products_committed = np.zeros(t.lanes, i4)
         self.product_reads: list[_Read] = []
         self._spins = 0
         self._matrices: dict[Any, tuple[Array, Array]] = {}
+
+    def commit(self, what: str, mask: Mask) -> None:
+        """The commit_group of cp.async, of bulk copies, or of wgmma."""
+        self.committed[what] = self.committed[what] + (1 if mask is None else mask)
 
     def finish(self) -> None:
         """All threads have ended."""
@@ -152,17 +155,13 @@ class Asynchronous:
         granules = shared.granules(address, size)
         shared.write(granules, lanes, line, arrives=True)
         shared.begin_arrival(granules)
-        self.copies.append((lanes, self.committed[lanes], address, data, granules, line))
-
-    def commit_copies(self, mask: Mask) -> None:
-        """cp.async.commit_group."""
-        self.committed = self.committed + (1 if mask is None else mask)
+        self.copies.append((lanes, self.committed["copies"][lanes], address, data, granules, line))
 
     def wait_copies(self, most: int | None, mask: Mask) -> None:
         """cp.async.wait_group: all but the last ``most`` groups arrive; cp.async.wait_all (None): all copies."""
         shared, kept = self.t.shared, []
         for lanes, group, address, data, granules, line in self.copies:
-            done = np.ones(len(lanes), bool) if most is None else group < self.committed[lanes] - most
+            done = np.ones(len(lanes), bool) if most is None else group < self.committed["copies"][lanes] - most
             if mask is not None:
                 done &= mask[lanes]
             if not done.all():
@@ -326,7 +325,7 @@ class Asynchronous:
             shared.begin_reading(granules)
             at = [int(c[lane]) for c in corner]
             finish = functools.partial(self._write_tensor, tensor, address, at, lane, line)
-            self.bulk_reads.append(_Read(np.array([lane]), int(self.bulk_committed[lane]), granules, finish))
+            self.bulk_reads.append(_Read(np.array([lane]), int(self.committed["bulk"][lane]), granules, finish))
 
     def _write_tensor(self, tensor: TensorMap, address: Array, corner: list[int], lane: int, line: int) -> None:
         t = self.t
@@ -339,13 +338,9 @@ class Asynchronous:
             owners = np.full(len(index), lane)
             t.memory.wrote(t, region, granules, owners, line, region.view(tensor.element), index, new)
 
-    def commit_bulk(self, mask: Mask) -> None:
-        """cp.async.bulk.commit_group."""
-        self.bulk_committed = self.bulk_committed + (1 if mask is None else mask)
-
     def wait_bulk(self, most: int, mask: Mask) -> None:
         """cp.async.bulk.wait_group."""
-        self.bulk_reads = self._waited(self.bulk_reads, self.bulk_committed - most, mask)
+        self.bulk_reads = self._waited(self.bulk_reads, self.committed["bulk"] - most, mask)
 
     def _waited(self, reads: list[_Read], until: Array, mask: Mask) -> list[_Read]:
         """End the reads of groups before ``until``, by lane; the others."""
@@ -399,7 +394,7 @@ class Asynchronous:
         for warp in warps:
             shared.read(granules[:, None], np.full(len(granules), int(warp)), line, "wgmma")
         shared.begin_reading(granules)
-        self.product_reads.append(_Read(warps, int(self.products_committed[lane]), granules))
+        self.product_reads.append(_Read(warps, int(self.committed["products"][lane]), granules))
 
     def matrix(self, descriptor: Any, shape: tuple[int, int, int, bool], lane: int) -> Array:
         """The bits of a matrix as they are now."""
@@ -433,7 +428,7 @@ class Asynchronous:
         for register in registers:
             t.registers[register] = np.where(sums.under_way, _UNDELIVERED, t.full(t.registers[register]))
         read = [(register, t.full(t.registers[register])) for register in operands]
-        group = self.products_committed[first]
+        group = self.committed["products"][first]
         sums.products.append(_Product(first, group, t.full(kept)[first], compute, read, line))
 
     def fence_registers(self) -> None:
@@ -455,13 +450,9 @@ class Asynchronous:
         t, now = self.t, self.t.registers[register]
         return now is not before and bool(before is None or (t.full(now)[lanes] != t.full(before)[lanes]).any())
 
-    def commit_products(self, mask: Mask) -> None:
-        """wgmma.commit_group."""
-        self.products_committed = self.products_committed + (1 if mask is None else mask)
-
     def wait_products(self, most: int, mask: Mask, line: int) -> None:
         """wgmma.wait_group: the sums that all but the last ``most`` groups add to are there."""
-        until = self.products_committed - most
+        until = self.committed["products"] - most
         self.product_reads = self._waited(self.product_reads, until, mask)
         for sums in self.sums:
             left = []

@@ -647,6 +647,10 @@ def _bulk_copy(o: _Operands) -> Effect:
     return bulk
 
 
+def _commit(what: str) -> Callable[[_Operands], Effect]:
+    return lambda o: lambda t, mask: t.asynchronous.commit(what, mask)
+
+
 def _wait(o: _Operands) -> Effect:
     """The wait_group of cp.async, of bulk copies, and of wgmma: until so many groups are under way."""
     most, line = int(o[0]), o.line
@@ -712,15 +716,15 @@ FORMS: dict[str, Callable[[_Operands], Effect]] = {
     # 9.7.15
     r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k\d+\.f32\.(bf16|f16|tf32)\.\1": _product,
     r"wgmma\.fence\.sync\.aligned": lambda o: lambda t, mask: t.asynchronous.fence_registers(),
-    r"wgmma\.commit_group\.sync\.aligned": lambda o: lambda t, mask: t.asynchronous.commit_products(mask),
+    r"wgmma\.commit_group\.sync\.aligned": _commit("products"),
     r"wgmma\.wait_group\.sync\.aligned": _wait,
     # 9.7.9. After .read a bulk copy has read shared memory and may not have written: what it writes no program reads.
     r"cp\.async\.c[ag]\.shared\.global": _copy,
-    r"cp\.async\.commit_group": lambda o: lambda t, mask: t.asynchronous.commit_copies(mask),
+    r"cp\.async\.commit_group": _commit("copies"),
     r"cp\.async\.wait_all": lambda o: lambda t, mask: t.asynchronous.wait_copies(None, mask),
     r"cp\.async\.bulk\.tensor\.[1-5]d\.shared::(cta|cluster)\.global\.mbarrier::complete_tx::bytes": _bulk_copy,
     r"cp\.async\.bulk\.tensor\.[1-5]d\.global\.shared::cta\.bulk_group": _bulk_copy,
-    r"cp\.async\.bulk\.commit_group": lambda o: lambda t, mask: t.asynchronous.commit_bulk(mask),
+    r"cp\.async\.bulk\.commit_group": _commit("bulk"),
     r"cp\.async(\.bulk)?\.wait_group|cp\.async\.bulk\.wait_group\.read": _wait,
     # 9.7.13. Barriers alone order what two warps do, so that an ordinary fence adds nothing; one between proxies lets
     # bulk copies and wgmma see ordinary stores. Lanes of a warp are in step.
