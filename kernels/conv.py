@@ -36,6 +36,7 @@ from .conv_few import serves as few
 from .conv_image import conv_image, serves
 from .conv_up import conv_up
 from .pool import max_pool2x2
+from .samples import by_sample
 from .table import algorithm, algorithm_forced, arithmetic
 
 # By kind and algorithm; for a kind without an entry an algorithm is not offered.
@@ -93,6 +94,7 @@ def joined(sources: Sequence[Source], size: Sequence[int]) -> Source:
     return Source(torch.cat(placed, 1), None, 1.0)
 
 
+@by_sample
 def conv2d(
     x0: Tensor,
     affine0: Tensor | None,
@@ -135,6 +137,7 @@ def conv2d(
     return y, mean, var, x0.new_empty(0), pooled
 
 
+@by_sample
 def conv2d_act(
     x0: Tensor,
     affine0: Tensor | None,
@@ -189,6 +192,7 @@ def placed(
     return [first] if x1 is None else [first, Source(x1, affine1, slope1, offset[2], offset[3])]
 
 
+@by_sample
 def conv_transpose2d(
     x: Tensor, affine: Tensor | None, slope: float, weight: Tensor, bias: Tensor | None, stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
