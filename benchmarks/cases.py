@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastunet import checks, losses, ops
-from fastunet.layout import stats_dtype
+from fastunet.layout import BATCH, NOTHING, SAMPLES, stats_dtype
 
 Operands = tuple[Any, ...]
 
@@ -46,6 +46,7 @@ class Case:
     labels: torch.dtype = torch.int64
     weighted: bool = False  # softmax_stats: weights per pixel
     nearest: bool = False  # upsample_concat
+    samples: bool = False  # affines and statistics are of each sample
     output: str = "argmax"  # head_predict
     algorithm: str = ""  # 3×3 convolutions: another one than the Triton backend's (see fastunet.kernels.table)
     wanted: tuple[bool, bool, bool] = (False, True, False)  # softmax_stats: squares, cross-entropy, label smoothing
@@ -131,7 +132,10 @@ class Case:
         """(x, affine, slope) with ``channels`` channels at this case's size."""
         batch, _, height, width = self.shape
         x = self.random((batch, channels, height, width), device)
-        return x, self.random_affine(channels, device) if self.affine else None, 0.0 if self.affine else 1.0
+        if not self.affine:
+            return x, None, 1.0
+        affine = self.random_affine(channels, device)
+        return x, affine.expand(batch, -1, -1) if self.samples else affine, 0.0
 
     def random(self, shape: tuple[int, ...], device: str | torch.device) -> Tensor:
         """Normal random numbers in this case's dtype and memory layout."""
@@ -153,8 +157,8 @@ class Case:
 _SUFFIXES = {
     "filters": "k{}", "kernel": "f{}", "stride": "s{}", "skip": "skip{}", "affine": "plain", "stats": "nostats",
     "bias": "bias", "pool": "pooled", "head": "head{}", "image": "image", "loss": "{}", "labels": "{}",
-    "weighted": "weighted", "nearest": "nearest", "output": "{}", "wanted": "wanted{}", "layout": "{}",
-    "algorithm": "{}",
+    "weighted": "weighted", "nearest": "nearest", "samples": "samples", "output": "{}", "wanted": "wanted{}",
+    "layout": "{}", "algorithm": "{}",
 }  # fmt: skip
 
 
@@ -194,13 +198,28 @@ def _bn_affine_backward(case: Case, operands: Operands, results: Operands) -> Op
     return torch.randn_like(results[0]), var, weight, eps
 
 
+def _group_affine(case: Case, device: Any) -> Operands:
+    batch, channels = case.shape[:2]
+    mean, var = torch.rand((2, batch, channels), dtype=stats_dtype(case.dtype), device=device).unbind(0)
+    return mean, var, mean[0].clone(), var[0].clone(), 1 if channels % 2 else 2, 1e-5
+
+
+def _group_affine_backward(case: Case, operands: Operands, results: Operands) -> Operands:
+    mean, var, weight, _, *settings = operands
+    return torch.randn_like(results[0]), mean, var, weight, *settings
+
+
+def _stats(case: Case) -> int:
+    return (SAMPLES if case.samples else BATCH) if case.stats else NOTHING
+
+
 def _conv2d(case: Case, device: Any) -> Operands:
     channels = case.shape[1] + case.skip
     weight = case.random_weight((case.filters, channels, case.kernel, case.kernel), channels, device)
     bias = torch.randn(case.filters, dtype=case.dtype, device=device) if case.bias else None
     second = case.source(case.skip, device) if case.skip else (None, None, 1.0)
     size = list(case.shape[2:])
-    settings = (case.stats, False, case.pool, case.random_affine(case.filters, device)[0] if case.pool else None)
+    settings = (_stats(case), False, case.pool, case.random_affine(case.filters, device)[0] if case.pool else None)
     return *case.source(case.shape[1], device), *second, weight, bias, case.stride, size, [0] * 4, *settings
 
 
@@ -232,7 +251,7 @@ def _conv_transpose2d(case: Case, device: Any) -> Operands:
     channels = case.shape[1]
     weight = case.random_weight((channels, case.filters, case.kernel, case.kernel), channels, device)
     bias = torch.randn(case.filters, dtype=case.dtype, device=device) if case.bias else None
-    return *case.source(channels, device), weight, bias, case.stats
+    return *case.source(channels, device), weight, bias, _stats(case)
 
 
 def _conv_transpose2d_backward(case: Case, operands: Operands, results: Operands) -> Operands:
@@ -301,13 +320,15 @@ def _head_predict(case: Case, device: Any) -> Operands:
 _OPERANDS: dict[str, Callable[[Case, Any], Operands]] = {
     function.__name__.removeprefix("_"): function
     for function in (
-        _affine_act, _bn_affine, _bn_affine_running, _conv2d, _conv2d_act, _conv_transpose2d, _max_pool2x2,
-        _upsample_concat, _softmax_stats, _confusion_matrix, _confusion_matrix_of_masks, _head_stats, _head_predict,
+        _affine_act, _bn_affine, _bn_affine_running, _group_affine, _conv2d, _conv2d_act, _conv_transpose2d,
+        _max_pool2x2, _upsample_concat, _softmax_stats, _confusion_matrix, _confusion_matrix_of_masks, _head_stats,
+        _head_predict,
     )
 }  # fmt: skip
 _BACKWARD: dict[str, Callable[[Case, Operands, Operands], Operands]] = {
     **dict.fromkeys(("affine_act", "upsample_concat", "softmax_stats"), _of_operands_backward),
     "bn_affine": _bn_affine_backward,
+    "group_affine": _group_affine_backward,
     "conv2d": _conv2d_backward,
     "conv_transpose2d": _conv_transpose2d_backward,
     "max_pool2x2": _max_pool2x2_backward,
@@ -426,7 +447,14 @@ def _everything(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterato
         yield from (replace(form, stride=2, pool=True), replace(form, kernel=1, pool=True))
     up = Case("conv_transpose2d", shape, dtype, filters=shape[1], bias=True)
     yield from (replace(up, kernel=2), replace(up, kernel=3))
-    yield from (Case(op, shape, dtype) for op in ("affine_act", "bn_affine", "max_pool2x2"))
+    yield from (Case(op, shape, dtype) for op in ("affine_act", "bn_affine", "group_affine", "max_pool2x2"))
+    apart = replace(conv, pool=True, samples=True)
+    yield from (
+        apart,
+        replace(apart, op="max_pool2x2"),
+        replace(apart, op="affine_act"),
+        replace(up, kernel=2, samples=True),
+    )
     yield Case("bn_affine_running", shape, dtype, mode="inference")
     yield Case("upsample_concat", shape, dtype, skip=shape[1])
     for mode in losses.MODES:
@@ -472,6 +500,8 @@ def _others(argument: Any, value: Any) -> Iterator[Any]:
         yield from (x for x in (True, False, *([None] if kind != "bool" else [])) if x is not value)
     elif "slope" in argument.name:
         yield from (x for x in (1.0, 0.0, 0.01) if x != value)
+    elif argument.name == "stats":
+        yield from (x for x in (NOTHING, BATCH) if x != value)
     elif kind == "List[bool]":
         yield from (tuple(x and i != j for j, x in enumerate(value)) for i, wanted in enumerate(value) if wanted)
     elif kind == "str":

@@ -101,9 +101,20 @@ class Task:
         return operands + [name for name, value in self._constants.items() if value is True] + acts
 
     @property
-    def rank(self) -> tuple[int, int, str]:
-        """Greater for a variant that does more; of equals for one whose sizes and addresses are better aligned."""
-        return len(self.asked), sum(map(bool, self.wanted.attributes.values())), self.variant
+    def leaky(self) -> bool:
+        """Whether something has a slope below zero, for which a leaky ReLU multiplies once more than a ReLU."""
+        return any(_is_slope(name) and value not in (None, 0) for name, value in self._constants.items())
+
+    @property
+    def rank(self) -> tuple[bool, int, int, str]:
+        """Greater for a variant that does more, leaky ones and those by sample last; of equals for one whose sizes and
+        addresses are better aligned."""
+        return (
+            not (self.leaky or self._constants.get("SAMPLES")),
+            len(self.asked),
+            sum(map(bool, self.wanted.attributes.values())),
+            self.variant,
+        )
 
     @property
     def _constants(self) -> dict[str, Any]:
@@ -137,9 +148,12 @@ def _is_slope(name: str) -> bool:
 
 
 def _is_tile(name: str, value: Any) -> bool:
-    if _is_slope(name) and value == 0:  # a ReLU's entry is that of no activation function
-        return False
-    return value is not None and not isinstance(value, bool) and name not in ("warps", "stages", "shares")
+    return (
+        value is not None
+        and not _is_slope(name)
+        and not isinstance(value, bool)
+        and name not in ("warps", "stages", "shares")
+    )
 
 
 @dataclass(frozen=True)
@@ -304,9 +318,9 @@ def _costs(found: Resources, task: Task) -> Iterator[str]:
         if (loop := found.loop) and re.search(held.pattern, task.name):
             slots = loop.issue_slots or 0
             least = slots if loop.least_slots is None else loop.least_slots
-            if slots > held.issue_slots:
+            if slots > held.issue_slots and not task.leaky:
                 yield f"issues {slots} slots a tensor clock in its main loop, over {held.issue_slots}"
-            if least > held.least_slots:
+            if least > held.least_slots and not task.leaky:
                 yield f"issues {least} slots a tensor clock in the cheapest of its main loops, over {held.least_slots}"
             if loop.shared_stores > held.shared_stores:
                 yield f"stores {loop.shared_stores} times to shared memory in its main loop"

@@ -157,14 +157,7 @@ LIMITS = (
     Limit(r"^_conv_down_fwd_kernel bf16 KSIZE=3 .* outputs=(128|256) .* sm_(80|90)$", issue_slots=1.3, shared_stores=0),
     # With stride 2 no value that was normalised serves two taps: with 64 filters only tiles inside the picture keep to
     # 1.3, or nearly.
-    Limit(
-        r"^_conv_down_fwd_kernel bf16 KSIZE=3 (?!.*SLOPE=).* outputs=64 .* sm_(80|90)$",
-        1.65,
-        least_slots=1.32,
-        shared_stores=0,
-    ),
-    # A leaky ReLU multiplies once more.
-    Limit(r"^_conv_down_fwd_kernel bf16 KSIZE=3 .*SLOPE=.* outputs=64 .* sm_(80|90)$", 2.12, 1.8, shared_stores=0),
+    Limit(r"^_conv_down_fwd_kernel bf16 KSIZE=3 .* outputs=64 .* sm_(80|90)$", 1.65, least_slots=1.32, shared_stores=0),
     Limit(r"^_conv_(up|down)_dgrad_kernel bf16 KSIZE=[23] .* sm_(80|90)$", issue_slots=0.7, shared_stores=0),
     Limit(r"^_conv_strided_wgrad_kernel bf16 KSIZE=[23] .* sm_(80|90)$", issue_slots=1.9, shared_stores=0),
 )

@@ -544,7 +544,7 @@ def _op_data(case: Case, device: torch.device) -> _OpData:
     norms = {}
     for source, affine in (("x", "affine"), ("x0", "affine0"), ("x1", "affine1"), ("skip", "skip_affine")):
         if operands.get(source) is not None and operands.get(affine) is not None:
-            mean, var = reference.functional.batch_stats(operands[source].float())
+            mean, var = reference.functional.statistics(operands[source].float(), 1)
             norms[source] = _Norm(mean, var, operands[affine][0].clone(), operands[affine][1].clone())
             operands[affine] = reference.functional.bn_affine(mean, var, norms[source].weight, norms[source].bias, _EPS)
     return _OpData(operands, norms)

@@ -17,8 +17,10 @@ from fastunet import ops
 from fastunet.aten import MANY_PIXELS, update_running_stats
 from fastunet.backend import check_backend, requested, resolve_backend
 from fastunet.dispatch import call, unwatched
-from fastunet.layout import frame, memory_format, stats_dtype
+from fastunet.layout import BATCH, NOTHING, SAMPLES, frame, memory_format, stats_dtype
 
+# The normalisations that are applied lazily: by statistics of the batch, or of each sample.
+Norm = nn.BatchNorm2d | nn.InstanceNorm2d | nn.GroupNorm
 POLICIES = ("speed", "memory")
 
 
@@ -82,7 +84,7 @@ UNKNOWN = Next()
 
 
 class Activation(NamedTuple):
-    """``act(scale·(x − centre) + shift)``: x (N, C, H, W); affine (3, C) or None; slope is act's below
+    """``act(scale·(x − centre) + shift)``: x (N, C, H, W); affine (3, C), (N, 3, C) or None; slope is act's below
     zero: 1 the identity, 0 ReLU, between them a leaky ReLU.
 
     ``pooled`` is x 2×2-pooled for this affine, where the convolution that wrote x did that too; ``headed`` says that x
@@ -205,13 +207,13 @@ class Raw(NamedTuple):
     pooled: Tensor | None = None
 
 
-def conv2d(placed: Placed, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, pool: bool, context: Context) -> Raw:
+def conv2d(placed: Placed, conv: nn.Conv2d, norm: Norm | None, pool: bool, context: Context) -> Raw:
     """A 3×3 (padding 1, stride 1 or 2) or 1×1 convolution of what is placed, with its bias.
 
     With the statistics that ``norm`` needs; if ``pool``, also pooled for a normalisation by it.
     """
     x, operands = _convolved(placed, conv, context.backend)
-    stats = norm is not None and uses_batch_stats(norm)
+    stats = needed_stats(norm)
     y, mean, var, _, pooled = call(
         ops.conv2d, *operands, conv.stride[0], placed.size, placed.offset, stats, context.stores(x),
         pool, norm.weight if pool and norm is not None else None, context.backend,
@@ -222,7 +224,7 @@ def conv2d(placed: Placed, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, pool: b
 def conv2d_act(
     placed: Placed,
     conv: nn.Conv2d,
-    norm: nn.BatchNorm2d | None,
+    norm: Norm | None,
     slope: float,
     after: Next,
     backend: str,
@@ -230,7 +232,7 @@ def conv2d_act(
     """A 3×3 convolution of stride 1, and behind it a normalisation by running statistics and act: without gradients,
     the value itself, so that whoever reads it multiplies what is stored; or what the head after it makes of it."""
     x, operands = _convolved(placed, conv, backend)
-    affine = None if norm is None else _affine(norm, x, backend)
+    affine = None if norm is None else _running_affine(norm, x, backend)
     pool, head = after
     head_weight, head_bias = None, None
     if head is not None:
@@ -241,10 +243,10 @@ def conv2d_act(
     return Activation(z, pooled=pooled if pool else None, headed=head is not None)
 
 
-def conv_transpose2d(act: Activation, conv: nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, backend: str) -> Raw:
+def conv_transpose2d(act: Activation, conv: nn.ConvTranspose2d, norm: Norm | None, backend: str) -> Raw:
     """A stride-2 transposed convolution to twice the size, with its bias and the statistics that ``norm`` needs."""
     act, weight, bias = _operands(act, conv.weight, conv.bias, backend)
-    stats = norm is not None and uses_batch_stats(norm)
+    stats = needed_stats(norm)
     return Raw(*call(ops.conv_transpose2d, *act.source, weight, bias, stats, backend))
 
 
@@ -276,37 +278,65 @@ def head_predict(
     return y
 
 
-def uses_batch_stats(bn: nn.BatchNorm2d) -> bool:
-    """Whether ``bn`` normalises by the statistics of the batch, as nn.BatchNorm2d decides it."""
-    return bn.training or (bn.running_mean is None and bn.running_var is None)
+def needed_stats(norm: Norm | None) -> int:
+    """Of what ``norm`` takes statistics of its input, as PyTorch decides it."""
+    if norm is None:
+        return NOTHING
+    if isinstance(norm, nn.GroupNorm):
+        return SAMPLES
+    if isinstance(norm, nn.InstanceNorm2d):
+        return SAMPLES if norm.training or not norm.track_running_stats else NOTHING
+    return BATCH if norm.training or (norm.running_mean is None and norm.running_var is None) else NOTHING
 
 
-def batch_norm(raw: Raw, bn: nn.BatchNorm2d, slope: float, backend: str) -> Activation:
-    """The activation act(BN(y)); updates ``bn``'s running statistics as nn.BatchNorm2d does.
+def normalised(raw: Raw, norm: Norm, slope: float, backend: str) -> Activation:
+    """The activation act(norm(y)); updates ``norm``'s running statistics as the module does.
 
     Raises:
-        ValueError: batch statistics of a single value per channel, or one running statistic without the other, as
-            PyTorch; statistics on another device.
+        ValueError: statistics of a single value, or one running statistic without the other, as PyTorch; statistics on
+            another device.
     """
-    count = raw.y.shape[0] * raw.y.shape[2] * raw.y.shape[3]
-    running: tuple[Any, ...] = ()
-    if uses_batch_stats(bn):
-        if count == 1:
-            raise ValueError(
-                f"expected more than 1 value per channel in training, got an output of {tuple(raw.y.shape)}; pass a "
-                "larger batch or picture, or call model.eval()"
-            )
-        mean, var = raw.mean, raw.var
-        if bn.training and bn.track_running_stats:
-            running = _advance(bn, raw, count)
-        operator = ops.bn_affine_running if running else ops.bn_affine
-        affine = call(operator, mean, var, bn.weight, bn.bias, *running, bn.eps, backend)
+    if needed_stats(norm) == NOTHING:
+        affine = _running_affine(norm, raw.y, backend)
+    elif isinstance(norm, nn.BatchNorm2d):
+        affine = _batch_affine(raw, norm, backend)
     else:
-        affine = _affine(bn, raw.y, backend)
+        affine = _sample_affine(raw, norm, backend)
     return Activation(raw.y, affine, slope, raw.pooled)
 
 
-def running_stats(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
+def _check_count(count: int, y: Tensor) -> None:
+    if count == 1:
+        raise ValueError(
+            f"expected more than 1 value per channel in training, got an output of {tuple(y.shape)}; pass a larger "
+            "batch or picture, or call model.eval()"
+        )
+
+
+def _sample_affine(raw: Raw, norm: nn.InstanceNorm2d | nn.GroupNorm, backend: str) -> Tensor:
+    channels, height, width = raw.y.shape[1:]
+    groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else channels
+    _check_count(height * width * (channels // groups), raw.y)
+    if isinstance(norm, nn.InstanceNorm2d) and norm.track_running_stats and raw.y.numel():
+        stats = running_stats(norm)
+        if stats is not None:
+            _check_device(stats[0], raw.y)
+            mean, var = (t.detach().mean(0) for t in (raw.mean, raw.var))
+            update_running_stats(*stats, mean, var, height * width, norm.momentum or 0.0)
+    affine: Tensor = call(ops.group_affine, raw.mean, raw.var, norm.weight, norm.bias, groups, norm.eps, backend)
+    return affine
+
+
+def _batch_affine(raw: Raw, bn: nn.BatchNorm2d, backend: str) -> Tensor:
+    count = raw.y.shape[0] * raw.y.shape[2] * raw.y.shape[3]
+    _check_count(count, raw.y)
+    running = _advance(bn, raw, count) if bn.training and bn.track_running_stats else ()
+    operator = ops.bn_affine_running if running else ops.bn_affine
+    affine: Tensor = call(operator, raw.mean, raw.var, bn.weight, bn.bias, *running, bn.eps, backend)
+    return affine
+
+
+def running_stats(bn: nn.BatchNorm2d | nn.InstanceNorm2d) -> tuple[Tensor, Tensor] | None:
     """The running mean and variance, or None if there are neither."""
     mean, var = bn.running_mean, bn.running_var  # read once: attributes of a module are slow
     if mean is not None and var is not None:
@@ -348,14 +378,15 @@ def _check_device(running_mean: Tensor, x: Tensor) -> None:
         )
 
 
-def _affine(bn: nn.BatchNorm2d, x: Tensor, backend: str) -> Tensor:
+def _running_affine(norm: Norm, x: Tensor, backend: str) -> Tensor:
     """The affine of a normalisation of ``x`` by running statistics."""
-    stats = running_stats(bn)
+    assert not isinstance(norm, nn.GroupNorm)  # which has none
+    stats = running_stats(norm)
     assert stats is not None  # without them it uses the batch's statistics
     mean, var = stats
     _check_device(mean, x)
     dtype = stats_dtype(x.dtype)
-    affine: Tensor = call(ops.bn_affine, mean.to(dtype), var.to(dtype), bn.weight, bn.bias, bn.eps, backend)
+    affine: Tensor = call(ops.bn_affine, mean.to(dtype), var.to(dtype), norm.weight, norm.bias, norm.eps, backend)
     return affine
 
 

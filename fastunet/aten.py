@@ -6,8 +6,9 @@ serve, and the twin the Triton kernels are compared with. Each function has the 
 faster there, on CPUs as on GPUs.
 
 A *source* is three arguments ``(x, affine, slope)`` that stand for the tensor ``z = act(scale·(x − centre) + shift)``:
-``x`` is (N, C, H, W); ``affine`` is None (identity) or (3, C) with rows scale, shift, centre, in float32
-(float64 for a float64 ``x``); ``slope`` is act's below zero: 1 the identity, 0 ReLU, between them a leaky ReLU.
+``x`` is (N, C, H, W); ``affine`` is None (identity) or (3, C) with rows scale, shift, centre, or (N, 3, C) where
+samples differ, in float32 (float64 for a float64 ``x``); ``slope`` is act's below zero: 1 the identity, 0 ReLU, between
+them a leaky ReLU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastunet.layout import channels_last, frame, memory_format, no_stats, stats_dtype
+from fastunet.layout import NOTHING, SAMPLES, channels_last, frame, memory_format, no_stats, stats_dtype
 from fastunet.softmax_stats import softmax_stats, softmax_stats_backward
 
 aten = torch.ops.aten
@@ -65,9 +66,17 @@ def _normalise(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
         return activate(x, slope)
     if x.numel() == 0:
         return torch.empty_like(x)
+    if affine.dim() == 3:
+        scale, shift, centre = map(_by_sample, affine.unbind(1))
+        return activate(torch.addcmul(shift, x - centre, scale).to(x.dtype), slope, inplace=True)
     scale, shift, centre = affine.contiguous().unbind(0)
     z = _scaled(x, scale, shift, centre)
     return activate(z, slope, inplace=True)
+
+
+def _by_sample(row: Tensor) -> Tensor:
+    """A value per sample and channel, (N, C), or per channel, (C,), beside pixels."""
+    return row.view(-1, row.shape[-1], 1, 1)
 
 
 def _normalise_backward(
@@ -83,6 +92,12 @@ def _normalise_backward(
         return dz, no_stats(x)
     if x.numel() == 0:
         return torch.empty_like(x), torch.zeros_like(affine)
+    if affine.dim() == 3:
+        scale, _, centre = affine.unbind(1)
+        dscale = (dz * (x - _by_sample(centre))).sum((2, 3))
+        dshift = dz.sum((2, 3), dtype=affine.dtype)
+        dx = (dz * _by_sample(scale)).to(x.dtype)
+        return dx, torch.stack([dscale, dshift, -scale * dshift], 1)
     scale, _, centre = affine.contiguous().unbind(0)  # ATen's channels_last kernels assume dense rows
     one = torch.ones_like(centre)  # also passed as saved statistics, which CUDA requires
     if adds_one_by_one(x):
@@ -245,15 +260,55 @@ def bn_affine_backward(
     return dcentre.clone(), dvar, dscale * rstd, dshift.clone()
 
 
+def group_affine(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> Tensor:
+    """The affine (N, 3, C) of a group normalisation from mean and biased variance (N, C) of each sample's channels;
+    with as many groups as channels, of an instance normalisation."""
+    parts = mean.shape[0], groups, -1
+    within = mean.view(parts)
+    centre = within.mean(2, keepdim=True)
+    rstd = torch.rsqrt((var.view(parts) + (within - centre).square()).mean(2, keepdim=True) + eps)
+    scale, centre = (t.expand_as(within).reshape(mean.shape) for t in (rstd, centre))
+    if weight is not None:
+        scale = scale * weight
+    shift = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype).expand_as(mean)
+    return torch.stack([scale, shift, centre], 1)
+
+
+def group_affine_backward(
+    daffine: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dmean, dvar, dweight, dbias) of :func:`group_affine`, all in daffine's dtype."""
+    parts = mean.shape[0], groups, -1
+    dscale, dshift, dcentre = daffine.unbind(1)
+    within = mean.view(parts)
+    apart = within - within.mean(2, keepdim=True)
+    rstd = torch.rsqrt((var.view(parts) + apart.square()).mean(2, keepdim=True) + eps)
+    dweight = (dscale.reshape(parts) * rstd).view(mean.shape).sum(0)
+    drstd = (dscale if weight is None else dscale * weight).reshape(parts).sum(2, keepdim=True)
+    share = -0.5 * drstd * rstd**3 / within.shape[2]  # of the group's variance
+    dvar = share.expand_as(within).reshape(mean.shape)
+    dmean = dcentre.reshape(parts).mean(2, keepdim=True) + 2 * share * apart
+    return dmean.view(mean.shape), dvar, dweight, dshift.sum(0)
+
+
 # ---- convolutions ------------------------------------------------------------------------------------------------
 
 
-def _batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over (N, H, W) of y as rounded to its dtype: two (C,) tensors in stats_dtype."""
+def _stats(y: Tensor, stats: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of y as rounded to its dtype, in stats_dtype: over (N, H, W), two (C,) tensors, or of
+    samples over (H, W), two (N, C) tensors; empty where none are asked for."""
+    if stats == NOTHING:
+        return no_stats(y), no_stats(y)
     dtype = stats_dtype(y.dtype)
     if y.numel() == 0:
-        return y.new_zeros(y.shape[1], dtype=dtype), y.new_zeros(y.shape[1], dtype=dtype)
+        shape = y.shape[:2] if stats == SAMPLES else y.shape[1:2]
+        return y.new_zeros(shape, dtype=dtype), y.new_zeros(shape, dtype=dtype)
     wide = y.to(dtype) if y.device.type == "cpu" else y  # on a CPU 16-bit input gives 16-bit statistics
+    if stats == SAMPLES:
+        var, mean = torch.var_mean(wide.to(dtype), (2, 3), correction=0)
+        return mean, var
     if adds_one_by_one(wide):
         return _pixel_stats(wide)
     mean, var = torch.batch_norm_update_stats(wide, None, None, 0.0)
@@ -266,11 +321,14 @@ def _form_dy(dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, y: Te
         return dy
     if y.numel() == 0:
         return torch.zeros_like(y)
-    count = y.numel() // y.shape[1]
+    count = y.numel() // mean.numel()
     rise = torch.zeros_like(mean) if dvar is None else dvar * (2.0 / count)
     level = torch.zeros_like(mean) if dmean is None else dmean / count
     wide = y.to(mean.dtype)  # one rounding, at the end
-    total = _scaled(wide, rise, level, mean)
+    if mean.dim() == 2:
+        total = torch.addcmul(_by_sample(level), wide - _by_sample(mean), _by_sample(rise))
+    else:
+        total = _scaled(wide, rise, level, mean)
     if dy is not None:
         total += dy
     return total.to(y.dtype)
@@ -337,22 +395,22 @@ def conv2d(
     stride: int,
     size: Sequence[int],
     offset: Sequence[int],
-    stats: bool,
+    stats: int,
     save: bool,
     pool: bool,
     pool_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Convolution of one or two sources, concatenated along the channels in a zero frame.
 
-    Returns y; its mean and variance if ``stats``; the normalised operand if ``save`` asks for it; and if ``pool`` what
-    is 2×2-pooled from y for a normalisation by a scale with the signs of ``pool_scale`` (None: positive; see
-    :func:`max_pool2x2`). What was not asked for is empty.
+    Returns y; its mean and variance, of the batch (C,) if ``stats`` is 1, of each sample (N, C) if it is 2; the
+    normalised operand if ``save`` asks for it; and if ``pool`` what is 2×2-pooled from y for a normalisation by a scale
+    with the signs of ``pool_scale`` (None: positive; see :func:`max_pool2x2`). What was not asked for is empty.
     """
     z = _placed(_sources(x0, affine0, slope0, x1, affine1, slope1, offset), size)
     y = channels_last(
         F.conv2d(z.contiguous(memory_format=_beside(weight, z)), weight, bias, stride, weight.shape[-1] // 2)
     )
-    mean, var = _batch_stats(y) if stats else (no_stats(y), no_stats(y))
+    mean, var = _stats(y, stats)
     plain = affine0 is None and slope0 == 1 and x1 is None and list(size) == list(x0.shape[-2:])
     kept = x0.new_empty(0) if plain or not save else channels_last(z)
     pooled = max_pool2x2(y, pool_affine(pool_scale, y)) if pool else x0.new_empty(0)
@@ -383,7 +441,7 @@ def conv2d_act(
     (J, K, 1, 1) and ``head_bias``, for which z need not be stored; and if ``pool``, without a head, z 2×2-pooled, else
     an empty tensor.
     """
-    y, *_ = conv2d(x0, affine0, slope0, x1, affine1, slope1, weight, bias, 1, size, offset, False, False, False, None)
+    y, *_ = conv2d(x0, affine0, slope0, x1, affine1, slope1, weight, bias, 1, size, offset, NOTHING, False, False, None)
     z = channels_last(_normalise(y, affine, slope))
     pooled = max_pool2x2(z, None) if pool else z.new_empty(0)
     return z if head_weight is None else channels_last(F.conv2d(z, head_weight, head_bias)), pooled
@@ -471,7 +529,7 @@ def _transpose_geometry(weight: Tensor) -> tuple[list[int], list[int]]:
 
 
 def conv_transpose2d(
-    x: Tensor, affine: Tensor | None, slope: float, weight: Tensor, bias: Tensor | None, stats: bool
+    x: Tensor, affine: Tensor | None, slope: float, weight: Tensor, bias: Tensor | None, stats: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stride-2 transposed convolution of one source to twice its size; weight is (C, K, 2, 2) or (C, K, 3, 3)."""
     padding, output_padding = _transpose_geometry(weight)
@@ -479,7 +537,7 @@ def conv_transpose2d(
     y = channels_last(
         F.conv_transpose2d(z.contiguous(memory_format=_beside(weight, z)), weight, bias, 2, padding, output_padding)
     )
-    mean, var = _batch_stats(y) if stats else (no_stats(y), no_stats(y))
+    mean, var = _stats(y, stats)
     return y, mean, var
 
 
@@ -526,9 +584,9 @@ def conv_transpose2d_backward(
 
 def _signed(x: Tensor, affine: Tensor | None) -> Tensor:
     """x, negated in the channels whose scale is negative: there the largest z comes from the smallest x."""
-    if affine is None or (x.device.type == "cpu" and bool((affine[0] > 0).all())):
+    if affine is None or (x.device.type == "cpu" and bool((affine.select(-2, 0) > 0).all())):
         return x
-    return torch.where((affine[0] < 0).view(1, -1, 1, 1), -x, x)
+    return torch.where(_by_sample(affine.select(-2, 0)) < 0, -x, x)
 
 
 def _max_pool(x: Tensor, affine: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -537,7 +595,7 @@ def _max_pool(x: Tensor, affine: Tensor | None) -> tuple[Tensor, Tensor]:
     values, indices = aten.max_pool2d_with_indices(signed, [2, 2], [2, 2])
     if affine is not None and signed is not x:
         height, width = values.shape[-2:]
-        flat = (affine[0] == 0).view(1, -1, 1, 1) & ~values.isnan()
+        flat = (_by_sample(affine.select(-2, 0)) == 0) & ~values.isnan()
         rows = torch.arange(height, device=x.device).view(-1, 1) * (2 * x.shape[-1])
         first = rows + 2 * torch.arange(width, device=x.device)
         values = torch.where(flat, signed[..., : 2 * height : 2, : 2 * width : 2], values)
@@ -629,6 +687,11 @@ def upsample_concat_backward(
 # ---- the logit-free head -----------------------------------------------------------------------------------------
 
 
+def _of_sample(affine: Tensor | None, n: int) -> Tensor | None:
+    """What of an affine holds for sample n."""
+    return affine if affine is None or affine.dim() == 2 else affine[n : n + 1]
+
+
 def _head_runs(
     x: Tensor,
     affine: Tensor | None,
@@ -652,7 +715,7 @@ def _head_runs(
         for start in range(0, height * width, step):
             pixels = slice(start, start + step)
             part = rows[n, pixels].t()[None, :, None]
-            z = _normalise(part, affine, slope)[0, :, 0].t().to(filters.dtype)
+            z = _normalise(part, _of_sample(affine, n), slope)[0, :, 0].t().to(filters.dtype)
             # (K, P): with the few classes adjacent instead, their statistics would take twice as long on a CPU.
             logits = filters @ z.t()
             if bias is not None:
@@ -720,10 +783,10 @@ def head_stats_backward(
             dbias += g.sum(1)
         if mask[0]:
             dz = (g.t() @ filters).to(x.dtype).t()[None, :, None]
-            dpart, share = _normalise_backward(dz, part, affine, slope, z.to(x.dtype).t()[None, :, None])
+            dpart, share = _normalise_backward(dz, part, _of_sample(affine, n), slope, z.to(x.dtype).t()[None, :, None])
             rows[n, pixels] = dpart[0, :, 0].t()
             if affine is not None:
-                daffine += share
+                (daffine if affine.dim() == 2 else daffine[n : n + 1]).add_(share)
     dweight, dbias = dfilters.view(weight.shape).to(weight.dtype), dbias.to(weight.dtype)
     return dx, daffine, *_filter_gradients(dweight, dbias, weight, mask[1:])
 

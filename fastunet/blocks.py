@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _torch_module
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from fastunet import eager
@@ -26,14 +26,15 @@ from fastunet.activation import (
     Config,
     Context,
     Next,
+    Norm,
     Placed,
-    batch_norm,
     conv2d,
     conv2d_act,
     conv_transpose2d,
+    needed_stats,
+    normalised,
     pool_fork,
     upsample,
-    uses_batch_stats,
 )
 from fastunet.checks import check_integer, check_tensor
 
@@ -42,6 +43,8 @@ _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward
     for kind in (
         nn.BatchNorm2d,
+        nn.GroupNorm,
+        nn.InstanceNorm2d,
         nn.Conv2d,
         nn.ConvTranspose2d,
         nn.Identity,
@@ -118,6 +121,10 @@ def _is_upsample(module: nn.Module) -> bool:
     )
 
 
+def _is_norm(module: nn.Module) -> bool:
+    return any(untouched(module, kind) for kind in (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm))
+
+
 def _slope(module: nn.Module) -> float | None:
     """The slope below zero of an activation function that is applied lazily; None if ``module`` is none."""
     if untouched(module, nn.ReLU):
@@ -147,7 +154,7 @@ def halving(module: nn.Module) -> int | None:
         return 2
     if _is_conv(module):
         return module.stride[0]  # type: ignore[return-value,index]
-    if untouched(module, nn.BatchNorm2d) or _slope(module) is not None:
+    if _is_norm(module) or _slope(module) is not None:
         return 1
     if not _transparent(module):
         return None
@@ -159,19 +166,19 @@ class Layer(NamedTuple):
     """A convolution and what directly follows it."""
 
     conv: nn.Conv2d | nn.ConvTranspose2d
-    norm: nn.BatchNorm2d | None
+    norm: Norm | None
     slope: float
 
 
 def _split(modules: list[nn.Module]) -> tuple[list[Layer], list[nn.Module]]:
-    """The longest prefix that reads conv [BN] [act] conv … and can be run lazily, and the rest, but for identities."""
+    """The longest prefix that reads conv [norm] [act] conv … and can be run lazily, and the rest; no identities."""
     modules = [module for module in modules if not untouched(module, nn.Identity)]
     layers: list[Layer] = []
     i = 0
     while i < len(modules) and (_is_conv(modules[i]) or _is_conv_transpose(modules[i])):
         conv = modules[i]
         i += 1
-        norm = modules[i] if i < len(modules) and untouched(modules[i], nn.BatchNorm2d) else None
+        norm = modules[i] if i < len(modules) and _is_norm(modules[i]) else None
         i += norm is not None
         slope = _slope(modules[i]) if i < len(modules) else None
         i += slope is not None
@@ -179,11 +186,11 @@ def _split(modules: list[nn.Module]) -> tuple[list[Layer], list[nn.Module]]:
     return layers, modules[i:]
 
 
-def _normalises_at_once(conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> bool:
+def _normalises_at_once(conv: nn.Conv2d, norm: Norm | None) -> bool:
     """Whether a 3×3 convolution can normalise what it stores: statistics do not depend on the batch, and no backward
     needs the values before the normalisation."""
     usual = conv.kernel_size == (3, 3) and conv.stride == (1, 1)
-    return usual and not torch.is_grad_enabled() and (norm is None or not uses_batch_stats(norm))
+    return usual and not torch.is_grad_enabled() and not needed_stats(norm)
 
 
 def _apply(layer: Layer, placed: Placed, context: Context, after: Next) -> Activation:
@@ -201,7 +208,7 @@ def _apply(layer: Layer, placed: Placed, context: Context, after: Next) -> Activ
     else:
         source = placed.first if placed.second is None else Activation(placed.tensor(context))
         raw = conv_transpose2d(source, conv, norm, context.backend)
-    return Activation(raw.y, None, slope, raw.pooled) if norm is None else batch_norm(raw, norm, slope, context.backend)
+    return Activation(raw.y, None, slope, raw.pooled) if norm is None else normalised(raw, norm, slope, context.backend)
 
 
 class Misfit(NamedTuple):
@@ -211,9 +218,14 @@ class Misfit(NamedTuple):
     device: torch.device | None  # the input's, if the module is on another one
 
 
+def _features(norm: Norm) -> int:
+    return norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+
+
 def _of_modules(error: Exception, layer: Layer, placed: Placed) -> Exception:
     """An operator's error about its operands, as an error about the modules whose tensors they are."""
     conv, norm, _ = layer
+    kind = "batch norm" if isinstance(norm, nn.BatchNorm2d) else "norm"
     x = placed.first.x
     given = x.shape[1] + (0 if placed.second is None else placed.second.x.shape[1])
     wanted = conv.weight.shape[1 if isinstance(conv, nn.Conv2d) else 0]
@@ -230,17 +242,16 @@ def _of_modules(error: Exception, layer: Layer, placed: Placed) -> Exception:
         )
     elif wanted != given:
         told = ValueError(f"expected {wanted} channels, got {given}; change the layer or what comes before it")
-    elif norm is not None and norm.num_features != filters:
+    elif norm is not None and (features := _features(norm)) != filters:
         at = norm
         told = ValueError(
-            f"expected a batch norm of {filters} features, got one of {norm.num_features}; change it "
-            "or the layer before it"
+            f"expected a {kind} of {filters} features, got one of {features}; change it or the layer before it"
         )
-    elif norm is not None and (norm.running_mean is None) != (norm.running_var is None):
+    elif isinstance(norm, _NormBase) and (norm.running_mean is None) != (norm.running_var is None):
         at = norm
     elif norm is not None and torch.float64 in {p.dtype for p in norm.parameters()} - {conv.weight.dtype}:
         at = norm
-        told = TypeError(f"expected a batch norm in float32 for an input in {x.dtype}, got one in float64; convert it")
+        told = TypeError(f"expected a {kind} in float32 for an input in {x.dtype}, got one in float64; convert it")
     elif isinstance(error, ValueError) and "more than 1 value per channel" in str(error):  # PyTorch's own words
         told = ValueError(
             f"expected more than 1 value per channel in training, got one from an input of shape {tuple(x.shape)}; "
@@ -319,7 +330,7 @@ def run(block: nn.Module, placed: Placed, context: Context, after: Next = UNKNOW
 
 
 class ConvSequence(LazyBlock, nn.Sequential):
-    """An nn.Sequential of convolution, BatchNorm2d and ReLU or LeakyReLU modules."""
+    """An nn.Sequential of convolutions, norms (batch, instance or group), ReLU and LeakyReLU modules."""
 
     def lazy(self, placed: Placed, context: Context, after: Next = UNKNOWN) -> Activation:
         return lazily(list(self), placed, context, after)
@@ -533,8 +544,8 @@ def ascend(block: nn.Module, act: Activation, skip: Activation, context: Context
 
 @contextmanager
 def _frozen_running_stats(module: nn.Module) -> Iterator[None]:
-    """Leave the running statistics of every BatchNorm below ``module`` as they are, whoever runs it."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    """Leave the running statistics of every normalisation below ``module`` as they are, whoever runs it."""
+    norms = [m for m in module.modules() if isinstance(m, _NormBase)]
     kept = [(m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in norms]
     try:
         for norm in norms:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import aten, layout, ops
-from fastunet.activation import Context, Placed, check_weight, running_stats
+from fastunet.activation import Context, Norm, Placed, check_weight, running_stats
 
 _FEW_PIXELS = 8192  # below, ATen adds up well enough, and merging short sums takes longer
 _FRESH = 32 << 20  # bytes from where on each allocation is fresh memory, which the system clears page by page
@@ -28,7 +28,7 @@ def enter(x: Tensor) -> Tensor:
 
 
 def layer(
-    placed: Placed, conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d | None, slope: float, context: Context
+    placed: Placed, conv: nn.Conv2d | nn.ConvTranspose2d, norm: Norm | None, slope: float, context: Context
 ) -> Tensor:
     """A convolution and what follows it, of stored tensors.
 
@@ -41,7 +41,7 @@ def layer(
         check_weight(parts[0], conv.weight)
     y: Tensor
     if (
-        norm is not None
+        isinstance(norm, nn.BatchNorm2d)
         and context.tuned
         and not (norm.training or torch.is_grad_enabled())
         and _folds(parts, conv, norm)
@@ -51,7 +51,12 @@ def layer(
         y = conv(_joined(parts))
         if norm is None:
             return aten.activate(y, slope, inplace=True)
-        if context.precise and (norm.training or norm.running_mean is None) and _many_pixels(y, norm):
+        if (
+            context.precise
+            and isinstance(norm, nn.BatchNorm2d)
+            and (norm.training or norm.running_mean is None)
+            and _many_pixels(y, norm)
+        ):
             if slope >= 0:
                 return _batch_norm(y, norm, slope)
             y = _batch_norm(y, norm, 1.0)
@@ -60,7 +65,7 @@ def layer(
     return aten.activate(y, slope, inplace=True)
 
 
-def _check_devices(z: Tensor, conv: nn.Module, norm: nn.BatchNorm2d | None) -> None:
+def _check_devices(z: Tensor, conv: nn.Module, norm: Norm | None) -> None:
     """Refuse tensors elsewhere than z: of one on the meta device ATen makes numbers that nobody computed."""
     device = z.device
     for module in (conv, norm):
@@ -70,7 +75,7 @@ def _check_devices(z: Tensor, conv: nn.Module, norm: nn.BatchNorm2d | None) -> N
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is not None and t.device != device and t.dim():
                 raise ValueError(f"expected a layer on {device}, where its input is, got a part of it on {t.device}")
-    if norm is not None:
+    if norm is not None and not isinstance(norm, nn.GroupNorm):
         buffers = norm._buffers
         if (buffers.get("running_mean") is None) != (buffers.get("running_var") is None):
             running_stats(norm)  # raises the error

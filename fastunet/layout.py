@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Of what a convolution gives mean and variance: of nothing, of the batch (C,), or of each sample (N, C).
+NOTHING, BATCH, SAMPLES = 0, 1, 2
+
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of statistics, affines and accumulators for tensors of ``dtype``: float32, or float64 for float64."""

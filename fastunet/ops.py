@@ -19,7 +19,7 @@ from torch import Tensor
 from fastunet import aten
 from fastunet.backend import resolve_backend
 from fastunet.dispatch import apply, refuse_second_derivative, register, register_backward, register_composite, run
-from fastunet.layout import activation, stats_dtype
+from fastunet.layout import NOTHING, SAMPLES, activation, stats_dtype
 
 # ---- checks ------------------------------------------------------------------------------------------------------
 
@@ -36,9 +36,11 @@ def _check_source(x: Tensor, affine: Tensor | None, like: Tensor) -> None:
         raise ValueError(f"expected sources of one batch size, got {like.shape[0]} and {x.shape[0]}")
     _check_kind("source", x, like)
     if affine is not None:
-        if affine.dim() != 2 or affine.shape[0] != 3 or affine.shape[1] != x.shape[1]:
+        rows = affine.dim() == 2 or (affine.dim() == 3 and affine.shape[0] == x.shape[0])
+        if not rows or affine.shape[-2] != 3 or affine.shape[-1] != x.shape[1]:
             raise ValueError(
-                f"expected an affine of shape (3, {x.shape[1]}) for {x.shape[1]} channels, got {_shape(affine)}"
+                f"expected an affine of shape (3, {x.shape[1]}) or ({x.shape[0]}, 3, {x.shape[1]}) for a source of "
+                f"shape {_shape(x)}, got {_shape(affine)}"
             )
         if affine.dtype != stats_dtype(x.dtype):
             raise TypeError(f"expected an affine of {stats_dtype(x.dtype)} for a {x.dtype} source, got {affine.dtype}")
@@ -149,6 +151,32 @@ bn_affine_running = register(
 )
 
 
+# ---- group_affine ------------------------------------------------------------------------------------------------
+
+
+def _check_group_affine(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int) -> None:
+    if mean.dim() != 2 or groups < 1 or mean.shape[1] % groups:
+        raise ValueError(f"expected statistics of shape (N, C), C a multiple of {groups} groups, got {_shape(mean)}")
+    _check_vector("var", var, mean, (mean.dtype,))
+    for name, vector in (("weight", weight), ("bias", bias)):
+        _check_vector(name, vector, mean[0] if mean.shape[0] else mean.sum(0), _NO_WIDER.get(mean.dtype, ()))
+
+
+group_affine_backward = register_backward(
+    "group_affine_backward(Tensor daffine, Tensor mean, Tensor var, Tensor? weight, int groups, float eps, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "mean, var, weight, bias",
+    lambda daffine, mean: (torch.empty_like(mean), torch.empty_like(mean), *daffine.new_empty((2, mean.shape[1]))),
+)
+group_affine = register(
+    "group_affine(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, int groups, float eps, str backend) -> Tensor",
+    lambda mean: mean.new_empty((mean.shape[0], 3, mean.shape[1])),
+    _check_group_affine,
+    group_affine_backward,
+    {"affine": True},
+)
+
+
 # Not an operator: only fastunet/eager.py uses it, on a CPU, where no compiler, tracer or mode has to see it.
 class _BatchNormAct(torch.autograd.Function):
     @staticmethod
@@ -182,8 +210,9 @@ def batch_norm_act(
 # ---- conv2d ------------------------------------------------------------------------------------------------------
 
 
-def _stats_fake(x: Tensor, filters: int, stats: bool) -> tuple[Tensor, Tensor]:
-    mean, var = (x.new_empty(filters if stats else 0, dtype=stats_dtype(x.dtype)) for _ in range(2))
+def _stats_fake(x: Tensor, filters: int, stats: int) -> tuple[Tensor, Tensor]:
+    shape = 0 if stats == NOTHING else (x.shape[0], filters) if stats == SAMPLES else filters
+    mean, var = (x.new_empty(shape, dtype=stats_dtype(x.dtype)) for _ in range(2))
     return mean, var
 
 
@@ -195,7 +224,7 @@ def _conv2d_fake(
     weight: Tensor,
     stride: int,
     size: Sequence[int],
-    stats: bool,
+    stats: int,
     save: bool,
     pool: bool,
     backend: str,
@@ -260,7 +289,7 @@ conv2d_backward = register_backward(
 )
 conv2d = register(
     "conv2d(Tensor x0, Tensor? affine0, float slope0, Tensor? x1, Tensor? affine1, float slope1, Tensor weight,"
-    " Tensor? bias, int stride, SymInt[] size, SymInt[] offset, bool stats, bool save, bool pool,"
+    " Tensor? bias, int stride, SymInt[] size, SymInt[] offset, int stats, bool save, bool pool,"
     " Tensor? pool_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _conv2d_fake,
     _check_conv2d,
@@ -318,7 +347,7 @@ conv2d_act = register(
 # ---- conv_transpose2d --------------------------------------------------------------------------------------------
 
 
-def _conv_transpose2d_fake(x: Tensor, weight: Tensor, stats: bool) -> tuple[Tensor, ...]:
+def _conv_transpose2d_fake(x: Tensor, weight: Tensor, stats: int) -> tuple[Tensor, ...]:
     batch, _, height, width = x.shape
     filters = weight.shape[1]
     return activation(x, (batch, filters, 2 * height, 2 * width)), *_stats_fake(x, filters, stats)
@@ -336,7 +365,7 @@ conv_transpose2d_backward = register_backward(
     bias=lambda weight: weight.new_empty(weight.shape[1]),
 )
 conv_transpose2d = register(
-    "conv_transpose2d(Tensor x, Tensor? affine, float slope, Tensor weight, Tensor? bias, bool stats, str backend)"
+    "conv_transpose2d(Tensor x, Tensor? affine, float slope, Tensor weight, Tensor? bias, int stats, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _conv_transpose2d_fake,
     _check_conv_transpose2d,

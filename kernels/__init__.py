@@ -13,6 +13,9 @@ if __name__ != "fastunet.kernels":
         "'pip install -e .' and import it by that name"
     )
 
+# Of as many numbers as a few channels have: ATen's.
+from fastunet.aten import group_affine, group_affine_backward
+
 from .affine import affine_act, affine_act_backward, bn_affine, bn_affine_backward, bn_affine_running
 from .confusion import confusion_matrix, confusion_matrix_of_masks
 from .conv import conv2d, conv2d_act, conv_transpose2d
@@ -35,6 +38,8 @@ __all__ = [
     "conv2d_backward",
     "conv_transpose2d",
     "conv_transpose2d_backward",
+    "group_affine",
+    "group_affine_backward",
     "head_predict",
     "head_stats",
     "head_stats_backward",

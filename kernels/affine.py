@@ -57,8 +57,13 @@ def store_affine_gradient(partial_ptr, slab, c, C, scale, sum_gx, sum_g):
 @triton.jit(do_not_specialize=["pixels"])
 def _affine_act_fwd_kernel(
     x_ptr, affine_ptr, z_ptr, pixels, C, z_stride,
-    SLOPE: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    SAMPLES: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    if SAMPLES:
+        n = tl.program_id(2).to(tl.int64)
+        x_ptr += n * pixels * C
+        z_ptr += n * pixels * z_stride
+        affine_ptr += n * 3 * C
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (p < pixels)[:, None] & (c < C)[None, :]
@@ -72,9 +77,20 @@ def _affine_act_fwd_kernel(
 @triton.jit(do_not_specialize=["pixels"])
 def _affine_act_bwd_kernel(
     dz_ptr, x_ptr, affine_ptr, dx_ptr, z_ptr, partial_ptr, pixels, C, stride,
-    SLOPE: tl.constexpr, ACC: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    SAMPLES: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr, ROUNDS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     slab = tl.program_id(0).to(tl.int64)
+    share = slab
+    if SAMPLES:
+        n = tl.program_id(2).to(tl.int64)
+        share = slab * tl.num_programs(2) + n
+        dz_ptr += n * pixels * stride
+        x_ptr += n * pixels * C
+        dx_ptr += n * pixels * C
+        affine_ptr += n * 3 * C
+        if z_ptr is not None:
+            z_ptr += n * pixels * stride
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     affine = load_affine(affine_ptr, c, C)
     sum_gx = tl.zeros([BLOCK_P, BLOCK_C], ACC)
@@ -94,7 +110,7 @@ def _affine_act_bwd_kernel(
             sum_gx += gx
             sum_g += g
     if affine_ptr is not None:
-        store_affine_gradient(partial_ptr, slab, c, C, affine.scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
+        store_affine_gradient(partial_ptr, share, c, C, affine.scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -151,12 +167,13 @@ def flat_tile(channels: int, element_size: int, accesses: int) -> tuple[int, int
 
 
 def affine_slabs(x: Tensor, affine: Tensor | None, slabs: int) -> Tensor | None:
-    """Where so many programs leave their shares of the gradient of x's affine, if it has one."""
-    return None if affine is None else x.new_empty((slabs, 3, x.shape[1]), dtype=stats_dtype(x.dtype))
+    """Where so many programs, of each sample if samples differ, leave their shares of the gradient of x's affine, if it
+    has one."""
+    return None if affine is None else x.new_empty((slabs, *affine.shape), dtype=stats_dtype(x.dtype))
 
 
 def affine_gradient(x: Tensor, partial: Tensor | None) -> Tensor:
-    """daffine (3, C) from those shares, empty without an affine."""
+    """daffine from those shares, empty without an affine."""
     return x.new_empty(0, dtype=stats_dtype(x.dtype)) if partial is None else sum_slabs(partial)
 
 
@@ -174,16 +191,23 @@ def affine_act(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
     return z
 
 
+def _pixels(x: Tensor, affine: Tensor | None) -> tuple[int, int]:
+    """How many samples have an affine of their own, all as one if none has, and the pixels of each."""
+    samples = x.shape[0] if affine is not None and affine.dim() == 3 else 1
+    return samples, x.numel() // max(x.shape[1] * samples, 1)
+
+
 def store_value(z: Tensor, stride: int, x: Tensor, affine: Tensor | None, slope: float) -> None:
     """Fill ``z``, an NHWC tensor or some channels of one, whose pixels lie ``stride`` elements apart, with a source's
     value."""
     channels = x.shape[1]
-    pixels = x.numel() // max(channels, 1)
-    if pixels:
+    samples, pixels = _pixels(x, affine)
+    if pixels * samples:
         block_p, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
         launch(
-            _affine_act_fwd_kernel, (cdiv(pixels, block_p), cdiv(channels, block_c)),
+            _affine_act_fwd_kernel, (cdiv(pixels, block_p), cdiv(channels, block_c), samples),
             nhwc(x), dense(affine), z, pixels, channels, stride,
+            SAMPLES=affine is not None and affine.dim() == 3,
             SLOPE=act(slope), ACC=accumulator(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
         )  # fmt: skip
 
@@ -203,14 +227,15 @@ def source_gradient(
     x = nhwc(x)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     channels = x.shape[1]
-    pixels = x.numel() // max(channels, 1)
+    samples, pixels = _pixels(x, affine)
     block_p, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
     slabs = cdiv(pixels, block_p * _ROUNDS)
     partial = affine_slabs(x, affine, slabs)
     if x.numel() > 0:
         launch(
-            _affine_act_bwd_kernel, (slabs, cdiv(channels, block_c)),
+            _affine_act_bwd_kernel, (slabs, cdiv(channels, block_c), samples),
             dz, x, dense(affine), dx, z, partial, pixels, channels, stride,
+            SAMPLES=affine is not None and affine.dim() == 3,
             SLOPE=act(slope), ACC=accumulator(x.dtype), ROUNDS=_ROUNDS, BLOCK_P=block_p, BLOCK_C=block_c,
         )  # fmt: skip
     return dx, affine_gradient(x, partial)

@@ -35,6 +35,7 @@ from .conv_few import serves as few
 from .conv_image import conv_image, serves
 from .conv_up import conv_up
 from .pool import max_pool2x2
+from .samples import by_sample
 from .table import algorithm, algorithm_forced, arithmetic
 
 # By kind and algorithm; for a kind without an entry an algorithm is not offered.
@@ -88,6 +89,7 @@ def joined(sources: Sequence[Source], size: Sequence[int]) -> Source:
     return Source(conv_aten.values(sources, size), None, 1.0)
 
 
+@by_sample
 def conv2d(
     x0: Tensor,
     affine0: Tensor | None,
@@ -130,6 +132,7 @@ def conv2d(
     return y, mean, var, x0.new_empty(0), pooled
 
 
+@by_sample
 def conv2d_act(
     x0: Tensor,
     affine0: Tensor | None,
@@ -184,6 +187,7 @@ def placed(
     return [first] if x1 is None else [first, Source(x1, affine1, slope1, offset[2], offset[3])]
 
 
+@by_sample
 def conv_transpose2d(
     x: Tensor, affine: Tensor | None, slope: float, weight: Tensor, bias: Tensor | None, stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -39,6 +39,7 @@ from .conv_strided_wgrad import conv_strided_wgrad
 from .conv_up import conv_up_dgrad
 from .launching import accumulator, launch
 from .pool import pool_backward
+from .samples import by_sample
 
 # ---- kernels ----------------------------------------------------------------------------------------------------
 
@@ -46,9 +47,23 @@ from .pool import pool_backward
 @triton.jit(do_not_specialize=["pixels", "chunk"])
 def _form_dy_kernel(
     dy_ptr, out_ptr, y_ptr, dmean_ptr, dvar_ptr, mean_ptr, sum_ptr, pixels, chunk, K,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    SAMPLES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dY for ``chunk`` rows of K values, and their sum per k for the bias; stored only if it differs from dy."""
+    slab = tl.program_id(0).to(tl.int64)
+    if SAMPLES:
+        n = tl.program_id(2).to(tl.int64)
+        slab = slab * tl.num_programs(2) + n
+        if dy_ptr is not None:
+            dy_ptr += n * pixels * K
+        if out_ptr is not None:
+            out_ptr += n * pixels * K
+        if dmean_ptr is not None:
+            dmean_ptr += n * K
+        if dvar_ptr is not None:
+            y_ptr += n * pixels * K
+            dvar_ptr += n * K
+            mean_ptr += n * K
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     level = tl.zeros([BLOCK_K], ACC)
     slope = tl.zeros([BLOCK_K], ACC)
@@ -76,7 +91,7 @@ def _form_dy_kernel(
         if sum_ptr is not None:
             total += tl.sum(tl.where(mask, d, 0.0), 0)
     if sum_ptr is not None:
-        tl.store(sum_ptr + tl.program_id(0).to(tl.int64) * K + k, total, mask=k < K)
+        tl.store(sum_ptr + slab * K + k, total, mask=k < K)
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------------
@@ -90,7 +105,8 @@ def _form_dy(
     batch, filters, height, width = like.shape
     dy = None if dy is None else nhwc(dy)
     forms = dmean is not None or dvar is not None
-    pixels = batch * height * width
+    samples = batch if forms and mean.dim() == 2 else 1
+    pixels = batch // max(samples, 1) * height * width
     if not (forms or need_sum):
         assert dy is not None
         return dy, like.new_empty(0)
@@ -99,14 +115,14 @@ def _form_dy(
         return out, like.new_zeros(filters if need_sum else 0)
     block_k = block(filters, 64, 1)
     block_m = min(4096 // block_k, 1024)
-    chunk = block_m * max(1, cdiv(pixels, block_m * 2048))
+    chunk = block_m * max(1, cdiv(samples * pixels, block_m * 2048))
     programs = cdiv(pixels, chunk)
-    sums = like.new_empty((programs, filters), dtype=stats_dtype(like.dtype)) if need_sum else None
+    sums = like.new_empty((programs * samples, filters), dtype=stats_dtype(like.dtype)) if need_sum else None
     launch(
-        _form_dy_kernel, (programs, cdiv(filters, block_k)),
+        _form_dy_kernel, (programs, cdiv(filters, block_k), samples),
         dy, out if forms else None, None if dvar is None else nhwc(y),
         dense(dmean), dense(dvar), None if dvar is None else mean.contiguous(), sums, pixels, chunk, filters,
-        BLOCK_M=block_m, BLOCK_K=block_k, ACC=accumulator(like.dtype), num_warps=4,
+        SAMPLES=forms and mean.dim() == 2, BLOCK_M=block_m, BLOCK_K=block_k, ACC=accumulator(like.dtype), num_warps=4,
     )  # fmt: skip
     return out, like.new_empty(0, dtype=stats_dtype(like.dtype)) if sums is None else sum_slabs(sums)
 
@@ -167,6 +183,7 @@ def _like(dweight: Tensor, weight: Tensor, wanted: bool) -> Tensor:
     return dweight.to(weight.dtype).contiguous(memory_format=memory_format(weight))
 
 
+@by_sample
 def conv2d_backward(
     dy: Tensor | None,
     dmean: Tensor | None,
@@ -192,7 +209,7 @@ def conv2d_backward(
     """See :func:`fastunet.aten.conv2d_backward`, and for ``mixed`` :func:`fastunet.kernels.conv.conv2d`."""
     sources = placed(x0, affine0, slope0, x1, affine1, slope1, offset)
     if dp is not None:
-        stats = None if dmean is None or dvar is None else (dmean, dvar, mean)
+        stats = None if dmean is None or dvar is None or mean.dim() == 2 else (dmean, dvar, mean)
         dy = pool_backward(y, pool_scale, dp, dy, stats)
         if stats is not None:
             dmean, dvar = None, None
@@ -207,6 +224,7 @@ def conv2d_backward(
     return grads[0], grads[1], grads[2], grads[3], _like(dweight, weight, mask[2]), dbias.to(weight.dtype)
 
 
+@by_sample
 def conv_transpose2d_backward(
     dy: Tensor | None,
     dmean: Tensor | None,

@@ -33,6 +33,7 @@ from .affine import affine_gradient, affine_slabs, source_backward, store_affine
 from .common import Source, block, cdiv, dense, load_affine, normalise, sum_products, sum_slabs
 from .confusion import first_largest
 from .launching import accumulator, launch, precision
+from .samples import by_sample
 from .softmax_stats import Labels, by_pixel, gradient, load_labels, sigmoid, softmax, store_stats, terms
 
 _PROGRAMS = 1024  # a constant, so that the order of summation is the same on every GPU
@@ -250,6 +251,7 @@ def _operands(source: Source, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return source.x, source.affine, weight.reshape(weight.shape[:2]).contiguous(), dense(bias)
 
 
+@by_sample
 def head_stats(
     x: Tensor,
     affine: Tensor | None,
@@ -279,6 +281,7 @@ def head_stats(
     return sum_slabs(partial)
 
 
+@by_sample
 def head_stats_backward(
     dstats: Tensor,
     x: Tensor,
@@ -327,6 +330,7 @@ def _like(weight: Tensor, dweight: Tensor) -> Tensor:
     return torch.empty_like(weight, memory_format=memory_format(weight)).copy_(dweight.view(weight.shape))
 
 
+@by_sample
 def head_predict(
     x: Tensor,
     affine: Tensor | None,

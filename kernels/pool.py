@@ -54,14 +54,17 @@ def _order(affine_ptr, c, C):
 
 @triton.jit(do_not_specialize=["H", "W", "blocks"])
 def _max_pool2x2_fwd_kernel(
-    x_ptr, affine_ptr, p_ptr, H, W, C, blocks, ACC: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr
-):
+    x_ptr, affine_ptr, p_ptr, H, W, C, blocks,
+    SAMPLES: tl.constexpr, ACC: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0)
     q = pid // blocks  # row of windows, counted through the batch
     first = ((q // (H // 2)).to(tl.int64) * H + q % (H // 2) * 2) * W  # the pixel at its left end
     w = (pid % blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (w < W // 2)[:, None] & (c < C)[None, :]
+    if SAMPLES:
+        affine_ptr += (q // (H // 2)).to(tl.int64) * 3 * C
     negative, flat = _order(affine_ptr, c, C)
     row = W.to(tl.int64) * C
     index = (first + 2 * w)[:, None] * C + c[None, :]
@@ -77,7 +80,7 @@ def _max_pool2x2_fwd_kernel(
 @triton.jit(do_not_specialize=["pixels", "H", "W", "blocks"])
 def _max_pool2x2_bwd_kernel(
     x_ptr, affine_ptr, dp_ptr, dskip_ptr, dmean_ptr, dvar_ptr, mean_ptr, dx_ptr, pixels, H, W, C, blocks,
-    ACC: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    SAMPLES: tl.constexpr, ACC: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     q = pid // blocks  # row of windows, those cut off at an odd end included
@@ -94,6 +97,8 @@ def _max_pool2x2_bwd_kernel(
     in3 = (2 * w + 1 < below)[:, None] & channel
     index = ((n * H + h) * W + 2 * w)[:, None] * C + c[None, :]
     row = W.to(tl.int64) * C
+    if SAMPLES:
+        affine_ptr += n * 3 * C
     negative, flat = _order(affine_ptr, c, C)
     x0 = tl.load(x_ptr + index, mask=in0, other=0.0).to(ACC)
     x1 = tl.load(x_ptr + index + C, mask=in1, other=0.0).to(ACC)
@@ -142,6 +147,7 @@ def max_pool2x2(x: Tensor, affine: Tensor | None) -> Tensor:
         launch(
             _max_pool2x2_fwd_kernel, (batch * (height // 2) * blocks, cdiv(channels, block_c)),
             nhwc(x), dense(affine), p, height, width, channels, blocks,
+            SAMPLES=affine is not None and affine.dim() == 3,
             ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
     return p
@@ -163,7 +169,7 @@ def pool_backward(
     dskip: Tensor | None,
     stats: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
-    """:func:`max_pool2x2_backward` by the signs of ``scale`` (C, or the first row of an affine; None: positive); with
+    """:func:`max_pool2x2_backward` by the signs of ``scale`` (C, or an affine; None: positive); with
     ``stats`` = (dmean, dvar, mean) also their share of x's gradient, dmean/M + (2/M)·dvar·(x − mean)."""
     x = nhwc(x)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
@@ -176,6 +182,7 @@ def pool_backward(
             _max_pool2x2_bwd_kernel, (batch * ((height + 1) // 2) * blocks, cdiv(channels, block_c)),
             x, dense(scale), nhwc(dp), None if dskip is None else nhwc(dskip), dense(dmean), dense(dvar), dense(mean),
             dx, batch * height * width, height, width, channels, blocks,
+            SAMPLES=scale is not None and scale.dim() == 3,
             ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
     return dx

@@ -63,7 +63,7 @@ def _formed(y_ptr, sums_ptr, bias, m, k, pixels, K, shares):
 @triton.jit(do_not_specialize=["pixels", "shares", "rounds"])
 def _batch_stats_kernel(
     y_ptr, sums_ptr, bias_ptr, mean_ptr, m2_ptr, count_ptr, pixels, K, shares, rounds,
-    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    SAMPLES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The statistics of a tile of rounds·2·BLOCK_P pixels of y (pixels, K), which is formed first if there are sums.
 
@@ -71,6 +71,13 @@ def _batch_stats_kernel(
     no larger than what remains.
     """
     number = tl.program_id(0)
+    columns = K
+    if SAMPLES:  # a tile's results of all samples lie side by side
+        n = tl.program_id(2).to(tl.int64)
+        y_ptr += n * pixels * K
+        mean_ptr += n * K
+        m2_ptr += n * K
+        columns = K * tl.num_programs(2)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     first = number.to(tl.int64) * rounds * (2 * BLOCK_P)
     m = first + tl.arange(0, BLOCK_P)
@@ -97,7 +104,7 @@ def _batch_stats_kernel(
     if mean_ptr is not None:
         count = tl.maximum(tl.minimum(pixels - first, rounds * (2 * BLOCK_P)), 1).to(ACC)
         apart = tl.sum(total, 0)
-        out = number.to(tl.int64) * K + k
+        out = number.to(tl.int64) * columns + k
         tl.store(mean_ptr + out, pivot + apart / count, mask=k < K)
         m2 = tl.maximum(tl.sum(squares, 0) - apart * (apart / count), 0.0, propagate_nan=PROPAGATE_ALL)
         tl.store(m2_ptr + out, m2, mask=k < K)
@@ -140,25 +147,38 @@ def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def sample_stats(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (N, K) of each sample of y (N, K, H, W) in NHWC memory."""
+    shape = y.shape[:2]
+    if y.numel() == 0:
+        return y.new_zeros(shape, dtype=stats_dtype(y.dtype)), y.new_zeros(shape, dtype=stats_dtype(y.dtype))
+    _, mean, var = _batch_stats(y, None, None, True, shape[0])
+    return mean.view(shape), var.view(shape)
+
+
 def add_shares(sums: Tensor, y: Tensor, bias: Tensor | None, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
     """``y`` (N, K, H, W), which is written: ``sums`` (shares, N, H, W, K) added in their order, and the bias; and y's
     mean and biased variance (K,) if ``stats``, else empty."""
     return _batch_stats(y, sums, bias, stats)
 
 
-def _batch_stats(y: Tensor, sums: Tensor | None, bias: Tensor | None, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _batch_stats(
+    y: Tensor, sums: Tensor | None, bias: Tensor | None, stats: bool, samples: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, its mean and its variance; of so many ``samples`` apart, side by side, if that is not 0."""
+    apart = max(samples, 1)
     filters = y.shape[1]
-    pixels = y.numel() // filters
+    pixels = y.numel() // (filters * apart)
     block_k = block(filters, 64)
     block_p = 64 // y.element_size()
     # Programs enough for a large GPU, of a few pixels each; the same on every GPU, for the same bits.
-    rounds = max(1, min(8, pixels * cdiv(filters, block_k) // (2 * block_p * 2048)))
+    rounds = max(1, min(8, apart * pixels * cdiv(filters, block_k) // (2 * block_p * 2048)))
     tiles = cdiv(pixels, rounds * 2 * block_p)
-    partials = Partials(y, tiles, filters, stats)
+    partials = Partials(y, tiles, apart * filters, stats)
     launch(
-        _batch_stats_kernel, (tiles, cdiv(filters, block_k)),
+        _batch_stats_kernel, (tiles, cdiv(filters, block_k), apart),
         y, sums, dense(bias), *partials.pointers, pixels, filters, 0 if sums is None else sums.shape[0], rounds,
-        BLOCK_P=block_p, BLOCK_K=block_k, ACC=accumulator(y.dtype), num_warps=4,
+        SAMPLES=samples > 0, BLOCK_P=block_p, BLOCK_K=block_k, ACC=accumulator(y.dtype), num_warps=4,
     )  # fmt: skip
     return y, *partials.merged()
 

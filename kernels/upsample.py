@@ -35,6 +35,7 @@ from .affine import (
 )
 from .common import act, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise
 from .launching import accumulator, launch
+from .samples import by_sample
 
 _ACCESSES = 1  # 16-byte accesses per thread and tap
 _ROUNDS = 4  # tiles of one row per program of the backward, which share a slab of sums
@@ -225,6 +226,7 @@ def _centred(x: Tensor, skip: Tensor | None) -> tuple[int, int, int, int]:
     return skip.shape[2], skip.shape[3], (skip.shape[2] - height) // 2, (skip.shape[3] - width) // 2
 
 
+@by_sample
 def upsample_concat(
     x: Tensor,
     affine: Tensor | None,
@@ -262,6 +264,7 @@ def upsample_concat(
     return y
 
 
+@by_sample
 def upsample_concat_backward(
     dy: Tensor,
     x: Tensor,

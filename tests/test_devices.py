@@ -33,6 +33,9 @@ def calls() -> Iterator[tuple[str, list[Any]]]:
     yield "affine_act_backward", [x.clone(), *source]
     yield "bn_affine", [vector, vector.clone(), vector.clone(), vector.clone(), 1e-5]
     yield "bn_affine_running", [vector, *(vector.clone() for _ in range(5)), 16, 0.1, 1e-5]
+    rows = torch.rand(1, 2)
+    yield "group_affine", [rows, rows.clone(), vector, vector.clone(), 2, 1e-5]
+    yield "group_affine_backward", [torch.randn(1, 3, 2), rows, rows.clone(), vector, 2, 1e-5]
     yield "bn_affine_backward", [affine, vector, vector.clone(), 1e-5]
     yield "conv2d", [*source, *second, weight, vector, 1, *place, True, False, True, vector.clone()]
     yield (

@@ -1,9 +1,9 @@
 """Every operation of fastunet in a few lines of plain PyTorch, differentiated by autograd, in any floating dtype.
 
 The functions take the arguments of the operators of the same name in :mod:`fastunet.ops`, less those that say how to
-compute (``save``, ``backend``). A *source* ``(x, affine, slope)`` is x (N, C, H, W) with affine None or (3, C), rows
-scale, shift, centre: it stands for ``act(scale·(x − centre) + shift)``, slope being act's below zero:
-1 the identity, 0 ReLU, between them a leaky ReLU.
+compute (``save``, ``backend``). A *source* ``(x, affine, slope)`` is x (N, C, H, W) with affine None, (3, C) or,
+by sample, (N, 3, C), rows scale, shift, centre: it stands for ``act(scale·(x − centre) + shift)``, slope being
+act's below zero: 1 the identity, 0 ReLU, between them a leaky ReLU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def affine_act(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
     """The value of a source, in x's dtype."""
     z = x
     if affine is not None:
-        scale, shift, centre = affine.view(3, -1, 1, 1)
+        scale, shift, centre = (row.view(-1, x.shape[1], 1, 1) for row in affine.unbind(-2))
         z = (scale * (x - centre) + shift).to(x.dtype)
     return F.relu(z) if slope == 0 else F.leaky_relu(z, slope)
 
@@ -34,9 +34,24 @@ def bn_affine(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | N
     return torch.stack([scale, torch.zeros_like(mean) if bias is None else bias, mean])
 
 
-def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over N, H and W: two (C,)."""
-    return y.mean((0, 2, 3)), y.var((0, 2, 3), correction=0)
+def group_affine(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> Tensor:
+    """The affine (N, 3, C) of a group norm from its channels' mean and biased variance (N, C)."""
+    share = mean.shape[1] // groups
+    centre = mean.unflatten(1, (groups, share)).mean(2)
+    square = (var + mean * mean).unflatten(1, (groups, share)).mean(2)
+    scale = 1 / torch.sqrt(square - centre * centre + eps)
+    scale, centre = (t.repeat_interleave(share, 1) for t in (scale, centre))
+    if weight is not None:
+        scale = weight * scale
+    return torch.stack([scale, torch.zeros_like(mean) if bias is None else bias.expand_as(mean), centre], 1)
+
+
+def statistics(y: Tensor, stats: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over H, W and, if ``stats`` is 1, N: two (C,), or (N, C) if it is 2."""
+    over = (0, 2, 3) if stats == 1 else (2, 3)
+    return y.mean(over), y.var(over, correction=0)
 
 
 # ---- convolutions, pooling, upsampling ---------------------------------------------------------------------------
@@ -65,22 +80,22 @@ def conv2d(
     stride: int,
     size: Sequence[int],
     offset: Sequence[int],
-    stats: bool,
+    stats: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Convolution, padded by half its odd kernel, of one source or of the concatenation of two.
 
     Each source lies at its offset (top0, left0, top1, left1) in a frame of zeros of ``size`` (H, W). Returns
-    (y, mean, var), the last two being :func:`batch_stats` of y, or empty without ``stats``.
+    (y, mean, var), the last two being :func:`statistics` of y, or empty without ``stats``.
     """
     z = _frame(affine_act(x0, affine0, slope0), size, offset[0], offset[1])
     if x1 is not None:
         z = torch.cat([z, _frame(affine_act(x1, affine1, slope1), size, offset[2], offset[3])], 1)
     y = F.conv2d(z, weight, bias, stride, weight.shape[-1] // 2)
-    return y, *(batch_stats(y) if stats else (y.new_empty(0), y.new_empty(0)))
+    return y, *(statistics(y, stats) if stats else (y.new_empty(0), y.new_empty(0)))
 
 
 def conv_transpose2d(
-    x: Tensor, affine: Tensor | None, slope: float, weight: Tensor, bias: Tensor | None, stats: bool
+    x: Tensor, affine: Tensor | None, slope: float, weight: Tensor, bias: Tensor | None, stats: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Transposed convolution of stride 2 to (N, K, 2·H, 2·W) with weight (C, K, 2, 2) or (C, K, 3, 3).
 
@@ -88,7 +103,7 @@ def conv_transpose2d(
     """
     margin = 0 if weight.shape[-1] == 2 else 1
     y = F.conv_transpose2d(affine_act(x, affine, slope), weight, bias, 2, margin, margin)
-    return y, *(batch_stats(y) if stats else (y.new_empty(0), y.new_empty(0)))
+    return y, *(statistics(y, stats) if stats else (y.new_empty(0), y.new_empty(0)))
 
 
 def conv_bn_relu(
