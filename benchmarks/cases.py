@@ -200,8 +200,8 @@ def _bn_affine_backward(case: Case, operands: Operands, results: Operands) -> Op
 
 def _group_affine(case: Case, device: Any) -> Operands:
     batch, channels = case.shape[:2]
-    mean, var = torch.rand((2, batch, channels), dtype=stats_dtype(case.dtype), device=device).unbind(0)
-    return mean, var, mean[0].clone(), var[0].clone(), 1 if channels % 2 else 2, 1e-5
+    drawn = torch.rand((2, batch + 1, channels), dtype=stats_dtype(case.dtype), device=device)
+    return *drawn[:, 1:].unbind(0), *drawn[:, 0].unbind(0), 1 if channels % 2 else 2, 1e-5
 
 
 def _group_affine_backward(case: Case, operands: Operands, results: Operands) -> Operands:

@@ -265,7 +265,7 @@ def group_affine(
 ) -> Tensor:
     """The affine (N, 3, C) of a group normalisation from mean and biased variance (N, C) of each sample's channels;
     with as many groups as channels, of an instance normalisation."""
-    parts = mean.shape[0], groups, -1
+    parts = mean.shape[0], groups, mean.shape[1] // groups
     within = mean.view(parts)
     centre = within.mean(2, keepdim=True)
     rstd = torch.rsqrt((var.view(parts) + (within - centre).square()).mean(2, keepdim=True) + eps)
@@ -280,7 +280,7 @@ def group_affine_backward(
     daffine: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dmean, dvar, dweight, dbias) of :func:`group_affine`, all in daffine's dtype."""
-    parts = mean.shape[0], groups, -1
+    parts = mean.shape[0], groups, mean.shape[1] // groups
     dscale, dshift, dcentre = daffine.unbind(1)
     within = mean.view(parts)
     apart = within - within.mean(2, keepdim=True)

@@ -265,6 +265,22 @@ def _bn_case(channels: int) -> Case:
     )
 
 
+def _group_case(batch: int, channels: int, groups: int) -> Case:
+    def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
+        var = inputs["var"]
+        assert var is not None
+        return function(inputs["mean"], var * var + 0.1, inputs["weight"], inputs["bias"], groups, *rest)
+
+    shapes = {"mean": (batch, channels), "var": (batch, channels), "weight": (channels,), "bias": (channels,)}
+    return Case(
+        "group_affine",
+        f"{batch}×{channels}, {groups} groups",
+        dict(shapes),
+        lambda t, backend: call(ops.group_affine, t, 1e-5, backend),
+        lambda t: call(plain.group_affine, t, 1e-5),
+    )
+
+
 def _running_case(channels: int) -> Case:
     """The same with running statistics, which move by a tenth."""
     count, momentum, names = 7, 0.1, ("mean", "var", "running_mean", "running_var")
@@ -385,6 +401,8 @@ CASES = [
     _upsample_case((2, 8, 5, 3), (2, 4, 11, 6), align_corners=None),
     _bn_case(37),
     _running_case(37),
+    _group_case(2, 12, 3),
+    _group_case(3, 5, 5),
     _stats_case((2, 22, 9, 7), "softmax"),
     _stats_case((2, 3, 8, 5), "sigmoid"),
     _head_case((2, 16, 9, 7), 22, "softmax"),

@@ -1,7 +1,8 @@
 """Triton kernels of fastunet, one operation per file. Import as ``fastunet.kernels``.
 
 They import each other relatively, and of fastunet only :mod:`fastunet.layout` and :mod:`fastunet.architecture`, by
-name: whoever takes the folder elsewhere sees at once what must come along.
+name: whoever takes the folder elsewhere sees at once what must come along. One operator has no kernel yet:
+``group_affine``, which computes a few numbers per sample and channel, is ATen's here too.
 
 Every launcher has the name, the arguments and the results of its twin in :mod:`fastunet.aten`;
 :mod:`fastunet.ops` registers both behind one operator.

@@ -185,6 +185,7 @@ CASES: dict[str, Callable[[Draw, Size], Case]] = {
     "affine_act": lambda draw, size: _case(draw, size, "affine_act", changes=_slope(draw, "slope")),
     "bn_affine": lambda draw, size: _case(draw, size, "bn_affine"),
     "bn_affine_running": lambda draw, size: _case(draw, size, "bn_affine_running"),
+    "group_affine": lambda draw, size: _case(draw, size, "group_affine"),
     "conv2d": _conv2d,
     "conv2d_act": _conv2d_act,
     "conv_transpose2d": _conv_transpose2d,
@@ -358,6 +359,7 @@ _TRUTHS: dict[str, Callable[[Operands, Sequence[Tensor]], list[Tensor]]] = {
     "affine_act": _named(plain.affine_act),
     "bn_affine": _named(plain.bn_affine),
     "bn_affine_running": _running_truth,
+    "group_affine": _named(plain.group_affine),
     "conv2d": _conv2d_truth,
     "conv2d_act": _conv2d_act_truth,
     "conv_transpose2d": _named(plain.conv_transpose2d),
@@ -384,7 +386,7 @@ def _of_operator(operator: str) -> Callable[[Draw, Size], Problem]:
                        {name: name not in _OF_THE_BATCH for name in names}, exact)  # fmt: skip
         if operator.startswith("confusion"):
             made.results = {"counts": False}
-        if operator.startswith("bn_affine"):
+        if operator.endswith("_affine") or operator == "bn_affine_running":
             made.results, made.flips, made.dtype = {"affine": False}, False, operands["mean"].dtype
         if operator == "bn_affine_running":
             operands["count"] = draw(st.integers(1, 100))

@@ -155,6 +155,7 @@ SAMPLED = {
     "affine_act": "affine",
     "bn_affine": "weight bias",
     "bn_affine_running": "weight bias",
+    "group_affine": "weight bias",
     "conv2d": "save pool pool_scale",
     "conv2d_act": "affine0 x1 affine1 bias affine pool head_bias",
     "conv_transpose2d": "affine bias",

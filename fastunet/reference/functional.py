@@ -39,10 +39,9 @@ def group_affine(
 ) -> Tensor:
     """The affine (N, 3, C) of a group norm from its channels' mean and biased variance (N, C)."""
     share = mean.shape[1] // groups
-    centre = mean.unflatten(1, (groups, share)).mean(2)
-    square = (var + mean * mean).unflatten(1, (groups, share)).mean(2)
-    scale = 1 / torch.sqrt(square - centre * centre + eps)
-    scale, centre = (t.repeat_interleave(share, 1) for t in (scale, centre))
+    centre = mean.unflatten(1, (groups, share)).mean(2).repeat_interleave(share, 1)
+    spread = (var + (mean - centre).square()).unflatten(1, (groups, share)).mean(2).repeat_interleave(share, 1)
+    scale = 1 / torch.sqrt(spread + eps)
     if weight is not None:
         scale = weight * scale
     return torch.stack([scale, torch.zeros_like(mean) if bias is None else bias.expand_as(mean), centre], 1)
