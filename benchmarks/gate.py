@@ -50,7 +50,7 @@ import fastunet
 from benchmarks import gate_file
 from benchmarks.cases import CASES, UNTIMED, Case
 from benchmarks.chips import CHIPS
-from benchmarks.gate_file import FILE, Numbers, load, numbers, regressions, save
+from benchmarks.gate_file import FILE, Cost, load, numbers, regressions, save
 from benchmarks.isolation import on_all_cores
 from benchmarks.machine_code import Resources, read
 from benchmarks.nets import NetCase
@@ -157,7 +157,7 @@ def _is_tile(name: str, value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Judged:
     """What one binary costs, and which rules it breaks: those that hold for every Triton, and those about costs."""
 
     task: Task
@@ -166,7 +166,7 @@ class Entry:
     costly: list[str]
 
     @property
-    def numbers(self) -> Numbers:
+    def numbers(self) -> Cost:
         return numbers(self.resources) if self.resources else {}
 
     @property
@@ -260,7 +260,7 @@ def find(
     return tasks
 
 
-def heaviest(tasks: Iterable[Task], recorded: Mapping[str, Numbers]) -> list[Task]:
+def heaviest(tasks: Iterable[Task], recorded: Mapping[str, Cost]) -> list[Task]:
     """One task of each kind: that with the most registers in the record, or that has no record.
 
     A kind is a kernel on a chip, with or without tensor instructions.
@@ -278,7 +278,7 @@ def heaviest(tasks: Iterable[Task], recorded: Mapping[str, Numbers]) -> list[Tas
 # ---- compiling and judging ---------------------------------------------------------------------------------------
 
 
-def judge(task: Task, before: Numbers | None) -> Judgement:
+def judge(task: Task, before: Cost | None) -> Judgement:
     """Compile one binary, read it, and apply the rules; ``before`` is what the record says, if it counts."""
     try:
         found = read(task.wanted.compile(), CHIPS[task.chip])
@@ -330,19 +330,19 @@ def _accesses(widths: dict[int, int]) -> str:
     return " ".join(f"{width}B:{count}" for width, count in sorted(widths.items(), reverse=True))
 
 
-def run(tasks: list[Task], before: Mapping[str, Numbers], jobs: int) -> list[Entry]:
+def run(tasks: list[Task], before: Mapping[str, Cost], jobs: int) -> list[Judged]:
     """Judge every task, ``jobs`` at a time."""
     work = [functools.partial(judge, task, before.get(task.name)) for task in tasks]
     found: dict[int, Judgement] = {}
     for number, judgement, failure in tqdm(on_all_cores(work, jobs=jobs), "compiling", len(work), disable=None):
         found[number] = judgement or (None, [f"does not compile: {failure}"], [])
-    return [Entry(task, *found[number]) for number, task in enumerate(tasks)]
+    return [Judged(task, *found[number]) for number, task in enumerate(tasks)]
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
-def table(groups: Mapping[str, list[Entry]]) -> str:
+def table(groups: Mapping[str, list[Judged]]) -> str:
     """A line for each group: the worst of its entries in each respect."""
     highest = ("registers", "spilled", "shared", "f64")
     lowest = ("blocks", "widest load", "widest store")
@@ -424,7 +424,7 @@ def main(
     if options.json:
         print(json.dumps([entry.as_json for entry in entries], indent=1))
     else:
-        groups: dict[str, list[Entry]] = {}
+        groups: dict[str, list[Judged]] = {}
         for entry in sorted(entries, key=lambda entry: (entry.task.wanted.name, entry.task.chip)):
             group = entry.task.variant if options.verbose else f"{entry.task.wanted.name} {entry.task.chip}"
             groups.setdefault(group, []).append(entry)
@@ -444,7 +444,7 @@ def main(
     return 1 if problems else 0
 
 
-def _news(entries: Iterable[Entry], before: Mapping[str, Numbers], stale: Iterable[str]) -> Iterator[str]:
+def _news(entries: Iterable[Judged], before: Mapping[str, Cost], stale: Iterable[str]) -> Iterator[str]:
     """What differs from the record and breaks no rule."""
     for entry in entries:
         old = before.get(entry.task.name, entry.numbers)

@@ -19,16 +19,16 @@ from benchmarks.machine_code import Resources
 from benchmarks.measure import rewrite
 
 FILE = Path(__file__).with_name("gate.json")
-Numbers = dict[str, Any]  # what one entry costs: int, float or str by name
+Cost = dict[str, Any]  # what one entry costs: int, float or str by name
 
 # What is worse when it rises (1) or falls (-1). More registers cost nothing unless fewer blocks fit, which is here.
 WORSE = {"spilled": 1, "shared": 1, "blocks": -1, "widest load": -1, "widest store": -1, "f64": 1}
 WORSE_IN_LOOP = {"issue slots": 1, "least slots": 1, "loop waits": 1, "loop STS": 1, "loop LDS": 1}
 
 
-def numbers(found: Resources) -> Numbers:
+def numbers(found: Resources) -> Cost:
     """``found`` as it is written: short names, and nothing that is zero."""
-    everything: Numbers = {
+    everything: Cost = {
         "registers": found.registers,
         "spilled": found.spilled_bytes,
         "shared": found.shared_bytes,
@@ -59,7 +59,7 @@ class Recorded:
     """The file's content: the Triton that compiled it, and the numbers by entry."""
 
     triton: str
-    entries: Mapping[str, Numbers]
+    entries: Mapping[str, Cost]
 
     @property
     def comparable(self) -> bool:
@@ -75,13 +75,13 @@ def load(file: Path) -> Recorded:
     return Recorded(content["triton"], content["entries"])
 
 
-def save(file: Path, entries: Mapping[str, Numbers]) -> None:
+def save(file: Path, entries: Mapping[str, Cost]) -> None:
     """Write ``entries`` as compiled by the Triton at hand, sorted, one a line."""
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries))
     rewrite(file, f'{{"triton": "{triton.__version__}", "entries": {{\n{lines}\n}}}}\n')
 
 
-def regressions(now: Numbers, before: Numbers) -> Iterator[str]:
+def regressions(now: Cost, before: Cost) -> Iterator[str]:
     """What is worse than it was."""
     both_loop = "loop" in now and "loop" in before
     if "least slots" in now or "least slots" in before:  # which is written where it is not the most
@@ -95,7 +95,7 @@ def regressions(now: Numbers, before: Numbers) -> Iterator[str]:
         yield f"has tensor instructions {' '.join(sorted(kinds[0])) or 'none'} and had {' '.join(sorted(kinds[1]))}"
 
 
-def _kinds(about: Numbers) -> set[str]:
+def _kinds(about: Cost) -> set[str]:
     return {part.partition(":")[0] for part in str(about.get("tensor", "")).split()}
 
 

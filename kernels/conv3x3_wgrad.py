@@ -39,7 +39,7 @@ from .gemm import (
     zeros,
 )
 from .launching import launch, real_word
-from .tiles import choose
+from .tiles import choose, slabs_of
 
 SIZES = ["N", "H", "W", "top", "left", "H1", "W1", "top1", "left1", "P", "Q", "tiles", "tiles_h", "tiles_w",
          "tiles1", "tiles1_h", "tiles1_w", "slabs"]  # fmt: skip
@@ -132,8 +132,7 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
         length % part for source in sources for length, part in zip((batch, *source.x.shape[2:]), exact, strict=True)
     )
     blocks = sum(cdiv(source.channels, tile.reduction) for source in sources) * cdiv(filters, tile.outputs)
-    # Enough programs to fill a large GPU a few times, of a few tiles each; the same on every GPU, for the same bits.
-    slabs = max(1, min(cdiv(grid[0], 4), cdiv(264, 3 * blocks)))
+    slabs = slabs_of(grid[0], 3 * blocks)
     partial = dy.new_empty((slabs, filters, 3, 3, channels), dtype=stats_dtype(dy.dtype))
     launch(
         _conv3x3_wgrad_kernel, (slabs * blocks * 3,),

@@ -25,7 +25,7 @@ from .common import Source, cdiv, load_affine, replace, sum_slabs
 from .gemm import Image, Pixel, add_product, first_pixel, load_pixels, operand, release, zeros
 from .launching import launch, real_word
 from .strided import as_rows
-from .tiles import choose_strided, movable
+from .tiles import choose_strided, movable, slabs_of
 
 SIZES = ["N", "H", "W", "P", "Q", "tiles", "tiles_h", "tiles_w", "slabs"]
 
@@ -109,8 +109,7 @@ def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> 
     masked = batch % tile.images or width % tile.columns or x.shape[2] != height * (1 if up else stride)
     masked = masked or x.shape[3] != width * (1 if up else wide)
     blocks = cdiv(channels, tile.reduction) * cdiv(filters, tile.outputs) * (2 * wide - 1)
-    # Enough programs to fill a large GPU a few times, of a few tiles each; the same on every GPU, for the same bits.
-    slabs = max(1, min(cdiv(tiles, 4), cdiv(264, blocks)))
+    slabs = slabs_of(tiles, blocks)
     partial = dy.new_empty((slabs, weight.shape[0], ksize, ksize, weight.shape[1]), dtype=stats_dtype(dy.dtype))
     launch(
         _conv_strided_wgrad_kernel, (slabs * blocks,),

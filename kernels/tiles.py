@@ -202,3 +202,11 @@ def _movable(x: Tensor, row: int) -> bool:
 @functools.cache
 def _moves(name: str) -> bool:
     return name.startswith("sm_") and 90 <= int(name[3:]) < 120
+
+
+def slabs_of(tiles: int, blocks: int) -> int:
+    """Into how many sums the gradient of a weight is split, each over some of ``tiles``, of ``blocks`` programs each.
+
+    Enough programs to fill a large GPU a few times, of a few tiles each; the same on every GPU, for the same bits.
+    """
+    return max(1, min(cdiv(tiles, 4), cdiv(264, blocks)))
