@@ -122,17 +122,18 @@ def _is_upsample(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return any(untouched(module, kind) for kind in (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm))
+    kind = type(module)
+    return kind in (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm) and untouched(module, kind)
 
 
 def _slope(module: nn.Module) -> float | None:
     """The slope below zero of an activation function that is applied lazily; None if ``module`` is none."""
-    if untouched(module, nn.ReLU):
-        return 0.0
-    if untouched(module, nn.LeakyReLU):
-        assert isinstance(module, nn.LeakyReLU)
+    kind = type(module)
+    if kind not in (nn.ReLU, nn.LeakyReLU, nn.Identity) or not untouched(module, kind):
+        return None
+    if isinstance(module, nn.LeakyReLU):
         return module.negative_slope if isinstance(module.negative_slope, float | int) else None
-    return 1.0 if untouched(module, nn.Identity) else None
+    return 0.0 if isinstance(module, nn.ReLU) else 1.0
 
 
 def _transparent(module: nn.Module) -> bool:
@@ -172,7 +173,7 @@ class Layer(NamedTuple):
 
 def _split(modules: list[nn.Module]) -> tuple[list[Layer], list[nn.Module]]:
     """The longest prefix that reads conv [norm] [act] conv … and can be run lazily, and the rest; no identities."""
-    modules = [module for module in modules if not untouched(module, nn.Identity)]
+    modules = [m for m in modules if type(m) is not nn.Identity or not untouched(m, nn.Identity)]
     layers: list[Layer] = []
     i = 0
     while i < len(modules) and (_is_conv(modules[i]) or _is_conv_transpose(modules[i])):
