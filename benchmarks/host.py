@@ -49,7 +49,7 @@ def launching_nothing(architecture: str = "sm_90") -> Iterator[None]:
     with (
         as_if_on(architecture),
         mock.patch.object(JITFunction, "run", run),
-        mock.patch("fastunet.backend.triton_unavailable", lambda *_: None),  # a Mock would be timed
+        mock.patch("fastunet.backend.triton_unavailable", lambda *_: None),  # noqa: PT008 - a Mock would be timed too
         mock.patch.object(launching, "_compiled", {}),
     ):
         yield
