@@ -33,13 +33,18 @@ def by_sample(function: Callable[..., Any]) -> Callable[..., Any]:
     sources = [tuple(map(names.index, source)) for source in _SOURCES if set(source) <= set(names)]
     backward = function.__name__.endswith("_backward")  # whose first results are (dx, daffine) of each source
     statistics = names.index("stats") if "stats" in names else None
+    affines = [affine for _, affine, _ in sources]
 
     @functools.wraps(function)
     def served(*args: Any, **options: Any) -> Any:
-        apart = [(i, *at) for i, at in enumerate(sources) if args[at[1]] is not None and args[at[1]].dim() == 3]
         of_samples = statistics is not None and args[statistics] == SAMPLES
-        if not apart and not of_samples:
-            return function(*args, **options)
+        if not of_samples:
+            for i in affines:
+                if args[i] is not None and args[i].dim() == 3:
+                    break
+            else:
+                return function(*args, **options)
+        apart = [(i, *at) for i, at in enumerate(sources) if args[at[1]] is not None and args[at[1]].dim() == 3]
         given = list(args)
         for _, x, affine, slope in apart:
             given[x], given[affine], given[slope] = affine_act(args[x], args[affine], args[slope]), None, 1.0
