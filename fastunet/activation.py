@@ -382,7 +382,11 @@ def _running_affine(norm: Norm, x: Tensor, backend: str) -> Tensor:
     """The affine of a normalisation of ``x`` by running statistics."""
     assert not isinstance(norm, nn.GroupNorm)  # which has none
     stats = running_stats(norm)
-    assert stats is not None  # without them it uses the batch's statistics
+    if stats is None:  # a batch norm without them uses the batch's; an instance norm says that it tracks some
+        raise ValueError(
+            f"expected an {type(norm).__name__} with running_mean and running_var in evaluation, got neither; give it "
+            "both, or set track_running_stats=False"
+        )
     mean, var = stats
     _check_device(mean, x)
     dtype = stats_dtype(x.dtype)

@@ -226,3 +226,12 @@ def test_misfits_are_refused(device: str) -> None:
             torch.randn(2, 4, device=device), torch.rand(2, 4, device=device), None, None, 3, 1e-5, "torch"
         )
     assert truth(x, None, 1.0) is not None
+
+
+def test_an_instance_norm_without_what_it_tracks_is_refused(device: str) -> None:
+    norm = nn.InstanceNorm2d(4, track_running_stats=True)
+    norm.running_mean = norm.running_var = None
+    block = ConvSequence(nn.Conv2d(3, 4, 3, padding=1), norm).to(device).eval()
+    block.config = Config("torch")
+    with pytest.raises(ValueError, match="expected an InstanceNorm2d with running_mean and running_var in evaluation"):
+        block(torch.randn(2, 3, 5, 6, device=device))
