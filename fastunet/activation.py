@@ -17,6 +17,7 @@ from fastunet import ops
 from fastunet.aten import MANY_PIXELS, update_running_stats
 from fastunet.backend import check_backend, requested, resolve_backend
 from fastunet.dispatch import call, unwatched
+from fastunet.distributed import SyncBatchNorm, merged
 from fastunet.layout import BATCH, NOTHING, SAMPLES, frame, memory_format, stats_dtype
 
 # The normalisations that are applied lazily: by statistics of the batch, or of each sample.
@@ -329,6 +330,9 @@ def _sample_affine(raw: Raw, norm: nn.InstanceNorm2d | nn.GroupNorm, backend: st
 
 def _batch_affine(raw: Raw, bn: nn.BatchNorm2d, backend: str) -> Tensor:
     count = raw.y.shape[0] * raw.y.shape[2] * raw.y.shape[3]
+    if type(bn) is SyncBatchNorm:
+        mean, var, count = merged(raw.mean, raw.var, count)
+        raw = raw._replace(mean=mean, var=var)
     _check_count(count, raw.y)
     running = _advance(bn, raw, count) if bn.training and bn.track_running_stats else ()
     operator = ops.bn_affine_running if running else ops.bn_affine

@@ -37,6 +37,7 @@ from fastunet.activation import (
     upsample,
 )
 from fastunet.checks import check_integer, check_tensor
+from fastunet.distributed import SyncBatchNorm
 
 # PyTorch's own methods, noted before anybody patches the classes.
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
@@ -123,7 +124,7 @@ def _is_upsample(module: nn.Module) -> bool:
 
 def _is_norm(module: nn.Module) -> bool:
     kind = type(module)
-    return kind in (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm) and untouched(module, kind)
+    return kind in (nn.BatchNorm2d, SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm) and untouched(module, kind)
 
 
 def _slope(module: nn.Module) -> float | None:

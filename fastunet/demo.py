@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fastunet.errors import UserError
 from fastunet.losses import DiceCELoss
 from fastunet.metrics import ConfusionMatrix
 from fastunet.models import UNet
+from fastunet.options import at_least, chosen_device, share
 from fastunet.training import Batch, History, evaluate, fit, predict
 
 MIN_CROP = 2 * MIN_SIZE  # at 16 the deepest level is one pixel, which has no variance to normalise by
@@ -36,31 +37,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--masks", type=Path, metavar="DIR", help="folder of their masks: same name, or with _mask or _GT after it"
     )
     data.add_argument(
-        "--holdout", type=_share, default=0.2, metavar="SHARE", help="share of the pictures to score on (%(default)s)"
+        "--holdout", type=share, default=0.2, metavar="SHARE", help="share of the pictures to score on (%(default)s)"
     )
     data.add_argument(
         "--output", type=Path, default=Path("fastunet_demo.png"), metavar="FILE", help="picture to write (%(default)s)"
     )
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=_at_least(1), default=200, metavar="N", help="optimiser steps (%(default)s)")
+    training.add_argument("--steps", type=at_least(1), default=200, metavar="N", help="optimiser steps (%(default)s)")
     training.add_argument(
-        "--batch-size", type=_at_least(1), default=4, metavar="N", help="crops in a step (%(default)s)"
+        "--batch-size", type=at_least(1), default=4, metavar="N", help="crops in a step (%(default)s)"
     )
     training.add_argument(
-        "--crop", type=_at_least(MIN_CROP), default=128, metavar="N", help="side of a crop in pixels (%(default)s)"
+        "--crop", type=at_least(MIN_CROP), default=128, metavar="N", help="side of a crop in pixels (%(default)s)"
     )
     training.add_argument(
-        "--lr", type=_share, default=2e-3, metavar="RATE", help="peak learning rate of Adam (%(default)s)"
+        "--lr", type=share, default=2e-3, metavar="RATE", help="peak learning rate of Adam (%(default)s)"
     )
     training.add_argument(
-        "--seed", type=_at_least(0), default=0, metavar="N", help="seed of weights, split and crops (%(default)s)"
+        "--seed", type=at_least(0), default=0, metavar="N", help="seed of weights, split and crops (%(default)s)"
     )
     training.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1 …; auto, the default, is cuda if there is one"
     )
     network = parser.add_argument_group("network")
     network.add_argument(
-        "--base-c", type=_at_least(1), default=16, metavar="N", help="channels of the first level (%(default)s)"
+        "--base-c", type=at_least(1), default=16, metavar="N", help="channels of the first level (%(default)s)"
     )
     network.add_argument("--bilinear", action="store_true", help="upsample bilinearly, not by transposed convolutions")
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if (args.images is None) != (args.masks is None):
         raise UserError("--images and --masks belong together: give both, or neither for the generated set")
     pictures.check_writable(args.output)
-    device = _device(args.device)
+    device = chosen_device(args.device)
     data = generated() if args.images is None else open_folders(args.images, args.masks)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
@@ -191,43 +192,3 @@ def _conclude(args: argparse.Namespace, scores: dict[str, Any], seconds: float) 
         print(f"{name:{width}}  {_score(iou):>6}  {_score(dice):>6}")
     print(f"\n{1e3 * scores['seconds_per_step']:.1f} ms per step (median), {seconds:.1f} s in all")
     print(f"wrote {args.output}: image | truth | prediction | error")
-
-
-def _device(name: str) -> torch.device:
-    """The device asked for, tried out, with a backend that runs there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(
-            f"--device {name} is not available here: take cpu or a device that 'fastunet info' lists"
-        ) from error
-    try:
-        resolve_backend("auto", device, torch.float32)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return device
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text}")
-        return value
-
-    return parse
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text}")
-    return value

@@ -53,7 +53,7 @@ def layer(
             return aten.activate(y, slope, inplace=True)
         if (
             context.precise
-            and isinstance(norm, nn.BatchNorm2d)
+            and type(norm) is nn.BatchNorm2d
             and (norm.training or norm.running_mean is None)
             and _many_pixels(y, norm)
         ):

@@ -31,6 +31,7 @@ from fastunet.checks import (
     said,
 )
 from fastunet.dispatch import call, has_values, unwatched
+from fastunet.distributed import gathered
 from fastunet.layout import stats_dtype
 from fastunet.weight_map import unet_weight_map
 
@@ -39,6 +40,7 @@ __all__ = [
     "DiceCELoss",
     "DiceLoss",
     "GeneralizedDiceLoss",
+    "GlobalLoss",
     "TverskyLoss",
     "check_labels",
     "dice_loss",
@@ -732,3 +734,46 @@ class DiceCELoss(DiceLoss):
 
     def _wanted(self) -> dict[str, bool]:
         return {**super()._wanted(), "entropy": True, "smoothing": self.label_smoothing > 0}
+
+
+class GlobalLoss(StatsLoss):
+    """``loss`` of the batches of all processes of ``torch.distributed`` as one batch: a Dice is no mean of Dices.
+
+    The statistics (N, C, 7), which have to be of one shape everywhere, are all that is communicated. Under DDP gradients
+    are those of one process with all the batches; where there is one process it is ``loss``.
+
+    Args:
+        loss: another loss of this module.
+
+    Raises:
+        TypeError: a loss that is not made of statistics.
+    """
+
+    def __init__(self, loss: StatsLoss) -> None:
+        nn.Module.__init__(self)
+        if not isinstance(loss, StatsLoss):
+            raise TypeError(f"expected a loss of fastunet.losses, got {said(loss)}; construct one of those")
+        self.local = loss
+
+    def forward(self, logits: Tensor, labels: Tensor, *pixel_weight: Tensor) -> Tensor:
+        """The loss, the same in every process; arguments as ``loss`` takes them."""
+        return self.from_stats(self.local.stats(logits, labels, *pixel_weight))
+
+    def from_stats(self, stats: Tensor) -> Tensor:
+        """The loss of statistics (N, C, 7) here and those of the other processes."""
+        return self.local.from_stats(gathered(stats).flatten(0, 1))
+
+    def stats(self, *operands: Any) -> Tensor:
+        """The statistics of this process."""
+        return self.local.stats(*operands)
+
+    def head_stats(self, *operands: Any) -> Tensor:
+        """As the loss's own."""
+        return self.local.head_stats(*operands)
+
+    def plain(self) -> bool:
+        """Whether the loss is computed as its class does, with no hook."""
+        return super().plain() and self.local.plain()
+
+    def extra_repr(self) -> str:
+        return ""

@@ -1,15 +1,25 @@
-"""The training loop and the evaluation, for any module that maps images (N, C, H, W) to logits (N, K, H, W)."""
+"""The training loops and the evaluation, for any module that maps images (N, C, H, W) to logits (N, K, H, W).
+
+:func:`fit` is the shortest: one step per batch. :func:`train` goes through epochs, validates, and can be stopped after any
+step and resumed to the same bits: all that changes is in a :class:`Run`, and the batches of an epoch are a function of
+its number.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastunet.blocks import untouched
 from fastunet.checks import check_criterion, check_integer
@@ -19,6 +29,8 @@ from fastunet.metrics import ConfusionMatrix
 from fastunet.models import PlainUNet, UNet
 
 Batch = tuple[Tensor, Tensor]
+Weighted = tuple[Tensor, ...]  # a batch, and perhaps the weights of its pixels (N, H, W)
+AUTOCAST = {"fp64": None, "fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingError(UserError):
@@ -119,6 +131,165 @@ def fit(
     if reported < len(losses):
         check()
     return History(tuple(torch.stack(losses).tolist()), clock.seconds())
+
+
+# ---- epochs, validation and resuming -----------------------------------------------------------------------------
+
+
+class Objective(nn.Module):
+    """The loss of a network as a module of its own, so that one wrapper (DDP) sees forward and loss."""
+
+    def __init__(self, model: nn.Module, criterion: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.criterion = criterion
+
+    def forward(self, images: Tensor, labels: Tensor, *weight: Tensor) -> Tensor:
+        if isinstance(self.model, (UNet, PlainUNet)):
+            return self.model.loss(images, labels, self.criterion, *weight)  # stores no logits
+        return self.criterion(self.model(images), labels, *weight)
+
+
+class Run:
+    """Everything that changes while a network is trained: what has to be saved to go on with the same bits.
+
+    Args:
+        objective: an :class:`Objective`, or DDP around one.
+        optimizer: of the network's parameters.
+        scheduler: stepped at the end of each epoch; a ReduceLROnPlateau at each validation instead.
+        precision: "fp64", "fp32", "tf32", "bf16" or "fp16", a key of :data:`AUTOCAST`.
+        clip: largest norm of the gradient, or None.
+        ema: decay of a running average of the weights, which is then what is validated; None for none.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler | None = None,
+        *,
+        precision: str = "fp32",
+        clip: float | None = None,
+        ema: float | None = None,
+    ) -> None:
+        self.objective = objective
+        self.model: nn.Module = getattr(objective, "module", objective).model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.autocast = AUTOCAST[precision]
+        self.device = _device(self.model)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.clip = clip
+        self.ema = ema
+        self.average = None if ema is None else copy.deepcopy(self.model)
+        self.epoch = 0  # epochs that are done
+        self.step = 0  # steps done of the next one
+        self.steps = 0  # steps done in all
+        self.best = -math.inf  # the best score so far
+        self.stale = 0  # epochs since then
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network to validate and to keep: the average, if there is one."""
+        return self.model if self.average is None else self.average
+
+    def update(self, batches: Sequence[Weighted]) -> Tensor:
+        """One step of the optimiser by the mean loss of ``batches``, which is returned; they move to the device."""
+        self.objective.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches, 1):
+            images, labels, *weight = (x.to(self.device, non_blocking=True) for x in batch)
+            images = images.contiguous(memory_format=torch.channels_last)
+            # Gradients of several processes are averaged once, with the last batch.
+            waits = number < len(batches) and isinstance(self.objective, DistributedDataParallel)
+            with self.objective.no_sync() if waits else nullcontext():  # type: ignore[operator]
+                with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                    loss = self.objective(images, labels, *weight) / len(batches)
+                self.scaler.scale(loss).backward()
+            total = total + loss.detach()
+        if self.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            _average(self.average, self.model, self.ema or 0.0)
+        self.step += 1
+        self.steps += 1
+        return total
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it but the model's weights, to be saved with them."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            **{name: getattr(self, name) for name in _COUNTERS},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where ``state`` was saved."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+
+
+_COUNTERS = ("epoch", "step", "steps", "best", "stale")
+
+
+def train(
+    run: Run,
+    epochs: int,
+    batches: Callable[[int, int], Iterable[Sequence[Weighted]]],
+    validate: Callable[[nn.Module], float],
+    *,
+    validate_every: int | None = None,
+    after_step: Callable[[Tensor], None] = lambda loss: None,
+    after_epoch: Callable[[float], None] = lambda score: None,
+) -> None:
+    """Train until ``epochs`` are done, from wherever ``run`` is.
+
+    Args:
+        batches: ``batches(epoch, step)`` are those of the epoch's steps from ``step`` on, several of them for a step
+            that accumulates gradients; the same ones whenever it is asked.
+        validate: gives the score of a network, the larger the better.
+        validate_every: steps between the validations that a ReduceLROnPlateau sees; None: each epoch.
+        after_step, after_epoch: called with the step's loss and with the epoch's score; whatever they raise ends the
+            training, and ``run`` is in order then.
+    """
+    plateau = run.scheduler if isinstance(run.scheduler, ReduceLROnPlateau) else None
+    while run.epoch < epochs:
+        for several in batches(run.epoch, run.step):
+            loss = run.update(several)
+            if plateau is not None and validate_every is not None and run.steps % validate_every == 0:
+                plateau.step(validate(run.evaluated))
+            after_step(loss)
+        score = validate(run.evaluated)
+        if plateau is None and run.scheduler is not None:
+            run.scheduler.step()
+        elif plateau is not None and validate_every is None:
+            plateau.step(score)
+        run.epoch, run.step = run.epoch + 1, 0
+        run.stale = 0 if score > run.best else run.stale + 1
+        run.best = max(score, run.best)
+        after_epoch(score)
+
+
+@torch.no_grad()
+def _average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move weights and statistics of ``average`` towards the model's by 1 − decay."""
+    for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if kept.is_floating_point():
+            kept.lerp_(new, 1 - decay)
+        else:
+            kept.copy_(new)
 
 
 @torch.no_grad()

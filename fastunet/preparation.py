@@ -1,0 +1,103 @@
+"""How pixels become a network's input, and its output pixels again: one description for training and prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to a picture before a network sees it. A checkpoint keeps it.
+
+    Args:
+        values: "unit" divides 8-bit pixels by 255 and wider ones by their range; "standard" makes mean 0 and
+            deviation 1 of each picture.
+        scale: factor of height and width, as Pytorch-UNet's --scale.
+        square: side of the square that a picture is resized to, padded with black on the right or below; in place of
+            ``scale``.
+    """
+
+    values: str
+    scale: float = 1.0
+    square: int | None = None
+
+    @property
+    def resizes(self) -> bool:
+        """Whether the network sees another size than the picture's."""
+        return self.square is not None or self.scale != 1.0
+
+    def image(self, pixels: Array) -> Tensor:
+        """(C, H, W) pixels → float32 (C, h, w)."""
+        return self.normalised(self.resized(pixels), *self.levels(pixels))
+
+    def levels(self, pixels: Array) -> tuple[float, float]:
+        """What :meth:`normalised` subtracts and divides by, of a whole picture (C, H, W); memory is for 64 rows."""
+        if self.values == "unit":
+            return 0.0, float(np.iinfo(pixels.dtype).max) if pixels.dtype.kind in "iu" else 1.0
+        parts = [pixels[:, row : row + 64].astype(np.float64) for row in range(0, pixels.shape[1], 64)]
+        mean = sum(float(part.sum()) for part in parts) / pixels.size
+        variance = sum(float(((part - mean) ** 2).sum()) for part in parts) / pixels.size
+        return mean, variance**0.5 or 1.0
+
+    @staticmethod
+    def normalised(pixels: Array, level: float, scale: float) -> Tensor:
+        """(pixels − level) / scale as float32."""
+        values = torch.from_numpy(pixels.astype(np.float32))
+        return values.sub_(level).div_(scale)
+
+    def resized(self, pixels: Array) -> Array:
+        """(C, H, W) → (C, h, w), in the pixels' type."""
+        return self._resized(pixels, Image.Resampling.BICUBIC if self.square is None else Image.Resampling.BILINEAR)
+
+    def labels(self, labels: Array) -> Array:
+        """(H, W) → (h, w)."""
+        return self._resized(labels[None], Image.Resampling.NEAREST)[0]
+
+    def colours(self, labels: Array, table: Array) -> Tensor:
+        """The colours of (H, W) labels, ``table`` (256, 3) uint8, as float32 (3, h, w) from 0 to 1."""
+        return torch.from_numpy(self.resized(table[labels].transpose(2, 0, 1)).astype(np.float32)) / 255
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of what the network sees of a picture."""
+        if self.square is not None:
+            return self.square, self.square
+        return int(self.scale * height), int(self.scale * width)
+
+    def _resized(self, pixels: Array, method: Image.Resampling) -> Array:
+        if not self.resizes:
+            return pixels
+        _, height, width = pixels.shape
+        if self.square is not None:
+            side = max(height, width)
+            padded = np.zeros((pixels.shape[0], side, side), pixels.dtype)
+            padded[:, :height, :width] = pixels
+            pixels = padded
+        size = self.size(height, width)
+        if pixels.dtype == np.uint8 and len(pixels) == 3:
+            image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+            return np.asarray(image.resize(size[::-1], method)).transpose(2, 0, 1)
+        planes = [plane if pixels.dtype == np.uint8 else plane.astype(np.float32) for plane in pixels]
+        done = np.stack([np.asarray(Image.fromarray(plane).resize(size[::-1], method)) for plane in planes])
+        if pixels.dtype.kind in "iu":
+            limits = np.iinfo(pixels.dtype)
+            return done.round().clip(limits.min, limits.max).astype(pixels.dtype)
+        return done
+
+    def restored(self, outputs: Tensor, height: int, width: int) -> Tensor:
+        """(K, h, w) of the network, as (K, height, width) of the picture."""
+        if not self.resizes:
+            return outputs
+        if self.square is None:
+            return F.interpolate(outputs[None], (height, width), mode="bilinear")[0]
+        side = max(height, width)
+        return F.interpolate(outputs[None], (side, side), mode="bilinear")[0, :, :height, :width]
