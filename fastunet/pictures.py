@@ -1,10 +1,8 @@
-"""The demo's picture (image | truth | prediction | error) and files that are written whole or not at all."""
+"""The demo's picture (image | truth | prediction | error), and pictures that are written whole or not at all."""
 
 from __future__ import annotations
 
 import colorsys
-import os
-import secrets
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from fastunet.data import ClassName, Colour
 from fastunet.errors import UserError
+from fastunet.files import written_whole
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -148,14 +147,8 @@ def save(picture: Image.Image, path: Path) -> None:
     Raises:
         UserError: the file cannot be written, for instance because the disk is full; ``path`` is as it was.
     """
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{path.suffix}")
     try:
-        file = open(temporary, "xb")  # noqa: SIM115 - never a file or a link that somebody put there
-        try:
-            with file:
-                picture.save(file, Image.registered_extensions()[path.suffix.lower()])
-            os.replace(temporary, path)  # a link is replaced, and what it points to stays as it was
-        finally:
-            temporary.unlink(missing_ok=True)
+        with written_whole(path) as file:
+            picture.save(file, Image.registered_extensions()[path.suffix.lower()])
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}): choose another --output") from error
