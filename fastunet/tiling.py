@@ -62,7 +62,7 @@ def bands(
     check_tiles(tile, overlap)
     if max(height, width) <= tile:
         sides = [max(length, MIN_SIZE) for length in (height, width)]
-        yield _seen(network, read, *(_mirrored(0, side, length) for side, length in zip(sides, (height, width))))[
+        yield _seen(network, read, *(mirrored(0, side, length) for side, length in zip(sides, (height, width))))[
             :, :height, :width
         ]
         return
@@ -73,7 +73,7 @@ def bands(
         band: Tensor | None = None
         for column in columns:
             rows, across = (
-                _mirrored(span.start, span.stop, length) for span, length in ((row, height), (column, width))
+                mirrored(span.start, span.stop, length) for span, length in ((row, height), (column, width))
             )
             seen = _seen(network, read, rows, across)
             part = seen[:, row.first - row.start : row.last - row.start, column.first - column.start :]
@@ -122,7 +122,7 @@ def _seen(network: Callable[[Tensor], Tensor], read: Callable[..., Tensor], rows
     return network(read(rows, columns)[None])[0].float().cpu()
 
 
-def _mirrored(start: int, stop: int, length: int) -> Indices:
+def mirrored(start: int, stop: int, length: int) -> Indices:
     """Indices of the pixels at positions ``start`` to ``stop``, reflected at the borders as often as need be."""
     period = max(2 * (length - 1), 1)
     positions = np.arange(start, stop) % period

@@ -231,26 +231,416 @@ def _training(model: nn.Module, recipe: Recipe, settings: dict[str, Any], ignore
 
 
 class Samples(Dataset[Weighted]):
-    """What training sees of each picture in each epoch, whatever process loads it, and in whatever order.
+    """What training sees of each picture in each epoch, whichever process loads it, and in whatever order.
 
     An item ``(epoch, index)`` is (image (C, h, w), labels (h, w) or colours (3, h, w), perhaps weights (h, w)).
     """
 
-    def __init__(self, learnt: Pictures, recipe: Recipe, seed: int, classes: Sequence[ClassName]) -> None:
-        self.pictures = learnt
+    def __init__(self, learnt: Pictures, recipe: Recipe, seed: int) -> None:
         self.recipe = recipe
         self.seed = seed
-        self._augment = _elastic() if recipe.augment == "elastic" else None
+        self.pictures = self._large_enough(learnt) if recipe.drop_small and recipe.crop else learnt
+        self._augment = Augmentation() if recipe.augment == "elastic" else None
+        self._colours = _colours(learnt.classes) if recipe.colours else None
+        self._balance = self._class_weights() if recipe.border_weights else None
+        self._weights: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def order(self, epoch: int) -> list[int]:
         """The pictures of an epoch, in another order in each."""
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self)).tolist()
+        order: list[int] = np.random.default_rng([self.seed, epoch]).permutation(len(self)).tolist()
+        return order
 
     def __getitem__(self, key: tuple[int, int]) -> Weighted:
         epoch, index = key
         rng = np.random.default_rng([self.seed, epoch, index])
         pixels, labels = raw(self.pictures, index)
-        ...
+        prepare, crop = self.recipe.preparation, self.recipe.crop
+        image = prepare.image(pixels)
+        if self._colours is not None:
+            return image, prepare.colours(labels, self._colours)
+        planes = [image, torch.from_numpy(np.ascontiguousarray(prepare.labels(labels)))]
+        if self._balance is not None:
+            if index not in self._weights:
+                self._weights[index] = border_weights(planes[1], self._balance)
+            planes.append(self._weights[index])
+        if crop is not None:
+            rows, columns = (_window(length, crop, rng) for length in planes[1].shape)
+            planes = [x[..., rows[:, None], columns] for x in planes]
+        if self.recipe.augment == "symmetries":
+            turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
+            planes = [x.rot90(turns, (-2, -1)) for x in planes]
+            planes = [x.flip(-1) if mirror else x for x in planes]
+        if self._augment is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(rng.integers(1 << 62)))
+                planes = [x[0] for x in self._augment(*(x[None] for x in planes))]
+        return tuple(planes)
+
+    def check(self, batch_size: int) -> None:
+        """Refuse pictures of several sizes where they have to make a batch."""
+        if batch_size == 1 or self.recipe.crop is not None or self.recipe.preparation.square is not None:
+            return
+        first: tuple[int, int] | None = None
+        for index, name in enumerate(self.pictures.names):
+            size = self.recipe.preparation.size(*raw(self.pictures, index)[1].shape)
+            first = first or size
+            if size != first:
+                raise UserError(
+                    f"{self.pictures.names[0]} is {first[1]}×{first[0]} and {name} is {size[1]}×{size[0]}, which make no "
+                    "batch: give --batch-size 1, or --crop"
+                )
+
+    def _large_enough(self, learnt: Pictures) -> Pictures:
+        crop = self.recipe.crop or 0
+        fitting = [i for i in range(len(learnt)) if min(self.recipe.preparation.size(*raw(learnt, i)[1].shape)) >= crop]
+        if not fitting:
+            raise UserError(f"no picture is as large as a crop of {crop}×{crop}: give a smaller --crop")
+        return learnt.select(fitting)
+
+    def _class_weights(self) -> Tensor:
+        """One over the share of each class, as the paper balances them; their mean over all pixels is 1."""
+        count = len(self.pictures.classes)
+        pixels = sum(np.bincount(raw(self.pictures, i)[1].ravel(), minlength=256) for i in range(len(self)))
+        share = torch.as_tensor(pixels)[:count].double()
+        weights = torch.where(share > 0, share.sum() / share.clamp_min(1), 0.0)
+        weights /= (share > 0).sum()
+        return torch.cat([weights, torch.zeros(256 - count)]).float()
+
+
+def border_weights(labels: Tensor, balance: Tensor) -> Tensor:
+    """The paper's weights of pixels: ``balance`` (256,) of their classes, and more between cells, which are not 0."""
+    return unet_weight_map((labels > 0) & (balance[labels.long()] > 0), class_weight=(0, 0)) + balance[labels.long()]
+
+
+def _window(length: int, size: int, rng: np.random.Generator) -> Tensor:
+    """``size`` neighbours on an axis, at a random place, reflected where the picture ends."""
+    slack = length - size
+    start = int(rng.integers(abs(slack) + 1)) * (1 if slack >= 0 else -1)
+    return torch.from_numpy(tiling.mirrored(start, start + size, length))
+
+
+def _colours(classes: Sequence[ClassName]) -> Array:
+    """The colour of each label (256, 3); what is no class is ignored by no loss of colours, and is VOC's."""
+    table = np.full((256, 3), VOID, np.uint8)
+    table[: len(classes)] = pictures.class_colours(classes)
+    return table
+
+
+class Batches:
+    """The batches of each step of an epoch that are this process's share, a function of (epoch, first step)."""
+
+    def __init__(self, samples: Samples, batch_size: int, accumulate: int, workers: int) -> None:
+        self.samples = samples
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.workers = workers
+        self.steps = len(self._keys(0))
+        if self.steps == 0:
+            raise UserError(f"{len(samples)} pictures are fewer than processes: start fewer of them")
+
+    def _keys(self, epoch: int) -> list[list[list[tuple[int, int]]]]:
+        world, rank = distributed.processes(), distributed.rank()
+        order = [(epoch, index) for index in self.samples.order(epoch)]
+        together = self.batch_size * world
+        batches = [order[i : i + together] for i in range(0, len(order), together)]
+        if self.samples.recipe.drop_last and len(batches[-1]) < together and len(batches) > 1:
+            batches.pop()
+        sizes = [len(batch) // world for batch in batches]  # every process has as many
+        shares = [batch[rank * size :][:size] for batch, size in zip(batches, sizes, strict=True) if size]
+        return [shares[i : i + self.accumulate] for i in range(0, len(shares), self.accumulate)]
+
+    def __call__(self, epoch: int, step: int) -> Iterator[list[Weighted]]:
+        steps = self._keys(epoch)[step:]
+        loader = iter(DataLoader(self.samples, batch_sampler=sum(steps, []), num_workers=self.workers))
+        for several in steps:
+            yield [tuple(next(loader)) for _ in several]
+
+
+# ---- a run -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of the pictures held out."""
+
+    matrix: ConfusionMatrix
+    dice: float
+
+    def __getitem__(self, name: str) -> float:
+        return self.dice if name == "dice" else float(self.matrix.miou)
+
+
+def scored(trained: Trained, held_out: Pictures, ignored: int | None = None) -> Scores:
+    """Scores at the size that the network sees; pictures are shared among the processes.
+
+    ``dice`` is Pytorch-UNet's: the mean over pictures of the mean over classes but the first, 1 where there is nothing.
+    """
+    count = len(trained.classes)
+    total = torch.zeros(count, count, dtype=torch.int64)
+    dice = torch.zeros(2, dtype=torch.float64)
+    for index in range(distributed.rank(), len(held_out), distributed.processes()):
+        pixels, labels = raw(held_out, index)
+        truth = torch.from_numpy(np.ascontiguousarray(trained.preparation.labels(labels)))
+        matrix = ConfusionMatrix(count, ignored)
+        matrix.update(trained.labels(trained.seen(pixels))[None], truth[None])
+        counts = matrix.matrix
+        total += counts
+        hits, sizes = counts.diagonal(), counts.sum(0) + counts.sum(1)
+        dice += torch.stack([((2 * hits + 1e-6) / (sizes + 1e-6))[1:].double().mean(), torch.ones(()).double()])
+    if distributed.processes() > 1:
+        dist.all_reduce(total)
+        dist.all_reduce(dice)
+    matrix = ConfusionMatrix(count, ignored)
+    matrix.matrix = total
+    return Scores(matrix, float(dice[0] / dice[1]))
+
+
+class Session:
+    """A run with its folder: what is written, printed and kept while it goes on."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        settings: dict[str, Any],
+        recipe: Recipe,
+        trained: Trained,
+        run: Run,
+        samples: Samples,
+        held_out: Pictures,
+    ) -> None:
+        self.output: Path = args.output
+        self.settings, self.recipe, self.trained, self.run = settings, recipe, trained, run
+        self.samples, self.held_out = samples, held_out
+        self.batches = Batches(samples, settings["batch_size"], settings["accumulate"], args.workers)
+        self.first = distributed.rank() == 0  # which alone writes and prints
+        self.rows: list[dict[str, Any]] = []  # of epochs.csv
+        self.losses: list[tuple[int, Tensor]] = []  # of steps that are not in steps.csv yet
+        self.loss = 0.0  # sum over the steps of this epoch
+        self.signal = 0
+        self.save_every = 60 * args.save_every
+        self.scores: Scores | None = None
+        self.tensorboard = args.tensorboard and self.first
+
+    def resume(self, saved: dict[str, Any]) -> None:
+        """Go on where ``saved`` was written."""
+        if saved["pictures"] != list(self.samples.pictures.names):
+            raise UserError("--resume found other pictures than the run began with: give the same folders")
+        self.run.load_state_dict(saved["run"])
+        self.run.model.load_state_dict(saved["state"])
+        self.rows, self.loss = saved["rows"], saved["loss"]
+
+    def train(self) -> int:
+        """Train, and return the exit status."""
+        if self.first:
+            self.output.mkdir(exist_ok=True)
+            _cut(self.output / "steps.csv", self.run.steps)
+            self._introduce()
+        self.writer = _tensorboard(self.output, self.run.steps) if self.tensorboard else None
+        self.began = self.saved = time.monotonic()
+        self.bar = self._new_bar()
+        kept = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        every = None
+        if self.recipe.validations is not None:
+            together = self.settings["batch_size"] * distributed.processes()
+            every = len(self.samples) // (self.recipe.validations * together)
+        try:
+            train(
+                self.run, self.settings["epochs"], self.batches, self.validate,
+                validate_every=every, after_step=self.after_step, after_epoch=self.after_epoch,
+            )  # fmt: skip
+        except Stopped:
+            self.save()
+        except torch.OutOfMemoryError as error:
+            raise UserError("the device ran out of memory: lower --batch-size, --crop or --scale") from error
+        finally:
+            self.bar.close()
+            for number, handler in kept.items():
+                signal.signal(number, handler)
+            if self.writer is not None:
+                self.writer.close()
+        if self.first:
+            self._conclude()
+        return 128 + self.signal if self.signal else 0
+
+    def validate(self, model: nn.Module) -> float:
+        """The score of ``model`` on the pictures that are held out."""
+        self.scores = scored(dataclasses.replace(self.trained, model=model), self.held_out, self.ignored)
+        return self.scores[self.recipe.score]
+
+    def after_step(self, loss: Tensor) -> None:
+        """Note the loss; save now and then, and where somebody wants the training to end."""
+        self.losses.append((self.run.steps, loss))
+        if len(self.losses) == 10:
+            self._write_losses()
+        self.bar.update()
+        stop = distributed.anywhere(self.signal != 0)
+        if stop:
+            raise Stopped
+        if time.monotonic() - self.saved > self.save_every:
+            self.save()
+
+    def after_epoch(self, score: float) -> None:
+        """Write what the epoch gave."""
+        self._write_losses()
+        assert self.scores is not None
+        self.rows.append(
+            {
+                "epoch": self.run.epoch,
+                "steps": self.run.steps,
+                "loss": self.loss / self.batches.steps,
+                "dice": self.scores["dice"],
+                "miou": self.scores["miou"],
+                "learning_rate": self.run.optimizer.param_groups[0]["lr"],
+                "seconds": time.monotonic() - self.began,
+            }
+        )
+        self.loss = 0.0
+        if self.first:
+            _write_rows(self.output / "epochs.csv", self.rows)
+            self._draw()
+            if self.run.stale == 0:
+                self._checkpoint(BEST, self.run.evaluated)
+            if self.writer is not None:
+                for name in ("loss", "dice", "miou", "learning_rate"):
+                    self.writer.add_scalar(f"epoch/{name}", self.rows[-1][name], self.run.epoch)
+        self.save()
+        self.bar.close()
+        if self.run.epoch < self.settings["epochs"]:
+            self.bar = self._new_bar()
+        patience = self.settings["patience"]
+        if distributed.anywhere(self.signal != 0) or (patience is not None and self.run.stale >= patience):
+            raise Stopped
+
+    def save(self) -> None:
+        """Write the checkpoint from which the run can go on."""
+        self._write_losses()
+        self.saved = time.monotonic()
+        if self.first:
+            self._checkpoint(
+                LAST, self.run.model, run=self.run.state_dict(), settings=self.settings, rows=self.rows, loss=self.loss,
+                pictures=list(self.samples.pictures.names),
+            )  # fmt: skip
+
+    def _checkpoint(self, name: str, model: nn.Module, **rest: Any) -> None:
+        values = [c.value for c in self.trained.classes]
+        save_checkpoint(self.output / name, model, mask_values=values, **{ENTRY: self.trained.facts()}, **rest)
+
+    def _write_losses(self) -> None:
+        """Bring steps.csv up to date, and look whether the losses are numbers."""
+        rows = [(step, float(loss)) for step, loss in self.losses]
+        self.losses = []
+        self.loss += sum(loss for _, loss in rows)
+        wrong = next((row for row in rows if not math.isfinite(row[1])), None)
+        if wrong is not None:
+            raise TrainingError(f"the loss became {wrong[1]} at step {wrong[0]}: lower --learning-rate")
+        if not rows:
+            return
+        if self.first:
+            path = self.output / "steps.csv"
+            with open(path, "a", newline="") as file:
+                csv.writer(file).writerows([("step", "loss"), *rows] if rows[0][0] == 1 else rows)
+        if self.writer is not None:
+            for step, loss in rows:
+                self.writer.add_scalar("step/loss", loss, step)
+        said = {"loss": f"{rows[-1][1]:.4f}"}
+        if self.rows:
+            said["IoU"] = f"{self.rows[-1]['miou']:.3f}"
+        rate = self.bar.format_dict["rate"]
+        if rate:
+            pictures = self.settings["batch_size"] * self.settings["accumulate"] * distributed.processes()
+            said["images/s"] = f"{rate * pictures:.1f}"
+        self.bar.set_postfix({**said, "GB": f"{_memory(self.run.device) / 1e9:.1f}"}, refresh=False)
+
+    def _new_bar(self) -> Any:
+        return tqdm(
+            total=self.batches.steps, initial=self.run.step, unit="step", disable=not self.first,
+            desc=f"epoch {self.run.epoch + 1}/{self.settings['epochs']}",
+        )  # fmt: skip
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """The first signal ends the training after the step; a second one at once."""
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def _draw(self) -> None:
+        """The picture of the epoch: the first that is held out."""
+        assert self.scores is not None
+        trained = dataclasses.replace(self.trained, model=self.run.evaluated)
+        pixels, labels = raw(self.held_out, 0)
+        prediction = trained.labels(trained.seen(pixels))
+        truth = torch.from_numpy(np.ascontiguousarray(trained.preparation.labels(labels)))
+        truth = torch.where(truth < len(trained.classes), truth, prediction)
+        image = trained.preparation.image(pixels)
+        iou = self.scores.matrix.iou.tolist()
+        sheet = pictures.figure(
+            image if len(image) in (1, 3) else image[:1],
+            truth,
+            prediction,
+            trained.classes,
+            title=f"{self.held_out.names[0]}, held out from training",
+            subtitle=f"epoch {self.run.epoch}: mean IoU {self.scores['miou']:.3f}, Dice {self.scores['dice']:.3f}",
+            legend=[f"{c.name}: {'absent' if math.isnan(x) else f'IoU {x:.3f}'}" for c, x in zip(trained.classes, iou)],
+        )
+        pictures.save(sheet, self.output / f"epoch-{self.run.epoch:04d}.png")
+
+    def _introduce(self) -> None:
+        settings = {name: value for name, value in self.settings.items() if value is not None}
+        parameters = sum(p.numel() for p in self.run.model.parameters())
+        print(f"fastunet {fastunet.__version__}, torch {torch.__version__}, {self.run.device}")
+        print(f"pictures   {len(self.samples)} to learn from, {len(self.held_out)} held out")
+        print(f"network    {type(self.run.model).__name__}, {parameters:,} parameters")
+        print(f"settings   {', '.join(f'{name}={value}' for name, value in settings.items())}")
+        if self.run.steps:
+            print(f"resumed    after {self.run.epoch} epochs and {self.run.step} steps")
+        sys.stdout.flush()
+
+    def _conclude(self) -> None:
+        if self.signal:
+            print(f"stopped after step {self.run.steps}: --resume goes on", flush=True)
+            return
+        best = max(self.rows, key=lambda row: float(row[self.recipe.score]))
+        print(
+            f"best epoch {best['epoch']}: mean IoU {best['miou']:.3f}, Dice {best['dice']:.3f}; wrote "
+            f"{self.output / BEST}"
+        )
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    with written_whole(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def _cut(path: Path, steps: int) -> None:
+    """Leave the first ``steps`` steps in steps.csv: others may have been done since the checkpoint was saved."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)[: steps + 1 if steps else 0]
+        with written_whole(path) as file:
+            file.write("".join(lines).encode())
+
+
+def _tensorboard(output: Path, steps: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs TensorBoard: pip install 'fastunet[tensorboard]'") from error
+    return SummaryWriter(str(output / "tensorboard"), purge_step=steps)
+
+
+def _memory(device: torch.device) -> float:
+    """The most bytes that this process has used, of the GPU or else of main memory."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return math.nan
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(most if sys.platform == "darwin" else most * 1024)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -81,22 +80,26 @@ class Trained:
         Memory does not grow with the height, unless the preparation resizes; ``pixels`` may be a memory map. Arguments
         as in :func:`fastunet.tiling.bands`; ``symmetries`` averages over those of the square.
         """
-        _, height, width = pixels.shape
-        seen = self.preparation.resized(pixels)
-        levels = self.preparation.levels(seen)
-        parameter = next(self.model.parameters())
-
-        def read(rows: Array, columns: Array) -> Tensor:
-            band = self.preparation.normalised(np.asarray(seen[:, rows[:, None], columns]), *levels)
-            return band.to(parameter.device, parameter.dtype)
-
-        network: Callable[[Tensor], Tensor] = self.outputs
-        network = tiling.symmetric(network) if symmetries else network
-        parts = tiling.bands(network, read, *seen.shape[1:], tile, overlap)
+        parts = self._seen(self.preparation.resized(pixels), tile, overlap, symmetries)
         if not self.preparation.resizes:
             yield from parts
         else:
-            yield self.preparation.restored(torch.cat(list(parts), 1), height, width)
+            yield self.preparation.restored(torch.cat(list(parts), 1), *pixels.shape[1:])
+
+    def seen(self, pixels: Array) -> Tensor:
+        """Outputs (K, h, w) for a picture (C, H, W), of the size that the network sees."""
+        return torch.cat(list(self._seen(self.preparation.resized(pixels), tiling.TILE, tiling.OVERLAP, False)), 1)
+
+    def _seen(self, pixels: Array, tile: int, overlap: int, symmetries: bool) -> Iterator[Tensor]:
+        levels = self.preparation.levels(pixels)
+        parameter = next(self.model.parameters())
+
+        def read(rows: Array, columns: Array) -> Tensor:
+            window = self.preparation.normalised(pixels[:, rows[:, None], columns], *levels)
+            return window.to(parameter.device, parameter.dtype)
+
+        network = tiling.symmetric(self.outputs) if symmetries else self.outputs
+        return tiling.bands(network, read, *pixels.shape[1:], tile, overlap)
 
 
 def load(path: str | Path) -> Trained:

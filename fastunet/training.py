@@ -260,7 +260,7 @@ def train(
         batches: ``batches(epoch, step)`` are those of the epoch's steps from ``step`` on, several of them for a step
             that accumulates gradients; the same ones whenever it is asked.
         validate: gives the score of a network, the larger the better.
-        validate_every: steps between the validations that a ReduceLROnPlateau sees; None: each epoch.
+        validate_every: steps between the validations that a ReduceLROnPlateau sees; None: each epoch; 0: none.
         after_step, after_epoch: called with the step's loss and with the epoch's score; whatever they raise ends the
             training, and ``run`` is in order then.
     """
@@ -268,7 +268,7 @@ def train(
     while run.epoch < epochs:
         for several in batches(run.epoch, run.step):
             loss = run.update(several)
-            if plateau is not None and validate_every is not None and run.steps % validate_every == 0:
+            if plateau is not None and validate_every and run.steps % validate_every == 0:
                 plateau.step(validate(run.evaluated))
             after_step(loss)
         score = validate(run.evaluated)
