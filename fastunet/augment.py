@@ -21,7 +21,8 @@ class Augmentation(nn.Module):
     """Random shift, rotation, elastic deformation, grey values and flips, of images and what belongs to their pixels.
 
     What comes into the picture at a border is its mirror image. Each picture of a batch is drawn anew, from PyTorch's
-    global generator: ``torch.manual_seed`` repeats it. Images are interpolated bilinearly, masks take the nearest pixel.
+    global generator: ``torch.manual_seed`` repeats it. Images are interpolated bilinearly; masks take the nearest
+    pixel.
 
     Args:
         shift: the farthest shift along each axis, as a share of the side.
@@ -35,8 +36,8 @@ class Augmentation(nn.Module):
         UserError: kornia cannot be imported.
         ValueError, TypeError: a number out of range.
 
-    Source: Ronneberger et al. 2015 (arXiv:1505.04597), section 3.1, whose displacements have 10 pixels and a grid of 3×3
-    for their correlation; here they are Gaussian noise, smoothed over a sixth of the side.
+    Source: Ronneberger et al. 2015 (arXiv:1505.04597), section 3.1. Its displacements of 10 pixels are drawn on a grid of
+    3×3 and interpolated; here they are noise, smoothed over a sixth of the side.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Augmentation(nn.Module):
 def _listed(mask: Tensor) -> tuple[Tensor | None, Tensor]:
     """(None, mask) if float32 holds each of its numbers, else (its values in order, the place of each pixel's)."""
     wide = mask.dtype.itemsize > 2 and mask.dtype != torch.float32
-    if not wide or bool((mask.abs() <= _EXACT).all()) and not mask.is_floating_point():
+    if not wide or (not mask.is_floating_point() and bool((mask.abs() <= _EXACT).all())):
         return None, mask
     return torch.unique(mask, return_inverse=True)
 

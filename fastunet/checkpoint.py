@@ -1,4 +1,4 @@
-"""Checkpoints of U-Nets: of which network the weights are, loading that executes nothing, saving whole or not at all."""
+"""Checkpoints of U-Nets: of which network the weights are, loading without executing, saving whole or not at all."""
 
 from __future__ import annotations
 

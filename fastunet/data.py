@@ -110,6 +110,23 @@ class Pictures(Sequence[Pair]):
         return parts[0], parts[1]
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One picture and its mask at their own size, as decoded.
+
+    Attributes:
+        name: the image's file name.
+        image: (C, H, W) with the numbers of the file: uint8, int32 of wider integers, float32.
+        labels: (H, W), uint8: class indices, and 255 where the mask does not say (:attr:`Dataset.ignore_index`).
+        cells: (H, W), int64: the number of the cell a pixel belongs to, 0 for none; None unless the masks number cells.
+    """
+
+    name: str
+    image: Tensor
+    labels: Tensor
+    cells: Tensor | None = None
+
+
 def random_crops(
     pictures: Pictures, size: int, batch: int, rng: np.random.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
