@@ -16,6 +16,7 @@ from fastunet.errors import UserError
 # Each command is the module fastunet.<name> with add_arguments(parser) and run(args) -> exit status.
 COMMANDS = {
     "demo": "train a small U-Net on your pictures, or on generated ones, and draw what it learnt",
+    "train": "train a network on two folders, of pictures and of their masks",
     "info": "print versions, devices, and which backend each operation takes on them",
     "verify": "compare each operation and the whole network with float64 truth on this machine",
 }

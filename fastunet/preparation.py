@@ -15,21 +15,27 @@ from torch import Tensor
 Array = npt.NDArray[Any]
 
 
+def white(highest: float) -> float:
+    """What stands for white in pictures whose highest number is this one: 1, 255 or 65535, or the number itself."""
+    return next((float(full) for full in (1, 255, 65535) if highest <= full), highest)
+
+
 @dataclass(frozen=True)
 class Preparation:
     """What is done to a picture before a network sees it. A checkpoint keeps it.
 
     Args:
-        values: "unit" divides 8-bit pixels by 255 and wider ones by their range; "standard" makes mean 0 and
-            deviation 1 of each picture.
+        values: "unit" divides pixels by ``full``; "standard" makes mean 0 and deviation 1 of each picture.
         scale: factor of height and width, as Pytorch-UNet's --scale.
         square: side of the square that a picture is resized to, padded with black on the right or below; in place of
             ``scale``.
+        full: white: 255 of 8-bit pixels.
     """
 
     values: str
     scale: float = 1.0
     square: int | None = None
+    full: float = 255.0
 
     @property
     def resizes(self) -> bool:
@@ -43,7 +49,7 @@ class Preparation:
     def levels(self, pixels: Array) -> tuple[float, float]:
         """What :meth:`normalised` subtracts and divides by, of a whole picture (C, H, W); memory is for 64 rows."""
         if self.values == "unit":
-            return 0.0, float(np.iinfo(pixels.dtype).max) if pixels.dtype.kind in "iu" else 1.0
+            return 0.0, self.full
         parts = [pixels[:, row : row + 64].astype(np.float64) for row in range(0, pixels.shape[1], 64)]
         mean = sum(float(part.sum()) for part in parts) / pixels.size
         variance = sum(float(((part - mean) ** 2).sum()) for part in parts) / pixels.size

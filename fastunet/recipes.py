@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, StepLR
@@ -45,12 +46,20 @@ class Recipe:
     source: str = field(default="", compare=False)
 
 
+class ColourLoss(nn.BCELoss):
+    """Binary cross-entropy of colours from 0 to 1, also under autocast, in float32 then."""
+
+    def forward(self, colours: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(colours.device.type, enabled=False):
+            return super().forward(colours.to(targets.dtype), targets)
+
+
 LOSSES: dict[str, Callable[[int | None], Any]] = {
     "ce": lambda ignored: CrossEntropyLoss(ignore_index=ignored, sigmoid=None),
     "dice": lambda ignored: DiceLoss(ignore_index=ignored, sigmoid=None),
     "dice+ce": lambda ignored: DiceCELoss(ignore_index=ignored, sigmoid=None),
     "milesial": lambda ignored: DiceCELoss.preset("milesial", ignore_index=ignored),
-    "bce": lambda _: nn.BCELoss(),
+    "bce": lambda _: ColourLoss(),
 }
 
 RECIPES = {

@@ -11,13 +11,13 @@ import argparse
 import csv
 import dataclasses
 import io
-import json
 import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,13 +27,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils import data as loading
 from tqdm import tqdm
 
 import fastunet
-from fastunet import distributed, pictures
+from fastunet import distributed, pictures, tiling
 from fastunet.checkpoint import read_checkpoint, save_checkpoint
-from fastunet.data import Pictures
+from fastunet._shim import open_dataset, unseen, Dataset
+from fastunet.augment import Augmentation
+from fastunet.data import ClassName, Sample
 from fastunet.demo import MIN_CROP
 from fastunet.errors import UserError
 from fastunet.files import written_whole
@@ -41,6 +43,7 @@ from fastunet.losses import GlobalLoss, StatsLoss, unet_weight_map
 from fastunet.metrics import ConfusionMatrix
 from fastunet.options import at_least, chosen_device, factor, percent, positive, share
 from fastunet.recipes import LOSSES, RECIPES, Recipe
+from fastunet.preparation import Array, white
 from fastunet.trained import ENTRY, Trained
 from fastunet.training import AUTOCAST, Objective, Run, TrainingError, Weighted, train
 
@@ -108,13 +111,17 @@ def _run(args: argparse.Namespace) -> int:
     saved = _saved(args)
     settings = _settings(args, saved, device)
     recipe = _recipe(settings)
-    data = open_folders(args.images, args.masks)
+    data = open_dataset(args.images, args.masks, options=("IMAGES", "MASKS"))
     learnt, held_out = data.split(settings["validation"] / 100, np.random.default_rng(settings["seed"]))
-    samples = Samples(learnt, recipe, settings["seed"], data.classes)
+    full = white(data.value_range[1])
+    recipe = dataclasses.replace(recipe, preparation=dataclasses.replace(recipe.preparation, full=full))
+    samples = Samples(learnt, recipe, settings["seed"])
     samples.check(settings["batch_size"])
     torch.manual_seed(settings["seed"])
     trained = _network(args, data, recipe, settings, device)
-    run = _training(trained.model, recipe, settings, None)
+    if saved is not None:
+        trained.model.load_state_dict(read_checkpoint(args.output / LAST).state)
+    run = _training(trained.model, recipe, settings, data.ignore_index)
     session = Session(args, settings, recipe, trained, run, samples, held_out)
     if saved is not None:
         session.resume(saved)
@@ -183,7 +190,7 @@ def _recipe(settings: dict[str, Any]) -> Recipe:
 
 
 def _network(
-    args: argparse.Namespace, data: Pictures, recipe: Recipe, settings: dict[str, Any], device: torch.device
+    args: argparse.Namespace, data: Dataset, recipe: Recipe, settings: dict[str, Any], device: torch.device
 ) -> Trained:
     """The network, with the weights of --load, on ``device``."""
     found, asked = len(data.classes), settings["classes"]
@@ -230,13 +237,13 @@ def _training(model: nn.Module, recipe: Recipe, settings: dict[str, Any], ignore
 # ---- batches -----------------------------------------------------------------------------------------------------
 
 
-class Samples(Dataset[Weighted]):
+class Samples(loading.Dataset[Weighted]):
     """What training sees of each picture in each epoch, whichever process loads it, and in whatever order.
 
     An item ``(epoch, index)`` is (image (C, h, w), labels (h, w) or colours (3, h, w), perhaps weights (h, w)).
     """
 
-    def __init__(self, learnt: Pictures, recipe: Recipe, seed: int) -> None:
+    def __init__(self, learnt: Dataset, recipe: Recipe, seed: int) -> None:
         self.recipe = recipe
         self.seed = seed
         self.pictures = self._large_enough(learnt) if recipe.drop_small and recipe.crop else learnt
@@ -256,7 +263,8 @@ class Samples(Dataset[Weighted]):
     def __getitem__(self, key: tuple[int, int]) -> Weighted:
         epoch, index = key
         rng = np.random.default_rng([self.seed, epoch, index])
-        pixels, labels = raw(self.pictures, index)
+        sample = self.pictures[index]
+        pixels, labels = sample.image.numpy(), sample.labels.numpy()
         prepare, crop = self.recipe.preparation, self.recipe.crop
         image = prepare.image(pixels)
         if self._colours is not None:
@@ -264,7 +272,7 @@ class Samples(Dataset[Weighted]):
         planes = [image, torch.from_numpy(np.ascontiguousarray(prepare.labels(labels)))]
         if self._balance is not None:
             if index not in self._weights:
-                self._weights[index] = border_weights(planes[1], self._balance)
+                self._weights[index] = self._border_weights(sample, self._balance)
             planes.append(self._weights[index])
         if crop is not None:
             rows, columns = (_window(length, crop, rng) for length in planes[1].shape)
@@ -285,7 +293,7 @@ class Samples(Dataset[Weighted]):
             return
         first: tuple[int, int] | None = None
         for index, name in enumerate(self.pictures.names):
-            size = self.recipe.preparation.size(*raw(self.pictures, index)[1].shape)
+            size = self.recipe.preparation.size(*self.pictures[index].labels.shape)
             first = first or size
             if size != first:
                 raise UserError(
@@ -293,26 +301,30 @@ class Samples(Dataset[Weighted]):
                     "batch: give --batch-size 1, or --crop"
                 )
 
-    def _large_enough(self, learnt: Pictures) -> Pictures:
+    def _large_enough(self, learnt: Dataset) -> Dataset:
         crop = self.recipe.crop or 0
-        fitting = [i for i in range(len(learnt)) if min(self.recipe.preparation.size(*raw(learnt, i)[1].shape)) >= crop]
+        sizes = [self.recipe.preparation.size(*sample.labels.shape) for sample in learnt]
+        fitting = [i for i, size in enumerate(sizes) if min(size) >= crop]
         if not fitting:
             raise UserError(f"no picture is as large as a crop of {crop}×{crop}: give a smaller --crop")
         return learnt.select(fitting)
 
     def _class_weights(self) -> Tensor:
-        """One over the share of each class, as the paper balances them; their mean over all pixels is 1."""
-        count = len(self.pictures.classes)
-        pixels = sum(np.bincount(raw(self.pictures, i)[1].ravel(), minlength=256) for i in range(len(self)))
-        share = torch.as_tensor(pixels)[:count].double()
-        weights = torch.where(share > 0, share.sum() / share.clamp_min(1), 0.0)
-        weights /= (share > 0).sum()
-        return torch.cat([weights, torch.zeros(256 - count)]).float()
+        """(256,) of each label, as the paper balances them: one over the class's share; their mean over pixels is 1."""
+        pixels = torch.as_tensor(self.pictures.counts).sum(0).double()
+        there = pixels > 0
+        weights = torch.zeros(256)
+        weights[: len(pixels)] = torch.where(there, pixels.sum() / pixels.clamp_min(1) / there.sum(), 0.0).float()
+        return weights
 
-
-def border_weights(labels: Tensor, balance: Tensor) -> Tensor:
-    """The paper's weights of pixels: ``balance`` (256,) of their classes, and more between cells, which are not 0."""
-    return unet_weight_map((labels > 0) & (balance[labels.long()] > 0), class_weight=(0, 0)) + balance[labels.long()]
+    def _border_weights(self, sample: Sample, balance: Tensor) -> Tensor:
+        """The paper's weights of pixels: those of their classes, and more where two cells nearly touch."""
+        labels = torch.from_numpy(np.ascontiguousarray(self.recipe.preparation.labels(sample.labels.numpy())))
+        base = balance[labels.long()]
+        cells = (labels > 0) & (base > 0)
+        if sample.cells is not None:
+            cells = torch.from_numpy(np.ascontiguousarray(self.recipe.preparation.labels(sample.cells.numpy())))
+        return unet_weight_map(cells, class_weight=(0, 0)) + base
 
 
 def _window(length: int, size: int, rng: np.random.Generator) -> Tensor:
@@ -354,7 +366,7 @@ class Batches:
 
     def __call__(self, epoch: int, step: int) -> Iterator[list[Weighted]]:
         steps = self._keys(epoch)[step:]
-        loader = iter(DataLoader(self.samples, batch_sampler=sum(steps, []), num_workers=self.workers))
+        loader = iter(loading.DataLoader(self.samples, batch_sampler=sum(steps, []), num_workers=self.workers))
         for several in steps:
             yield [tuple(next(loader)) for _ in several]
 
@@ -373,7 +385,7 @@ class Scores:
         return self.dice if name == "dice" else float(self.matrix.miou)
 
 
-def scored(trained: Trained, held_out: Pictures, ignored: int | None = None) -> Scores:
+def scored(trained: Trained, held_out: Dataset, ignored: int | None = None) -> Scores:
     """Scores at the size that the network sees; pictures are shared among the processes.
 
     ``dice`` is Pytorch-UNet's: the mean over pictures of the mean over classes but the first, 1 where there is nothing.
@@ -382,7 +394,8 @@ def scored(trained: Trained, held_out: Pictures, ignored: int | None = None) -> 
     total = torch.zeros(count, count, dtype=torch.int64)
     dice = torch.zeros(2, dtype=torch.float64)
     for index in range(distributed.rank(), len(held_out), distributed.processes()):
-        pixels, labels = raw(held_out, index)
+        sample = held_out[index]
+        pixels, labels = sample.image.numpy(), sample.labels.numpy()
         truth = torch.from_numpy(np.ascontiguousarray(trained.preparation.labels(labels)))
         matrix = ConfusionMatrix(count, ignored)
         matrix.update(trained.labels(trained.seen(pixels))[None], truth[None])
@@ -409,11 +422,12 @@ class Session:
         trained: Trained,
         run: Run,
         samples: Samples,
-        held_out: Pictures,
+        held_out: Dataset,
     ) -> None:
         self.output: Path = args.output
         self.settings, self.recipe, self.trained, self.run = settings, recipe, trained, run
         self.samples, self.held_out = samples, held_out
+        self.ignored = held_out.ignore_index
         self.batches = Batches(samples, settings["batch_size"], settings["accumulate"], args.workers)
         self.first = distributed.rank() == 0  # which alone writes and prints
         self.rows: list[dict[str, Any]] = []  # of epochs.csv
@@ -429,7 +443,6 @@ class Session:
         if saved["pictures"] != list(self.samples.pictures.names):
             raise UserError("--resume found other pictures than the run began with: give the same folders")
         self.run.load_state_dict(saved["run"])
-        self.run.model.load_state_dict(saved["state"])
         self.rows, self.loss = saved["rows"], saved["loss"]
 
     def train(self) -> int:
@@ -525,8 +538,7 @@ class Session:
             )  # fmt: skip
 
     def _checkpoint(self, name: str, model: nn.Module, **rest: Any) -> None:
-        values = [c.value for c in self.trained.classes]
-        save_checkpoint(self.output / name, model, mask_values=values, **{ENTRY: self.trained.facts()}, **rest)
+        save_checkpoint(self.output / name, model, mask_values=self.held_out.mask_values, **{ENTRY: self.trained.facts()}, **rest)
 
     def _write_losses(self) -> None:
         """Bring steps.csv up to date, and look whether the losses are numbers."""
@@ -570,7 +582,8 @@ class Session:
         """The picture of the epoch: the first that is held out."""
         assert self.scores is not None
         trained = dataclasses.replace(self.trained, model=self.run.evaluated)
-        pixels, labels = raw(self.held_out, 0)
+        sample = self.held_out[0]
+        pixels, labels = sample.image.numpy(), sample.labels.numpy()
         prediction = trained.labels(trained.seen(pixels))
         truth = torch.from_numpy(np.ascontiguousarray(trained.preparation.labels(labels)))
         truth = torch.where(truth < len(trained.classes), truth, prediction)

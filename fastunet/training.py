@@ -178,6 +178,7 @@ class Run:
         self.scheduler = scheduler
         self.autocast = AUTOCAST[precision]
         self.device = _device(self.model)
+        self.dtype = next(self.model.parameters()).dtype
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.clip = clip
         self.ema = ema
@@ -199,7 +200,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, 1):
-            images, labels, *weight = (x.to(self.device, non_blocking=True) for x in batch)
+            images, labels, *weight = (self._moved(x) for x in batch)
             images = images.contiguous(memory_format=torch.channels_last)
             # Gradients of several processes are averaged once, with the last batch.
             waits = number < len(batches) and isinstance(self.objective, DistributedDataParallel)
@@ -218,6 +219,9 @@ class Run:
         self.step += 1
         self.steps += 1
         return total
+
+    def _moved(self, x: Tensor) -> Tensor:
+        return x.to(self.device, self.dtype if x.is_floating_point() else None, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it but the model's weights, to be saved with them."""
