@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastunet demo | info | verify``, also installed as ``fastunet``.
+"""The command line: ``python -m fastunet COMMAND``, also installed as ``fastunet``.
 
 A mistake in the arguments or in the user's files is one sentence on stderr and exit status 2; Ctrl-C is status 130.
 """
@@ -17,6 +17,9 @@ from fastunet.errors import UserError
 COMMANDS = {
     "demo": "train a small U-Net on your pictures, or on generated ones, and draw what it learnt",
     "train": "train a network on two folders, of pictures and of their masks",
+    "predict": "write masks of pictures of any size, by a checkpoint",
+    "evaluate": "score a checkpoint on pictures whose masks are known",
+    "export": "write a checkpoint as an ONNX or torch.export program, for any batch and size",
     "info": "print versions, devices, and which backend each operation takes on them",
     "verify": "compare each operation and the whole network with float64 truth on this machine",
 }

@@ -96,6 +96,32 @@ def figure(
     return sheet
 
 
+def confusion(counts: Tensor, names: Sequence[str], title: str) -> Image.Image:
+    """A confusion matrix (C, C): rows are true classes, columns predicted ones; shares of each row, darker for more."""
+    matrix = counts.double().numpy()
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    count, cell, font = len(names), 56, _font(15)
+    left = _MARGIN + max(round(font.getlength(name)) for name in names) + 12
+    top = _MARGIN + 74
+    sheet = Image.new("RGB", (max(left + cell * count + _MARGIN, 520), top + cell * count + _MARGIN), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, _MARGIN - 6), title, _INK, _font(20))
+    draw.text((_MARGIN, _MARGIN + 26), "rows: truth, columns: prediction, % of the row", _QUIET, font)
+    for row, name in enumerate(names):
+        y = top + cell * row
+        draw.text((_MARGIN, y + cell // 2 - 9), name, _INK, font)
+        draw.text((left + cell * row + cell // 2, top - 12), str(row), _INK, font, anchor="mm")
+        for column in range(count):
+            value, x = share[row, column], left + cell * column
+            tint = (0, 142, 140) if row == column else _WRONG
+            colour = tuple(round(255 + (c - 255) * value) for c in tint)
+            draw.rectangle((x, y, x + cell - 2, y + cell - 2), colour)
+            ink = _PAPER if value > 0.6 else _INK
+            if matrix[row, column]:
+                draw.text((x + cell // 2, y + cell // 2), f"{100 * value:.1f}", ink, font, anchor="mm")
+    return sheet
+
+
 def _rows(texts: Sequence[str], width: int) -> list[list[tuple[int, int]]]:
     """Lay texts with their swatches out in rows of at most ``width`` pixels: (index, x) in each row."""
     rows: list[list[tuple[int, int]]] = [[]]

@@ -212,7 +212,7 @@ def _network(
         distributed.synchronise(model)
     dtype = torch.float64 if settings["precision"] == "fp64" else torch.float32
     model.to(device, dtype)
-    return Trained(model, recipe.preparation, data.classes, recipe.colours)
+    return Trained(model, recipe.preparation, data.classes, tuple(data.mask_values), recipe.colours)
 
 
 def _training(model: nn.Module, recipe: Recipe, settings: dict[str, Any], ignored: int | None) -> Run:
@@ -232,6 +232,10 @@ def _training(model: nn.Module, recipe: Recipe, settings: dict[str, Any], ignore
     return Run(
         objective, optimizer, scheduler, precision=settings["precision"], clip=settings["clip"], ema=settings["ema"]
     )
+
+
+class Stopped(Exception):
+    """Training ends here, in good order."""
 
 
 # ---- batches -----------------------------------------------------------------------------------------------------
@@ -538,7 +542,7 @@ class Session:
             )  # fmt: skip
 
     def _checkpoint(self, name: str, model: nn.Module, **rest: Any) -> None:
-        save_checkpoint(self.output / name, model, mask_values=self.held_out.mask_values, **{ENTRY: self.trained.facts()}, **rest)
+        save_checkpoint(self.output / name, model, mask_values=list(self.trained.values), **{ENTRY: self.trained.facts()}, **rest)
 
     def _write_losses(self) -> None:
         """Bring steps.csv up to date, and look whether the losses are numbers."""

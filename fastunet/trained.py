@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastunet import tiling
-from fastunet.checkpoint import Checkpoint, CheckpointError, load_checkpoint, read_checkpoint
-from fastunet.data import ClassName
+from fastunet.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
+from fastunet.data import ClassName, _read_image as read_image
+from fastunet.errors import UserError
 from fastunet.models import BrainUNet, PlainUNet, UNet
 from fastunet.preparation import Array, Preparation
 
@@ -26,18 +28,42 @@ class Trained:
 
     Attributes:
         classes: in the order of the labels.
+        values: of the classes in the masks, numbers or colours [r, g, b].
         colours: whether its outputs are the colours of the classes, and not a probability of each.
     """
 
     model: nn.Module
     preparation: Preparation
     classes: tuple[ClassName, ...]
+    values: tuple[Any, ...]
     colours: bool = False
 
     @property
     def channels(self) -> int:
         """Channels of the pictures."""
         return int(self.model.n_channels)  # type: ignore[arg-type]
+
+    def scaled(self, scale: float) -> Trained:
+        """The same for pictures that are resized by another factor."""
+        preparation = dataclasses.replace(self.preparation, scale=scale, square=None)
+        return dataclasses.replace(self, preparation=preparation)
+
+    def labels_of(self, values: Sequence[Any], ignored: int) -> Array:
+        """(256,) uint8: the class here of each label of masks that hold ``values``; ``ignored`` stays what it is.
+
+        Raises:
+            UserError: a value that is no class here.
+        """
+        own = [tuple(v) if isinstance(v, (list, tuple)) else v for v in self.values]
+        table = np.full(256, ignored, np.uint8)
+        for label, value in enumerate(tuple(v) if isinstance(v, (list, tuple)) else v for v in values):
+            if value not in own:
+                raise UserError(
+                    f"the masks hold {value}, which the network was not trained on: it knows "
+                    f"{', '.join(map(str, own[:8]))}; take masks of the same kind"
+                )
+            table[label] = own.index(value)
+        return table
 
     def facts(self) -> dict[str, Any]:
         """All but the network, as numbers and strings for its checkpoint."""
@@ -113,20 +139,42 @@ def load(path: str | Path) -> Trained:
     """
     model = load_checkpoint(path)
     checkpoint = read_checkpoint(path)
+    values = tuple(checkpoint.mask_values or range(max(checkpoint.architecture.classes, 2)))
     facts = checkpoint.rest.get(ENTRY)
     if facts is None:
-        return Trained(model, Preparation("unit", scale=0.5), _named(checkpoint))
+        return Trained(model, Preparation("unit", scale=0.5), tuple(map(_named, values)), values)
     try:
         classes = tuple(ClassName(c["name"], c["colour"] and tuple(c["colour"])) for c in facts["classes"])
-        return Trained(model, Preparation(**facts["preparation"]), classes, bool(facts["colours"]))
+        return Trained(model, Preparation(**facts["preparation"]), classes, values, bool(facts["colours"]))
     except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{path} was written by another version of fastunet: save its state_dict alone") from error
+        raise CheckpointError(f"{path} is of another version of fastunet: save its state_dict alone") from error
 
 
-def _named(checkpoint: Checkpoint) -> tuple[ClassName, ...]:
-    values: Sequence[Any] = checkpoint.mask_values or range(max(checkpoint.architecture.classes, 2))
-    colours = [tuple(int(x) for x in value) if isinstance(value, (list, tuple)) else None for value in values]
-    return tuple(
-        ClassName(f"value {value}" if colour is None else "colour {},{},{}".format(*colour), colour)  # type: ignore[arg-type]
-        for value, colour in zip(values, colours, strict=True)
-    )
+def _named(value: Any) -> ClassName:
+    if not isinstance(value, (list, tuple)):
+        return ClassName(f"value {value}")
+    red, green, blue = (int(x) for x in value)
+    return ClassName(f"colour {red},{green},{blue}", (red, green, blue))
+
+
+def read(path: Path, channels: int) -> Array:
+    """The pixels (C, H, W) of a picture, or of an array in a .npy file, which is not read into memory.
+
+    Raises:
+        UserError: it cannot be read, or has other channels.
+    """
+    if path.suffix.lower() == ".npy":
+        try:
+            pixels: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path} (damaged, or no array of numbers): replace it") from error
+        pixels = pixels[None] if pixels.ndim == 2 else pixels
+        if pixels.ndim != 3 or pixels.dtype.kind not in "iuf" or 0 in pixels.shape:
+            raise UserError(f"{path} holds {pixels.dtype} {pixels.shape}: save numbers as (C, H, W)")
+    else:
+        pixels = read_image(path)
+    if len(pixels) == 1 < channels:
+        pixels = np.broadcast_to(pixels, (channels, *pixels.shape[1:]))
+    if len(pixels) != channels:
+        raise UserError(f"{path} has {len(pixels)} channels and the network takes {channels}: convert it")
+    return pixels
