@@ -36,8 +36,8 @@ class Augmentation(nn.Module):
         UserError: kornia cannot be imported.
         ValueError, TypeError: a number out of range.
 
-    Source: Ronneberger et al. 2015 (arXiv:1505.04597), section 3.1. Its displacements of 10 pixels are drawn on a grid of
-    3×3 and interpolated; here they are noise, smoothed over a sixth of the side.
+    Source: Ronneberger et al. 2015 (arXiv:1505.04597), section 3.1. Its displacements of 10 pixels are drawn on a grid
+    of 3×3 and interpolated; here they are noise, smoothed over a sixth of the side.
     """
 
     def __init__(
