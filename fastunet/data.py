@@ -63,6 +63,7 @@ __all__ = [
     "open_dataset",
     "open_folders",
     "random_crops",
+    "read_image",
     "unseen",
 ]
 
@@ -538,6 +539,16 @@ def _channels(path: Path, image: Decoded) -> Array:
     if image.colours != "bands" and not (pixels != pixels[..., :1]).any():
         pixels = pixels[..., :1]
     return pixels.transpose(2, 0, 1)
+
+
+def read_image(path: Path) -> Array:
+    """The pixels (C, H, W) of one picture, upright, with the numbers of the file.
+
+    Raises:
+        DataError: as :func:`fastunet.decode.decode`; NaN or infinite pixels.
+    """
+    image = decode(path)
+    return _channels(path, image.turned(image.orientation))
 
 
 def _stored_as(dtype: np.dtype[Any]) -> npt.DTypeLike:

@@ -56,7 +56,7 @@ class _Gather(torch.autograd.Function):
         return torch.stack(everywhere)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient[dist.get_rank()]

@@ -13,9 +13,10 @@ import torch
 from tqdm import tqdm
 
 from fastunet import pictures
-from fastunet._shim import Dataset, open_dataset
+from fastunet.data import Dataset
 from fastunet.errors import UserError
 from fastunet.metrics import ConfusionMatrix
+from fastunet.options import add_data_arguments, opened_data
 from fastunet.predict import add_model_arguments, opened
 from fastunet.trained import Trained
 
@@ -24,8 +25,7 @@ SCORES = ("iou", "dice", "precision", "recall")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of pictures")
-    parser.add_argument("masks", type=Path, metavar="MASKS", help="folder of their masks")
+    add_data_arguments(parser)
     add_model_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="draw the confusion matrix here")
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         pictures.check_writable(args.output)
     network = opened(args)
-    data = open_dataset(args.images, args.masks, options=("IMAGES", "MASKS"))
+    data = opened_data(args)
     matrix = counted(network, data, args)
     names = [f"{index} ({label.name})" for index, label in enumerate(network.classes)]
     if args.output is not None:
@@ -76,7 +76,9 @@ def counted(network: Trained, data: Dataset, args: argparse.Namespace) -> Confus
 
 
 def _row(scores: list[float]) -> str:
-    return "  ".join(f"{'absent' if math.isnan(x) else f'{x:.4f}':>{w}}" for x, w in zip(scores, (6, 6, 9, 6), strict=True))
+    return "  ".join(
+        f"{'absent' if math.isnan(x) else f'{x:.4f}':>{w}}" for x, w in zip(scores, (6, 6, 9, 6), strict=True)
+    )
 
 
 def _plain(matrix: ConfusionMatrix, names: list[str]) -> dict[str, Any]:

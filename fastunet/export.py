@@ -1,4 +1,4 @@
-"""``fastunet export``: a checkpoint as a program, for torch.export's loader or for ONNX, with batch and size left open."""
+"""``fastunet export``: a checkpoint as a program, of torch.export or ONNX, with batch and size left open."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> int:
     if args.output.suffix not in SUFFIXES:
         raise UserError(f"--output {args.output} is no kind of program: let it end in .onnx or .pt2")
     if not args.output.parent.is_dir():
-        raise UserError(f"--output {args.output} cannot be written: {args.output.parent} is not a folder, create it first")
+        raise UserError(
+            f"--output {args.output} cannot be written: {args.output.parent} is not a folder, create it first"
+        )
     network = trained.load(args.model)
     content, call = exported(network.model, network.channels, args.output.suffix)
     worst = _error(network.model, call, network.channels)

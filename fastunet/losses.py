@@ -739,8 +739,8 @@ class DiceCELoss(DiceLoss):
 class GlobalLoss(StatsLoss):
     """``loss`` of the batches of all processes of ``torch.distributed`` as one batch: a Dice is no mean of Dices.
 
-    The statistics (N, C, 7), which have to be of one shape everywhere, are all that is communicated. Under DDP gradients
-    are those of one process with all the batches; where there is one process it is ``loss``.
+    The statistics (N, C, 7), which have to be of one shape everywhere, are all that is communicated. Under DDP the
+    gradients are those of one process with all the batches; where there is one process it is ``loss``.
 
     Args:
         loss: another loss of this module.

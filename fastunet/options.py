@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from fastunet.backend import resolve_backend
+from fastunet.data import LAYOUTS, Colour, Dataset, open_dataset
 from fastunet.errors import UserError
 
 
@@ -81,3 +83,45 @@ def chosen_device(name: str) -> torch.device:
     except ValueError as error:
         raise UserError(str(error)) from error
     return device
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The pictures and their masks, for :func:`opened_data`."""
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of pictures, or of a data set's folders")
+    parser.add_argument(
+        "masks", type=Path, nargs="?", metavar="MASKS", help="folder of their masks: the same names, or with _mask"
+    )
+    data = parser.add_argument_group("what the folders hold")
+    data.add_argument(
+        "--layout", choices=LAYOUTS, help="found out, unless the masks number cells or have MSRC-v2's colours"
+    )
+    data.add_argument("--table", type=Path, metavar="FILE", help="text file of classes: 'value,name' or 'r,g,b,name'")
+    data.add_argument("--split", metavar="LIST", help="take the pictures of this text file, or of the data set's list")
+    data.add_argument("--ignore", type=_value, nargs="+", default=[], metavar="VALUE", help="of masks: does not count")
+
+
+def opened_data(args: argparse.Namespace) -> Dataset:
+    """The data set that the options name, every file checked."""
+    options = ("IMAGES", "MASKS")
+    return open_dataset(
+        args.images,
+        args.masks,
+        layout=args.layout,
+        table=args.table,
+        split=args.split,
+        ignore=args.ignore,
+        options=options,
+    )
+
+
+def _value(text: str) -> int | Colour:
+    """A value of a mask: "255", or a colour "224,224,192"."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) != 3:
+        raise argparse.ArgumentTypeError(f"expected a number or a colour r,g,b, got {text}")
+    return numbers[0], numbers[1], numbers[2]

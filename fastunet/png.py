@@ -10,6 +10,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+
 class PngWriter:
     """An 8-bit PNG of ``width`` × ``height``: indices into a ``palette``, or colours if that is None.
 

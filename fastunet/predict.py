@@ -18,7 +18,7 @@ from fastunet.errors import UserError
 from fastunet.files import written_whole
 from fastunet.options import at_least, chosen_device, factor, share
 from fastunet.png import PngWriter
-from fastunet.preparation import Array
+from fastunet.preparation import Array, Preparation
 from fastunet.trained import Trained
 
 ENDINGS = ("_OUT", "_OVERLAY")  # of what this command writes beside its inputs
@@ -32,21 +32,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-s", "--scale", type=factor, metavar="FACTOR", help="of the pictures' sides (as trained)")
     parser.add_argument("-t", "--mask-threshold", type=share, default=0.5, metavar="P",
                         help="probability above which a single channel is class 1 (%(default)s)")  # fmt: skip
-    parser.add_argument("--bilinear", action="store_true", help="expect a bilinear network; a checkpoint tells it itself")
+    parser.add_argument("--bilinear", action="store_true", help="expect a bilinear network")
     parser.add_argument("-c", "--classes", type=at_least(1), metavar="N", help="expect this number of outputs")
     parser.add_argument("--tta", action="store_true", help="average over the eight symmetries of the square")
     parser.add_argument("--tile", type=at_least(64), default=tiling.TILE, metavar="N",
                         help="side of the tiles of larger pictures (%(default)s)")  # fmt: skip
     parser.add_argument("--overlap", type=at_least(32), default=tiling.OVERLAP, metavar="N",
                         help="pixels that tiles share (%(default)s)")  # fmt: skip
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto, the default, is cuda if there is one")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto, the default: cuda if there")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add_model_arguments(parser)
     parser.add_argument("-i", "--input", nargs="+", required=True, metavar="PATH",
-                        help="pictures, folders of pictures, patterns like 'scans/*.tif', .npy arrays (C, H, W)")  # fmt: skip
+                        help="pictures, folders of them, patterns ('scans/*.tif'), .npy arrays (C, H, W)")  # fmt: skip
     parser.add_argument("-o", "--output", nargs="+", type=Path, metavar="PATH",
                         help="a folder, or a file for each picture; default: NAME_OUT.png beside it")  # fmt: skip
     parser.add_argument("--kind", choices=KINDS, default="index",
@@ -134,7 +134,7 @@ def _contrast(pixels: Array) -> tuple[float, float]:
     """What is drawn black, and the span up to white: of 8-bit pixels all, else two deviations around the mean."""
     if pixels.dtype == np.uint8:
         return 0.0, 255.0
-    mean, deviation = trained.Preparation("standard").levels(pixels)
+    mean, deviation = Preparation("standard").levels(pixels)
     return mean - 2 * deviation, 4 * deviation
 
 
@@ -142,7 +142,8 @@ def _overlaid(pixels: Array, colours: Array, black: float, span: float) -> Array
     """(n, W, 3): the picture with half of the classes' colours over it."""
     grey = pixels[:3] if len(pixels) >= 3 else pixels[:1]
     shown = np.clip((grey.astype(np.float32) - black) * (255 / span), 0, 255).transpose(1, 2, 0)
-    return ((shown + colours) / 2).astype(np.uint8)
+    overlaid: Array = ((shown + colours) / 2).astype(np.uint8)
+    return overlaid
 
 
 def _inputs(given: Sequence[str]) -> list[Path]:
@@ -152,7 +153,9 @@ def _inputs(given: Sequence[str]) -> list[Path]:
     for name in given:
         path = Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and p.is_file() and p.name[0] != ".")
+            found = sorted(
+                p for p in path.iterdir() if p.suffix.lower() in suffixes and p.is_file() and p.name[0] != "."
+            )
             found = [p for p in found if not p.stem.endswith(ENDINGS)]
         else:
             found = [path] if path.is_file() else sorted(map(Path, glob.glob(name, recursive=True)))
@@ -171,13 +174,17 @@ def _outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> list[Path]:
     elif len(given) == 1 and (given[0].is_dir() or given[0].suffix == ""):
         if not given[0].is_dir():
             if not given[0].parent.is_dir():
-                raise UserError(f"--output {given[0]} cannot be made: {given[0].parent} is not a folder, create it first")
+                raise UserError(
+                    f"--output {given[0]} cannot be made: {given[0].parent} is not a folder, create it first"
+                )
             given[0].mkdir()
         outputs = [given[0] / f"{path.stem}_OUT{suffix}" for path in inputs]
     else:
         outputs = given
         if len(outputs) != len(inputs):
-            raise UserError(f"--output names {len(outputs)} files for {len(inputs)} pictures: give as many, or a folder")
+            raise UserError(
+                f"--output names {len(outputs)} files for {len(inputs)} pictures: give as many, or a folder"
+            )
         wrong = next((path for path in outputs if path.suffix.lower() != suffix), None)
         if wrong is not None:
             raise UserError(f"--output {wrong} is not the name of a file of --kind {args.kind}: let it end in {suffix}")

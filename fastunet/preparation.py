@@ -58,7 +58,7 @@ class Preparation:
     @staticmethod
     def normalised(pixels: Array, level: float, scale: float) -> Tensor:
         """(pixels − level) / scale as float32."""
-        values = torch.from_numpy(pixels.astype(np.float32))
+        values: Tensor = torch.from_numpy(pixels.astype(np.float32))
         return values.sub_(level).div_(scale)
 
     def resized(self, pixels: Array) -> Array:
@@ -67,7 +67,8 @@ class Preparation:
 
     def labels(self, labels: Array) -> Array:
         """(H, W) → (h, w)."""
-        return self._resized(labels[None], Image.Resampling.NEAREST)[0]
+        plane: Array = self._resized(labels[None], Image.Resampling.NEAREST)[0]
+        return plane
 
     def colours(self, labels: Array, table: Array) -> Tensor:
         """The colours of (H, W) labels, ``table`` (256, 3) uint8, as float32 (3, h, w) from 0 to 1."""
@@ -91,12 +92,13 @@ class Preparation:
         size = self.size(height, width)
         if pixels.dtype == np.uint8 and len(pixels) == 3:
             image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-            return np.asarray(image.resize(size[::-1], method)).transpose(2, 0, 1)
+            colours: Array = np.asarray(image.resize(size[::-1], method))
+            return colours.transpose(2, 0, 1)
         planes = [plane if pixels.dtype == np.uint8 else plane.astype(np.float32) for plane in pixels]
-        done = np.stack([np.asarray(Image.fromarray(plane).resize(size[::-1], method)) for plane in planes])
+        done: Array = np.stack([np.asarray(Image.fromarray(plane).resize(size[::-1], method)) for plane in planes])
         if pixels.dtype.kind in "iu":
             limits = np.iinfo(pixels.dtype)
-            return done.round().clip(limits.min, limits.max).astype(pixels.dtype)
+            done = done.round().clip(limits.min, limits.max).astype(pixels.dtype)
         return done
 
     def restored(self, outputs: Tensor, height: int, width: int) -> Tensor:

@@ -1,10 +1,10 @@
 """Prediction of pictures of any size in overlapping tiles, as a stream of bands from top to bottom.
 
-The picture is continued beyond its borders by reflection, as in the U-Net paper. Of the ``overlap`` of two tiles only a
-strip in the middle is blended, an eighth of it wide, with Gaussian weights that add up to 1; what lies nearer to a tile's
-edge is thrown away. With 224 pixels or more of overlap each pixel then has all the context that a U-Net of four levels
-sees, and tiles change nothing but rounding (where upsampling is by transposed convolution: a bilinear one with
-align_corners depends on the picture's size).
+The picture is continued beyond its borders by reflection, as in the U-Net paper. Of the ``overlap`` of two tiles only
+a strip in the middle is blended, an eighth of it wide, with Gaussian weights that add up to 1; what lies nearer to the
+edge of a tile is thrown away. With 256 pixels of overlap each pixel then has all the context that a U-Net of four
+levels sees, and tiles change nothing but rounding, where upsampling is by transposed convolution: a bilinear one with
+align_corners depends on the picture's size.
 """
 
 from __future__ import annotations
@@ -61,10 +61,8 @@ def bands(
     """
     check_tiles(tile, overlap)
     if max(height, width) <= tile:
-        sides = [max(length, MIN_SIZE) for length in (height, width)]
-        yield _seen(network, read, *(mirrored(0, side, length) for side, length in zip(sides, (height, width))))[
-            :, :height, :width
-        ]
+        rows, across = (mirrored(0, max(length, MIN_SIZE), length) for length in (height, width))
+        yield _seen(network, read, rows, across)[:, :height, :width]
         return
     blend = overlap // 8
     columns = _spans(width, tile, overlap)
@@ -96,8 +94,8 @@ def check_tiles(tile: int, overlap: int) -> None:
     check_integer("overlap", overlap, 2 * ALIGNMENT)
     if tile % ALIGNMENT or overlap % (2 * ALIGNMENT) or overlap > tile // 2:
         raise ValueError(
-            f"expected a tile that is a multiple of {ALIGNMENT} and an overlap that is a multiple of {2 * ALIGNMENT} and "
-            f"at most half a tile, got {tile} and {overlap}; {TILE} and {OVERLAP} are usual"
+            f"expected a tile that is a multiple of {ALIGNMENT}, and an overlap that is one of {2 * ALIGNMENT} and at "
+            f"most half a tile, got {tile} and {overlap}; {TILE} and {OVERLAP} are usual"
         )
 
 

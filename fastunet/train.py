@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,18 +33,18 @@ from tqdm import tqdm
 
 import fastunet
 from fastunet import distributed, pictures, tiling
-from fastunet.checkpoint import read_checkpoint, save_checkpoint
-from fastunet._shim import open_dataset, unseen, Dataset
 from fastunet.augment import Augmentation
-from fastunet.data import ClassName, Sample
+from fastunet.checkpoint import read_checkpoint, save_checkpoint
+from fastunet.data import IGNORE_INDEX, ClassName, Dataset, Sample, unseen
 from fastunet.demo import MIN_CROP
 from fastunet.errors import UserError
 from fastunet.files import written_whole
+from fastunet.layouts import voc_colour
 from fastunet.losses import GlobalLoss, StatsLoss, unet_weight_map
 from fastunet.metrics import ConfusionMatrix
-from fastunet.options import at_least, chosen_device, factor, percent, positive, share
-from fastunet.recipes import LOSSES, RECIPES, Recipe
+from fastunet.options import add_data_arguments, at_least, chosen_device, factor, opened_data, percent, positive, share
 from fastunet.preparation import Array, white
+from fastunet.recipes import LOSSES, RECIPES, Recipe
 from fastunet.trained import ENTRY, Trained
 from fastunet.training import AUTOCAST, Objective, Run, TrainingError, Weighted, train
 
@@ -53,13 +54,12 @@ AUGMENTS = ("none", "symmetries", "elastic")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command; None is the recipe's own."""
-    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of pictures")
-    parser.add_argument("masks", type=Path, metavar="MASKS", help="folder of their masks: the same names, or with _mask")
+    add_data_arguments(parser)
     parser.add_argument("--recipe", choices=RECIPES, help="what to learn and how (milesial)")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("checkpoints"), metavar="DIR", help="folder to write (%(default)s)"
     )
-    parser.add_argument("--resume", action="store_true", help=f"go on with the run in the output folder, from its {LAST}")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     usual = parser.add_argument_group("as in Pytorch-UNet", "defaults are the recipe's")
     usual.add_argument("-e", "--epochs", type=at_least(1), metavar="N", help="passes over the pictures")
     usual.add_argument("-b", "--batch-size", type=at_least(1), metavar="N", help="pictures in a batch, of one process")
@@ -78,12 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument("--accumulate", type=at_least(1), metavar="N", help="batches in a step of the optimiser (1)")
     more.add_argument("--clip", type=positive, metavar="NORM", help="largest norm of the gradient")
     more.add_argument("--ema", type=share, metavar="DECAY", help="validate and keep a running average of the weights")
-    more.add_argument("--patience", type=at_least(1), metavar="N", help="stop after so many epochs without a better score")
+    more.add_argument("--patience", type=at_least(1), metavar="N", help="stop after so many epochs that are no better")
     more.add_argument("--precision", choices=AUTOCAST, help="of the arithmetic (tf32, PyTorch's default)")
     more.add_argument("--checkpointing", action="store_true", default=None, help="less memory for more time")
     more.add_argument("--seed", type=at_least(0), metavar="N", help="of weights, split, order and crops (0)")
     where = parser.add_argument_group("where and how")
-    where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto, the default, is cuda if there is one")
+    where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto, the default: cuda if there")
     where.add_argument("--workers", type=at_least(0), default=0, metavar="N", help="processes that read pictures (0)")
     where.add_argument(
         "--save-every", type=positive, default=10.0, metavar="MINUTES", help=f"between two {LAST} (%(default)g)"
@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace) -> int:
     saved = _saved(args)
     settings = _settings(args, saved, device)
     recipe = _recipe(settings)
-    data = open_dataset(args.images, args.masks, options=("IMAGES", "MASKS"))
+    data = opened_data(args)
     learnt, held_out = data.split(settings["validation"] / 100, np.random.default_rng(settings["seed"]))
     full = white(data.value_range[1])
     recipe = dataclasses.replace(recipe, preparation=dataclasses.replace(recipe.preparation, full=full))
@@ -122,6 +122,11 @@ def _run(args: argparse.Namespace) -> int:
     if saved is not None:
         trained.model.load_state_dict(read_checkpoint(args.output / LAST).state)
     run = _training(trained.model, recipe, settings, data.ignore_index)
+    if distributed.rank() == 0:
+        print(data.report())
+        absent = unseen(learnt, held_out)
+        if absent:
+            print(f"odd      held out only, so never learnt: {', '.join(absent)}")
     session = Session(args, settings, recipe, trained, run, samples, held_out)
     if saved is not None:
         session.resume(saved)
@@ -161,8 +166,8 @@ def _settings(args: argparse.Namespace, saved: dict[str, Any] | None, device: to
         for name, value in given.items():
             if value is not None and value != before[name] and name not in CHANGEABLE:
                 raise UserError(
-                    f"--{name.replace('_', '-')} was {before[name]} when the run began and cannot become {value}: leave "
-                    "it out, or begin another run"
+                    f"--{name.replace('_', '-')} was {before[name]} when the run began and cannot become {value}: "
+                    "leave it out, or begin another run"
                 )
         return {name: before[name] if value is None else value for name, value in given.items()}
     recipe = RECIPES[given["recipe"] or "milesial"]
@@ -178,11 +183,12 @@ def _settings(args: argparse.Namespace, saved: dict[str, Any] | None, device: to
 def _recipe(settings: dict[str, Any]) -> Recipe:
     """The recipe, with what the settings change in it."""
     recipe = RECIPES[settings["recipe"]]
-    for name in ("scale", "loss", "crop", "bilinear"):
-        if recipe.colours and settings[name] not in (None, False, getattr(recipe, name, None), recipe.preparation.scale):
+    usual = {"scale": 1.0, "loss": recipe.loss, "crop": None, "augment": "none", "bilinear": False, "classes": None}
+    for name, value in usual.items():
+        if recipe.colours and settings[name] != value:
             raise UserError(
-                f"--{name} does not go with --recipe {settings['recipe']}, which learns colours of whole pictures: leave "
-                "it out"
+                f"--{name} does not go with --recipe {settings['recipe']}, which learns the colours of whole pictures: "
+                "leave it out"
             )
     changed = {name: settings[name] for name in ("loss", "crop", "clip", "augment")}
     preparation = dataclasses.replace(recipe.preparation, scale=settings["scale"])
@@ -218,7 +224,7 @@ def _network(
 def _training(model: nn.Module, recipe: Recipe, settings: dict[str, Any], ignored: int | None) -> Run:
     """Loss, optimiser and schedule around the network."""
     exact = "tf32" if settings["precision"] in ("tf32", "bf16", "fp16") else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = exact  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = exact
     torch.backends.cudnn.conv.fp32_precision = exact  # type: ignore[attr-defined]
     criterion = LOSSES[recipe.loss](ignored)
     device = next(model.parameters()).device
@@ -301,8 +307,8 @@ class Samples(loading.Dataset[Weighted]):
             first = first or size
             if size != first:
                 raise UserError(
-                    f"{self.pictures.names[0]} is {first[1]}×{first[0]} and {name} is {size[1]}×{size[0]}, which make no "
-                    "batch: give --batch-size 1, or --crop"
+                    f"{self.pictures.names[0]} is {first[1]}×{first[0]} and {name} is {size[1]}×{size[0]}, which make "
+                    "no batch: give --batch-size 1, or --crop"
                 )
 
     def _large_enough(self, learnt: Dataset) -> Dataset:
@@ -339,8 +345,8 @@ def _window(length: int, size: int, rng: np.random.Generator) -> Tensor:
 
 
 def _colours(classes: Sequence[ClassName]) -> Array:
-    """The colour of each label (256, 3); what is no class is ignored by no loss of colours, and is VOC's."""
-    table = np.full((256, 3), VOID, np.uint8)
+    """The colour of each label (256, 3); pixels that do not count are learnt too, in VOC's colour of them."""
+    table = np.full((256, 3), voc_colour(IGNORE_INDEX), np.uint8)
     table[: len(classes)] = pictures.class_colours(classes)
     return table
 
@@ -370,7 +376,9 @@ class Batches:
 
     def __call__(self, epoch: int, step: int) -> Iterator[list[Weighted]]:
         steps = self._keys(epoch)[step:]
-        loader = iter(loading.DataLoader(self.samples, batch_sampler=sum(steps, []), num_workers=self.workers))
+        loader = iter(
+            loading.DataLoader(self.samples, batch_sampler=[*chain.from_iterable(steps)], num_workers=self.workers)
+        )
         for several in steps:
             yield [tuple(next(loader)) for _ in several]
 
@@ -542,7 +550,9 @@ class Session:
             )  # fmt: skip
 
     def _checkpoint(self, name: str, model: nn.Module, **rest: Any) -> None:
-        save_checkpoint(self.output / name, model, mask_values=list(self.trained.values), **{ENTRY: self.trained.facts()}, **rest)
+        save_checkpoint(
+            self.output / name, model, mask_values=list(self.trained.values), **{ENTRY: self.trained.facts()}, **rest
+        )
 
     def _write_losses(self) -> None:
         """Bring steps.csv up to date, and look whether the losses are numbers."""
@@ -592,7 +602,7 @@ class Session:
         truth = torch.from_numpy(np.ascontiguousarray(trained.preparation.labels(labels)))
         truth = torch.where(truth < len(trained.classes), truth, prediction)
         image = trained.preparation.image(pixels)
-        iou = self.scores.matrix.iou.tolist()
+        scores = ["absent" if math.isnan(x) else f"IoU {x:.3f}" for x in self.scores.matrix.iou.tolist()]
         sheet = pictures.figure(
             image if len(image) in (1, 3) else image[:1],
             truth,
@@ -600,7 +610,7 @@ class Session:
             trained.classes,
             title=f"{self.held_out.names[0]}, held out from training",
             subtitle=f"epoch {self.run.epoch}: mean IoU {self.scores['miou']:.3f}, Dice {self.scores['dice']:.3f}",
-            legend=[f"{c.name}: {'absent' if math.isnan(x) else f'IoU {x:.3f}'}" for c, x in zip(trained.classes, iou)],
+            legend=[f"{c.name}: {score}" for c, score in zip(trained.classes, scores, strict=True)],
         )
         pictures.save(sheet, self.output / f"epoch-{self.run.epoch:04d}.png")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastunet import tiling
 from fastunet.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
-from fastunet.data import ClassName, _read_image as read_image
+from fastunet.data import ClassName, read_image
 from fastunet.errors import UserError
 from fastunet.models import BrainUNet, PlainUNet, UNet
 from fastunet.preparation import Array, Preparation
@@ -125,14 +125,15 @@ class Trained:
             return window.to(parameter.device, parameter.dtype)
 
         network = tiling.symmetric(self.outputs) if symmetries else self.outputs
-        return tiling.bands(network, read, *pixels.shape[1:], tile, overlap)
+        _, height, width = pixels.shape
+        return tiling.bands(network, read, height, width, tile, overlap)
 
 
 def load(path: str | Path) -> Trained:
     """The network in ``path``, in eval mode on the CPU, with what its training knew.
 
-    What ``fastunet train`` did not write is taken to be prepared as Pytorch-UNet prepares: at half its size, and divided
-    by 255.
+    What ``fastunet train`` did not write is taken to be prepared as Pytorch-UNet prepares: at half its size, and
+    divided by 255.
 
     Raises:
         CheckpointError: as :func:`fastunet.checkpoint.load_checkpoint`.

@@ -1,8 +1,8 @@
 """The training loops and the evaluation, for any module that maps images (N, C, H, W) to logits (N, K, H, W).
 
-:func:`fit` is the shortest: one step per batch. :func:`train` goes through epochs, validates, and can be stopped after any
-step and resumed to the same bits: all that changes is in a :class:`Run`, and the batches of an epoch are a function of
-its number.
+:func:`fit` is the shortest: one step per batch. :func:`train` goes through epochs, validates, and can be stopped after
+any step and resumed to the same bits: all that changes is in a :class:`Run`, and the batches of an epoch are a function
+of its number.
 """
 
 from __future__ import annotations
@@ -173,7 +173,9 @@ class Run:
         ema: float | None = None,
     ) -> None:
         self.objective = objective
-        self.model: nn.Module = getattr(objective, "module", objective).model
+        inner = objective.module if isinstance(objective, DistributedDataParallel) else objective
+        assert isinstance(inner, Objective)
+        self.model = inner.model
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.autocast = AUTOCAST[precision]
