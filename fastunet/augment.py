@@ -135,7 +135,8 @@ def _listed(mask: Tensor) -> tuple[Tensor | None, Tensor]:
     wide = mask.dtype.itemsize > 2 and mask.dtype != torch.float32
     if not wide or (not mask.is_floating_point() and bool((mask.abs() <= _EXACT).all())):
         return None, mask
-    return torch.unique(mask, return_inverse=True)
+    values, places = torch.unique(mask, return_inverse=True)
+    return values, places
 
 
 def _imported() -> tuple[Any, Any]:

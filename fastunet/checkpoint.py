@@ -6,10 +6,10 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,6 @@ def save_checkpoint(path: str | Path, model: nn.Module, *, mask_values: Any = No
     """
     path = Path(path)
     state: dict[str, Any] = _plainly_named(model.state_dict())
-    write: Callable[[Any], object]
     if path.suffix == ".safetensors":
         if rest:
             raise UserError(f"{path} can hold tensors only, not {said(next(iter(rest)))}: take a name with .pth")
@@ -165,14 +164,14 @@ def save_checkpoint(path: str | Path, model: nn.Module, *, mask_values: Any = No
         told = {} if mask_values is None else {"mask_values": json.dumps(mask_values)}
         whole = {name: x.detach().cpu().contiguous().clone() for name, x in state.items()}
 
-        def write(file: Any) -> object:
-            return file.write(save(whole, metadata={"format": "pt", **told}))
+        def write(file: BinaryIO) -> None:
+            file.write(save(whole, metadata={"format": "pt", **told}))
     else:
         beside = {} if mask_values is None else {"mask_values": mask_values}
         content = {"state_dict": state, **beside, **rest} if rest else {**state, **beside}
 
-        def write(file: Any) -> object:
-            return torch.save(content, file)
+        def write(file: BinaryIO) -> None:
+            torch.save(content, file)
 
     try:
         with written_whole(path) as file:

@@ -55,7 +55,7 @@ class Coding:
         """(H, W) labels of a decoded mask."""
         codes = self.read(path, mask)
         if self.numbered:
-            return (codes != 0).astype(np.uint8)
+            return np.asarray(codes != 0, np.uint8)
         places = np.searchsorted(self.codes, codes).clip(max=len(self.codes) - 1)
         if not (self.codes[places] == codes).all():
             raise DataError(f"mask {path} has other values than when it was checked: start again, and leave it alone")

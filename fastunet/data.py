@@ -451,7 +451,8 @@ def _list_of(split: str | Path, images: Path) -> Path:
 def _checked(
     pairs: Pairs, rows: Sequence[Row] | None, source: str, ignore: tuple[int | Colour, ...], cells: bool
 ) -> Dataset:
-    facts = [_looked_at(*pair, cells) for pair in tqdm(pairs, desc="checking", unit="pair", delay=1.0, leave=False)]
+    shown = tqdm(pairs, desc="checking", unit="pair", delay=1.0, leave=False)
+    facts = [_looked_at(image, mask, cells) for image, mask in shown]
     channels = _common_channels(pairs, facts)
     masks, found = [mask for _, mask in pairs], [each.found for each in facts]
     coded = code_cells(masks, found) if cells else code_masks(masks, found, rows, ignore, source)
@@ -538,7 +539,8 @@ def _channels(path: Path, image: Decoded) -> Array:
         return pixels[None]
     if image.colours != "bands" and not (pixels != pixels[..., :1]).any():
         pixels = pixels[..., :1]
-    return pixels.transpose(2, 0, 1)
+    channels: Array = pixels.transpose(2, 0, 1)
+    return channels
 
 
 def read_image(path: Path) -> Array:

@@ -413,8 +413,8 @@ def scored(trained: Trained, held_out: Dataset, ignored: int | None = None) -> S
         matrix.update(trained.labels(trained.seen(pixels))[None], truth[None])
         counts = matrix.matrix
         total += counts
-        hits, sizes = counts.diagonal(), counts.sum(0) + counts.sum(1)
-        dice += torch.stack([((2 * hits + 1e-6) / (sizes + 1e-6))[1:].double().mean(), torch.ones(()).double()])
+        hits, sizes = counts.diagonal().double(), (counts.sum(0) + counts.sum(1)).double()
+        dice += torch.stack([((2 * hits + 1e-6) / (sizes + 1e-6))[1:].mean(), torch.ones(()).double()])
     if distributed.processes() > 1:
         dist.all_reduce(total)
         dist.all_reduce(dice)
@@ -448,7 +448,7 @@ class Session:
         self.signal = 0
         self.save_every = 60 * args.save_every
         self.scores: Scores | None = None
-        self.tensorboard = args.tensorboard and self.first
+        self.writer_class = _summary_writer() if args.tensorboard and self.first else None
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Go on where ``saved`` was written."""
@@ -463,7 +463,9 @@ class Session:
             self.output.mkdir(exist_ok=True)
             _cut(self.output / "steps.csv", self.run.steps)
             self._introduce()
-        self.writer = _tensorboard(self.output, self.run.steps) if self.tensorboard else None
+        self.writer = None
+        if self.writer_class is not None:
+            self.writer = self.writer_class(str(self.output / "tensorboard"), purge_step=self.run.steps)
         self.began = self.saved = time.monotonic()
         self.bar = self._new_bar()
         kept = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -600,11 +602,9 @@ class Session:
         pixels, labels = sample.image.numpy(), sample.labels.numpy()
         prediction = trained.labels(trained.seen(pixels))
         truth = torch.from_numpy(np.ascontiguousarray(trained.preparation.labels(labels)))
-        truth = torch.where(truth < len(trained.classes), truth, prediction)
-        image = trained.preparation.image(pixels)
         scores = ["absent" if math.isnan(x) else f"IoU {x:.3f}" for x in self.scores.matrix.iou.tolist()]
         sheet = pictures.figure(
-            image if len(image) in (1, 3) else image[:1],
+            trained.preparation.image(pixels),
             truth,
             prediction,
             trained.classes,
@@ -653,12 +653,12 @@ def _cut(path: Path, steps: int) -> None:
             file.write("".join(lines).encode())
 
 
-def _tensorboard(output: Path, steps: int) -> Any:
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("--tensorboard needs TensorBoard: pip install 'fastunet[tensorboard]'") from error
-    return SummaryWriter(str(output / "tensorboard"), purge_step=steps)
+    return SummaryWriter
 
 
 def _memory(device: torch.device) -> float:

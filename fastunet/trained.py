@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastunet import tiling
+from fastunet import pictures, tiling
 from fastunet.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
 from fastunet.data import ClassName, read_image
 from fastunet.errors import UserError
@@ -88,7 +88,7 @@ class Trained:
     def labels(self, outputs: Tensor, threshold: float = 0.5) -> Tensor:
         """(K, H, W) outputs → (H, W) uint8 classes; a single channel is class 1 above ``threshold``."""
         if self.colours:
-            table = torch.tensor([c.colour for c in self.classes], dtype=torch.float32) / 255
+            table = torch.tensor(pictures.class_colours(self.classes), dtype=torch.float32) / 255
             distances = [((outputs - colour.view(3, 1, 1)) ** 2).sum(0) for colour in table]
             return torch.stack(distances).argmin(0).to(torch.uint8)
         return (outputs[0] > threshold if outputs.shape[0] == 1 else outputs.argmax(0)).to(torch.uint8)
