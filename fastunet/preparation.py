@@ -92,13 +92,13 @@ class Preparation:
         size = self.size(height, width)
         if pixels.dtype == np.uint8 and len(pixels) == 3:
             image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-            colours: Array = np.asarray(image.resize(size[::-1], method))
-            return colours.transpose(2, 0, 1)
-        planes = [plane if pixels.dtype == np.uint8 else plane.astype(np.float32) for plane in pixels]
+            colours: Array = np.asarray(image.resize(size[::-1], method)).transpose(2, 0, 1)
+            return colours
+        planes: list[Array] = [plane if pixels.dtype == np.uint8 else plane.astype(np.float32) for plane in pixels]
         done: Array = np.stack([np.asarray(Image.fromarray(plane).resize(size[::-1], method)) for plane in planes])
         if pixels.dtype.kind in "iu":
             limits = np.iinfo(pixels.dtype)
-            done = done.round().clip(limits.min, limits.max).astype(pixels.dtype)
+            done = np.clip(done.round(), limits.min, limits.max).astype(pixels.dtype)
         return done
 
     def restored(self, outputs: Tensor, height: int, width: int) -> Tensor:

@@ -298,23 +298,29 @@ class Samples(loading.Dataset[Weighted]):
         return tuple(planes)
 
     def check(self, batch_size: int) -> None:
-        """Refuse pictures of several sizes where they have to make a batch."""
-        if batch_size == 1 or self.recipe.crop is not None or self.recipe.preparation.square is not None:
+        """Refuse pictures that are too small for the network, and those of several sizes that have to make a batch."""
+        if self.recipe.crop is not None:
             return
-        first: tuple[int, int] | None = None
-        for index, name in enumerate(self.pictures.names):
-            size = self.recipe.preparation.size(*self.pictures[index].labels.shape)
-            first = first or size
-            if size != first:
+        sizes = self._sizes(self.pictures)
+        for name, size in zip(self.pictures.names, sizes, strict=True):
+            if min(size) < MIN_CROP:
                 raise UserError(
-                    f"{self.pictures.names[0]} is {first[1]}×{first[0]} and {name} is {size[1]}×{size[0]}, which make "
-                    "no batch: give --batch-size 1, or --crop"
+                    f"{name} is {size[1]}×{size[0]} for the network, smaller than {MIN_CROP}×{MIN_CROP}: give a larger "
+                    "--scale, or --crop, which mirrors"
                 )
+            if size != sizes[0] and batch_size > 1:
+                raise UserError(
+                    f"{self.pictures.names[0]} is {sizes[0][1]}×{sizes[0][0]} and {name} is {size[1]}×{size[0]}, which "
+                    "make no batch: give --batch-size 1, or --crop"
+                )
+
+    def _sizes(self, learnt: Dataset) -> list[tuple[int, int]]:
+        """(h, w) that the network would see of each."""
+        return [self.recipe.preparation.size(height, width) for width, height in (each.size for each in learnt.facts)]
 
     def _large_enough(self, learnt: Dataset) -> Dataset:
         crop = self.recipe.crop or 0
-        sizes = [self.recipe.preparation.size(*sample.labels.shape) for sample in learnt]
-        fitting = [i for i, size in enumerate(sizes) if min(size) >= crop]
+        fitting = [i for i, size in enumerate(self._sizes(learnt)) if min(size) >= crop]
         if not fitting:
             raise UserError(f"no picture is as large as a crop of {crop}×{crop}: give a smaller --crop")
         return learnt.select(fitting)
