@@ -64,10 +64,9 @@ def bands(
         rows, across = (mirrored(0, max(length, MIN_SIZE), length) for length in (height, width))
         yield _seen(network, read, rows, across)[:, :height, :width]
         return
-    blend = overlap // 8
-    columns = _spans(width, tile, overlap)
+    columns, all_rows = _spans(width, tile, overlap), _spans(height, tile, overlap)
     kept: Tensor | None = None  # rows that the next tiles are blended with
-    for row in _spans(height, tile, overlap):
+    for row, following in zip(all_rows, [*all_rows[1:], None], strict=True):
         band: Tensor | None = None
         for column in columns:
             rows, across = (
@@ -82,8 +81,8 @@ def bands(
         assert band is not None
         band *= row.weights[:, None]
         if kept is not None:
-            band[:, :blend] += kept
-        done = band.shape[1] - (blend if row.last < height else 0)
+            band[:, : kept.shape[1]] += kept
+        done = band.shape[1] if following is None else following.first - row.first
         yield band[:, :done]
         kept = band[:, done:].clone()
 

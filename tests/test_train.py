@@ -216,17 +216,20 @@ def test_a_recipe_trains_as_its_source(recipe: str, pictures: list[str], tmp_pat
     assert [float(row["learning_rate"]) for row in rows(tmp_path / "run")] == pytest.approx(rates)
 
 
-def test_the_papers_weights_balance_classes_and_mark_borders(pictures: list[str]) -> None:
-    data = open_dataset(*pictures)
+def test_the_papers_weights_balance_classes_and_mark_borders(tmp_path: Path) -> None:
+    labels = np.zeros((72, 64), np.uint8)
+    labels[10:60, 8:30], labels[10:60, 33:56] = 1, 2  # two cells, and three pixels between them
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(labels * 50).save(tmp_path / name / "a.png")
     recipe = recipes.Recipe(**{**vars(recipes.RECIPES["paper"]), "crop": None, "augment": "none"})
-    samples = train.Samples(data, recipe, 0)
-    sums = torch.zeros(3)
-    for index in range(len(data)):
-        _, labels, weights = samples[0, index]
-        extra = unet_weight_map(labels > 0, class_weight=(0, 0))
-        assert extra.max() > 1
-        sums += torch.stack([(weights - extra)[labels == k].sum() for k in range(3)])
-    torch.testing.assert_close(sums, torch.full((3,), 12 * 72 * 64 / 3), rtol=1e-4, atol=0)
+    samples = train.Samples(open_dataset(tmp_path / "images", tmp_path / "masks"), recipe, 0)
+    _, found, weights = samples[0, 0]
+    assert torch.equal(found, torch.from_numpy(labels))
+    border = weights - unet_weight_map(found > 0, class_weight=(0, 0))
+    sums = torch.stack([border[found == k].sum() for k in range(3)])
+    torch.testing.assert_close(sums, torch.full((3,), 72 * 64 / 3), rtol=1e-4, atol=0)
+    assert weights[35, 31] > 5 > weights[35, 2]
 
 
 # ---- a run and its files -----------------------------------------------------------------------------------------
@@ -342,7 +345,7 @@ def test_ctrl_c_ends_after_the_step(pictures: list[str], tmp_path: Path, monkeyp
 WORKER = """
 import sys, torch, torch.distributed as dist, fastunet
 from torch.nn.parallel import DistributedDataParallel as DDP
-from fastunet import distributed
+from fastunet import cli, distributed
 from fastunet.losses import DiceCELoss, GlobalLoss, unet_weight_map
 from fastunet.training import Objective
 

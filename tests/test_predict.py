@@ -1,0 +1,295 @@
+"""``fastunet predict | evaluate | export``, and the tiles, the preparation and the PNG writer beneath them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import fastunet
+from fastunet import cli, tiling
+from fastunet.metrics import ConfusionMatrix
+from fastunet.png import PngWriter
+from fastunet.preparation import Preparation, white
+
+CPU = ["--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter would take minutes where the torch backend takes seconds."""
+    monkeypatch.setenv("FASTUNET_BACKEND", "auto")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def lively(channels: int, classes: int) -> fastunet.UNet:
+    """A small network in eval mode whose predictions are not all one class."""
+    torch.manual_seed(0)
+    model = fastunet.UNet(channels, classes, base_c=4)
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.kaiming_normal_(p)
+    with torch.no_grad():
+        for _ in range(20):
+            logits = model(torch.rand(4, channels, 48, 48))
+        model.outc.conv.bias -= logits.mean((0, 2, 3))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, fastunet.UNet]:
+    """A folder with a checkpoint of three classes as Pytorch-UNet saves it, two pictures, and their masks."""
+    folder = tmp_path_factory.mktemp("colours")
+    model, rng = lively(3, 3), np.random.default_rng(0)
+    fastunet.save_checkpoint(folder / "model.pth", model, mask_values=[0, 100, 200])
+    for name in ("images", "masks"):
+        (folder / name).mkdir()
+    for index, size in enumerate(((50, 70), (33, 41))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / "images" / f"{index}.png")
+        Image.fromarray(rng.integers(0, 3, size, np.uint8) * 100).save(folder / "masks" / f"{index}.png")
+    return folder, model
+
+
+def probabilities(model: fastunet.UNet, path: Path, scale: float) -> Tensor:
+    """(K, H, W) as Pytorch-UNet's predict.py makes them."""
+    picture = Image.open(path)
+    size = int(picture.width * scale), int(picture.height * scale)
+    pixels = np.asarray(picture.resize(size, Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 255
+    with torch.no_grad():
+        logits = model(torch.from_numpy(pixels).float()[None])
+    small = logits.softmax(1)
+    return torch.nn.functional.interpolate(small, (picture.height, picture.width), mode="bilinear")[0]
+
+
+# ---- predict -----------------------------------------------------------------------------------------------------
+
+
+def test_masks_are_those_of_the_network(colours: tuple[Path, fastunet.UNet], tmp_path: Path) -> None:
+    folder, model = colours
+    output = tmp_path / "out"
+    asked = ["predict", "-m", str(folder / "model.pth"), "-i", str(folder / "images"), "-o", str(output), *CPU]
+    assert cli.main([*asked, "-v"]) == 0
+    assert cli.main([*asked, "--kind", "probability", "-s", "1"]) == 0
+    assert sorted(os.listdir(output)) == [f"{i}_{x}" for i in "01" for x in ("OUT.npy", "OUT.png", "OVERLAY.png")]
+    for index in "01":
+        path = folder / "images" / f"{index}.png"
+        found = np.load(output / f"{index}_OUT.npy")
+        # float32 rounding of another order of sums
+        torch.testing.assert_close(torch.from_numpy(found), probabilities(model, path, 1.0), rtol=0, atol=1e-5)
+        truth = probabilities(model, path, 0.5)
+        mask = Image.open(output / f"{index}_OUT.png")
+        sure = truth.topk(2, 0).values.diff(dim=0)[0].abs() > 1e-5
+        assert sure.float().mean() > 0.99
+        assert np.array_equal(np.asarray(mask)[sure], truth.argmax(0).numpy()[sure])
+        assert len(np.unique(mask)) > 1
+        shown = np.asarray(mask.convert("RGB"))
+        overlay = (np.asarray(Image.open(path)).astype(int) + shown) // 2
+        assert np.array_equal(np.asarray(Image.open(output / f"{index}_OVERLAY.png")), overlay)
+
+
+def test_patterns_names_and_colours(
+    colours: tuple[Path, fastunet.UNet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = colours
+    monkeypatch.chdir(tmp_path)
+    for name in "01":
+        (tmp_path / f"{name}.png").write_bytes((folder / "images" / f"{name}.png").read_bytes())
+    model = ["predict", "-m", str(folder / "model.pth"), *CPU]
+    assert cli.main([*model, "-i", "?.png"]) == 0  # beside the pictures
+    assert cli.main([*model, "-i", ".", "-o", "a.png", "b.png", "--kind", "colour", "--tta"]) == 0  # without 0_OUT.png
+    assert sorted(os.listdir()) == ["0.png", "0_OUT.png", "1.png", "1_OUT.png", "a.png", "b.png"]
+    assert Image.open("0_OUT.png").mode == "P"
+    plain, turned = (np.asarray(Image.open(name).convert("RGB")) for name in ("0_OUT.png", "a.png"))
+    assert plain.shape == turned.shape
+    assert 0 < (plain != turned).any(-1).mean() < 0.7
+    assert cli.main([*model, "-i", "0.png", "-n", "-v"]) == 0
+    assert "0_OVERLAY.png" in os.listdir()
+
+
+def test_a_single_channel_has_a_threshold(tmp_path: Path) -> None:
+    model = lively(1, 1)
+    fastunet.save_checkpoint(tmp_path / "model.pth", model)
+    pixels = np.random.default_rng(0).integers(0, 4096, (48, 64)).astype(np.uint16)
+    np.save(tmp_path / "wide.npy", pixels)
+    for threshold in ("0.3", "0.7"):
+        asked = [
+            "-m",
+            str(tmp_path / "model.pth"),
+            "-i",
+            str(tmp_path / "wide.npy"),
+            "-t",
+            threshold,
+            "-s",
+            "1",
+            "-v",
+            *CPU,
+        ]
+        assert cli.main(["predict", *asked]) == 0
+        p = model.predict_proba(torch.from_numpy(pixels.astype(np.float32) / 255)[None, None])[0, 0]
+        found = torch.from_numpy(np.asarray(Image.open(tmp_path / "wide_OUT.png")).copy())
+        sure = (p - float(threshold)).abs() > 1e-5
+        assert torch.equal(found[sure] == 1, (p > float(threshold))[sure])
+
+
+# ---- tiles -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(300, 200), (449, 17), (224, 224), (16, 480)], ids=str)
+def test_tiles_change_nothing(size: tuple[int, int]) -> None:
+    """Here for a blur of 27×27, which sees 13 pixels around; 14 are thrown away at the edges of tiles."""
+    image = torch.randn(2, *size)
+    seen: list[tuple[int, ...]] = []
+
+    def network(x: Tensor) -> Tensor:
+        seen.append(tuple(x.shape[-2:]))
+        return torch.nn.functional.avg_pool2d(x, 27, 1, 13)
+
+    def read(rows: Any, columns: Any) -> Tensor:
+        return image[:, rows[:, None], columns]
+
+    parts = list(tiling.bands(network, read, *size, tile=96, overlap=32))
+    assert all(part.shape[1] <= 96 for part in parts)
+    assert all(max(shape) <= 96 and not (shape[0] % 16 or shape[1] % 16) for shape in seen)
+    padded = np.pad(image.numpy(), [(0, 0), (13, 13), (13, 13)], "reflect")  # as the picture is continued
+    whole = torch.nn.functional.avg_pool2d(torch.from_numpy(padded), 27, 1)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-6)
+
+
+def test_a_network_in_tiles_is_the_network() -> None:
+    model = lively(1, 2)
+    image = torch.randn(1, 600, 700)
+
+    def read(rows: Any, columns: Any) -> Tensor:
+        return image[:, rows[:, None], columns]
+
+    tiles = torch.cat(list(tiling.bands(model.predict_proba, read, 600, 700, tile=512, overlap=256)), 1)
+    whole = model.predict_proba(image[None])[0]
+    inside = (slice(None), slice(128, -128), slice(128, -128))
+    torch.testing.assert_close(tiles[inside], whole[inside], rtol=0, atol=1e-5)
+    assert not torch.allclose(tiles, whole, atol=1e-3)  # zeros beyond the borders, or the mirror image
+    small = image[:, :7, :30]
+    (part,) = tiling.bands(model.predict_proba, lambda r, c: small[:, r[:, None], c], 7, 30)
+    assert part.shape == (2, 7, 30)
+
+
+def test_symmetries_are_undone() -> None:
+    x = torch.randn(1, 2, 5, 8)
+    torch.testing.assert_close(tiling.symmetric(lambda x: 2 * x)(x), 2 * x)
+    shifted = tiling.symmetric(lambda x: x.roll(1, -1))(x)
+    torch.testing.assert_close(shifted, (x.roll(1, -1) + x.roll(-1, -1) + x.roll(1, -2) + x.roll(-1, -2)) / 4)
+
+
+def test_png_of_rows(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 7, (50, 33), np.uint8)
+    for palette in (None, [(i, 2 * i, 255 - i) for i in range(7)]):
+        rows = pixels if palette else np.stack([pixels, pixels + 1, pixels + 2], -1)
+        file = io.BytesIO()
+        writer = PngWriter(file, 33, 50, palette)
+        writer.write(rows[:1])
+        writer.write(rows[1:])
+        writer.close()
+        with Image.open(file) as picture:
+            assert np.array_equal(np.asarray(picture), rows)
+            assert picture.mode == ("P" if palette else "RGB")
+
+
+def test_a_resized_picture_is_restored() -> None:
+    pixels = (np.add.outer(np.arange(60), np.arange(40)) * 2).astype(np.uint8)[None]
+    for preparation in (Preparation("unit", scale=0.5), Preparation("unit", square=64), Preparation("unit")):
+        wide = preparation.image(pixels.astype(np.int32))  # whose resizing is another path
+        torch.testing.assert_close(preparation.image(pixels), wide, rtol=0, atol=1.01 / 255)
+        back = preparation.restored(preparation.image(pixels), 60, 40)
+        torch.testing.assert_close(
+            back[0, 4:-4, 4:-4], torch.from_numpy(pixels[0, 4:-4, 4:-4] / np.float32(255)), rtol=0, atol=0.02
+        )
+        assert preparation.labels(pixels[0]).shape == preparation.size(60, 40)
+    standard = Preparation("standard").image(pixels)
+    assert standard.mean().abs() < 1e-5
+    assert standard.std(correction=0) == pytest.approx(1, abs=1e-5)
+    assert [white(x) for x in (0.5, 200, 4095, 1e6)] == [1, 255, 65535, 1e6]
+
+
+# ---- evaluate ----------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_counts_and_draws(
+    colours: tuple[Path, fastunet.UNet], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, model = colours
+    data = [str(folder / "images"), str(folder / "masks"), "-m", str(folder / "model.pth"), *CPU]
+    assert cli.main(["evaluate", *data, "-s", "1", "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    matrix = ConfusionMatrix(3)
+    for index in "01":
+        labels = torch.from_numpy(np.asarray(Image.open(folder / "masks" / f"{index}.png")) // 100)
+        matrix.update(probabilities(model, folder / "images" / f"{index}.png", 1.0)[None], labels[None])
+    assert scores["miou"] == pytest.approx(float(matrix.miou), abs=1e-3)
+    assert np.abs(np.array(scores["matrix"]) - matrix.matrix.numpy()).sum() <= 4  # pixels between two classes
+    assert cli.main(["evaluate", *data, "-o", str(tmp_path / "matrix.png")]) == 0
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("1 (value 100)", "mean", "precision", "accuracy", "over 2 pictures"))
+    with Image.open(tmp_path / "matrix.png") as drawn:
+        assert drawn.width > 3 * 56 < drawn.height
+
+
+def test_classes_are_told_by_their_values(colours: tuple[Path, fastunet.UNet], tmp_path: Path) -> None:
+    """Masks that lack a class are still scored right, and those with another value refused: see test_wrong_calls."""
+    folder, _ = colours
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "images" / "0.png").write_bytes((folder / "images" / "0.png").read_bytes())
+    labels = np.zeros((50, 70), np.uint8)
+    labels[:, 30:] = 200
+    Image.fromarray(labels).save(tmp_path / "masks" / "0.png")
+    network = fastunet.trained.load(folder / "model.pth")
+    assert network.labels_of([0, 200], 255)[:3].tolist() == [0, 2, 255]
+    data = [str(tmp_path / "images"), str(tmp_path / "masks"), "-m", str(folder / "model.pth"), *CPU]
+    assert cli.main(["evaluate", *data]) == 0
+
+
+# ---- export ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_programs_take_any_batch_and_size(
+    suffix: str, colours: tuple[Path, fastunet.UNet], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if suffix == ".onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    folder, model = colours
+    output = tmp_path / f"model{suffix}"
+    assert cli.main(["export", "-m", str(folder / "model.pth"), "-o", str(output)]) == 0
+    assert "any N" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == [output.name]
+    images = torch.randn(2, 3, 50, 39)
+    if suffix == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(output), providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    else:
+        found = torch.export.load(output).module()(images)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_program_that_differs_is_not_written(
+    colours: tuple[Path, fastunet.UNet],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, model = colours
+    monkeypatch.setattr("fastunet.export.exported", lambda *_: (b"", lambda x: 1.1 * model(x)))
+    assert cli.main(["export", "-m", str(folder / "model.pth"), "-o", str(tmp_path / "model.onnx")]) == 2
+    assert "differs from the network by 1.0e-01" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
