@@ -269,6 +269,9 @@ def _read(path: Path) -> Any:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path} ({error.strerror}): give a checkpoint") from error
+    try:
         if path.suffix == ".safetensors" or (start[8:] == b"{" and int.from_bytes(start[:8], "little") < 1 << 27):
             return _read_safetensors(path)
         if zipfile.is_zipfile(path):
@@ -279,8 +282,6 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path} ({error.strerror or 'damaged'}): give a checkpoint") from error
     except pickle.UnpicklingError as error:
         # PyTorch's own text says how to execute it.
         reason = "wants to run code, or is damaged" if "eights" in str(error) or "lobal" in str(error) else "damaged"

@@ -6,6 +6,7 @@ read by tifffile and imagecodecs, ``pip install 'fastunet[pictures]'``, and PNM 
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import warnings
@@ -235,6 +236,17 @@ def _wide_png(path: Path, file: Image.Image) -> Decoded:
     )
 
 
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Without a package's log, which says of damaged files what an error says too."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def _needed(package: str, path: Path, why: str) -> Any:
     try:
         return __import__(package)
@@ -289,7 +301,7 @@ def _tiff(path: Path) -> Decoded:
         return _by_pillow(path, page, compression)
     named = {1: "uint", 2: "int", 3: "float"}.get(kinds[0], "complex ")
     tifffile = _needed("tifffile", path, f"{channels} channel{'s' * (channels != 1)} of {named}{max(bits)}")
-    with tifffile.TiffFile(path) as file:
+    with _silent("tifffile"), tifffile.TiffFile(path) as file:
         series = file.pages[page]
         pixels = series.asarray()
         axes, extra = series.axes, tuple(map(int, series.extrasamples))
