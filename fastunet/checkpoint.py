@@ -102,8 +102,10 @@ def load_checkpoint(path: str | Path, *, backend: str = "auto", policy: str = "s
     state = {name: _widened(x) for name, x in checkpoint.state.items()}
     wrong = misfit(model, state, strict=True)
     if wrong is not None:
+        what = wrong.partition(", got one ")[2].partition("; ")[0] or "with other keys"
         raise CheckpointError(
-            f"{path} looks like {checkpoint.architecture}, but {wrong.partition(', got one with ')[2] or wrong}"
+            f"{path} looks like {checkpoint.architecture}, but {what}: construct the network yourself and call its "
+            "load_state_dict"
         )
     model.load_state_dict(state, assign=True)
     if checkpoint.mask_values is not None:
@@ -279,13 +281,16 @@ def _read(path: Path) -> Any:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
             if unpacked > os.path.getsize(path):  # PyTorch stores; what is compressed may be a bomb
                 raise CheckpointError(f"{path} unpacks to {unpacked:,} bytes: save it again with torch.save")
+        elif not start.startswith(b"\x80\x02"):  # as torch.save began before it made archives
+            raise ValueError("neither")
         return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except pickle.UnpicklingError as error:
         # PyTorch's own text says how to execute it.
-        reason = "wants to run code, or is damaged" if "eights" in str(error) or "lobal" in str(error) else "damaged"
-        raise CheckpointError(f"cannot read {path} ({reason}): save model.state_dict() with torch.save") from error
+        raise CheckpointError(
+            f"cannot read {path} (wants to run code, or is damaged): save model.state_dict() with torch.save"
+        ) from error
     except Exception as error:  # readers of damaged files raise whatever they stumble on
         raise CheckpointError(f"cannot read {path} (damaged, or not a checkpoint): replace it") from error
 

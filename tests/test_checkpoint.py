@@ -179,8 +179,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
         r"holds outc\.conv\.weight as a tensor \(1048576, 1048576, 1, 1\) that is not stored whole: save"),
     "a-part-of-another-size": (
         small(**{"up2.conv.double_conv.0.weight": torch.zeros(3, 3, 3, 3)}),
-        r"looks like UNet\(1, 2, base_c=1\), but 'up2\.conv\.double_conv\.0\.weight' of shape \(3, 3, 3, 3\), here"),
-    "one-more": (small(more=torch.zeros(2)), r"looks like UNet\(1, 2, base_c=1\), but 'more' unknown; construct"),
+        r"like UNet\(1, 2, base_c=1\), but with 'up2\.conv\.double_conv\.0\.weight' of shape \(3, 3, 3, 3\), here"),
+    "one-more": (small(more=torch.zeros(2)), r"looks like UNet\(1, 2, base_c=1\), but with 'more' unknown: construct"),
 }  # fmt: skip
 
 
