@@ -53,7 +53,8 @@ def tiff(*pages: np.ndarray, reduced: tuple[int, ...] = (), extra: tuple[int, ..
         tags: list[tuple[int, tuple[int, ...]]] = [
             (254, (int(number in reduced),)), (256, (width,)), (257, (height,)),
             (258, (8 * pixels.dtype.itemsize,) * channels), (259, (1,)),
-            (262, (more.get("photometric", 2 if channels >= 3 else 1),)), (273, (offset,)), (274, (more.get("orientation", 1),)), (277, (channels,)), (278, (height,)),
+            (262, (more.get("photometric", 2 if channels >= 3 else 1),)), (273, (offset,)),
+            (274, (more.get("orientation", 1),)), (277, (channels,)), (278, (height,)),
             (279, (pixels.nbytes,)), (338, extra), (339, (kind,) * channels),
         ]  # fmt: skip
         entries = b""
