@@ -120,8 +120,8 @@ class _Reader:
         wide = pixels.dtype.kind != "u" or pixels.dtype.itemsize > 2
         if pixels.ndim == 3 and (mask.colours != "rgb" or wide):
             raise DataError(
-                f"mask {path} holds {pixels.shape[2]} channels of {pixels.dtype}: expected one value, or red, green and "
-                "blue, a pixel"
+                f"mask {path} holds {pixels.shape[2]} channels of {pixels.dtype}: expected one value, or one colour, a "
+                "pixel"
             )
 
     def codes(self, rows: slice) -> Codes:
@@ -162,14 +162,13 @@ def found_in(path: Path, mask: Decoded, numbered: bool) -> Found:
             tally[value] = tally.get(value, 0) + amount
         if len(tally) > (1 << 20 if numbered else 1 << 16):
             raise _too_many(path)
-    values = sorted(tally)
-    if mask.lossy and len(values) > 2:
+    counts = dict(sorted(tally.items()))
+    if mask.lossy and len(counts) > 2:
         kind = mask.what.split()[-1].replace("MPO", "JPEG")
         raise DataError(
-            f"mask {path} is a {'lossy ' * (kind == 'WEBP')}{kind}, which blurs the {len(values)} class values in it: "
+            f"mask {path} is a {'lossy ' * (kind == 'WEBP')}{kind}, which blurs the {len(counts)} class values in it: "
             "save masks as PNG"
         )
-    counts = {value: tally[value] for value in values}
     colours = {value: int(reader.colours[value]) for value in counts} if reader.mode == "palette" else {}
     hidden = 0 if mask.opaque is None else int((~mask.opaque).sum())
     return Found(reader.mode, counts, colours, mask.pixels.dtype.itemsize > 1, hidden, mask.what)

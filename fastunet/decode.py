@@ -6,6 +6,7 @@ read by tifffile and imagecodecs, ``pip install 'fastunet[pictures]'``, and PNM 
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import re
@@ -348,8 +349,12 @@ def _tiff(path: Path) -> Decoded:
     whole = _pillow_keeps(channels, bits, kinds, photometric, _tag(tags, 338, ()))
     inverted = photometric == 0  # 0 is white: Pillow sees to that up to 8 bits
     if whole and compression in _KNOWN_TIFF:
-        with suppress(UnidentifiedImageError):  # it does not know each combination in both byte orders
+        try:
             decoded = _by_pillow(path, page, compression)
+        except UnidentifiedImageError:  # damaged; or one of the few combinations that it does not know
+            if importlib.util.find_spec("tifffile") is None:
+                raise
+        else:
             wide = decoded.pixels.dtype == np.uint16
             return replace(decoded, pixels=~decoded.pixels) if inverted and wide else decoded
     named = {1: "uint", 2: "int", 3: "float"}.get(kinds[0], "complex ")

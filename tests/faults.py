@@ -630,7 +630,7 @@ FOUND = [
     Fault(
         "a lossy mask of an innocent name is taken",
         "fastunet/coding.py",
-        "if mask.lossy and len(values) > 2:",
+        "if mask.lossy and len(counts) > 2:",
         "if False:",
         "tests/test_dataset.py::test_lossy_masks_are_judged_by_their_content",
     ),
