@@ -364,6 +364,8 @@ def _tiff(path: Path) -> Decoded:
         series = file.pages[page]
         pixels = series.asarray()
         axes, extra = series.axes, tuple(map(int, series.extrasamples))
+    if not axes:
+        raise ValueError("no pixels")
     pixels = ~pixels if inverted and pixels.dtype.kind == "u" else pixels
     if pixels.dtype.kind not in "buif" or set(axes) - set("YXS") or "Y" not in axes or "X" not in axes:
         raise DataError(f"{path} holds {pixels.dtype} numbers along the axes {axes}: save it as one flat picture")
