@@ -164,7 +164,7 @@ def found_in(path: Path, mask: Decoded, numbered: bool) -> Found:
             raise _too_many(path)
     counts = dict(sorted(tally.items()))
     if mask.lossy and len(counts) > 2:
-        kind = mask.what.split()[-1].replace("MPO", "JPEG")
+        kind = mask.what.split()[-1]
         raise DataError(
             f"mask {path} is a {'lossy ' * (kind == 'WEBP')}{kind}, which blurs the {len(counts)} class values in it: "
             "save masks as PNG"

@@ -184,7 +184,8 @@ def _by_pillow(path: Path, page: int = 0, compression: int = 1) -> Decoded:
         bits = bits if kind == "PNG" else 8 * pixels.dtype.itemsize if file.mode != "1" else 1
     orientation = orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
     pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-    return Decoded(pixels, colours, palette, opaque, orientation, lossy, f"{bits}-bit {kind}")
+    what = f"{bits}-bit {'JPEG' if kind == 'MPO' else kind}"
+    return Decoded(pixels, colours, palette, opaque, orientation, lossy, what)
 
 
 def _pixels(picture: Image.Image) -> tuple[Array, str, Array | None, Array | None]:

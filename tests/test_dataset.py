@@ -374,6 +374,11 @@ def test_a_turned_picture_and_its_mask_fit(tmp_path: Path, orientation: int) -> 
         assert torch.equal(data[0].labels, torch.from_numpy(labels))
         assert torch.equal(data[0].image[0], data[0].labels * 30)
         assert any("turned along" in odd for odd in data.odd) == (folder == "stored")
+    if orientation >= 5:  # only the mask says so
+        write(tmp_path / "mask" / "images" / "a.png", Image.fromarray(np.asarray(image)))
+        write(tmp_path / "mask" / "masks" / "a.png", mask, **saved(mask))
+        assert torch.equal(open_dataset(tmp_path / "mask")[0].labels, torch.from_numpy(labels))
+        assert torch.equal(open_dataset(tmp_path / "mask")[0].image[0], torch.from_numpy(labels * 30))
 
 
 # ---- names -------------------------------------------------------------------------------------------------------
