@@ -134,18 +134,17 @@ class Case:
         x = self.random((batch, channels, height, width), device)
         if not self.affine:
             return x, None, 1.0
-        affine = self.random_affine(channels, device)
-        return x, affine.expand(batch, -1, -1) if self.samples else affine, 0.0
+        return x, self.random_affine(channels, device, (batch,) if self.samples else ()), 0.0
 
     def random(self, shape: tuple[int, ...], device: str | torch.device) -> Tensor:
         """Normal random numbers in this case's dtype and memory layout."""
         layout = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
         return torch.randn(shape, dtype=self.dtype, device=device).contiguous(memory_format=layout)
 
-    def random_affine(self, channels: int, device: str | torch.device) -> Tensor:
-        """Rows scale, shift and centre as a batch normalisation in training gives them: scales above 0."""
-        affine = torch.randn((3, channels), dtype=stats_dtype(self.dtype), device=device)
-        affine[0].abs_().add_(0.5)
+    def random_affine(self, channels: int, device: str | torch.device, of: tuple[int, ...] = ()) -> Tensor:
+        """Rows scale, shift and centre as a normalisation in training gives them: scales above 0; as many as ``of``."""
+        affine = torch.randn((*of, 3, channels), dtype=stats_dtype(self.dtype), device=device)
+        affine[..., 0, :].abs_().add_(0.5)
         return affine
 
     def random_weight(self, shape: tuple[int, ...], channels: int, device: str | torch.device) -> Tensor:

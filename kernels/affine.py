@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastunet.layout import stats_dtype
 
-from .common import act, block, cdiv, dense, load_affine, nhwc, normalise, sum_slabs
+from .common import act, block, by_sample, cdiv, dense, load_affine, nhwc, normalise, sum_slabs
 from .launching import accumulator, launch
 
 _ACCESSES = 2  # 16-byte accesses per thread, tensor and step: bytes enough in flight without crowding the registers
@@ -166,10 +166,13 @@ def flat_tile(channels: int, element_size: int, accesses: int) -> tuple[int, int
     return min(128, accesses * 128 * 16 // element_size // block_c), block_c
 
 
-def affine_slabs(x: Tensor, affine: Tensor | None, slabs: int) -> Tensor | None:
-    """Where so many programs, of each sample if samples differ, leave their shares of the gradient of x's affine, if it
-    has one."""
-    return None if affine is None else x.new_empty((slabs, *affine.shape), dtype=stats_dtype(x.dtype))
+def affine_slabs(x: Tensor, affine: Tensor | None, programs: int) -> Tensor | None:
+    """Where so many ``programs`` leave their shares of the gradient of x's affine, if it has one; where samples differ,
+    as many for each."""
+    if affine is None:
+        return None
+    slabs = programs if affine.dim() == 2 else programs // max(affine.shape[0], 1)
+    return x.new_empty((slabs, *affine.shape), dtype=stats_dtype(x.dtype))
 
 
 def affine_gradient(x: Tensor, partial: Tensor | None) -> Tensor:
@@ -193,7 +196,7 @@ def affine_act(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
 
 def _pixels(x: Tensor, affine: Tensor | None) -> tuple[int, int]:
     """How many samples have an affine of their own, all as one if none has, and the pixels of each."""
-    samples = x.shape[0] if affine is not None and affine.dim() == 3 else 1
+    samples = x.shape[0] if by_sample(affine) else 1
     return samples, x.numel() // max(x.shape[1] * samples, 1)
 
 
@@ -207,8 +210,7 @@ def store_value(z: Tensor, stride: int, x: Tensor, affine: Tensor | None, slope:
         launch(
             _affine_act_fwd_kernel, (cdiv(pixels, block_p), cdiv(channels, block_c), samples),
             nhwc(x), dense(affine), z, pixels, channels, stride,
-            SAMPLES=affine is not None and affine.dim() == 3,
-            SLOPE=act(slope), ACC=accumulator(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
+            SAMPLES=by_sample(affine), SLOPE=act(slope), ACC=accumulator(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
         )  # fmt: skip
 
 
@@ -230,13 +232,13 @@ def source_gradient(
     samples, pixels = _pixels(x, affine)
     block_p, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
     slabs = cdiv(pixels, block_p * _ROUNDS)
-    partial = affine_slabs(x, affine, slabs)
+    partial = affine_slabs(x, affine, slabs * samples)
     if x.numel() > 0:
         launch(
             _affine_act_bwd_kernel, (slabs, cdiv(channels, block_c), samples),
             dz, x, dense(affine), dx, z, partial, pixels, channels, stride,
-            SAMPLES=affine is not None and affine.dim() == 3,
-            SLOPE=act(slope), ACC=accumulator(x.dtype), ROUNDS=_ROUNDS, BLOCK_P=block_p, BLOCK_C=block_c,
+            SAMPLES=by_sample(affine), SLOPE=act(slope), ACC=accumulator(x.dtype), ROUNDS=_ROUNDS,
+            BLOCK_P=block_p, BLOCK_C=block_c,
         )  # fmt: skip
     return dx, affine_gradient(x, partial)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.cases import WORDS, Case
 from fastunet import checks, functional, losses, ops
-from fastunet.layout import stats_dtype
+from fastunet.layout import SAMPLES, stats_dtype
 from fastunet.reference import functional as plain
 
 Operands = dict[str, Any]
@@ -91,8 +91,14 @@ def _case(draw: Draw, size: Size, op: str, least: int = 1, **settings: Any) -> C
         draw(st.integers(least, size.side)),
     )
     affine = settings.pop("affine", None)
+    if op in _BY_SAMPLE:
+        settings["samples"] = draw(st.booleans())
     return Case(op, shape, draw(st.sampled_from(size.dtypes)), layout="contiguous",
                 affine=draw(st.booleans()) if affine is None else affine, **settings)  # fmt: skip
+
+
+# Whose affines, and statistics, may be of each sample.
+_BY_SAMPLE = {"affine_act", "conv2d", "conv_transpose2d", "max_pool2x2", "upsample_concat", "head_stats"}
 
 
 def _flag(draw: Draw, *names: str) -> tuple[tuple[str, Any], ...]:
@@ -214,9 +220,9 @@ def _named(function: Callable[..., Any], *without: str) -> Callable[[Operands, S
 
 
 def _winners(y: Tensor, scale: Tensor | None) -> Tensor:
-    """Flat indices of the pixels that a 2×2 max-pool takes for a normalisation by ``scale``."""
+    """Flat indices of the pixels that a 2×2 max-pool takes for a normalisation by ``scale``, (C,) or (N, C)."""
     sign = torch.ones(y.shape[1]) if scale is None else scale.sign()
-    signed = y * sign.to(y).view(1, -1, 1, 1)
+    signed = y * sign.to(y)[..., None, None]
     return F.max_pool2d(signed, 2, return_indices=True)[1]  # where all are 0, the first
 
 
@@ -254,7 +260,7 @@ def _running_truth(operands: Operands, found: Sequence[Tensor]) -> list[Tensor]:
 
 def _pool_truth(operands: Operands, found: Sequence[Tensor]) -> list[Tensor]:
     affine = operands["affine"]
-    return [_pooled(operands["x"], operands["x"], None if affine is None else affine[0])]
+    return [_pooled(operands["x"], operands["x"], None if affine is None else affine[..., 0, :])]
 
 
 def _predict_truth(operands: Operands, found: Sequence[Tensor]) -> list[Tensor]:
@@ -293,14 +299,13 @@ def _clear_of_corners(operands: Operands) -> None:
             continue
         rows = operands.get(affine)
         if rows is not None:
-            signs = torch.tensor([1.0, -1.0, 0.0])[torch.randint(0, 3, (rows.shape[1],))]
-            rows[0] = signs * (rows[0].abs() / 2 + 0.25)
-            rows[1] += torch.where(rows[1].abs() < 0.01, 0.5, 0.0)
+            scales, shifts = rows[..., 0, :], rows[..., 1, :]
+            signs = torch.tensor([1.0, -1.0, 0.0])[torch.randint(0, 3, scales.shape)]
+            scales.copy_(signs * (scales.abs() / 2 + 0.25))
+            shifts += torch.where(shifts.abs() < 0.01, 0.5, 0.0)
         if operands.get(slope, 1) != 1:
-            scale, shift, centre = torch.ones(3, 1) if rows is None else rows.double()
-            if rows is None:
-                shift = centre = torch.zeros(1)
-            scale, shift, centre = (row.view(1, -1, 1, 1) for row in (scale, shift, centre))
+            three = torch.tensor([[1.0], [0.0], [0.0]]) if rows is None else rows.double()
+            scale, shift, centre = (row[..., None, None] for row in three.unbind(-2))
             for _ in range(8):
                 near = (scale * (operands[x].double() - centre) + shift).abs() < 2e-3
                 operands[x] = torch.where(near, operands[x] + 0.37, operands[x])
@@ -325,6 +330,9 @@ def _operands(draw: Draw, case: Case) -> Operands:
         operands["skip"] = case.random((batch, channels, *size), "cpu")
     if operands.get("pool_scale") is not None and draw(st.booleans()):
         operands["pool_scale"] = torch.randint(-1, 2, operands["pool_scale"].shape).to(operands["pool_scale"])
+    for name in ("affine1", "skip_affine"):  # beside a source that differs by sample one that does not
+        if case.samples and operands.get(name) is not None and case.shape[0] and draw(st.booleans()):
+            operands[name] = operands[name][0].clone()
     for name in ("labels", "mask"):
         if name in operands:
             operands[name] = _strange_labels(operands[name], operands)
@@ -382,8 +390,9 @@ def _of_operator(operator: str) -> Callable[[Draw, Size], Problem]:
         names = _results(operator, operands)
         ours = _call(operator, lambda operands: list(_results(operator, operands).values()))
         exact = operator.startswith("confusion") or operands.get("output") in ("argmax", "threshold")
+        of_batch = set() if operands.get("stats") == SAMPLES else _OF_THE_BATCH
         made = Problem(operator, case.dtype, operands, ours, _TRUTHS[operator],
-                       {name: name not in _OF_THE_BATCH for name in names}, exact)  # fmt: skip
+                       {name: name not in of_batch for name in names}, exact)  # fmt: skip
         if operator.startswith("confusion"):
             made.results = {"counts": False}
         if operator.endswith("_affine") or operator == "bn_affine_running":
@@ -526,8 +535,14 @@ FUNCTIONS: dict[str, Callable[[Draw, Size], Problem]] = {
 
 
 def permuted(problem: Problem, order: Tensor) -> Problem:
-    """The pictures in another order."""
-    return replace(problem, operands={k: v[order] if _is_picture(k, v) else v for k, v in problem.operands.items()})
+    """The pictures in another order, and what is of each."""
+    return replace(
+        problem,
+        operands={
+            k: v[order] if _is_picture(k, v) or ("affine" in k and v is not None and v.dim() == 3) else v
+            for k, v in problem.operands.items()
+        },
+    )
 
 
 def _is_picture(name: str, x: Any) -> bool:
@@ -568,5 +583,5 @@ def _uneven(given: Operands, axis: int) -> bool:
         return True
     pools = given.get("pool", weight is None and "align_corners" not in given and "slope" not in given)
     signs = given.get("pool_scale") if "pool" in given else (given.get("affine") if pools else None)
-    first = signs is not None and bool(((signs[0] if signs.dim() == 2 else signs) == 0).any())
+    first = signs is not None and bool(((signs[..., 0, :] if signs.dim() > 1 else signs) == 0).any())
     return bool(pools) and (side % 2 == 1 or first)
