@@ -450,9 +450,17 @@ def _everything(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterato
     apart = replace(conv, pool=True, samples=True)
     yield from (
         apart,
+        replace(two, samples=True),
+        replace(conv, stride=2, samples=True),
+        replace(conv, kernel=1, samples=True),
+        replace(act, samples=True),
         replace(apart, op="max_pool2x2"),
         replace(apart, op="affine_act"),
         replace(up, kernel=2, samples=True),
+        replace(up, kernel=3, samples=True),
+        Case("upsample_concat", shape, dtype, skip=shape[1], samples=True),
+        Case("head_stats", shape, dtype, filters=3, kernel=1, samples=True),
+        Case("head_predict", shape, dtype, filters=3, kernel=1, mode="inference", samples=True),
     )
     yield Case("bn_affine_running", shape, dtype, mode="inference")
     yield Case("upsample_concat", shape, dtype, skip=shape[1])
