@@ -106,11 +106,16 @@ class Task:
         return any(_is_slope(name) and value not in (None, 0) for name, value in self._constants.items())
 
     @property
+    def by_sample(self) -> bool:
+        """Whether an affine or statistics are of each sample."""
+        return any(name.lower().startswith("samples") and value for name, value in self._constants.items())
+
+    @property
     def rank(self) -> tuple[bool, int, int, str]:
         """Greater for a variant that does more, leaky ones and those by sample last; of equals for one whose sizes and
         addresses are better aligned."""
         return (
-            not (self.leaky or self._constants.get("SAMPLES")),
+            not (self.leaky or self.by_sample),
             len(self.asked),
             sum(map(bool, self.wanted.attributes.values())),
             self.variant,
