@@ -441,7 +441,7 @@ def _everything(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterato
     yield from (replace(conv, pool=True), two, replace(act, pool=True), replace(act, head=3))
     yield replace(two, changes=(("size", (height - 2, width - 1)), ("offset", (-1, 0, -1, -1))))
     placed = replace(two, changes=(("size", (height + 1, width + 2)), ("offset", (0, 1, 1, 2))))
-    yield from (placed, replace(placed, algorithm="cudnn"))
+    yield from (placed, replace(placed, algorithm="cudnn"), replace(placed, algorithm="cudnn", samples=True))
     for form in (conv, two):
         yield from (replace(form, stride=2, pool=True), replace(form, kernel=1, pool=True))
     up = Case("conv_transpose2d", shape, dtype, filters=shape[1], bias=True)
@@ -545,6 +545,7 @@ def _untimed() -> Iterator[Case]:
         picture = Case("conv2d", (2, channels, 37, 53), FP16, filters=channels, affine=False, bias=True, image=True)
         yield from variations(picture)
         yield replace(picture, image=False)
+        yield replace(picture, shape=(2, channels, 32, 64), samples=True)
         yield from variations(replace(picture, op="conv2d_act", mode="inference", stats=False, pool=True))
         yield replace(picture, affine=True, skip=channels, image=False)
         for kernel in (2, 3):

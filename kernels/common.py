@@ -101,15 +101,6 @@ def load_affine(affine_ptr, c, C):
     return affine
 
 
-class BySample(NamedTuple):
-    """What is of each sample in a launch, not of the batch: the affine of its source, of a second one, and what it sums
-    over pixels to normalise its result."""
-
-    samples: bool
-    samples1: bool = False
-    samples_y: bool = False
-
-
 @triton.jit
 def affine_of(affine_ptr, n, C, SAMPLES: tl.constexpr):
     """Where the affine of sample ``n`` lies, among those of all SAMPLES (N, 3, C); else the only one."""

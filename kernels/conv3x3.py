@@ -29,7 +29,6 @@ from fastunet.layout import NOTHING, SAMPLES, stats_dtype
 from .affine import affine_act, affine_gradient, affine_slabs, no_gradients, source_backward, store_affine_gradient
 from .common import (
     PROPAGATE_ALL,
-    BySample,
     Source,
     act,
     affine_of,
@@ -81,6 +80,14 @@ class Outputs(NamedTuple):
     count: Any
     pooled: Any
     pool_scale: Any
+
+
+class BySample(NamedTuple):
+    """What is of each sample, not of the batch: the affines of the sources, and the statistics of y."""
+
+    samples: bool
+    samples1: bool
+    samples_y: bool
 
 
 class Head(NamedTuple):
@@ -258,9 +265,10 @@ def _conv3x3_fwd_kernel(
     x, affine_ptr, x1, affine1_ptr, real_ptr, w, bias_ptr, affine_y_ptr, head_ptr, head_bias_ptr,
     y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles_h, tiles_w, classes,
-    SLOPE: tl.constexpr, SLOPE1: tl.constexpr, SLOPE_Y: tl.constexpr, HEAD: tl.constexpr, SHARED: tl.constexpr,
-    BY: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
+    SLOPE: tl.constexpr, SLOPE1: tl.constexpr, SLOPE_Y: tl.constexpr, BY: tl.constexpr, HEAD: tl.constexpr,
+    TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
+    SHARED: tl.constexpr = TILE.shares > 1
     blocks = tl.cdiv(K, TILE.outputs)
     number = tl.program_id(0) // blocks
     k = tl.program_id(0) % blocks * TILE.outputs
@@ -294,11 +302,12 @@ def _conv3x3_fwd_kernel(
 def _conv3x3_dgrad_kernel(
     dy, w, x, affine_ptr, dx, partial_ptr, x1, affine1_ptr, dx1, partial1_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, C_FIRST, C_TOTAL, K, tiles_h, tiles_w,
-    SLOPE: tl.constexpr, SLOPE1: tl.constexpr, SHARED: tl.constexpr, BY: tl.constexpr,
+    SLOPE: tl.constexpr, SLOPE1: tl.constexpr, SAMPLES: tl.constexpr, SAMPLES1: tl.constexpr,
     TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """dx and daffine of one or two sources from dY (N,P,Q,K); tiles cover the frame, the first source's channels are
     the weights' from C_FIRST on. If they are SHARED, dx gets the programs' sums, for all sources together."""
+    SHARED: tl.constexpr = TILE.shares > 1
     blocks0 = tl.cdiv(C, TILE.outputs)
     blocks = blocks0
     if x1 is not None:
@@ -326,14 +335,14 @@ def _conv3x3_dgrad_kernel(
         _store_share(accs, dx, frame, at, N, channel - C_FIRST, stop - C_FIRST, total, TILE)
     elif x1 is not None and block >= blocks0:
         _source_gradient(
-            accs, Image(x1, N, H1, W1, C1, affine_of(affine1_ptr, at.n, C1, BY.samples1), SLOPE1, None),
-            dx1, partial1_ptr, slab_of(number, at.n, N, tiles_h * tiles_w, BY.samples1).row,
+            accs, Image(x1, N, H1, W1, C1, affine_of(affine1_ptr, at.n, C1, SAMPLES1), SLOPE1, None),
+            dx1, partial1_ptr, slab_of(number, at.n, N, tiles_h * tiles_w, SAMPLES1).row,
             Frame(P, Q, top1, left1), at, (block - blocks0) * TILE.outputs, TILE, NUM,
         )  # fmt: skip
     else:
         _source_gradient(
-            accs, Image(x, N, H, W, C, affine_of(affine_ptr, at.n, C, BY.samples), SLOPE, None),
-            dx, partial_ptr, slab_of(number, at.n, N, tiles_h * tiles_w, BY.samples).row,
+            accs, Image(x, N, H, W, C, affine_of(affine_ptr, at.n, C, SAMPLES), SLOPE, None),
+            dx, partial_ptr, slab_of(number, at.n, N, tiles_h * tiles_w, SAMPLES).row,
             Frame(P, Q, top, left), at, block * TILE.outputs, TILE, NUM,
         )  # fmt: skip
 
@@ -461,8 +470,8 @@ def conv3x3(
         batch, *first.extent, *(second or first).extent, height, width,
         first.channels, channels - first.channels, filters, tiles_h, tiles_w, classes,
         SLOPE=first.act, SLOPE1=None if second is None else second.act, SLOPE_Y=None if shared else act(slope),
-        HEAD=block(classes, 256) if heads else 0, SHARED=shared,
         BY=BySample(first.samples, second is not None and second.samples, not shared and merged == SAMPLES),
+        HEAD=block(classes, 256) if heads else 0,
         **tile.constants(x, hold=not heads or classes <= 16),  # else there are no registers to spare
     )  # fmt: skip
     if shared:
@@ -520,9 +529,8 @@ def conv3x3_dgrad(
             batch, *first.extent, *(second or first).extent, height, width, first.channels, (second or first).channels,
             0 if mask[0] else sources[0].channels, weight.shape[1], filters, tiles_h, tiles_w,
             SLOPE=None if shared else first.act, SLOPE1=None if shared or second is None else second.act,
-            SHARED=shared, BY=BySample(
-                not shared and first.samples, not shared and second is not None and second.samples
-            ), **tile.constants(dy),
+            SAMPLES=not shared and first.samples,
+            SAMPLES1=not shared and second is not None and second.samples, **tile.constants(dy),
         )  # fmt: skip
     if shared:
         g, _, _ = add_shares(sums, empty_nhwc(dy, batch, total, height, width), None, NOTHING)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastunet.layout import stats_dtype
 
-from .common import BySample, Source, affine_of, cdiv, load_affine, replace, sum_slabs
+from .common import Source, affine_of, cdiv, load_affine, replace, sum_slabs
 from .gemm import (
     Frame,
     Image,
@@ -78,7 +78,7 @@ def _accumulate(
 def _conv3x3_wgrad_kernel(
     x, affine_ptr, x1, affine1_ptr, real_ptr, dy, partial_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles, tiles_h, tiles_w, tiles1, tiles1_h, tiles1_w, slabs,
-    SLOPE: tl.constexpr, SLOPE1: tl.constexpr, BY: tl.constexpr, MASKED: tl.constexpr,
+    SLOPE: tl.constexpr, SLOPE1: tl.constexpr, SAMPLES: tl.constexpr, SAMPLES1: tl.constexpr, MASKED: tl.constexpr,
     TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """partial[slab, k, r, s, c] over the slab's tiles, for the channels of one source and then of the other."""
@@ -103,7 +103,7 @@ def _conv3x3_wgrad_kernel(
     dy = Image(dy, N, P, Q, K, None, None, None)
     accs = _accumulate(
         accs, Walk(start, stop, tiles_h, tiles_w), Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr),
-        Frame(P, Q, top, left), dy, s, c, k, BY.samples, MASKED, TILE, NUM,
+        Frame(P, Q, top, left), dy, s, c, k, SAMPLES, MASKED, TILE, NUM,
     )  # fmt: skip
     if x1 is not None:
         per_slab = tl.cdiv(tiles1, slabs)
@@ -111,7 +111,7 @@ def _conv3x3_wgrad_kernel(
         stop = tl.where(block < blocks0, start, tl.minimum(start + per_slab, tiles1))
         accs = _accumulate(
             accs, Walk(start, stop, tiles1_h, tiles1_w), Image(x1, N, H1, W1, C1, affine1_ptr, SLOPE1, real_ptr),
-            Frame(P, Q, top1, left1), dy, s, tl.maximum(c - blocks0 * TILE.reduction, 0), k, BY.samples1, MASKED,
+            Frame(P, Q, top1, left1), dy, s, tl.maximum(c - blocks0 * TILE.reduction, 0), k, SAMPLES1, MASKED,
             TILE, NUM,
         )  # fmt: skip
         c_stop = tl.where(block < blocks0, C, C + C1)
@@ -150,6 +150,6 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
         batch, *first.extent, *(second or first).extent, *size,
         first.channels, channels - first.channels, filters, *grid, *grid1, slabs,
         SLOPE=first.act, SLOPE1=None if second is None else second.act,
-        BY=BySample(first.samples, second is not None and second.samples), MASKED=masked, **tile.constants(dy),
+        SAMPLES=first.samples, SAMPLES1=second is not None and second.samples, MASKED=masked, **tile.constants(dy),
     )  # fmt: skip
     return sum_slabs(partial).permute(0, 3, 1, 2)

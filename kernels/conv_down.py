@@ -23,7 +23,7 @@ from torch import Tensor
 from fastunet.layout import SAMPLES
 
 from .affine import affine_gradient, affine_slabs
-from .common import BySample, Source, affine_of, cdiv, dense, empty_nhwc, load_affine, slab_of
+from .common import Source, affine_of, cdiv, dense, empty_nhwc, load_affine, slab_of
 from .gemm import (
     Filters,
     Image,
@@ -90,14 +90,14 @@ def _sum(
 @triton.jit(do_not_specialize=SIZES)
 def _conv_down_fwd_kernel(
     x, affine_ptr, real_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, N, H, W, P, Q, C, K, tiles_h, tiles_w,
-    KSIZE: tl.constexpr, STRIDE: tl.constexpr, SLOPE: tl.constexpr, BY: tl.constexpr,
+    KSIZE: tl.constexpr, STRIDE: tl.constexpr, SLOPE: tl.constexpr, SAMPLES: tl.constexpr, SAMPLES_Y: tl.constexpr,
     TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(K, TILE.outputs)
     number = tl.program_id(0) // blocks
     k = tl.program_id(0) % blocks * TILE.outputs
     at = first_pixel(number, tiles_h, tiles_w, TILE)
-    affine_ptr = affine_of(affine_ptr, at.n, C, BY.samples)
+    affine_ptr = affine_of(affine_ptr, at.n, C, SAMPLES)
     acc = _sum(
         Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr), Filters(w, 0, C, k, K, KSIZE * (2 * STRIDE - 1), True), at,
         KSIZE, STRIDE, STRIDE, TILE, NUM,
@@ -110,7 +110,7 @@ def _conv_down_fwd_kernel(
     if mean_ptr is not None:
         pixel = tl.arange(0, TILE.images * TILE.columns)
         rows = ((at.n + pixel // TILE.columns < N) & (at.w + pixel % TILE.columns < Q)).to(tl.int32)
-        slab = slab_of(number, at.n, N, tiles_h * tiles_w, BY.samples_y)
+        slab = slab_of(number, at.n, N, tiles_h * tiles_w, SAMPLES_Y)
         store_stats((rounded,), rows, slab, filters, K, mean_ptr, m2_ptr, count_ptr, 1, TILE.outputs, NUM.acc)
 
 
@@ -167,7 +167,7 @@ def conv_down(
         dense(bias), operand(y, tile, tile.outputs, tma_y), *partials.pointers,
         batch, x.shape[2], x.shape[3], height, width, channels, filters, tiles_h, tiles_w,
         KSIZE=ksize, STRIDE=stride, SLOPE=source.act,
-        BY=BySample(source.samples, samples_y=merged == SAMPLES), **tile.constants(x),
+        SAMPLES=source.samples, SAMPLES_Y=merged == SAMPLES, **tile.constants(x),
     )  # fmt: skip
     return result, *(partials.merged() if merged == stats else stats_of(result, stats))
 

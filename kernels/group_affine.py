@@ -5,8 +5,8 @@
     dweight = Σ dscale·rstd;  dbias = Σ dshift                       over the samples, in their order
     dvar = −rstd³/(2·G)·Σ dscale·weight;  dmean = Σ dcentre / G + 2·dvar·(mean − centre)
 
-Layout: statistics (N, C), affines (N, 3, C). Bytes: forward reads 8 and writes 12 per sample and channel; backward reads
-20 and writes 8. Accumulation: float32 (float64 for float64).
+Layout: statistics (N, C), affines (N, 3, C). Bytes per sample and channel: forward reads 8 and writes 12, backward
+reads 20 and writes 8. Accumulation: float32 (float64 for float64).
 """
 
 from __future__ import annotations

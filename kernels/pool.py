@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .affine import flat_tile
-from .common import BySample, affine_of, by_sample, cdiv, dense, empty_nhwc, nhwc
+from .common import affine_of, by_sample, cdiv, dense, empty_nhwc, nhwc
 from .launching import accumulator, launch
 
 _ACCESSES = 1  # 16-byte accesses per thread and pixel of a window
@@ -79,7 +79,7 @@ def _max_pool2x2_fwd_kernel(
 @triton.jit(do_not_specialize=["pixels", "H", "W", "blocks"])
 def _max_pool2x2_bwd_kernel(
     x_ptr, affine_ptr, dp_ptr, dskip_ptr, dmean_ptr, dvar_ptr, mean_ptr, dx_ptr, pixels, H, W, C, blocks,
-    BY: tl.constexpr, ACC: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    SAMPLES: tl.constexpr, SAMPLES_Y: tl.constexpr, ACC: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``pixels`` are those that mean_ptr's statistics are of."""
     pid = tl.program_id(0)
@@ -97,7 +97,7 @@ def _max_pool2x2_bwd_kernel(
     in3 = (2 * w + 1 < below)[:, None] & channel
     index = ((n * H + h) * W + 2 * w)[:, None] * C + c[None, :]
     row = W.to(tl.int64) * C
-    affine_ptr = affine_of(affine_ptr, n, C, BY.samples)
+    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
     negative, flat = _order(affine_ptr, c, C)
     x0 = tl.load(x_ptr + index, mask=in0, other=0.0).to(ACC)
     x1 = tl.load(x_ptr + index + C, mask=in1, other=0.0).to(ACC)
@@ -116,7 +116,7 @@ def _max_pool2x2_bwd_kernel(
         dx2 += tl.load(dskip_ptr + index + row, mask=in2, other=0.0).to(ACC)
         dx3 += tl.load(dskip_ptr + index + row + C, mask=in3, other=0.0).to(ACC)
     if mean_ptr is not None:
-        if BY.samples_y:
+        if SAMPLES_Y:
             mean_ptr += n * C
             dmean_ptr += n * C
             dvar_ptr += n * C
@@ -186,6 +186,6 @@ def pool_backward(
             _max_pool2x2_bwd_kernel, (batch * ((height + 1) // 2) * blocks, cdiv(channels, block_c)),
             x, dense(scale), nhwc(dp), None if dskip is None else nhwc(dskip), dense(dmean), dense(dvar), dense(mean),
             dx, (1 if apart else batch) * height * width, height, width, channels, blocks,
-            BY=BySample(by_sample(scale), samples_y=apart), ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
+            SAMPLES=by_sample(scale), SAMPLES_Y=apart, ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
     return dx

@@ -33,7 +33,7 @@ from .affine import (
     source_gradient,
     store_affine_gradient,
 )
-from .common import BySample, act, affine_of, by_sample, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise, slab_of
+from .common import act, affine_of, by_sample, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise, slab_of
 from .launching import accumulator, launch
 
 _ACCESSES = 1  # 16-byte accesses per thread and tap
@@ -76,8 +76,8 @@ def _lerp(a, b, fraction, ALIGN_CORNERS: tl.constexpr):
 def _upsample_concat_fwd_kernel(
     x_ptr, affine_ptr, skip_ptr, skip_affine_ptr, y_ptr,
     C, CS, H, W, YH, YW, top, left, first_h, first_w, cells_h, blocks,
-    SLOPE: tl.constexpr, SKIP_SLOPE: tl.constexpr, BY: tl.constexpr, SKIP_FIRST: tl.constexpr,
-    ALIGN_CORNERS: tl.constexpr,
+    SLOPE: tl.constexpr, SKIP_SLOPE: tl.constexpr, SAMPLES: tl.constexpr, SKIP_SAMPLES: tl.constexpr,
+    SKIP_FIRST: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
     ACC: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Cells from (first_h, first_w) on, the first that touch y (YH, YW), which holds output (0, 0) at (top, left); cell
@@ -103,7 +103,7 @@ def _upsample_concat_fwd_kernel(
     if group < up_groups:
         c = group * BLOCK_C + tl.arange(0, BLOCK_C)
         channel = (c < C)[None, :]
-        affine = load_affine(affine_of(affine_ptr, n, C, BY.samples), c, C)
+        affine = load_affine(affine_of(affine_ptr, n, C, SAMPLES), c, C)
         source = ((j >= -1) & (j < tl.where((i >= -1) & (i < H), W, -1)))[:, None] & channel
         row0 = (n * H + tl.maximum(i, 0)) * W
         row1 = (n * H + tl.minimum(i + 1, H - 1)) * W
@@ -141,7 +141,7 @@ def _upsample_concat_fwd_kernel(
     elif skip_ptr is not None:
         c = (group - up_groups) * BLOCK_C + tl.arange(0, BLOCK_C)
         channel = (c < CS)[None, :]
-        skip_affine = load_affine(affine_of(skip_affine_ptr, n, CS, BY.samples1), c, CS)
+        skip_affine = load_affine(affine_of(skip_affine_ptr, n, CS, SKIP_SAMPLES), c, CS)
         index = pixel * CS + c[None, :]
         row = YW.to(tl.int64) * CS
         z00 = tl.load(skip_ptr + index, mask=in00 & channel, other=0.0)
@@ -259,7 +259,7 @@ def upsample_concat(
         _upsample_concat_fwd_kernel, (batch * cells_h * blocks, groups),
         nhwc(x), dense(affine), None if skip is None else nhwc(skip), dense(skip_affine), y, channels, skip_channels,
         height, width, y_height, y_width, top, left, first_h, first_w, cells_h, blocks,
-        SLOPE=act(slope), SKIP_SLOPE=act(skip_slope), BY=BySample(by_sample(affine), by_sample(skip_affine)),
+        SLOPE=act(slope), SKIP_SLOPE=act(skip_slope), SAMPLES=by_sample(affine), SKIP_SAMPLES=by_sample(skip_affine),
         SKIP_FIRST=skip_first, ALIGN_CORNERS=align_corners,
         ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
     )  # fmt: skip
