@@ -153,6 +153,10 @@ class Watching(TorchDispatchMode):
 # whole networks of float64 behind them have the others.
 SAMPLED = {
     "affine_act": "affine",
+    "affine_prelu": "affine",
+    "add_act": "affine",
+    "avg_pool2x2": "affine",
+    "pad_replicate": "affine",
     "bn_affine": "weight bias",
     "bn_affine_running": "weight bias",
     "group_affine": "weight bias",
