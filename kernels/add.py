@@ -21,8 +21,9 @@ from .affine import (
     affine_gradient,
     affine_slabs,
     before_act,
-    by_sample,
     flat_tile,
+    per_sample,
+    pictures,
     source_backward,
     store_affine_gradient,
 )
@@ -104,12 +105,6 @@ def _add_act_bwd_kernel(
         store_affine_gradient(skip_partial_ptr, share, c, C, skip_affine.scale, sums[0], sums[1])
 
 
-def _grid(x: Tensor, apart: bool) -> tuple[int, int]:
-    """(samples, pixels of each): the whole batch as one, unless samples are ``apart``."""
-    samples = x.shape[0] if apart else 1
-    return samples, x.numel() // max(x.shape[1] * samples, 1)
-
-
 def add_act(
     x: Tensor,
     affine: Tensor | None,
@@ -122,8 +117,8 @@ def add_act(
     """act of the sum of two sources (N, C, H, W), whose slope below zero is ``sum_slope``: channels_last, x's dtype."""
     z = empty_nhwc(x, *x.shape)
     channels = x.shape[1]
-    apart, skip_apart = by_sample(affine), by_sample(skip_affine)
-    samples, pixels = _grid(x, apart or skip_apart)
+    apart, skip_apart = per_sample(affine), per_sample(skip_affine)
+    samples, pixels = pictures(x, affine, skip_affine)
     if x.numel() > 0:
         block_p, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
         launch(
@@ -150,8 +145,8 @@ def add_act_backward(
     x, skip = nhwc(x), nhwc(skip)
     dx, dskip = torch.empty_like(x), torch.empty_like(skip)
     channels = x.shape[1]
-    apart, skip_apart = by_sample(affine), by_sample(skip_affine)
-    samples, pixels = _grid(x, apart or skip_apart)
+    apart, skip_apart = per_sample(affine), per_sample(skip_affine)
+    samples, pixels = pictures(x, affine, skip_affine)
     block_p, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
     slabs = cdiv(pixels, block_p * _ROUNDS)
     partial = affine_slabs(x, affine, slabs if apart else slabs * samples)

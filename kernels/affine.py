@@ -1,10 +1,9 @@
-"""Sources made explicit (``affine_act``, ``affine_prelu``), and the affine of a batch normalisation (``bn_affine``).
+"""Sources made explicit (``affine_act``), and the affine of a batch normalisation (``bn_affine``).
 
 Forward:   z  = act(scale·(x − centre) + shift)
 Backward:  g  = dz·m, where m is act's slope, as PyTorch has it at 0 and NaN
            dx = scale·g
            daffine = [Σ g·(x − centre),  Σ g,  −scale·Σ g]     over batch and picture
-           dslopes = Σ dz·s where s = scale·(x − centre) + shift is not above 0; of a PReLU, which has slopes by channel
 
 Layout: NHWC memory, read as a matrix (pixels, C), a tile of pixels × channels per step. Bytes, once each: forward reads
 x and writes z; backward reads dz and x and writes dx, plus 12 bytes per channel and program for the sums, which are
@@ -65,7 +64,7 @@ def store_affine_gradient(partial_ptr, slab, c, C, scale, sum_gx, sum_g):
 
 @triton.jit(do_not_specialize=["pixels"])
 def _affine_act_fwd_kernel(
-    x_ptr, affine_ptr, slopes_ptr, z_ptr, pixels, C, z_stride,
+    x_ptr, affine_ptr, z_ptr, pixels, C, z_stride,
     SAMPLES: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     if SAMPLES:
@@ -80,15 +79,12 @@ def _affine_act_fwd_kernel(
     affine = load_affine(affine_ptr, c, C)
     x = tl.load(x_ptr + index, mask=inside, other=0.0)
     z = normalise(x, affine, SLOPE, ACC)
-    if slopes_ptr is not None:
-        slopes = tl.load(slopes_ptr + c, mask=c < C, other=0.0).to(ACC)
-        z = tl.where(z > 0, z, z * slopes[None, :])
     tl.store(z_ptr + p[:, None] * z_stride + c[None, :], z, mask=inside)
 
 
 @triton.jit(do_not_specialize=["pixels"])
 def _affine_act_bwd_kernel(
-    dz_ptr, x_ptr, affine_ptr, slopes_ptr, dx_ptr, z_ptr, partial_ptr, dslopes_ptr, pixels, C, stride,
+    dz_ptr, x_ptr, affine_ptr, dx_ptr, z_ptr, partial_ptr, pixels, C, stride,
     SAMPLES: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr, ROUNDS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -107,9 +103,6 @@ def _affine_act_bwd_kernel(
     affine = load_affine(affine_ptr, c, C)
     sum_gx = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     sum_g = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-    if slopes_ptr is not None:
-        slopes = tl.load(slopes_ptr + c, mask=c < C, other=0.0).to(ACC)[None, :]
-        sum_below = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for i in range(ROUNDS):
         p = (slab * ROUNDS + i) * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = (p < pixels)[:, None] & (c < C)[None, :]
@@ -117,11 +110,6 @@ def _affine_act_bwd_kernel(
         value = p[:, None] * stride + c[None, :]
         dz = tl.load(dz_ptr + value, mask=inside, other=0.0)
         x = tl.load(x_ptr + index, mask=inside, other=0.0)
-        if slopes_ptr is not None:
-            dz = dz.to(ACC)
-            s = normalise(x, affine, None, ACC)
-            sum_below += tl.where(s > 0, 0.0, s * dz)
-            dz = tl.where(s > 0, dz, dz * slopes)
         dx, gx, g = source_backward(dz, x, affine, SLOPE, ACC)
         tl.store(dx_ptr + index, dx, mask=inside)
         if z_ptr is not None:
@@ -131,8 +119,6 @@ def _affine_act_bwd_kernel(
             sum_g += g
     if affine_ptr is not None:
         store_affine_gradient(partial_ptr, share, c, C, affine.scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
-    if slopes_ptr is not None:
-        tl.store(dslopes_ptr + share.to(tl.int64) * C + c, tl.sum(sum_below, 0), mask=c < C)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -188,9 +174,15 @@ def flat_tile(channels: int, element_size: int, accesses: int) -> tuple[int, int
     return min(128, accesses * 128 * 16 // element_size // block_c), block_c
 
 
-def by_sample(affine: Tensor | None) -> bool:
+def per_sample(affine: Tensor | None) -> bool:
     """Whether samples have affines of their own."""
     return affine is not None and affine.dim() == 3
+
+
+def pictures(x: Tensor, *affines: Tensor | None) -> tuple[int, int]:
+    """How many samples x is read as, all as one unless some of its ``affines`` differ by sample; and pixels of each."""
+    samples = x.shape[0] if any(map(per_sample, affines)) else 1
+    return samples, x.numel() // max(x.shape[1] * samples, 1)
 
 
 def affine_slabs(x: Tensor, affine: Tensor | None, slabs: int) -> Tensor | None:
@@ -218,32 +210,17 @@ def affine_act(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
     return z
 
 
-def _pixels(x: Tensor, affine: Tensor | None) -> tuple[int, int]:
-    """How many samples have an affine of their own, all as one if none has, and the pixels of each."""
-    samples = x.shape[0] if by_sample(affine) else 1
-    return samples, x.numel() // max(x.shape[1] * samples, 1)
-
-
-def affine_prelu(x: Tensor, affine: Tensor | None, slopes: Tensor) -> Tensor:
-    """prelu(scale·(x − centre) + shift) for x (N, C, H, W) and slopes (C,) or (1,): channels_last, x's dtype."""
-    z = torch.empty_like(x, memory_format=torch.channels_last)
-    store_value(z, x.shape[1], x, affine, 1.0, slopes)
-    return z
-
-
-def store_value(
-    z: Tensor, stride: int, x: Tensor, affine: Tensor | None, slope: float, slopes: Tensor | None = None
-) -> None:
+def store_value(z: Tensor, stride: int, x: Tensor, affine: Tensor | None, slope: float) -> None:
     """Fill ``z``, an NHWC tensor or some channels of one, whose pixels lie ``stride`` elements apart, with a source's
-    value; with ``slopes`` behind it those of a PReLU."""
+    value."""
     channels = x.shape[1]
-    samples, pixels = _pixels(x, affine)
+    samples, pixels = pictures(x, affine)
     if pixels * samples:
         block_p, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
         launch(
             _affine_act_fwd_kernel, (cdiv(pixels, block_p), cdiv(channels, block_c), samples),
-            nhwc(x), dense(affine), _by_channel(slopes, channels), z, pixels, channels, stride,
-            SAMPLES=by_sample(affine),
+            nhwc(x), dense(affine), z, pixels, channels, stride,
+            SAMPLES=per_sample(affine),
             SLOPE=act(slope), ACC=accumulator(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
         )  # fmt: skip
 
@@ -255,46 +232,26 @@ def affine_act_backward(dz: Tensor, x: Tensor, affine: Tensor | None, slope: flo
     return source_gradient(nhwc(dz), x.shape[1], x, affine, slope)
 
 
-def affine_prelu_backward(
-    dz: Tensor, x: Tensor, affine: Tensor | None, slopes: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dx, daffine, dslopes) of :func:`affine_prelu`: daffine empty without an affine, dslopes as slopes."""
-    dx, daffine, dslopes = _source_gradient(nhwc(dz), x.shape[1], x, affine, 1.0, None, slopes)
-    return dx, daffine, (dslopes if slopes.numel() == x.shape[1] else dslopes.sum(0, True)).to(slopes.dtype)
-
-
-def _by_channel(slopes: Tensor | None, channels: int) -> Tensor | None:
-    return None if slopes is None else slopes.expand(channels).contiguous()
-
-
 def source_gradient(
     dz: Tensor, stride: int, x: Tensor, affine: Tensor | None, slope: float, z: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(dx, daffine) of a source from the gradient ``dz`` of its value, an NHWC tensor or some channels of one, whose
     pixels lie ``stride`` elements apart. ``z``, laid out as dz, is filled with the value itself."""
-    return _source_gradient(dz, stride, x, affine, slope, z, None)[:2]
-
-
-def _source_gradient(
-    dz: Tensor, stride: int, x: Tensor, affine: Tensor | None, slope: float, z: Tensor | None, slopes: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`source_gradient`, and dslopes (C,), empty without the ``slopes`` of a PReLU behind the source."""
     x = nhwc(x)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     channels = x.shape[1]
-    samples, pixels = _pixels(x, affine)
+    samples, pixels = pictures(x, affine)
     block_p, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
     slabs = cdiv(pixels, block_p * _ROUNDS)
     partial = affine_slabs(x, affine, slabs)
-    below = None if slopes is None else x.new_empty((slabs * samples, channels), dtype=stats_dtype(x.dtype))
     if x.numel() > 0:
         launch(
             _affine_act_bwd_kernel, (slabs, cdiv(channels, block_c), samples),
-            dz, x, dense(affine), _by_channel(slopes, channels), dx, z, partial, below, pixels, channels, stride,
-            SAMPLES=by_sample(affine),
+            dz, x, dense(affine), dx, z, partial, pixels, channels, stride,
+            SAMPLES=per_sample(affine),
             SLOPE=act(slope), ACC=accumulator(x.dtype), ROUNDS=_ROUNDS, BLOCK_P=block_p, BLOCK_C=block_c,
         )  # fmt: skip
-    return dx, affine_gradient(x, partial), affine_gradient(x, below)
+    return dx, affine_gradient(x, partial)
 
 
 def _bn_affine(

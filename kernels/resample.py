@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .affine import affine_gradient, affine_slabs, by_sample, flat_tile, source_backward, store_affine_gradient
+from .affine import affine_gradient, affine_slabs, flat_tile, per_sample, source_backward, store_affine_gradient
 from .common import act, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise
 from .launching import accumulator, launch
 
@@ -127,17 +127,23 @@ def _resample_bwd_kernel(
         store_affine_gradient(partial_ptr, share, c, C, affine.scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
 
 
+def _tile(x: Tensor) -> tuple[int, int]:
+    """(pixels, channels) of a tile; half the pixels where accesses are of single elements, each with an address."""
+    block_w, block_c = flat_tile(x.shape[1], x.element_size(), _ACCESSES)
+    return block_w if x.shape[1] % 16 == 0 else block_w // 2, block_c
+
+
 def avg_pool2x2(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
     """2×2 average-pool of a source's value: (N, C, H, W) to (N, C, H // 2, W // 2), channels_last, x's dtype."""
     batch, channels, height, width = x.shape
     y = empty_nhwc(x, batch, channels, height // 2, width // 2)
     if y.numel() > 0:
-        block_w, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
+        block_w, block_c = _tile(x)
         blocks = cdiv(width // 2, block_w)
         launch(
             _avg_pool2x2_fwd_kernel, (height // 2 * blocks, cdiv(channels, block_c), batch),
             nhwc(x), dense(affine), y, height, width, channels, blocks,
-            SAMPLES=by_sample(affine), SLOPE=act(slope), ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
+            SAMPLES=per_sample(affine), SLOPE=act(slope), ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
     return y
 
@@ -148,12 +154,12 @@ def pad_replicate(x: Tensor, affine: Tensor | None, slope: float, rows: int, col
     batch, channels, height, width = x.shape
     y = empty_nhwc(x, batch, channels, height + rows, width + columns)
     if y.numel() > 0:
-        block_w, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
+        block_w, block_c = _tile(x)
         blocks = cdiv(width + columns, block_w)
         launch(
             _pad_replicate_fwd_kernel, ((height + rows) * blocks, cdiv(channels, block_c), batch),
             nhwc(x), dense(affine), y, height, width, channels, height + rows, width + columns, blocks,
-            SAMPLES=by_sample(affine), SLOPE=act(slope), ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
+            SAMPLES=per_sample(affine), SLOPE=act(slope), ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
     return y
 
@@ -162,15 +168,15 @@ def _backward(dy: Tensor, x: Tensor, affine: Tensor | None, slope: float, pool: 
     x = nhwc(x)
     dx = torch.empty_like(x)
     batch, channels, height, width = x.shape
-    block_w, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
+    block_w, block_c = _tile(x)
     segments = cdiv(width, block_w * _ROUNDS)
     slabs = height * segments
-    partial = affine_slabs(x, affine, slabs if by_sample(affine) else slabs * batch)
+    partial = affine_slabs(x, affine, slabs if per_sample(affine) else slabs * batch)
     if x.numel() > 0:
         launch(
             _resample_bwd_kernel, (slabs, cdiv(channels, block_c), batch),
             nhwc(dy), x, dense(affine), dx, partial, height, width, channels, *dy.shape[2:], segments,
-            POOL=pool, SAMPLES=by_sample(affine), SLOPE=act(slope), ACC=accumulator(x.dtype), ROUNDS=_ROUNDS,
+            POOL=pool, SAMPLES=per_sample(affine), SLOPE=act(slope), ACC=accumulator(x.dtype), ROUNDS=_ROUNDS,
             BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
     return dx, affine_gradient(x, partial)
