@@ -174,6 +174,12 @@ def flat_tile(channels: int, element_size: int, accesses: int) -> tuple[int, int
     return min(128, accesses * 128 * 16 // element_size // block_c), block_c
 
 
+def tile_of(x: Tensor, accesses: int) -> tuple[int, int]:
+    """:func:`flat_tile` of x; half the pixels where accesses are of single elements, each with its own address."""
+    block_p, block_c = flat_tile(x.shape[1], x.element_size(), accesses)
+    return block_p if x.shape[1] % 16 == 0 else block_p // 2, block_c
+
+
 def per_sample(affine: Tensor | None) -> bool:
     """Whether samples have affines of their own."""
     return affine is not None and affine.dim() == 3

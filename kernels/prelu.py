@@ -21,11 +21,11 @@ from fastunet.layout import stats_dtype
 from .affine import (
     affine_gradient,
     affine_slabs,
-    flat_tile,
     per_sample,
     pictures,
     source_backward,
     store_affine_gradient,
+    tile_of,
 )
 from .common import cdiv, dense, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
 from .launching import accumulator, launch
@@ -91,7 +91,7 @@ def affine_prelu(x: Tensor, affine: Tensor | None, slopes: Tensor) -> Tensor:
     channels = x.shape[1]
     samples, pixels = pictures(x, affine)
     if x.numel() > 0:
-        block_p, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
+        block_p, block_c = tile_of(x, _ACCESSES)
         launch(
             _affine_prelu_fwd_kernel, (cdiv(pixels, block_p), cdiv(channels, block_c), samples),
             nhwc(x), dense(affine), slopes.expand(channels).contiguous(), z, pixels, channels,
@@ -108,7 +108,7 @@ def affine_prelu_backward(
     dx = torch.empty_like(x)
     channels = x.shape[1]
     samples, pixels = pictures(x, affine)
-    block_p, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
+    block_p, block_c = tile_of(x, _ACCESSES)
     slabs = cdiv(pixels, block_p * _ROUNDS)
     partial = affine_slabs(x, affine, slabs)
     shares = x.new_empty((slabs * samples, channels), dtype=stats_dtype(x.dtype))

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .affine import affine_gradient, affine_slabs, flat_tile, per_sample, source_backward, store_affine_gradient
+from .affine import affine_gradient, affine_slabs, per_sample, source_backward, store_affine_gradient, tile_of
 from .common import act, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise
 from .launching import accumulator, launch
 
@@ -127,18 +127,12 @@ def _resample_bwd_kernel(
         store_affine_gradient(partial_ptr, share, c, C, affine.scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
 
 
-def _tile(x: Tensor) -> tuple[int, int]:
-    """(pixels, channels) of a tile; half the pixels where accesses are of single elements, each with an address."""
-    block_w, block_c = flat_tile(x.shape[1], x.element_size(), _ACCESSES)
-    return block_w if x.shape[1] % 16 == 0 else block_w // 2, block_c
-
-
 def avg_pool2x2(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
     """2×2 average-pool of a source's value: (N, C, H, W) to (N, C, H // 2, W // 2), channels_last, x's dtype."""
     batch, channels, height, width = x.shape
     y = empty_nhwc(x, batch, channels, height // 2, width // 2)
     if y.numel() > 0:
-        block_w, block_c = _tile(x)
+        block_w, block_c = tile_of(x, _ACCESSES)
         blocks = cdiv(width // 2, block_w)
         launch(
             _avg_pool2x2_fwd_kernel, (height // 2 * blocks, cdiv(channels, block_c), batch),
@@ -154,7 +148,7 @@ def pad_replicate(x: Tensor, affine: Tensor | None, slope: float, rows: int, col
     batch, channels, height, width = x.shape
     y = empty_nhwc(x, batch, channels, height + rows, width + columns)
     if y.numel() > 0:
-        block_w, block_c = _tile(x)
+        block_w, block_c = tile_of(x, _ACCESSES)
         blocks = cdiv(width + columns, block_w)
         launch(
             _pad_replicate_fwd_kernel, ((height + rows) * blocks, cdiv(channels, block_c), batch),
@@ -168,7 +162,7 @@ def _backward(dy: Tensor, x: Tensor, affine: Tensor | None, slope: float, pool: 
     x = nhwc(x)
     dx = torch.empty_like(x)
     batch, channels, height, width = x.shape
-    block_w, block_c = _tile(x)
+    block_w, block_c = tile_of(x, _ACCESSES)
     segments = cdiv(width, block_w * _ROUNDS)
     slabs = height * segments
     partial = affine_slabs(x, affine, slabs if per_sample(affine) else slabs * batch)
