@@ -534,6 +534,19 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module], di
         {"n_channels": 3, "n_classes": 4, "base_c": 4, "bilinear": True},
         (2, 3, 16, 19),
     ),
+    "UNet instance": (
+        models.UNet,
+        reference.UNet,
+        {
+            "n_channels": 3,
+            "n_classes": 4,
+            "base_c": 4,
+            "norm": "instance",
+            "negative_slope": 0.01,
+            "upsample": "nearest",
+        },
+        (2, 3, 32, 19),
+    ),
     "StridedUNet": (models.StridedUNet, reference.StridedUNet, {"base_c": 4}, (2, 3, 16, 32)),
     "PlainUNet": (
         models.PlainUNet,
