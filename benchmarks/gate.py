@@ -61,7 +61,8 @@ from fastunet.architecture import as_if_on
 from fastunet.kernels.table import entries as tiles_measured
 
 NETWORKS = (
-    *map(NetCase, ("unet", "unet-bilinear", "strided")), NetCase("plain", classes=22), NetCase("brain", base=32)
+    *map(NetCase, ("unet", "unet-bilinear", "strided")), NetCase("plain", classes=22), NetCase("brain", base=32),
+    NetCase("nnunet", base=32),
 )  # fmt: skip
 # Of networks. float16 compiles to the same code with other type names, and CASES have some of it and of float32.
 DTYPE = torch.bfloat16

@@ -137,6 +137,7 @@ SPILLS = (
     # Blackwell: odd channels, and float32 heads.
     Spill(r"^_conv3x3_fwd_kernel fp16 HEAD=16 .* outputs=32 reduction=32 .* stages=3 sm_100$", 40),
     Spill(r"^_head_stats_backward_kernel fp32 .*C=17 K=3 .* sm_100$", 24),
+    Spill(r"^_affine_prelu_bwd_kernel fp16 .* BLOCK_P=16 BLOCK_C=32 .* sm_100$", 8),
     Spill(r"^_upsample_bwd_kernel fp16 .* BLOCK_W=8 BLOCK_C=32 .* sm_100$", 8),
 )
 

@@ -28,15 +28,23 @@ _BN_BLOCK = 128
 
 
 @triton.jit
+def before_act(g, z, SLOPE: tl.constexpr):
+    """The gradient of z, before act, from that of act(z)."""
+    if SLOPE is None:
+        before = g
+    elif SLOPE == 0:
+        before = tl.where(z <= 0, 0.0, g)
+    else:
+        before = tl.where(z > 0, g, g * SLOPE)
+    return before
+
+
+@triton.jit
 def source_backward(dz, x, affine, SLOPE: tl.constexpr, ACC: tl.constexpr):
     """(dx, g·(x − centre), g) of a tile (pixels, channels), where g is the gradient before act; all in ACC."""
     g = dz.to(ACC)
     if SLOPE is not None:
-        z = normalise(x, affine, None, ACC)
-        if SLOPE == 0:
-            g = tl.where(z <= 0, 0.0, g)
-        else:
-            g = tl.where(z > 0, g, g * SLOPE)
+        g = before_act(g, normalise(x, affine, None, ACC), SLOPE)
     dx = g
     gx = g  # which nobody reads without an affine
     if len(affine) > 0:
@@ -166,6 +174,18 @@ def flat_tile(channels: int, element_size: int, accesses: int) -> tuple[int, int
     return min(128, accesses * 128 * 16 // element_size // block_c), block_c
 
 
+def tile_of(x: Tensor, accesses: int) -> tuple[int, int]:
+    """:func:`flat_tile` of x; half the pixels where accesses are of single elements, each with its own address."""
+    block_p, block_c = flat_tile(x.shape[1], x.element_size(), accesses)
+    return block_p if x.shape[1] % 16 == 0 else block_p // 2, block_c
+
+
+def pictures(x: Tensor, *affines: Tensor | None) -> tuple[int, int]:
+    """How many samples x is read as, all as one unless some of its ``affines`` differ by sample; and pixels of each."""
+    samples = x.shape[0] if any(map(by_sample, affines)) else 1
+    return samples, x.numel() // max(x.shape[1] * samples, 1)
+
+
 def affine_slabs(x: Tensor, affine: Tensor | None, programs: int) -> Tensor | None:
     """Where so many ``programs`` leave their shares of the gradient of x's affine, if it has one; where samples differ,
     as many for each."""
@@ -194,17 +214,11 @@ def affine_act(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
     return z
 
 
-def _pixels(x: Tensor, affine: Tensor | None) -> tuple[int, int]:
-    """How many samples have an affine of their own, all as one if none has, and the pixels of each."""
-    samples = x.shape[0] if by_sample(affine) else 1
-    return samples, x.numel() // max(x.shape[1] * samples, 1)
-
-
 def store_value(z: Tensor, stride: int, x: Tensor, affine: Tensor | None, slope: float) -> None:
     """Fill ``z``, an NHWC tensor or some channels of one, whose pixels lie ``stride`` elements apart, with a source's
     value."""
     channels = x.shape[1]
-    samples, pixels = _pixels(x, affine)
+    samples, pixels = pictures(x, affine)
     if pixels * samples:
         block_p, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
         launch(
@@ -229,7 +243,7 @@ def source_gradient(
     x = nhwc(x)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     channels = x.shape[1]
-    samples, pixels = _pixels(x, affine)
+    samples, pixels = pictures(x, affine)
     block_p, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
     slabs = cdiv(pixels, block_p * _ROUNDS)
     partial = affine_slabs(x, affine, slabs * samples)

@@ -189,6 +189,17 @@ def _confusion_matrix_of_masks(draw: Draw, size: Size) -> Case:
 
 CASES: dict[str, Callable[[Draw, Size], Case]] = {
     "affine_act": lambda draw, size: _case(draw, size, "affine_act", changes=_slope(draw, "slope")),
+    "add_act": lambda draw, size: _case(
+        draw, size, "add_act", changes=_slope(draw, "slope", "skip_slope", "sum_slope")
+    ),
+    "affine_prelu": lambda draw, size: _case(draw, size, "affine_prelu"),
+    "avg_pool2x2": lambda draw, size: _case(draw, size, "avg_pool2x2", 2, changes=_slope(draw, "slope")),
+    "pad_replicate": lambda draw, size: _case(
+        draw,
+        size,
+        "pad_replicate",
+        changes=(*_slope(draw, "slope"), *((name, draw(st.integers(0, 1))) for name in ("rows", "columns"))),
+    ),
     "bn_affine": lambda draw, size: _case(draw, size, "bn_affine"),
     "bn_affine_running": lambda draw, size: _case(draw, size, "bn_affine_running"),
     "group_affine": lambda draw, size: _case(draw, size, "group_affine"),
@@ -365,6 +376,10 @@ def _results(operator: str, operands: Operands) -> dict[str, int]:
 
 _TRUTHS: dict[str, Callable[[Operands, Sequence[Tensor]], list[Tensor]]] = {
     "affine_act": _named(plain.affine_act),
+    "add_act": _named(plain.add_act),
+    "affine_prelu": _named(plain.affine_prelu),
+    "avg_pool2x2": _named(plain.avg_pool2x2),
+    "pad_replicate": _named(plain.pad_replicate),
     "bn_affine": _named(plain.bn_affine),
     "bn_affine_running": _running_truth,
     "group_affine": _named(plain.group_affine),
@@ -407,6 +422,16 @@ def _of_operator(operator: str) -> Callable[[Draw, Size], Problem]:
             made.ours = lambda operands, backend: [
                 *ours(operands, backend), *(operands[name] for name in ("running_mean", "running_var"))
             ]  # fmt: skip
+        if operator == "add_act" and operands["sum_slope"] != 1:
+            made.corners = lambda operands: plain.add_act(**{**operands, "sum_slope": 1.0}).abs() < 0.02
+        if operator == "affine_prelu":
+            channels, wide = operands["x"].shape[1], operands["slopes"].dtype
+            operands["slopes"] = torch.randn(draw(st.sampled_from([1, channels])), dtype=wide)
+            made.corners = lambda operands: plain.affine_act(operands["x"], operands["affine"], 1.0).abs() < 0.02
+        if operator == "pad_replicate":  # the last row is repeated, not the first
+            made.flips = not (operands["rows"] or operands["columns"])
+        if operator == "avg_pool2x2":
+            made.flips = not any(side % 2 for side in operands["x"].shape[2:])
         if operator == "softmax_stats":
             made.dtype = stats_dtype(case.dtype)
         if operator in ("conv2d_act", "head_predict"):
@@ -579,7 +604,7 @@ def _uneven(given: Operands, axis: int) -> bool:
         side, even = (side + 1) // 2, side % 2 == 0
         if even:
             return True
-    if given.get("skip") is not None and (given["skip"].shape[axis] - 2 * x.shape[axis]) % 2:
+    if given.get("skip") is not None and "skip_first" in given and (given["skip"].shape[axis] - 2 * x.shape[axis]) % 2:
         return True
     pools = given.get("pool", weight is None and "align_corners" not in given and "slope" not in given)
     signs = given.get("pool_scale") if "pool" in given else (given.get("affine") if pools else None)
