@@ -252,6 +252,34 @@ KERNELS = [
         "    if False:\n        acc += ",
         _drawn("triton-head_stats"),
     ),
+    Fault(
+        "every sample has the first one's affine",
+        "kernels/common.py",
+        "affine_ptr += n.to(tl.int64) * (3 * C)",
+        "affine_ptr += 0 * n.to(tl.int64)",
+        "tests/test_samples.py::test_values_and_gradients -k triton",
+    ),
+    Fault(
+        "sums of samples change places with those of tiles",
+        "kernels/common.py",
+        "Slab((number % tiles).to(tl.int64) * N + n, number % tiles)",
+        "Slab(number.to(tl.int64), number % tiles)",
+        "tests/test_samples.py::test_values_and_gradients -k 'triton and conv2d_picture or triton and conv2d_3_1_5'",
+    ),
+    Fault(
+        "a weight gradient keeps the affine of its first sample",
+        "kernels/conv3x3_wgrad.py",
+        "        if SAMPLES:\n",
+        "        if SAMPLES and number == walk.start:\n",
+        "tests/test_samples.py::test_values_and_gradients -k 'triton and conv2d_3_1_5'",
+    ),
+    Fault(
+        "a tile of several samples reads the first one's affine",
+        "kernels/samples.py",
+        "return tile.images > 1 and any(source.samples for source in sources)",
+        "return False",
+        "tests/test_samples.py::test_values_and_gradients -k 'triton and conv_transpose2d'",
+    ),
 ]
 
 TORCH = [
