@@ -24,6 +24,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "UNet(1, 5, base_c=4, bilinear=True)": lambda: fastunet.UNet(1, 5, True, 4),
     "UNet(3, 2, base_c=2, bilinear=True, conv_bias=True)": lambda: fastunet.UNet(3, 2, True, 2, conv_bias=True),  # 1, 2
     "UNet(3, 1, base_c=2, conv_bias=True)": lambda: fastunet.UNet(3, 1, base_c=2, conv_bias=True),
+    "UNet(3, 2, base_c=2, norm=None)": lambda: fastunet.UNet(3, 2, base_c=2, norm=None),
     "StridedUNet(3, 3, base_c=2)": lambda: fastunet.StridedUNet(base_c=2),
     "PlainUNet(2, 4, init_features=3)": lambda: fastunet.PlainUNet(2, 4, 3),
     "BrainUNet(3, 1, init_features=2)": lambda: fastunet.BrainUNet(init_features=2),
@@ -114,6 +115,31 @@ def test_saved_and_loaded(suffix: str, tmp_path: Path) -> None:
     else:
         with pytest.raises(UserError, match="can hold tensors only, not 'epoch'"):
             fastunet.save_checkpoint(path, model, epoch=3)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_what_shapes_do_not_tell_is_saved(suffix: str, tmp_path: Path) -> None:
+    if suffix == "safetensors":
+        pytest.importorskip("safetensors", reason="part of pip install 'fastunet[safetensors]'")
+    path, x = tmp_path / f"checkpoint.{suffix}", torch.randn(2, 3, 32, 32)
+    for options in ({"norm": "instance", "negative_slope": 0.01}, {"norm": "group"}, {"upsample": "nearest"}):
+        model = filled(fastunet.UNet(3, 2, base_c=2, **options))
+        fastunet.save_checkpoint(path, nn.DataParallel(model))
+        written = "".join(f", {name}={value!r}" for name, value in options.items())
+        assert str(read_checkpoint(path).architecture) == f"UNet(3, 2, base_c=2{written})"
+        torch.testing.assert_close(fastunet.load_checkpoint(path)(x), model(x), rtol=0, atol=0)
+    path = tmp_path / "checkpoint.pth"
+    torch.save(fastunet.UNet(3, 2, base_c=2, norm="group").state_dict(), path)
+    with pytest.raises(
+        CheckpointError, match="is of a UNet with instance or with group norms, and does not tell which"
+    ):
+        fastunet.load_checkpoint(path)
+    for wrong in ({"norm": "batchy"}, {"negative_slope": "x"}, {"negative_slope": float("nan")}, {"upsample": None}):
+        torch.save({"model": small(), "architecture": wrong}, path)
+        with pytest.raises(CheckpointError, match=r"tells of a network \{'\w+': .*\}, which is none: construct it"):
+            fastunet.load_checkpoint(path)
+    with pytest.raises(RuntimeError, match=r"is transposed with no norms: UNet\(1, 2, base_c=1, norm=None\)"):
+        fastunet.UNet(1, 2, base_c=1).load_state_dict(fastunet.UNet(1, 2, base_c=1, norm=None).state_dict())
 
 
 def test_what_cannot_be_saved_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
