@@ -134,18 +134,17 @@ class Case:
         x = self.random((batch, channels, height, width), device)
         if not self.affine:
             return x, None, 1.0
-        affine = self.random_affine(channels, device)
-        return x, affine.expand(batch, -1, -1) if self.samples else affine, 0.0
+        return x, self.random_affine(channels, device, (batch,) if self.samples else ()), 0.0
 
     def random(self, shape: tuple[int, ...], device: str | torch.device) -> Tensor:
         """Normal random numbers in this case's dtype and memory layout."""
         layout = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
         return torch.randn(shape, dtype=self.dtype, device=device).contiguous(memory_format=layout)
 
-    def random_affine(self, channels: int, device: str | torch.device) -> Tensor:
-        """Rows scale, shift and centre as a batch normalisation in training gives them: scales above 0."""
-        affine = torch.randn((3, channels), dtype=stats_dtype(self.dtype), device=device)
-        affine[0].abs_().add_(0.5)
+    def random_affine(self, channels: int, device: str | torch.device, of: tuple[int, ...] = ()) -> Tensor:
+        """Rows scale, shift and centre as a normalisation in training gives them: scales above 0; as many as ``of``."""
+        affine = torch.randn((*of, 3, channels), dtype=stats_dtype(self.dtype), device=device)
+        affine[..., 0, :].abs_().add_(0.5)
         return affine
 
     def random_weight(self, shape: tuple[int, ...], channels: int, device: str | torch.device) -> Tensor:
@@ -180,6 +179,27 @@ def _size(operands: Operands) -> int:
 
 def _affine_act(case: Case, device: Any) -> Operands:
     return case.source(case.shape[1], device)
+
+
+def _add_act(case: Case, device: Any) -> Operands:
+    return *case.source(case.shape[1], device), *case.source(case.shape[1], device), 0.0
+
+
+def _affine_prelu(case: Case, device: Any) -> Operands:
+    x, affine, _ = case.source(case.shape[1], device)
+    return x, affine, torch.rand(case.shape[1], dtype=stats_dtype(case.dtype), device=device)
+
+
+def _avg_pool2x2(case: Case, device: Any) -> Operands:
+    return case.source(case.shape[1], device)
+
+
+def _pad_replicate(case: Case, device: Any) -> Operands:
+    return *case.source(case.shape[1], device), 1, 1
+
+
+def _pad_replicate_backward(case: Case, operands: Operands, results: Operands) -> Operands:
+    return torch.randn_like(results[0]), *operands[:3]
 
 
 def _bn_affine(case: Case, device: Any) -> Operands:
@@ -320,13 +340,18 @@ def _head_predict(case: Case, device: Any) -> Operands:
 _OPERANDS: dict[str, Callable[[Case, Any], Operands]] = {
     function.__name__.removeprefix("_"): function
     for function in (
-        _affine_act, _bn_affine, _bn_affine_running, _group_affine, _conv2d, _conv2d_act, _conv_transpose2d,
+        _affine_act, _affine_prelu, _add_act, _avg_pool2x2, _pad_replicate,
+        _bn_affine, _bn_affine_running, _group_affine, _conv2d, _conv2d_act, _conv_transpose2d,
         _max_pool2x2, _upsample_concat, _softmax_stats, _confusion_matrix, _confusion_matrix_of_masks, _head_stats,
         _head_predict,
     )
 }  # fmt: skip
 _BACKWARD: dict[str, Callable[[Case, Operands, Operands], Operands]] = {
-    **dict.fromkeys(("affine_act", "upsample_concat", "softmax_stats"), _of_operands_backward),
+    **dict.fromkeys(
+        ("affine_act", "affine_prelu", "add_act", "avg_pool2x2", "upsample_concat", "softmax_stats"),
+        _of_operands_backward,
+    ),
+    "pad_replicate": _pad_replicate_backward,
     "bn_affine": _bn_affine_backward,
     "group_affine": _group_affine_backward,
     "conv2d": _conv2d_backward,
@@ -377,6 +402,13 @@ CASES = [
     Case("affine_act", (8, 64, 512, 512)),
     Case("affine_act", (8, 64, 512, 512), dtype=FP32),
     Case("affine_act", (2, 5, 37, 53), dtype=FP16),
+    Case("add_act", (8, 64, 512, 512)),
+    Case("add_act", (8, 64, 512, 512), dtype=FP32),
+    Case("add_act", (2, 5, 37, 53), dtype=FP16, affine=False),
+    Case("affine_prelu", (8, 64, 512, 512)),
+    Case("avg_pool2x2", (8, 64, 512, 512)),
+    Case("avg_pool2x2", (2, 5, 37, 53), dtype=FP16),
+    Case("pad_replicate", (8, 64, 254, 254)),
     Case("bn_affine", (8, 64, 512, 512)),
     Case("softmax_stats", (8, 2, 512, 512)),
     Case("softmax_stats", (8, 22, 512, 512)),
@@ -442,18 +474,28 @@ def _everything(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterato
     yield from (replace(conv, pool=True), two, replace(act, pool=True), replace(act, head=3))
     yield replace(two, changes=(("size", (height - 2, width - 1)), ("offset", (-1, 0, -1, -1))))
     placed = replace(two, changes=(("size", (height + 1, width + 2)), ("offset", (0, 1, 1, 2))))
-    yield from (placed, replace(placed, algorithm="cudnn"))
+    yield from (placed, replace(placed, algorithm="cudnn"), replace(placed, algorithm="cudnn", samples=True))
     for form in (conv, two):
         yield from (replace(form, stride=2, pool=True), replace(form, kernel=1, pool=True))
     up = Case("conv_transpose2d", shape, dtype, filters=shape[1], bias=True)
     yield from (replace(up, kernel=2), replace(up, kernel=3))
-    yield from (Case(op, shape, dtype) for op in ("affine_act", "bn_affine", "group_affine", "max_pool2x2"))
+    alone = ("affine_act", "affine_prelu", "add_act", "avg_pool2x2", "pad_replicate", "max_pool2x2")
+    yield from (Case(op, shape, dtype) for op in (*alone, "bn_affine", "group_affine"))
     apart = replace(conv, pool=True, samples=True)
     yield from (
         apart,
-        replace(apart, op="max_pool2x2"),
-        replace(apart, op="affine_act"),
+        replace(two, samples=True),
+        replace(conv, stride=2, samples=True),
+        replace(conv, kernel=1, samples=True),
+        replace(act, samples=True),
+        *(replace(apart, op=op) for op in alone),
+        replace(apart, op="add_act", changes=(("skip_affine", None),)),
+        replace(apart, op="add_act", changes=(("affine", None),)),
         replace(up, kernel=2, samples=True),
+        replace(up, kernel=3, samples=True),
+        Case("upsample_concat", shape, dtype, skip=shape[1], samples=True),
+        Case("head_stats", shape, dtype, filters=3, kernel=1, samples=True),
+        Case("head_predict", shape, dtype, filters=3, kernel=1, mode="inference", samples=True),
     )
     yield Case("bn_affine_running", shape, dtype, mode="inference")
     yield Case("upsample_concat", shape, dtype, skip=shape[1])
@@ -498,7 +540,7 @@ def _others(argument: Any, value: Any) -> Iterator[Any]:
         yield None
     elif kind in ("bool", "Optional[bool]"):
         yield from (x for x in (True, False, *([None] if kind != "bool" else [])) if x is not value)
-    elif "slope" in argument.name:
+    elif "slope" in argument.name and kind == "float":
         yield from (x for x in (1.0, 0.0, 0.01) if x != value)
     elif argument.name == "stats":
         yield from (x for x in (NOTHING, BATCH) if x != value)
@@ -538,6 +580,7 @@ def _untimed() -> Iterator[Case]:
         picture = Case("conv2d", (2, channels, 37, 53), FP16, filters=channels, affine=False, bias=True, image=True)
         yield from variations(picture)
         yield replace(picture, image=False)
+        yield replace(picture, shape=(2, channels, 32, 64), samples=True)
         yield from variations(replace(picture, op="conv2d_act", mode="inference", stats=False, pool=True))
         yield replace(picture, affine=True, skip=channels, image=False)
         for kernel in (2, 3):

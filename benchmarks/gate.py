@@ -61,7 +61,8 @@ from fastunet.architecture import as_if_on
 from fastunet.kernels.table import entries as tiles_measured
 
 NETWORKS = (
-    *map(NetCase, ("unet", "unet-bilinear", "strided")), NetCase("plain", classes=22), NetCase("brain", base=32)
+    *map(NetCase, ("unet", "unet-bilinear", "strided")), NetCase("plain", classes=22), NetCase("brain", base=32),
+    NetCase("nnunet", base=32),
 )  # fmt: skip
 # Of networks. float16 compiles to the same code with other type names, and CASES have some of it and of float32.
 DTYPE = torch.bfloat16
@@ -106,11 +107,16 @@ class Task:
         return any(_is_slope(name) and value not in (None, 0) for name, value in self._constants.items())
 
     @property
+    def by_sample(self) -> bool:
+        """Whether an affine or statistics are of each sample."""
+        return any(name.lower().startswith("samples") and value for name, value in self._constants.items())
+
+    @property
     def rank(self) -> tuple[bool, int, int, str]:
         """Greater for a variant that does more, leaky ones and those by sample last; of equals for one whose sizes and
         addresses are better aligned."""
         return (
-            not (self.leaky or self._constants.get("SAMPLES")),
+            not (self.leaky or self.by_sample),
             len(self.asked),
             sum(map(bool, self.wanted.attributes.values())),
             self.variant,

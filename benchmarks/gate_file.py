@@ -125,17 +125,19 @@ class Spill:
 
 
 SPILLS = (
-    # Odd channels: in float32 two sources under a head, every statistic of a head at once, exact products of stride 2;
-    # in 16 bits statistics and gradients.
+    # Odd channels: in float32 two sources under a head, every statistic of a head at once, exact products of stride 2,
+    # weight gradients over affines of each sample; in 16 bits statistics and gradients.
     Spill(r"^_conv3x3_dgrad_kernel fp16 .* outputs=16 reduction=16 .* stages=3 sm_80$", 16),
     Spill(r"^_conv3x3_fwd_kernel fp32 HEAD=16 images=1 rows=1 columns=64 .* precision=tf32 .* sm_90$", 24),
     Spill(r"^_conv3x3_fwd_kernel fp32 HEAD=16 images=1 rows=1 columns=64 .* precision=tf32 .* sm_80$", 56),
-    Spill(r"^_head_stats_backward_kernel fp32 .*C=17 K=3 .* PRECISION=tf32 .* sm_90$", 16),
+    Spill(r"^_head_stats_backward_kernel fp32 .*C=17 K=3 .* PRECISION=tf32 .* sm_90$", 24),
+    Spill(r"^_conv3x3_wgrad_kernel fp32 images=1 rows=1 columns=32 .* precision=tf32 .* sm_90$", 8),
     Spill(r"^_batch_stats_kernel fp16 BLOCK_P=32 BLOCK_K=32 .* sm_90$", 16),
     Spill(r"^_conv_down_fwd_kernel fp32 KSIZE=3 STRIDE=2 images=1 rows=1 columns=32 .* precision=ieee .* sm_80$", 8),
     # Blackwell: odd channels, and float32 heads.
     Spill(r"^_conv3x3_fwd_kernel fp16 HEAD=16 .* outputs=32 reduction=32 .* stages=3 sm_100$", 40),
     Spill(r"^_head_stats_backward_kernel fp32 .*C=17 K=3 .* sm_100$", 24),
+    Spill(r"^_affine_prelu_bwd_kernel fp16 .* BLOCK_P=16 BLOCK_C=32 .* sm_100$", 8),
     Spill(r"^_upsample_bwd_kernel fp16 .* BLOCK_W=8 BLOCK_C=32 .* sm_100$", 8),
 )
 

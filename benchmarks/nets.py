@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import DTYPES
+from benchmarks.nnunet import FastNnUNet, PlainNnUNet, channels_of
 from fastunet import reference
 from fastunet.losses import DiceCELoss
 
@@ -46,6 +47,7 @@ NETWORKS = {
     "strided": Network("StridedUNet", "base_c", 3, logits=False),
     "plain": Network("PlainUNet", "init_features", 2),
     "brain": Network("BrainUNet", "init_features", 1, logits=False),
+    "nnunet": Network("nnU-Net", "", 2),  # of benchmarks/nnunet.py
 }
 
 
@@ -98,6 +100,9 @@ class NetCase:
     def model(self, package: ModuleType, **settings: str) -> nn.Module:
         """The network of ``package``, which is :mod:`fastunet` or :mod:`fastunet.reference`."""
         network = NETWORKS[self.net]
+        if self.net == "nnunet":
+            kind: Any = PlainNnUNet if package is reference else FastNnUNet
+            return kind(CHANNELS, self.outputs, channels_of(self.base, self.size), **settings)  # type: ignore[no-any-return]
         about = {network.base: self.base, **({"bilinear": True} if network.bilinear else {})}
         model: nn.Module = getattr(package, network.name)(CHANNELS, self.outputs, **about, **settings)
         return model
@@ -176,10 +181,14 @@ def autocast(case: NetCase, device: torch.device) -> contextlib.AbstractContextM
 
 
 def parts(
-    case: NetCase, package: ModuleType, device: torch.device | str, **settings: str
+    case: NetCase,
+    package: ModuleType,
+    device: torch.device | str,
+    layout: torch.memory_format = torch.channels_last,
+    **settings: str,
 ) -> tuple[nn.Module, Loss, Tensor, Tensor]:
-    """(network, loss, pictures, labels) of a step of ``case`` by ``package``, in channels_last. Convolutions are in the
-    case's dtype and batch norms in float32, as under autocast, which does nothing on the meta device."""
+    """(network, loss, pictures, labels) of a step of ``case`` by ``package``, in ``layout``. Convolutions are in the
+    case's dtype and norms in float32, as under autocast, which does nothing on the meta device."""
     dtype = DTYPES[case.dtype]
     with torch.device(device):
         model = case.model(package, **settings).train(case.mode == "training")
@@ -188,8 +197,8 @@ def parts(
             layer.to(dtype)
     x, labels = case.data(device)
     loss = plain_loss(case) if package is reference else our_loss(case, settings.get("backend", "auto"))
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model, loss, x.to(dtype, memory_format=torch.channels_last), labels
+    model = model.to(memory_format=layout)  # type: ignore[call-overload]
+    return model, loss, x.to(dtype, memory_format=layout), labels
 
 
 def folded(model: nn.Module) -> nn.Module:
@@ -215,6 +224,7 @@ HEADLINE = [NetCase(net, mode=mode) for mode in ("training", "inference", "froze
 CASES = list(
     dict.fromkeys(
         HEADLINE
+        + [NetCase("nnunet", base=32, mode=mode) for mode in ("training", "inference")]
         + [NetCase(net, batch=1, mode=mode) for mode in ("frozen", "training") for net in _UNETS]
         + [NetCase(net, mode=mode) for net in ("strided", "plain", "brain") for mode in ("training", "frozen")]
         + [NetCase(net, base=32, mode=mode) for mode in ("training", "frozen") for net in _UNETS]

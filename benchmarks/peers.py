@@ -45,7 +45,8 @@ AnyCase = Case | NetCase | LossCase
 
 # Normalise what they read.
 _SOURCED = (
-    "affine_act", "conv2d", "conv_transpose2d", "max_pool2x2", "upsample_concat", "head_stats", "head_predict"
+    "affine_act", "affine_prelu", "add_act", "avg_pool2x2", "pad_replicate", "conv2d", "conv_transpose2d",
+    "max_pool2x2", "upsample_concat", "head_stats", "head_predict"
 )  # fmt: skip
 
 
@@ -619,14 +620,15 @@ def _list(results: Any) -> list[Tensor]:
 def _modules(case: Case, normalise: bool) -> Callable[..., list[Tensor]]:
     """The same work as a network of PyTorch's modules does it: batch norm and ReLU in passes of their own."""
 
-    def source(name: str, operands: dict[str, Any]) -> Tensor:
+    def source(name: str, operands: dict[str, Any], act: bool = True) -> Tensor:
         x: Tensor = operands[name]
         if not normalise:
             return x
         mean, var, weight, bias = (operands[f"{name}_{key}"] for key in ("mean", "var", "weight", "bias"))
         if case.mode == "inference" and (not case.stats or case.op == "head_predict"):  # a network in eval mode
             return F.relu(F.batch_norm(x, mean, var, weight, bias, eps=_EPS))
-        return F.relu(F.batch_norm(x, None, None, weight, bias, training=True, eps=_EPS))
+        z = F.batch_norm(x, None, None, weight, bias, training=True, eps=_EPS)
+        return F.relu(z) if act else z
 
     def conv2d(**operands: Any) -> list[Tensor]:
         z = source("x0", operands)
@@ -659,6 +661,18 @@ def _modules(case: Case, normalise: bool) -> Callable[..., list[Tensor]]:
     def affine_act(**operands: Any) -> list[Tensor]:
         return [source("x", operands)]
 
+    def add_act(**operands: Any) -> list[Tensor]:
+        return [F.relu(source("x", operands) + source("skip", operands))]
+
+    def avg_pool2x2(**operands: Any) -> list[Tensor]:
+        return [F.avg_pool2d(source("x", operands), 2)]
+
+    def pad_replicate(**operands: Any) -> list[Tensor]:
+        return [F.pad(source("x", operands), [0, operands["columns"], 0, operands["rows"]], mode="replicate")]
+
+    def affine_prelu(**operands: Any) -> list[Tensor]:
+        return [F.prelu(source("x", operands, act=False), operands["slopes"].to(operands["x"].dtype))]
+
     def head_stats(**operands: Any) -> list[Tensor]:
         statistics = ("labels", "pixel_weight", "mode", "ignore_index", "wanted")
         logits = F.conv2d(source("x", operands), operands["weight"], operands["bias"])
@@ -671,7 +685,10 @@ def _modules(case: Case, normalise: bool) -> Callable[..., list[Tensor]]:
         p = logits.softmax(1) if operands["output"] == "softmax" else logits.sigmoid()
         return [(p > operands["threshold"]).to(torch.uint8) if operands["output"] == "threshold" else p]
 
-    functions = (conv2d, conv_transpose2d, max_pool2x2, upsample_concat, affine_act, head_stats, head_predict)
+    functions = (
+        conv2d, conv_transpose2d, max_pool2x2, avg_pool2x2, pad_replicate, upsample_concat, affine_act, affine_prelu,
+        add_act, head_stats, head_predict
+    )  # fmt: skip
     return {function.__name__: function for function in functions}[case.op]
 
 

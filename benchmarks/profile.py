@@ -105,7 +105,7 @@ def prepare(case: NetCase, device: torch.device) -> Callable[[], None]:
     """A function that does one step of ``case`` on random data, as the ledger counts it."""
     training = case.mode == "training"
     # On a CPU networks run as plain modules unless somebody asks for operators, and only those have ranges.
-    chosen = {"backend": "torch"} if device.type == "cpu" else {}
+    chosen: dict[str, Any] = {"backend": "torch"} if device.type == "cpu" else {}
     model, loss, x, labels = parts(case, fastunet, device, **chosen)
     parameters = list(model.parameters())
 

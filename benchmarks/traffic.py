@@ -80,7 +80,13 @@ class Traced:
         return zip(self.calls, self.phases, self.layers, strict=True)
 
 
-def run(case: NetCase, package: ModuleType, architecture: str = "sm_90", **settings: str) -> Traced:
+def run(
+    case: NetCase,
+    package: ModuleType,
+    architecture: str = "sm_90",
+    layout: torch.memory_format = torch.channels_last,
+    **settings: str,
+) -> Traced:
     """Trace a step of ``case`` as ``package`` (:mod:`fastunet` or :mod:`fastunet.reference`) does it."""
     training = case.mode == "training"
     kept: dict[int, Tensor] = {}
@@ -90,7 +96,7 @@ def run(case: NetCase, package: ModuleType, architecture: str = "sm_90", **setti
         return x
 
     with torch.device("meta"):
-        model, loss, x, labels = nets.parts(case, package, "meta", **settings)
+        model, loss, x, labels = nets.parts(case, package, "meta", layout, **settings)
         parameters = list(model.parameters())
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
         with trace(architecture) as calls, torch.set_grad_enabled(training), hooks:
@@ -455,6 +461,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(as_text(step, roofs))
         kept = {name: step[name].saved / 1e9 for name in ("fastunet", "auto", "eager")}
         print("\nkept for the backward: " + ", ".join(f"{name} {size:.2f} GB" for name, size in kept.items()))
+        nchw = account(run(case, reference, layout=torch.contiguous_format), made)
+        print(
+            f"eager in contiguous memory: {nchw.bytes / 1e9:.3f} GB, {nchw.saved / 1e9:.2f} GB kept, not counting what "
+            "cuDNN copies for tensor cores"
+        )
         print(f"times are modelled: {options.gpu}, {roofs.bandwidth:g} GB/s, {roofs.tflops:g} TFLOP/s; no launch costs")
     return 0
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastunet import ops
-from fastunet.aten import MANY_PIXELS, update_running_stats
+from fastunet.aten import MANY_PIXELS, activate, update_running_stats
 from fastunet.backend import check_backend, requested, resolve_backend
 from fastunet.dispatch import call, unwatched
 from fastunet.distributed import SyncBatchNorm, merged
@@ -406,6 +407,45 @@ def pool_fork(act: Activation, context: Context) -> tuple[Activation, Activation
         act = act.stored(context)
     pooled, x = ops.pool_fork(act.x, act.affine, context.backend)
     return act._replace(x=pooled), act._replace(x=x)
+
+
+def add(act: Activation, skip: Activation, slope: float, context: Context) -> Activation:
+    """The sum of two activations' values and behind it an act of ``slope``, stored; the result is plain."""
+    if context.eager:
+        return Activation(activate(act.x + skip.x, slope, inplace=True))
+    x = skip.x.to(act.x.dtype)
+    return Activation(call(ops.add_act, *act.source, x, skip.affine, skip.slope, slope, context.backend))
+
+
+def prelu(act: Activation, slopes: Tensor, backend: str) -> Activation:
+    """A PReLU behind an activation of which only the affine is left to apply, stored; the result is plain."""
+    return Activation(call(ops.affine_prelu, act.x, act.affine, slopes, backend))
+
+
+def average(act: Activation, context: Context) -> Activation:
+    """The activation's value 2×2-average-pooled; the result is plain."""
+    if context.eager:
+        return Activation(F.avg_pool2d(act.x, 2))
+    return Activation(call(ops.avg_pool2x2, *act.source, context.backend))
+
+
+def replicated(act: Activation, size: tuple[int, int], context: Context) -> Activation:
+    """The activation with its last row, its last column or both repeated, so that it has ``size`` (H, W).
+
+    Raises:
+        ValueError: ``size`` is no such size.
+    """
+    rows, columns = size[0] - act.x.shape[-2], size[1] - act.x.shape[-1]
+    if rows == 0 and columns == 0:
+        return act
+    if rows not in (0, 1) or columns not in (0, 1):
+        raise ValueError(
+            f"expected a skip connection of at most one row and column more than {tuple(act.x.shape[-2:])}, got "
+            f"{size}; pad with zeros instead, or pass a skip connection of twice the size"
+        )
+    if context.eager:
+        return Activation(F.pad(act.x, [0, columns, 0, rows], mode="replicate"))
+    return Activation(call(ops.pad_replicate, *act.source, rows, columns, context.backend))
 
 
 def upsample(act: Activation, align_corners: bool | None, backend: str) -> Activation:

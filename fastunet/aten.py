@@ -54,6 +54,64 @@ def affine_act_backward(dz: Tensor, x: Tensor, affine: Tensor | None, slope: flo
     return channels_last(dz.clone() if dx is dz else dx), daffine
 
 
+def affine_prelu(x: Tensor, affine: Tensor | None, slopes: Tensor) -> Tensor:
+    """prelu(scale·(x − centre) + shift) with slopes below zero (C,) or (1,), in x's dtype."""
+    return channels_last(F.prelu(_normalise(channels_last(x), affine, 1.0), slopes.to(x.dtype)))
+
+
+def affine_prelu_backward(
+    dz: Tensor, x: Tensor, affine: Tensor | None, slopes: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dx, daffine, dslopes) of :func:`affine_prelu`; daffine is empty without an affine."""
+    x = channels_last(x)
+    s = _normalise(x, affine, 1.0)
+    above = s > 0
+    below = torch.where(above, 0, dz * s).sum((0, 2, 3), dtype=stats_dtype(x.dtype))
+    g = torch.where(above, dz, dz * _by_sample(slopes.to(x.dtype)))
+    dx, daffine = _normalise_backward(g, x, affine, 1.0, None)
+    return channels_last(dx), daffine, (below.sum(0, True) if slopes.numel() == 1 else below).to(slopes.dtype)
+
+
+def add_act(
+    x: Tensor,
+    affine: Tensor | None,
+    slope: float,
+    skip: Tensor,
+    skip_affine: Tensor | None,
+    skip_slope: float,
+    sum_slope: float,
+) -> Tensor:
+    """act of the sum of two sources of one shape, whose slope below zero is ``sum_slope``; in their dtype."""
+    z = _normalise(channels_last(x), affine, slope) + _normalise(channels_last(skip), skip_affine, skip_slope)
+    return channels_last(activate(z, sum_slope, inplace=True))
+
+
+def add_act_backward(
+    dz: Tensor,
+    x: Tensor,
+    affine: Tensor | None,
+    slope: float,
+    skip: Tensor,
+    skip_affine: Tensor | None,
+    skip_slope: float,
+    sum_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dx, daffine, dskip, dskip_affine) of :func:`add_act`; those of affines that are None are empty."""
+    sources = ((channels_last(x), affine, slope), (channels_last(skip), skip_affine, skip_slope))
+    a, b = (_normalise(*source) for source in sources)
+    g = channels_last(dz)
+    if sum_slope == 0:
+        g = aten.threshold_backward(g, a + b, 0)
+    elif sum_slope != 1:
+        g = aten.leaky_relu_backward(g, a + b, sum_slope, False)
+    found = []
+    for source, value in zip(sources, (a, b), strict=True):
+        dx, daffine = _normalise_backward(g, *source, value)
+        found += [channels_last(g.clone() if dx is g else dx), daffine]
+    dx, daffine, dskip, dskip_affine = found
+    return dx, daffine, dskip, dskip_affine
+
+
 def _scaled(x: Tensor, scale: Tensor, shift: Tensor, centre: Tensor) -> Tensor:
     """scale·(x − centre) + shift per channel, in one pass; F.batch_norm would do, but refuses eps = 0 in torch 2.11."""
     one = torch.ones_like(centre)
@@ -625,6 +683,43 @@ def max_pool2x2_backward(x: Tensor, affine: Tensor | None, dp: Tensor | None, ds
         _, indices = _max_pool(x, affine)
         dx = dx + aten.max_pool2d_with_indices_backward(dp, x, [2, 2], [2, 2], [0, 0], [1, 1], False, indices)
     return dx.clone(memory_format=torch.channels_last) if dx is dskip else channels_last(dx)
+
+
+def avg_pool2x2(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
+    """2×2 average-pool of a source's value: (N, C, H, W) to (N, C, H // 2, W // 2); an odd end is dropped."""
+    z = _normalise(channels_last(x), affine, slope)
+    if min(x.shape) < 1 or min(x.shape[2:]) < 2:
+        return channels_last(x.new_empty((*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2)))
+    return channels_last(F.avg_pool2d(z, 2))
+
+
+def avg_pool2x2_backward(dy: Tensor, x: Tensor, affine: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
+    """Gradients (dx, daffine) of :func:`avg_pool2x2`; daffine is empty without an affine."""
+    x = channels_last(x)
+    if dy.numel() == 0:
+        return affine_act_backward(torch.zeros_like(x), x, affine, slope)
+    dz = aten.avg_pool2d_backward(channels_last(dy), x, [2, 2], [2, 2], [0, 0], False, True, None)
+    return affine_act_backward(dz, x, affine, slope)
+
+
+def pad_replicate(x: Tensor, affine: Tensor | None, slope: float, rows: int, columns: int) -> Tensor:
+    """A source's value with its last row repeated if ``rows`` is 1, and its last column if ``columns`` is."""
+    z = _normalise(channels_last(x), affine, slope)
+    if rows:
+        z = torch.cat([z, z[:, :, -1:]], 2)
+    if columns:
+        z = torch.cat([z, z[..., -1:]], 3)
+    return channels_last(z.clone() if z is x else z)
+
+
+def pad_replicate_backward(dy: Tensor, x: Tensor, affine: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
+    """Gradients (dx, daffine) of :func:`pad_replicate`; daffine is empty without an affine."""
+    height, width = x.shape[2:]
+    dz = dy[..., :width].clone()
+    dz[..., -1:] += dy[..., width:].sum(3, True)
+    folded = dz[:, :, :height]
+    folded[:, :, -1:] += dz[:, :, height:].sum(2, True)
+    return affine_act_backward(folded, channels_last(x), affine, slope)
 
 
 def _centred(outer: Tensor, height: int, width: int) -> tuple[list[int], int, int]:

@@ -28,21 +28,26 @@ from fastunet.activation import (
     Next,
     Norm,
     Placed,
+    add,
+    average,
     conv2d,
     conv2d_act,
     conv_transpose2d,
     needed_stats,
     normalised,
     pool_fork,
+    prelu,
+    replicated,
     upsample,
 )
-from fastunet.checks import check_integer, check_tensor
+from fastunet.checks import check_flags, check_integer, check_number, check_tensor, said
 from fastunet.distributed import SyncBatchNorm
 
 # PyTorch's own methods, noted before anybody patches the classes.
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward
     for kind in (
+        nn.AvgPool2d,
         nn.BatchNorm2d,
         nn.GroupNorm,
         nn.InstanceNorm2d,
@@ -51,6 +56,7 @@ _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
         nn.Identity,
         nn.LeakyReLU,
         nn.MaxPool2d,
+        nn.PReLU,
         nn.ReLU,
         nn.Sequential,
         nn.Upsample,
@@ -113,6 +119,15 @@ def is_pool(module: nn.Module) -> bool:
     return settings == (2, 2, 0, 1) and not (module.ceil_mode or module.return_indices)
 
 
+def _is_average(module: nn.Module) -> bool:
+    if not untouched(module, nn.AvgPool2d):
+        return False
+    assert isinstance(module, nn.AvgPool2d)
+    two = (2, (2, 2))
+    usual = module.padding in (0, (0, 0)) and not module.ceil_mode and module.divisor_override is None
+    return module.kernel_size in two and module.stride in two and usual
+
+
 def _is_upsample(module: nn.Module) -> bool:
     if not untouched(module, nn.Upsample):
         return False
@@ -137,6 +152,10 @@ def _slope(module: nn.Module) -> float | None:
     return 0.0 if isinstance(module, nn.ReLU) else 1.0
 
 
+def _is_prelu(module: nn.Module) -> bool:
+    return type(module) is nn.PReLU and untouched(module, nn.PReLU)
+
+
 def _transparent(module: nn.Module) -> bool:
     """Whether ``module`` is known to run its children in turn and nothing else."""
     return untouched(module, nn.Sequential) or (isinstance(module, LazyModule) and module.is_lazy())
@@ -152,11 +171,11 @@ def first_conv(module: nn.Module) -> nn.Conv2d | None:
 
 def halving(module: nn.Module) -> int | None:
     """By what a module divides height and width; None if something unknown is in it."""
-    if is_pool(module):
+    if is_pool(module) or _is_average(module):
         return 2
     if _is_conv(module):
         return module.stride[0]  # type: ignore[return-value,index]
-    if _is_norm(module) or _slope(module) is not None:
+    if _is_norm(module) or _slope(module) is not None or _is_prelu(module):
         return 1
     if not _transparent(module):
         return None
@@ -165,26 +184,36 @@ def halving(module: nn.Module) -> int | None:
 
 
 class Layer(NamedTuple):
-    """A convolution and what directly follows it."""
+    """A convolution and what directly follows it; a PReLU stands behind a slope of 1."""
 
     conv: nn.Conv2d | nn.ConvTranspose2d
     norm: Norm | None
     slope: float
+    prelu: nn.PReLU | None = None
 
 
-def _split(modules: list[nn.Module]) -> tuple[list[Layer], list[nn.Module]]:
-    """The longest prefix that reads conv [norm] [act] conv … and can be run lazily, and the rest; no identities."""
+def _split(modules: list[nn.Module]) -> tuple[list[Layer | nn.AvgPool2d], list[nn.Module]]:
+    """The longest prefix that reads conv [norm] [act] conv …, average pools between them, and can be run lazily, and
+    the rest; no identities."""
     modules = [m for m in modules if type(m) is not nn.Identity or not untouched(m, nn.Identity)]
-    layers: list[Layer] = []
+    layers: list[Layer | nn.AvgPool2d] = []
     i = 0
-    while i < len(modules) and (_is_conv(modules[i]) or _is_conv_transpose(modules[i])):
+    while i < len(modules):
         conv = modules[i]
+        if _is_average(conv):
+            layers.append(conv)  # type: ignore[arg-type]
+            i += 1
+            continue
+        if not (_is_conv(conv) or _is_conv_transpose(conv)):
+            break
         i += 1
         norm = modules[i] if i < len(modules) and _is_norm(modules[i]) else None
         i += norm is not None
         slope = _slope(modules[i]) if i < len(modules) else None
         i += slope is not None
-        layers.append(Layer(conv, norm, 1.0 if slope is None else slope))  # type: ignore[arg-type]
+        behind = modules[i] if slope is None and i < len(modules) and _is_prelu(modules[i]) else None
+        i += behind is not None
+        layers.append(Layer(conv, norm, 1.0 if slope is None else slope, behind))  # type: ignore[arg-type]
     return layers, modules[i:]
 
 
@@ -197,9 +226,13 @@ def _normalises_at_once(conv: nn.Conv2d, norm: Norm | None) -> bool:
 
 def _apply(layer: Layer, placed: Placed, context: Context, after: Next) -> Activation:
     """One layer on what is placed."""
-    conv, norm, slope = layer
+    conv, norm, slope, behind = layer
     if context.eager:
-        return Activation(eager.layer(placed, conv, norm, slope, context))
+        z = eager.layer(placed, conv, norm, slope, context)
+        return Activation(z if behind is None else behind(z))
+    if behind is not None:
+        act = _apply(layer._replace(prelu=None), placed, context, UNKNOWN)
+        return prelu(act, behind.weight, context.backend)
     if isinstance(conv, nn.Conv2d):
         # The convolution pools what it writes, unless the value is stored first and pooled from there.
         fits = min(placed.size) >= 2 * conv.stride[0] and slope >= 0
@@ -226,7 +259,7 @@ def _features(norm: Norm) -> int:
 
 def _of_modules(error: Exception, layer: Layer, placed: Placed) -> Exception:
     """An operator's error about its operands, as an error about the modules whose tensors they are."""
-    conv, norm, _ = layer
+    conv, norm, *_ = layer
     kind = "batch norm" if isinstance(norm, nn.BatchNorm2d) else "norm"
     x = placed.first.x
     given = x.shape[1] + (0 if placed.second is None else placed.second.x.shape[1])
@@ -267,6 +300,10 @@ def lazily(modules: list[nn.Module], placed: Placed, context: Context, after: Ne
     """``modules`` in turn on what is placed: lazily as far as they read conv [BN] [act] …, then as modules."""
     layers, rest = _split(modules)
     for number, layer in enumerate(layers, 1):
+        if isinstance(layer, nn.AvgPool2d):
+            whole = placed.first if placed.second is None else Activation(placed.tensor(context))
+            placed = Placed.of(average(whole, context))
+            continue
         try:
             act = _apply(layer, placed, context, after if number == len(layers) and not rest else UNKNOWN)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -331,27 +368,89 @@ def run(block: nn.Module, placed: Placed, context: Context, after: Next = UNKNOW
     return Activation(block(placed.tensor(context)))
 
 
+def _through(module: nn.Module, placed: Placed, context: Context) -> Activation:
+    """A block, a layer or an identity applied to what is placed."""
+    return run(module, placed, context) if isinstance(module, LazyBlock) else lazily([module], placed, context)
+
+
 class ConvSequence(LazyBlock, nn.Sequential):
-    """An nn.Sequential of convolutions, norms (batch, instance or group), ReLU and LeakyReLU modules."""
+    """An nn.Sequential of convolutions, norms (batch, instance or group), acts (ReLU, LeakyReLU, PReLU) and 2×2 average
+    pools."""
 
     def lazy(self, placed: Placed, context: Context, after: Next = UNKNOWN) -> Activation:
         return lazily(list(self), placed, context, after)
 
 
-class DoubleConv(LazyBlock):
-    """(3×3 convolution → BatchNorm → ReLU) twice: (N, in, H, W) → (N, out, H, W)."""
+NORMS = ("batch", "instance", "group", None)
+UPSAMPLINGS = ("transposed", "bilinear", "nearest")
 
-    def __init__(self, in_channels: int, out_channels: int, mid_channels: int | None = None, *, bias: bool = False):
+
+def check_norm(norm: Any, negative_slope: Any) -> None:
+    """Raise ValueError or TypeError for what is no norm, or no slope, of the blocks."""
+    if not (norm is None or isinstance(norm, str)) or norm not in NORMS:
+        raise ValueError(
+            f"expected norm to be batch, instance, group or None, got {said(norm)}; leave it out for batch"
+        )
+    check_number("negative_slope", negative_slope)
+
+
+def chosen_upsampling(upsample: Any, bilinear: bool) -> str:
+    """The upsampling of two arguments that may both name one; ValueError for none, or for two."""
+    if upsample is None:
+        return "bilinear" if bilinear else "transposed"
+    if not isinstance(upsample, str) or upsample not in UPSAMPLINGS:
+        raise ValueError(
+            f"expected upsample to be {', '.join(UPSAMPLINGS)} or None, got {said(upsample)}; leave it out for "
+            "transposed convolutions"
+        )
+    if bilinear and upsample != "bilinear":
+        raise ValueError(f"expected one upsampling, got bilinear=True and upsample={upsample!r}; leave out one of them")
+    return upsample
+
+
+def new_norm(norm: str | None, channels: int) -> nn.Module:
+    """The normalisation of that name for ``channels``: as PyTorch makes it, with scales and shifts; groups are eight,
+    or as many as divide the channels. Without one an identity, so that the layers keep their numbers."""
+    if norm == "instance":
+        return nn.InstanceNorm2d(channels, affine=True)
+    if norm == "group":
+        return nn.GroupNorm(math.gcd(8, channels), channels)
+    return nn.Identity() if norm is None else nn.BatchNorm2d(channels)
+
+
+def new_act(negative_slope: float) -> nn.Module:
+    """ReLU, or a leaky one."""
+    return nn.LeakyReLU(negative_slope, inplace=True) if negative_slope else nn.ReLU(inplace=True)
+
+
+class DoubleConv(LazyBlock):
+    """(3×3 convolution → norm → ReLU) twice: (N, in, H, W) → (N, out, H, W).
+
+    The norm is "batch", "instance", "group" or None, with which the convolutions have a bias; ``negative_slope`` other
+    than 0 makes a leaky ReLU.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        mid_channels: int | None = None,
+        *,
+        bias: bool = False,
+        norm: str | None = "batch",
+        negative_slope: float = 0.0,
+    ):
         super().__init__()
         _check_channels(in_channels, out_channels)
-        mid_channels = mid_channels or out_channels
+        check_norm(norm, negative_slope)
+        mid_channels, bias = mid_channels or out_channels, bias or norm is None
         self.double_conv = ConvSequence(
             nn.Conv2d(in_channels, mid_channels, 3, padding=1, bias=bias),
-            nn.BatchNorm2d(mid_channels),
-            nn.ReLU(inplace=True),
+            new_norm(norm, mid_channels),
+            new_act(negative_slope),
             nn.Conv2d(mid_channels, out_channels, 3, padding=1, bias=bias),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
+            new_norm(norm, out_channels),
+            new_act(negative_slope),
         )
 
     def lazy(self, placed: Placed, context: Context, after: Next = UNKNOWN) -> Activation:
@@ -378,12 +477,12 @@ def head_conv(module: nn.Module) -> nn.Conv2d | None:
 
 
 class Down(LazyModule):
-    """2×2 max-pool, then :class:`DoubleConv`: (N, in, H, W) → (N, out, H // 2, W // 2)."""
+    """2×2 max-pool, then :class:`DoubleConv` with ``settings``: (N, in, H, W) → (N, out, H // 2, W // 2)."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = False):
+    def __init__(self, in_channels: int, out_channels: int, **settings: Any):
         super().__init__()
         _check_channels(in_channels, out_channels)
-        self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), DoubleConv(in_channels, out_channels, bias=bias))
+        self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), DoubleConv(in_channels, out_channels, **settings))
 
     def lazy(self, act: Activation, context: Context, after: Next = UNKNOWN) -> tuple[Activation, Activation]:
         """(the block's output, the input again for its skip connection)."""
@@ -408,27 +507,98 @@ class Down(LazyModule):
 class Up(LazyModule):
     """Double the size, centre in the skip connection's size, concatenate (skip first), :class:`DoubleConv`.
 
-    (N, in, h, w) and (N, in / 2, H, W) → (N, out, H, W).
+    (N, in, h, w) and (N, in / 2, H, W) → (N, out, H, W). ``upsample`` is "bilinear" (aligned corners) or "nearest",
+    which keep the channels, or "transposed", a 2×2 transposed convolution that halves them; None: as ``bilinear`` says.
+    With ``replicate``, a skip connection of one row or column more repeats the last one instead, as MONAI's BasicUNet
+    does. ``settings`` are DoubleConv's.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, bilinear: bool = True, *, bias: bool = False):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bilinear: bool = True,
+        *,
+        upsample: str | None = None,
+        replicate: bool = False,
+        **settings: Any,
+    ):
         super().__init__()
         _check_channels(in_channels, out_channels)
+        check_flags(bilinear=bilinear, replicate=replicate)
+        self.replicate = replicate
         self.up: nn.Module
-        if bilinear:
-            self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
-            self.conv = DoubleConv(in_channels, out_channels, in_channels // 2, bias=bias)
-        else:
+        upsample = chosen_upsampling(upsample, bilinear and upsample is None)
+        if upsample == "transposed":
             self.up = nn.ConvTranspose2d(in_channels, in_channels // 2, 2, stride=2)
-            self.conv = DoubleConv(in_channels, out_channels, bias=bias)
+            self.conv = DoubleConv(in_channels, out_channels, **settings)
+        else:
+            aligned = True if upsample == "bilinear" else None
+            self.up = nn.Upsample(scale_factor=2, mode=upsample, align_corners=aligned)
+            self.conv = DoubleConv(in_channels, out_channels, in_channels // 2, **settings)
 
     def lazy(self, act: Activation, skip: Activation, context: Context, after: Next = UNKNOWN) -> Activation:
         up = enlarge(self.up, act, context)
+        if self.replicate:
+            up = replicated(up, (skip.x.shape[-2], skip.x.shape[-1]), context)
         return run(self.conv, Placed.with_skip(up, skip, skip_first=True), context, after)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         context = self._called(x, skip=skip)
         return self.lazy(Activation(x), Activation(skip), context).tensor(context)
+
+
+class ResidualBlock(LazyBlock):
+    """act(norm(conv(act(norm(conv(x))))) + skip(x)): (N, in, H, W) → (N, out, ⌈H / stride⌉, ⌈W / stride⌉).
+
+    3×3 convolutions, the first with the stride; skip is the identity, or where channels or size change a 2×2 average
+    pool, a 1×1 convolution without bias and a norm, as in nnU-Net's residual encoder (ResNet-D). The sum and the act
+    behind it are one pass that reads both sides before their norms; with stride 2 sizes must be even.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        bias: bool = False,
+        norm: str | None = "batch",
+        negative_slope: float = 0.0,
+    ):
+        super().__init__()
+        _check_channels(in_channels, out_channels)
+        check_norm(norm, negative_slope)
+        if stride not in (1, 2):
+            raise ValueError(f"expected stride 1 or 2, got {said(stride)}; pass one of those")
+        bias = bias or norm is None
+        self.conv = ConvSequence(
+            nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=bias),
+            new_norm(norm, out_channels),
+            new_act(negative_slope),
+            nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=bias),
+            new_norm(norm, out_channels),
+        )
+        self.skip: nn.Module = nn.Identity()
+        if stride == 2 or in_channels != out_channels:
+            pools = [nn.AvgPool2d(2)] if stride == 2 else []
+            project = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+            self.skip = ConvSequence(*pools, project, new_norm(norm, out_channels))
+        self.act = new_act(negative_slope)
+
+    def lazy(self, placed: Placed, context: Context, after: Next = UNKNOWN) -> Activation:
+        source = placed.first if placed.second is None else Activation(placed.tensor(context))
+        act = run(self.conv, Placed.of(source), context)
+        skip = _through(self.skip, Placed.of(source), context)
+        if act.x.shape != skip.x.shape:
+            raise ValueError(
+                f"expected two sides of one shape to add, got {tuple(act.x.shape)} and {tuple(skip.x.shape)} from an "
+                f"input of shape {tuple(source.x.shape)}; with stride 2 pass even sizes"
+            )
+        slope = _slope(self.act)
+        if slope is not None:
+            return add(act, skip, slope, context)
+        return Activation(self.act(add(act, skip, 1.0, context).tensor(context)))
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, stride: int = 1) -> list[nn.Module]:
@@ -522,9 +692,7 @@ def enlarge(module: nn.Module, act: Activation, context: Context) -> Activation:
             z = module(act.x)
             return Activation(eager.dense(z) if context.tuned else z)
         return upsample(act, None if module.mode == "nearest" else bool(module.align_corners), context.backend)
-    if isinstance(module, LazyBlock):
-        return run(module, Placed.of(act), context)
-    return lazily([module], Placed.of(act), context)
+    return _through(module, Placed.of(act), context)
 
 
 def descend(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import models
+from fastunet.blocks import NORMS
 from fastunet.checks import misfit, said
 from fastunet.errors import UserError
 from fastunet.files import written_whole
@@ -39,22 +41,34 @@ class Architecture:
     width: int
     bilinear: bool = False
     conv_bias: bool = False
+    norm: str | None = "batch"
+    negative_slope: float = 0.0
+    upsample: str | None = None
 
     def _options(self) -> dict[str, Any]:
         width, usual = ("base_c", 64) if self.kind in ("UNet", "StridedUNet") else ("init_features", 32)
-        options = ((width, self.width, usual), ("bilinear", self.bilinear, False), ("conv_bias", self.conv_bias, False))
+        options = (
+            (width, self.width, usual), ("bilinear", self.bilinear, False), ("conv_bias", self.conv_bias, False),
+            ("norm", self.norm, "batch"), ("negative_slope", self.negative_slope, 0), ("upsample", self.upsample, None),
+        )  # fmt: skip
         return {name: value for name, value, default in options if value != default}
 
     def __str__(self) -> str:
         """The call that constructs it: ``UNet(3, 2, bilinear=True, conv_bias=True)``."""
-        options = "".join(f", {name}={value}" for name, value in self._options().items())
+        options = "".join(f", {name}={value!r}" for name, value in self._options().items())
         return f"{self.kind}({self.channels}, {self.classes}{options})"
 
     def mode(self) -> str:
         """What its kind leaves open, in words."""
         if self.kind != "UNet":
             return f"a {self.kind}"
-        return ("bilinear" if self.bilinear else "transposed") + " with conv biases" * self.conv_bias
+        extra = [f"{self.norm or 'no'} norms"] * (self.norm != "batch") + ["conv biases"] * self.conv_bias
+        up = self.upsample or ("bilinear" if self.bilinear else "transposed")
+        return " with ".join([up, " and ".join(extra)] if extra else [up])
+
+    def told(self, hidden: Mapping[str, Any]) -> Architecture:
+        """The same with the arguments that shapes do not tell."""
+        return replace(self, **hidden, bilinear=self.bilinear and "upsample" not in hidden)
 
     def build(self, **settings: Any) -> nn.Module:
         """The network, with ``settings`` (backend, policy) of its constructor."""
@@ -97,13 +111,20 @@ def load_checkpoint(path: str | Path, *, backend: str = "auto", policy: str = "s
         CheckpointError: the file cannot be read, wants to be executed, or holds another network; one sentence.
     """
     checkpoint = read_checkpoint(path)
+    if checkpoint.architecture.norm == _EITHER:
+        raise CheckpointError(
+            f"{path} is of a UNet with instance or with group norms, and does not tell which: construct the network "
+            "yourself and call its load_state_dict"
+        )
     with torch.device("meta"):  # no memory, and no random numbers, for weights that are replaced
         model = checkpoint.architecture.build(backend=backend, policy=policy)
     state = {name: _widened(x) for name, x in checkpoint.state.items()}
     wrong = misfit(model, state, strict=True)
     if wrong is not None:
+        what = wrong.partition(", got one ")[2].partition("; ")[0] or "with other keys"
         raise CheckpointError(
-            f"{path} looks like {checkpoint.architecture}, but {wrong.partition(', got one with ')[2] or wrong}"
+            f"{path} looks like {checkpoint.architecture}, but {what}: construct the network yourself and call its "
+            "load_state_dict"
         )
     model.load_state_dict(state, assign=True)
     if checkpoint.mask_values is not None:
@@ -136,6 +157,13 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             "and call its load_state_dict"
         )
     values = beside.get("mask_values", rest.pop("mask_values", None))
+    if isinstance(rest.get("architecture"), Mapping) and rest["architecture"].keys() <= _HIDDEN.keys():
+        hidden = rest.pop("architecture")
+        slope = hidden.get("negative_slope", 0.0)
+        others = all(value in _HIDDEN[name] for name, value in hidden.items() if name != "negative_slope")
+        if not (others and isinstance(slope, float) and math.isfinite(slope)):
+            raise CheckpointError(f"{path} tells of a network {said(hidden)}, which is none: construct it yourself")
+        architecture = architecture.told(hidden)
     return Checkpoint(_milesial(state), architecture, None if values is None else list(values), rest)
 
 
@@ -144,7 +172,8 @@ def save_checkpoint(path: str | Path, model: nn.Module, *, mask_values: Any = No
 
     Without ``rest`` the file is a state_dict, with ``mask_values`` among its entries, as milesial/Pytorch-UNet saves
     and loads it; with ``rest`` (an epoch, an optimizer's state_dict) a dict of ``state_dict``, ``mask_values`` and
-    those. A path that ends in .safetensors gets that format, which holds tensors only.
+    those; what shapes do not tell of a :class:`~fastunet.UNet` (``norm``, ``negative_slope``, ``upsample="nearest"``)
+    is an entry ``architecture``. A path that ends in .safetensors gets that format, which holds tensors only.
 
     Args:
         path: the file; one of that name is replaced.
@@ -157,17 +186,19 @@ def save_checkpoint(path: str | Path, model: nn.Module, *, mask_values: Any = No
     """
     path = Path(path)
     state: dict[str, Any] = _plainly_named(model.state_dict())
+    hidden = _hidden(model)
     if path.suffix == ".safetensors":
         if rest:
             raise UserError(f"{path} can hold tensors only, not {said(next(iter(rest)))}: take a name with .pth")
         save = _safetensors(path, "save")
-        told = {} if mask_values is None else {"mask_values": json.dumps(mask_values)}
+        told = {"mask_values": json.dumps(mask_values), "architecture": json.dumps(hidden)}
         whole = {name: x.detach().cpu().contiguous().clone() for name, x in state.items()}
 
         def write(file: BinaryIO) -> None:
             file.write(save(whole, metadata={"format": "pt", **told}))
     else:
         beside = {} if mask_values is None else {"mask_values": mask_values}
+        rest = {**rest, "architecture": hidden} if hidden else rest
         content = {"state_dict": state, **beside, **rest} if rest else {**state, **beside}
 
         def write(file: BinaryIO) -> None:
@@ -199,7 +230,10 @@ def recognise(state: Mapping[str, Any]) -> Architecture | None:
         if kind != "UNet":
             return Architecture(kind, *sizes)
         bilinear, bias = "up1.up.weight" not in state, "inc.double_conv.0.bias" in state
-        return Architecture(kind, *sizes, bilinear=bilinear, conv_bias=bias)
+        if "inc.double_conv.1.weight" not in state:
+            return Architecture(kind, *sizes, bilinear=bilinear, norm=None)
+        norm = "batch" if "inc.double_conv.1.running_mean" in state else _EITHER
+        return Architecture(kind, *sizes, bilinear=bilinear, conv_bias=bias, norm=norm)
     return None
 
 
@@ -212,6 +246,24 @@ _ENDS = {
 }
 
 
+_EITHER = "instance or group"  # whose keys and shapes are the same
+_HIDDEN: dict[str, tuple[str | None, ...]] = {"norm": NORMS, "negative_slope": (), "upsample": ("nearest",)}
+
+
+def _hidden(model: nn.Module) -> dict[str, Any]:
+    """The arguments of a UNet, also inside a wrapper, that its keys and shapes do not tell."""
+    unet = next((module for module in model.modules() if isinstance(module, models.UNet)), None)
+    block, up = (getattr(getattr(unet, part, None), name, ()) for part, name in (("inc", "double_conv"), ("up1", "up")))
+    _, norm, act, *_ = [*block, None, None, None] if isinstance(block, nn.Sequential) else [None] * 3
+    named = {nn.InstanceNorm2d: "instance", nn.GroupNorm: "group"}
+    found: dict[str, Any] = {"norm": named[type(norm)]} if type(norm) in named else {}
+    if isinstance(act, nn.LeakyReLU):
+        found["negative_slope"] = float(act.negative_slope)
+    if isinstance(up, nn.Upsample) and up.mode == "nearest":
+        found["upsample"] = "nearest"
+    return found
+
+
 def other_mode(model: nn.Module, state_dict: Any) -> str | None:
     """A sentence, if ``state_dict`` is of a known network that is constructed otherwise than ``model``; else None."""
     if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
@@ -219,7 +271,8 @@ def other_mode(model: nn.Module, state_dict: Any) -> str | None:
     own, given = recognise(model.state_dict()), recognise(state_dict)
     if own is None or given is None or own == given:
         return None
-    return f"expected the state_dict of {own}, got that of another network; this checkpoint is {given.mode()}: {given}"
+    mine = own.told(_hidden(model))
+    return f"expected the state_dict of {mine}, got that of another network; this checkpoint is {given.mode()}: {given}"
 
 
 def _milesial(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,6 +322,9 @@ def _read(path: Path) -> Any:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path} ({error.strerror}): give a checkpoint") from error
+    try:
         if path.suffix == ".safetensors" or (start[8:] == b"{" and int.from_bytes(start[:8], "little") < 1 << 27):
             return _read_safetensors(path)
         if zipfile.is_zipfile(path):
@@ -276,15 +332,16 @@ def _read(path: Path) -> Any:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
             if unpacked > os.path.getsize(path):  # PyTorch stores; what is compressed may be a bomb
                 raise CheckpointError(f"{path} unpacks to {unpacked:,} bytes: save it again with torch.save")
+        elif not start.startswith(b"\x80\x02"):  # as torch.save began before it made archives
+            raise ValueError("neither")
         return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path} ({error.strerror or 'damaged'}): give a checkpoint") from error
     except pickle.UnpicklingError as error:
         # PyTorch's own text says how to execute it.
-        reason = "wants to run code, or is damaged" if "eights" in str(error) or "lobal" in str(error) else "damaged"
-        raise CheckpointError(f"cannot read {path} ({reason}): save model.state_dict() with torch.save") from error
+        raise CheckpointError(
+            f"cannot read {path} (wants to run code, or is damaged): save model.state_dict() with torch.save"
+        ) from error
     except Exception as error:  # readers of damaged files raise whatever they stumble on
         raise CheckpointError(f"cannot read {path} (damaged, or not a checkpoint): replace it") from error
 
@@ -301,5 +358,6 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     load = _safetensors(path, "safe_open")
     with load(path, framework="pt", device="cpu") as file:
         content: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        told = (file.metadata() or {}).get("mask_values")
-    return content if told is None else {**content, "mask_values": json.loads(told)}
+        metadata = file.metadata() or {}
+    told = {name: json.loads(metadata[name]) for name in ("mask_values", "architecture") if name in metadata}
+    return {"state_dict": content, **{name: value for name, value in told.items() if value}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,19 @@ class Coding:
 
     def label(self, path: Path, mask: Decoded) -> npt.NDArray[np.uint8]:
         """(H, W) labels of a decoded mask."""
-        codes = self.read(path, mask)
-        if self.numbered:
-            return np.asarray(codes != 0, np.uint8)
-        places = np.searchsorted(self.codes, codes).clip(max=len(self.codes) - 1)
-        if not (self.codes[places] == codes).all():
-            raise DataError(f"mask {path} has other values than when it was checked: start again, and leave it alone")
-        labels: npt.NDArray[np.uint8] = self.labels[places]
+        reader = _Reader(path, mask)
+        labels = np.empty(mask.pixels.shape[:2], np.uint8)
+        for rows in _blocks(mask):
+            codes = self._coded(reader, rows)
+            if self.numbered:
+                labels[rows] = codes != 0
+                continue
+            places = np.searchsorted(self.codes, codes).clip(max=len(self.codes) - 1)
+            if not (self.codes[places] == codes).all():
+                raise DataError(
+                    f"mask {path} has other values than when it was checked: start again, and leave it alone"
+                )
+            labels[rows] = self.labels[places]
         return labels
 
     def count(self, found: Found) -> dict[int, int]:
@@ -72,15 +78,16 @@ class Coding:
 
     def read(self, path: Path, mask: Decoded) -> Codes:
         """(H, W) codes of a decoded mask."""
-        mode, codes, colours = _codes(path, mask)
-        if self.kind == "values":
-            return codes if mode != "rgb" else codes & ((1 << _BITS) - 1)
-        table = colours if self.kind == "colours" else colours & ((1 << _BITS) - 1)
-        if mode == "palette":
-            return table[codes]
-        if mode == "rgb":
-            return codes if self.kind == "colours" else codes & ((1 << _BITS) - 1)
-        return codes * _GREY if self.kind == "colours" else codes
+        return self._coded(_Reader(path, mask), slice(None))
+
+    def _coded(self, reader: _Reader, rows: slice) -> Codes:
+        codes, mode = reader.codes(rows), reader.mode
+        if mode == "palette" and self.kind != "values":
+            codes = reader.colours[codes]
+            mode = "rgb"
+        if mode == "rgb" and self.kind != "colours":
+            return codes & ((1 << _BITS) - 1)
+        return codes * _GREY if mode == "grey" and self.kind == "colours" else codes
 
 
 _GREY = 1 | 1 << _BITS | 1 << 2 * _BITS  # times a grey value: its colour
@@ -95,35 +102,50 @@ def colour_of(code: int) -> Colour:
     return code >> 2 * _BITS & most, code >> _BITS & most, code & most
 
 
-def _codes(path: Path, mask: Decoded) -> tuple[str, Codes, Codes]:
-    """(mode, codes of the pixels, colours of a palette's indices)."""
-    pixels, opaque = mask.pixels, mask.opaque
-    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-        raise DataError(f"{path} holds NaN or infinite pixels: replace them")
-    if pixels.dtype.kind == "f" and not (pixels == np.trunc(pixels)).all():
-        raise DataError(f"mask {path} holds fractions: expected one whole number per class")
-    none = np.empty(0, np.int64)
-    if mask.colours == "palette":
-        assert mask.palette is not None
-        colours = np.zeros(256, np.int64)
-        red, green, blue = mask.palette.astype(np.int64).T
-        colours[: len(red)] = (red << 2 * _BITS | green << _BITS | blue)[:256]
-        codes = pixels.astype(np.int64)
-        if opaque is not None:
-            clear = int(codes[~opaque].min())
-            codes = np.where(opaque, codes, clear)
-            colours[clear] = 0
-        return "palette", codes, colours
-    if mask.colours == "grey":
-        codes = pixels.astype(np.int64)
-        return "grey", codes if opaque is None else np.where(opaque, codes, 0), none
-    if pixels.shape[2] != 3 or pixels.dtype.kind != "u" or pixels.dtype.itemsize > 2:
-        raise DataError(
-            f"mask {path} holds {pixels.shape[2]} channels of {pixels.dtype}: expected one value or one colour a pixel"
-        )
-    red, green, blue = (pixels[..., i].astype(np.int64) for i in range(3))
-    codes = red << 2 * _BITS | green << _BITS | blue
-    return "rgb", codes if opaque is None else np.where(opaque, codes, 0), none
+class _Reader:
+    """The codes of a mask's pixels; mode and colours as in :class:`Found`, but of all 256 indices."""
+
+    def __init__(self, path: Path, mask: Decoded):
+        self.path, self.mask = path, mask
+        pixels = mask.pixels
+        self.mode = mask.colours
+        self.hidden = 0  # the code of transparent pixels
+        self.colours = np.zeros(256, np.int64)
+        if mask.palette is not None:
+            red, green, blue = mask.palette[:256].astype(np.int64).T
+            self.colours[: len(red)] = red << 2 * _BITS | green << _BITS | blue
+            if mask.opaque is not None:
+                self.hidden = int(pixels[~mask.opaque].min())
+                self.colours[self.hidden] = 0
+        wide = pixels.dtype.kind != "u" or pixels.dtype.itemsize > 2
+        if pixels.ndim == 3 and (mask.colours != "rgb" or wide):
+            raise DataError(
+                f"mask {path} holds {pixels.shape[2]} channels of {pixels.dtype}: expected one value, or one colour, a "
+                "pixel"
+            )
+
+    def codes(self, rows: slice) -> Codes:
+        pixels = self.mask.pixels[rows]
+        if pixels.dtype.kind == "f":
+            if not np.isfinite(pixels).all():
+                raise DataError(f"{self.path} holds NaN or infinite pixels: replace them")
+            if not (pixels == np.trunc(pixels)).all():
+                raise DataError(f"mask {self.path} holds fractions: expected one whole number per class")
+        if pixels.ndim == 2:
+            codes = pixels.astype(np.int64)
+        else:
+            red, green, blue = (pixels[..., channel].astype(np.int64) for channel in range(3))
+            codes = red << 2 * _BITS | green << _BITS | blue
+        if self.mask.opaque is not None:
+            codes[~self.mask.opaque[rows]] = self.hidden
+        return codes
+
+
+def _blocks(mask: Decoded) -> Iterator[slice]:
+    """The rows of a mask, some millions of pixels at a time: 64-bit codes of a large one would fill the memory."""
+    height, width = mask.pixels.shape[:2]
+    step = max((1 << 22) // width, 1)
+    return (slice(top, top + step) for top in range(0, height, step))
 
 
 def found_in(path: Path, mask: Decoded, numbered: bool) -> Found:
@@ -132,25 +154,24 @@ def found_in(path: Path, mask: Decoded, numbered: bool) -> Found:
     Raises:
         DataError: no mask: fractions, several bands, blurred by its compression, or too many values.
     """
-    mode, codes, table = _codes(path, mask)
-    if codes.size and codes.min() >= 0 and codes.max() < 1 << 16:
-        tally = np.bincount(codes.ravel())
-        values = np.flatnonzero(tally)
-        amounts = tally[values]
-    else:
-        values, amounts = np.unique(codes, return_counts=True)
-    if mask.lossy and len(values) > 2:
-        kind = mask.what.split()[-1].replace("MPO", "JPEG")
+    reader = _Reader(path, mask)
+    tally: dict[int, int] = {}
+    for rows in _blocks(mask):
+        values, amounts = np.unique(reader.codes(rows), return_counts=True)
+        for value, amount in zip(values.tolist(), amounts.tolist(), strict=True):
+            tally[value] = tally.get(value, 0) + amount
+        if len(tally) > (1 << 20 if numbered else 1 << 16):
+            raise _too_many(path)
+    counts = dict(sorted(tally.items()))
+    if mask.lossy and len(counts) > 2:
+        kind = mask.what.split()[-1]
         raise DataError(
-            f"mask {path} is a {'lossy ' * (kind == 'WEBP')}{kind}, which blurs the {len(values)} class values in it: "
+            f"mask {path} is a {'lossy ' * (kind == 'WEBP')}{kind}, which blurs the {len(counts)} class values in it: "
             "save masks as PNG"
         )
-    if len(values) > (1 << 20 if numbered else 1 << 16):
-        raise _too_many(path)
-    counts = dict(zip(values.tolist(), amounts.tolist(), strict=True))
-    colours = {value: int(table[value]) for value in counts} if mode == "palette" else {}
+    colours = {value: int(reader.colours[value]) for value in counts} if reader.mode == "palette" else {}
     hidden = 0 if mask.opaque is None else int((~mask.opaque).sum())
-    return Found(mode, counts, colours, mask.pixels.dtype.itemsize > 1, hidden, mask.what)
+    return Found(reader.mode, counts, colours, mask.pixels.dtype.itemsize > 1, hidden, mask.what)
 
 
 def _too_many(path: Path) -> DataError:

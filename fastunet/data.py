@@ -182,7 +182,7 @@ class _Facts:
     high: float
     digest: bytes
     what: str
-    turned: bool  # the mask, as its image is
+    turned: bool  # the mask, as its image is, or the other way round
     found: Found
     counts: tuple[int, ...] = ()  # pixels of each class
     uncounted: int = 0
@@ -495,7 +495,7 @@ def _looked_at(image_path: Path, mask_path: Path, cells: bool) -> _Facts:
 
 
 def _upright(image_path: Path, image: Decoded, mask_path: Path, mask: Decoded) -> tuple[Decoded, Decoded, bool]:
-    """Both as viewers show the image, and whether the mask had to be turned along; their sizes are checked."""
+    """Both as viewers show them, and whether one had to be turned along with the other; their sizes are checked."""
     along = False
     if image.orientation == mask.orientation:
         image, mask = image.turned(image.orientation), mask.turned(mask.orientation)
@@ -584,7 +584,7 @@ def _oddities(data: Dataset) -> Iterator[str]:
         yield f"{_some(hidden)}: the mask has transparent pixels, taken for value 0, or black"
     turned = [name for name, each in zip(names, data.facts, strict=True) if each.turned]
     if turned:
-        yield f"{_some(turned)}: turned where it is shown (EXIF), and its mask was not: turned along"
+        yield f"{_some(turned)}: of image and mask one is turned where it is shown (EXIF); the other was turned along"
     by_depth = Counter(each.dtype for each in data.facts)
     if len(by_depth) > 1:
         yield "images of different depths: " + ", ".join(f"{n} of {kind}" for kind, n in by_depth.most_common())

@@ -6,12 +6,14 @@ read by tifffile and imagecodecs, ``pip install 'fastunet[pictures]'``, and PNM 
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import math
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,8 +66,7 @@ class Decoded:
     def turned(self, orientation: int) -> Decoded:
         """The picture as a viewer shows one of that orientation; what is shown then has none."""
         opaque = None if self.opaque is None else _turned(self.opaque, orientation)
-        pixels = _turned(self.pixels, orientation)
-        return Decoded(pixels, self.colours, self.palette, opaque, 1, self.lossy, self.what)
+        return replace(self, pixels=_turned(self.pixels, orientation), opaque=opaque, orientation=1)
 
 
 def _turned(pixels: Array, orientation: int) -> Array:
@@ -89,6 +90,8 @@ def decode(path: Path) -> Decoded:
                 return _pnm(path, file)
         if start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             return _tiff(path)
+        if start[:3] == b"\xff\xd8\xff" and (frame := _jpeg_frame(path)) is not None and frame[0] != 8:
+            return _wide_jpeg(path, *frame)
         return _by_pillow(path)
 
 
@@ -106,8 +109,28 @@ def _explained(path: Path) -> Iterator[None]:
         raise DataError(f"{path} needs more memory than there is: cut it into smaller pictures") from error
     except Exception as error:  # decoders of damaged files raise whatever they stumble on
         system = isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError)
-        reason = (error.strerror if system else None) or "damaged, or not a picture"  # type: ignore[attr-defined]
+        reason = (error.strerror if system else None) or _other_content(path)  # type: ignore[attr-defined]
         raise DataError(f"cannot read {path} ({reason}): replace it, or take it and its partner away") from error
+
+
+_OTHERS = {  # what files of the wrong name often are
+    b"version https://git-lfs": "a pointer of Git LFS, whose picture was not fetched",
+    b"<!DOCTYPE": "a web page, not a picture", b"<html": "a web page, not a picture",
+    b"\0\0\0\x0cjP  ": "JPEG 2000, which is not read here", b"8BPS": "Photoshop's, which is not read here",
+    b"%PDF": "PDF, not a picture", b"\x89HDF": "HDF5, not a picture",
+}  # fmt: skip
+
+
+def _other_content(path: Path) -> str:
+    """What is in a file that is no picture which can be read."""
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(32)
+        if not start:
+            return "empty"
+        if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"mif1", b"avif"):
+            return "HEIC or AVIF, which is not read here"
+        return next((what for magic, what in _OTHERS.items() if start.startswith(magic)), "damaged, or not a picture")
+    return "damaged, or not a picture"
 
 
 def _too_large(path: Path, pixels: str) -> DataError:
@@ -160,7 +183,9 @@ def _by_pillow(path: Path, page: int = 0, compression: int = 1) -> Decoded:
         pixels, colours, palette, opaque = _pixels(file)
         bits = bits if kind == "PNG" else 8 * pixels.dtype.itemsize if file.mode != "1" else 1
     orientation = orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
-    return Decoded(pixels, colours, palette, opaque, orientation, lossy, f"{bits}-bit {kind}")
+    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+    what = f"{bits}-bit {'JPEG' if kind == 'MPO' else kind}"
+    return Decoded(pixels, colours, palette, opaque, orientation, lossy, what)
 
 
 def _pixels(picture: Image.Image) -> tuple[Array, str, Array | None, Array | None]:
@@ -235,6 +260,40 @@ def _wide_png(path: Path, file: Image.Image) -> Decoded:
     )
 
 
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Without a package's log, which says of damaged files what an error says too."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _jpeg_frame(path: Path) -> tuple[int, int, int] | None:
+    """(bits of a channel, width, height) of a JPEG; None if no header is found."""
+    with open(path, "rb") as file:
+        file.seek(2)
+        for _ in range(1024):
+            mark, kind, *size = file.read(4).ljust(4, b"\0")
+            if mark != 0xFF:
+                return None
+            if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+                bits, *sides = file.read(5).ljust(5, b"\0")
+                return bits, sides[2] << 8 | sides[3], sides[0] << 8 | sides[1]
+            file.seek((size[0] << 8 | size[1]) - 2, 1)
+    return None
+
+
+def _wide_jpeg(path: Path, bits: int, width: int, height: int) -> Decoded:
+    """A JPEG of 12 bits, as scanners of radiology make them."""
+    codecs = _needed("imagecodecs", path, f"{bits} bits a channel, which Pillow does not read")
+    _check_limits(path, width, height, 3, 2)
+    pixels = codecs.jpeg_decode(path.read_bytes())
+    return Decoded(pixels, "grey" if pixels.ndim == 2 else "rgb", None, None, 1, True, f"{bits}-bit JPEG")
+
+
 def _needed(package: str, path: Path, why: str) -> Any:
     try:
         return __import__(package)
@@ -247,6 +306,9 @@ def _needed(package: str, path: Path, why: str) -> Any:
 # ---- TIFF --------------------------------------------------------------------------------------------------------
 
 _LOSSY_TIFF = (6, 7, 33003, 33005, 34712, 34892, 34933, 34934, 50001)  # of JPEG, JPEG 2000, PNG's neighbours, WebP
+
+
+_KNOWN_TIFF = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34925, 50000)  # to Pillow: the rest is not in every build of it
 
 
 def _directories(path: Path) -> list[ImageFileDirectory_v2]:
@@ -285,14 +347,27 @@ def _tiff(path: Path) -> Decoded:
     (width, *_), (height, *_), (channels, *_), bits, kinds = (_tag(tags, tag, 1) for tag in (256, 257, 277, 258, 339))
     compression, photometric, turned = (_tag(tags, tag, 1)[0] for tag in (259, 262, 274))
     _check_limits(path, width, height, channels, -(-max(bits) // 8))
-    if _pillow_keeps(channels, bits, kinds, photometric, _tag(tags, 338, ())):
-        return _by_pillow(path, page, compression)
+    whole = _pillow_keeps(channels, bits, kinds, photometric, _tag(tags, 338, ()))
+    inverted = photometric == 0  # 0 is white: Pillow sees to that up to 8 bits
+    if whole and compression in _KNOWN_TIFF:
+        try:
+            decoded = _by_pillow(path, page, compression)
+        except UnidentifiedImageError:  # damaged; or one of the few combinations that it does not know
+            if importlib.util.find_spec("tifffile") is None:
+                raise
+        else:
+            wide = decoded.pixels.dtype == np.uint16
+            return replace(decoded, pixels=~decoded.pixels) if inverted and wide else decoded
     named = {1: "uint", 2: "int", 3: "float"}.get(kinds[0], "complex ")
-    tifffile = _needed("tifffile", path, f"{channels} channel{'s' * (channels != 1)} of {named}{max(bits)}")
-    with tifffile.TiffFile(path) as file:
+    why = f"{channels} channel{'s' * (channels != 1)} of {named}{max(bits)}"
+    tifffile = _needed("tifffile", path, f"compression {compression}, which Pillow may not know" if whole else why)
+    with _silent("tifffile"), tifffile.TiffFile(path) as file:
         series = file.pages[page]
         pixels = series.asarray()
         axes, extra = series.axes, tuple(map(int, series.extrasamples))
+    if not axes:
+        raise ValueError("no pixels")
+    pixels = ~pixels if inverted and pixels.dtype.kind == "u" else pixels
     if pixels.dtype.kind not in "buif" or set(axes) - set("YXS") or "Y" not in axes or "X" not in axes:
         raise DataError(f"{path} holds {pixels.dtype} numbers along the axes {axes}: save it as one flat picture")
     if axes.startswith("S"):

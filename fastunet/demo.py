@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
     """Train, score, draw; everything the user can get wrong is checked before the first step."""
     if (args.images is None) != (args.masks is None):
         raise UserError("--images and --masks belong together: give both, or neither for the generated set")
-    pictures.check_writable(args.output, [folder for folder in (args.images, args.masks) if folder is not None])
+    given = [folder for folder in (args.images, args.masks) if folder is not None]
+    pictures.check_writable(args.output, given if all(map(Path.is_dir, given)) else [])
     device = chosen_device(args.device)
     if args.images is None:
         data, found = generated(), None

@@ -32,6 +32,7 @@ from fastunet.blocks import (
     Up,
     ascend,
     checkpointed,
+    chosen_upsampling,
     conv_bn_relu,
     descend,
     enlarge,
@@ -376,14 +377,20 @@ class UNet(_LogitNetwork):
         bilinear: upsample by bilinear interpolation (align_corners=True) instead of 2×2 transposed convolution.
         base_c: channels of the first block; 64 in the paper.
         conv_bias: biases in the 3×3 convolutions, as in upstream checkpoints before version 3.
+        norm: behind each 3×3 convolution: "batch"; "instance", with scales and shifts; "group", of eight groups or as
+            many as divide the channels; or None, with which the convolutions have biases.
+        negative_slope: below zero, of the act behind it: 0 is ReLU's, 0.01 that of a leaky one.
+        upsample: "transposed", "bilinear" (as ``bilinear``) or "nearest", whose blocks have the channels of "bilinear";
+            None: as ``bilinear`` says.
         backend: "auto", "torch" or "triton"; see :func:`fastunet.backend.resolve_backend`.
         policy: "speed", or "memory": keep nothing normalised for the backward.
 
     Shape: (N, n_channels, H, W) with H, W ≥ 16 → logits (N, n_classes, H, W).
 
     Raises:
-        ValueError: wrong rank, channels or size of the input; batch statistics of one value (a single 16×16 picture in
-            training), as PyTorch.
+        ValueError: wrong rank, channels or size of the input; statistics of one value (a single 16×16 picture in
+            training, or one of 16×16 pixels with "instance"), as PyTorch; no such norm or upsampling, or one that
+            contradicts ``bilinear``.
         TypeError: an integer input, or weights of another dtype outside autocast.
 
     Source: Ronneberger, Fischer, Brox, "U-Net: Convolutional Networks for Biomedical Image Segmentation", 2015, with
@@ -398,22 +405,27 @@ class UNet(_LogitNetwork):
         base_c: int = 64,
         *,
         conv_bias: bool = False,
+        norm: str | None = "batch",
+        negative_slope: float = 0.0,
+        upsample: str | None = None,
         backend: str = "auto",
         policy: str = "speed",
     ):
         super().__init__(backend, policy, n_channels=n_channels, n_classes=n_classes, base_c=base_c)
         check_flags(bilinear=bilinear, conv_bias=conv_bias)
-        self.bilinear = bilinear
-        factor = 2 if bilinear else 1
-        self.inc = DoubleConv(n_channels, base_c, bias=conv_bias)
-        self.down1 = Down(base_c, base_c * 2, bias=conv_bias)
-        self.down2 = Down(base_c * 2, base_c * 4, bias=conv_bias)
-        self.down3 = Down(base_c * 4, base_c * 8, bias=conv_bias)
-        self.down4 = Down(base_c * 8, base_c * 16 // factor, bias=conv_bias)
-        self.up1 = Up(base_c * 16, base_c * 8 // factor, bilinear, bias=conv_bias)
-        self.up2 = Up(base_c * 8, base_c * 4 // factor, bilinear, bias=conv_bias)
-        self.up3 = Up(base_c * 4, base_c * 2 // factor, bilinear, bias=conv_bias)
-        self.up4 = Up(base_c * 2, base_c, bilinear, bias=conv_bias)
+        upsample = chosen_upsampling(upsample, bilinear)
+        settings: dict[str, Any] = {"bias": conv_bias, "norm": norm, "negative_slope": negative_slope}
+        self.bilinear = upsample == "bilinear"
+        factor = 1 if upsample == "transposed" else 2
+        self.inc = DoubleConv(n_channels, base_c, **settings)
+        self.down1 = Down(base_c, base_c * 2, **settings)
+        self.down2 = Down(base_c * 2, base_c * 4, **settings)
+        self.down3 = Down(base_c * 4, base_c * 8, **settings)
+        self.down4 = Down(base_c * 8, base_c * 16 // factor, **settings)
+        self.up1 = Up(base_c * 16, base_c * 8 // factor, upsample=upsample, **settings)
+        self.up2 = Up(base_c * 8, base_c * 4 // factor, upsample=upsample, **settings)
+        self.up3 = Up(base_c * 4, base_c * 2 // factor, upsample=upsample, **settings)
+        self.up4 = Up(base_c * 2, base_c, upsample=upsample, **settings)
         self.outc = OutConv(base_c, n_classes)
         self._configure()
 

@@ -92,6 +92,59 @@ affine_act = register(
 )
 
 
+# ---- affine_prelu ------------------------------------------------------------------------------------------------
+
+
+def _check_affine_prelu(x: Tensor, affine: Tensor | None, slopes: Tensor) -> None:
+    _check_source(x, affine, x)
+    channels = x.shape[1]
+    if slopes.dim() != 1 or slopes.shape[0] not in (1, channels):
+        raise ValueError(
+            f"expected slopes of shape ({channels},) or (1,) for a source of {channels} channels, got {_shape(slopes)}"
+        )
+    if slopes.dtype not in _NO_WIDER[stats_dtype(x.dtype)]:
+        raise TypeError(f"expected slopes of {stats_dtype(x.dtype)} or narrower, got {slopes.dtype}; convert them")
+
+
+affine_prelu_backward = register_backward(
+    "affine_prelu_backward(Tensor dz, Tensor x, Tensor? affine, Tensor slopes, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    "x affine, slopes",
+)
+affine_prelu = register(
+    "affine_prelu(Tensor x, Tensor? affine, Tensor slopes, str backend) -> Tensor",
+    lambda x: activation(x, x.shape),
+    _check_affine_prelu,
+    affine_prelu_backward,
+    {"z": True},
+)
+
+
+# ---- add_act -----------------------------------------------------------------------------------------------------
+
+
+def _check_add_act(x: Tensor, affine: Tensor | None, skip: Tensor, skip_affine: Tensor | None) -> None:
+    _check_source(x, affine, x)
+    _check_source(skip, skip_affine, x)
+    if skip.shape != x.shape:
+        raise ValueError(f"expected a skip of the source's shape {_shape(x)}, got {_shape(skip)}; change one of them")
+
+
+add_act_backward = register_backward(
+    "add_act_backward(Tensor dz, Tensor x, Tensor? affine, float slope, Tensor skip, Tensor? skip_affine,"
+    " float skip_slope, float sum_slope, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "x affine, skip skip_affine",
+)
+add_act = register(
+    "add_act(Tensor x, Tensor? affine, float slope, Tensor skip, Tensor? skip_affine, float skip_slope,"
+    " float sum_slope, str backend) -> Tensor",
+    lambda x: activation(x, x.shape),
+    _check_add_act,
+    add_act_backward,
+    {"z": True},
+)
+
+
 # ---- bn_affine ---------------------------------------------------------------------------------------------------
 
 
@@ -415,6 +468,48 @@ class _PoolFork(torch.autograd.Function):
 # A pooled activation is also a skip connection: pool_fork returns (pooled, x), and its backward adds the two gradients
 # in the pass that scatters the first. x comes back as a view, which only a composite operator may return.
 pool_fork = register_composite("pool_fork(Tensor(a) x, Tensor? affine, str backend) -> (Tensor, Tensor(a))", _PoolFork)
+
+
+# ---- avg_pool2x2, pad_replicate ----------------------------------------------------------------------------------
+
+
+avg_pool2x2_backward = register_backward(
+    "avg_pool2x2_backward(Tensor dy, Tensor x, Tensor? affine, float slope, str backend) -> (Tensor, Tensor)",
+    "x affine",
+)
+avg_pool2x2 = register(
+    "avg_pool2x2(Tensor x, Tensor? affine, float slope, str backend) -> Tensor",
+    _max_pool_fake,
+    lambda x, affine: _check_source(x, affine, x),
+    avg_pool2x2_backward,
+    {"y": True},
+)
+
+
+def _pad_replicate_fake(x: Tensor, rows: int, columns: int) -> Tensor:
+    batch, channels, height, width = x.shape
+    return activation(x, (batch, channels, height + rows, width + columns))
+
+
+def _check_pad_replicate(x: Tensor, affine: Tensor | None, rows: int, columns: int) -> None:
+    _check_source(x, affine, x)
+    if rows not in (0, 1) or columns not in (0, 1):
+        raise ValueError(f"expected 0 or 1 row and column to repeat, got {rows} and {columns}")
+    if 0 in x.shape[2:]:
+        raise ValueError(f"expected a source with pixels to repeat, got shape {_shape(x)}")
+
+
+pad_replicate_backward = register_backward(
+    "pad_replicate_backward(Tensor dy, Tensor x, Tensor? affine, float slope, str backend) -> (Tensor, Tensor)",
+    "x affine",
+)
+pad_replicate = register(
+    "pad_replicate(Tensor x, Tensor? affine, float slope, SymInt rows, SymInt columns, str backend) -> Tensor",
+    _pad_replicate_fake,
+    _check_pad_replicate,
+    pad_replicate_backward,
+    {"y": True},
+)
 
 
 # ---- upsample_concat ---------------------------------------------------------------------------------------------

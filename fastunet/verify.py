@@ -250,6 +250,43 @@ def _upsample_case(x: tuple[int, ...], skip: tuple[int, ...], align_corners: boo
     )
 
 
+def _add_case(x: tuple[int, ...], plain_skip: bool) -> Case:
+    def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
+        return function(*_source(inputs), 1.0, inputs["skip"], inputs.get("affine1"), 0.1, 0.0, *rest)
+
+    inputs = {"x": x, "affine": (3, x[1]), "skip": x, **({} if plain_skip else {"affine1": (3, x[1])})}
+    return Case(
+        "add_act",
+        f"{_by(x)}, {'plain' if plain_skip else 'normalised'} skip",
+        inputs,
+        lambda t, backend: call(ops.add_act, t, backend),
+        lambda t: call(plain.add_act, t),
+    )
+
+
+def _one_case(op: str, x: tuple[int, ...], *settings: Any) -> Case:
+    """An operator of one source and ``settings``."""
+
+    def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
+        return function(*_source(inputs), 0.1, *settings, *rest)
+
+    function, truth = getattr(ops, op), getattr(plain, op)
+    return Case(
+        op, _by(x), {"x": x, "affine": (3, x[1])}, lambda t, backend: call(function, t, backend),
+        lambda t: call(truth, t),
+    )  # fmt: skip
+
+
+def _prelu_case(x: tuple[int, ...], slopes: int) -> Case:
+    return Case(
+        "affine_prelu",
+        f"{_by(x)}, {slopes} slopes",
+        {"x": x, "affine": (3, x[1]), "slopes": (slopes,)},
+        lambda t, backend: ops.affine_prelu(*_source(t), t["slopes"], backend),
+        lambda t: plain.affine_prelu(*_source(t), t["slopes"]),  # type: ignore[arg-type]
+    )
+
+
 def _bn_case(channels: int) -> Case:
     def call(function: Callable[..., Any], inputs: Tensors, *rest: Any) -> Any:
         var = inputs["var"]
@@ -399,6 +436,12 @@ CASES = [
     _upsample_case((2, 3, 4, 5), (2, 6, 9, 11), align_corners=True),
     _upsample_case((1, 20, 5, 3), (1, 4, 9, 6), align_corners=False, quick=False),
     _upsample_case((2, 8, 5, 3), (2, 4, 11, 6), align_corners=None),
+    _add_case((2, 5, 7, 9), plain_skip=True),
+    _add_case((1, 20, 5, 6), plain_skip=False),
+    _one_case("avg_pool2x2", (2, 5, 7, 9)),
+    _one_case("pad_replicate", (2, 5, 7, 9), 1, 1),
+    _prelu_case((2, 5, 7, 9), 5),
+    _prelu_case((2, 5, 7, 9), 1),
     _bn_case(37),
     _running_case(37),
     _group_case(2, 12, 3),
@@ -490,6 +533,19 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module], di
         reference.UNet,
         {"n_channels": 3, "n_classes": 4, "base_c": 4, "bilinear": True},
         (2, 3, 16, 19),
+    ),
+    "UNet instance": (
+        models.UNet,
+        reference.UNet,
+        {
+            "n_channels": 3,
+            "n_classes": 4,
+            "base_c": 4,
+            "norm": "instance",
+            "negative_slope": 0.01,
+            "upsample": "nearest",
+        },
+        (2, 3, 32, 19),
     ),
     "StridedUNet": (models.StridedUNet, reference.StridedUNet, {"base_c": 4}, (2, 3, 16, 32)),
     "PlainUNet": (

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastunet.layout import stats_dtype
 
-from .common import act, block, cdiv, dense, load_affine, nhwc, normalise, sum_slabs
+from .common import act, block, by_sample, cdiv, dense, load_affine, nhwc, normalise, sum_slabs
 from .launching import accumulator, launch
 
 _ACCESSES = 2  # 16-byte accesses per thread, tensor and step: bytes enough in flight without crowding the registers
@@ -28,15 +28,23 @@ _BN_BLOCK = 128
 
 
 @triton.jit
+def before_act(g, z, SLOPE: tl.constexpr):
+    """The gradient of z, before act, from that of act(z)."""
+    if SLOPE is None:
+        before = g
+    elif SLOPE == 0:
+        before = tl.where(z <= 0, 0.0, g)
+    else:
+        before = tl.where(z > 0, g, g * SLOPE)
+    return before
+
+
+@triton.jit
 def source_backward(dz, x, affine, SLOPE: tl.constexpr, ACC: tl.constexpr):
     """(dx, g·(x − centre), g) of a tile (pixels, channels), where g is the gradient before act; all in ACC."""
     g = dz.to(ACC)
     if SLOPE is not None:
-        z = normalise(x, affine, None, ACC)
-        if SLOPE == 0:
-            g = tl.where(z <= 0, 0.0, g)
-        else:
-            g = tl.where(z > 0, g, g * SLOPE)
+        g = before_act(g, normalise(x, affine, None, ACC), SLOPE)
     dx = g
     gx = g  # which nobody reads without an affine
     if len(affine) > 0:
@@ -166,10 +174,25 @@ def flat_tile(channels: int, element_size: int, accesses: int) -> tuple[int, int
     return min(128, accesses * 128 * 16 // element_size // block_c), block_c
 
 
-def affine_slabs(x: Tensor, affine: Tensor | None, slabs: int) -> Tensor | None:
-    """Where so many programs, of each sample if samples differ, leave their shares of the gradient of x's affine, if it
-    has one."""
-    return None if affine is None else x.new_empty((slabs, *affine.shape), dtype=stats_dtype(x.dtype))
+def tile_of(x: Tensor, accesses: int) -> tuple[int, int]:
+    """:func:`flat_tile` of x; half the pixels where accesses are of single elements, each with its own address."""
+    block_p, block_c = flat_tile(x.shape[1], x.element_size(), accesses)
+    return block_p if x.shape[1] % 16 == 0 else block_p // 2, block_c
+
+
+def pictures(x: Tensor, *affines: Tensor | None) -> tuple[int, int]:
+    """How many samples x is read as, all as one unless some of its ``affines`` differ by sample; and pixels of each."""
+    samples = x.shape[0] if any(map(by_sample, affines)) else 1
+    return samples, x.numel() // max(x.shape[1] * samples, 1)
+
+
+def affine_slabs(x: Tensor, affine: Tensor | None, programs: int) -> Tensor | None:
+    """Where so many ``programs`` leave their shares of the gradient of x's affine, if it has one; where samples differ,
+    as many for each."""
+    if affine is None:
+        return None
+    slabs = programs if affine.dim() == 2 else programs // max(affine.shape[0], 1)
+    return x.new_empty((slabs, *affine.shape), dtype=stats_dtype(x.dtype))
 
 
 def affine_gradient(x: Tensor, partial: Tensor | None) -> Tensor:
@@ -191,24 +214,17 @@ def affine_act(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
     return z
 
 
-def _pixels(x: Tensor, affine: Tensor | None) -> tuple[int, int]:
-    """How many samples have an affine of their own, all as one if none has, and the pixels of each."""
-    samples = x.shape[0] if affine is not None and affine.dim() == 3 else 1
-    return samples, x.numel() // max(x.shape[1] * samples, 1)
-
-
 def store_value(z: Tensor, stride: int, x: Tensor, affine: Tensor | None, slope: float) -> None:
     """Fill ``z``, an NHWC tensor or some channels of one, whose pixels lie ``stride`` elements apart, with a source's
     value."""
     channels = x.shape[1]
-    samples, pixels = _pixels(x, affine)
+    samples, pixels = pictures(x, affine)
     if pixels * samples:
         block_p, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
         launch(
             _affine_act_fwd_kernel, (cdiv(pixels, block_p), cdiv(channels, block_c), samples),
             nhwc(x), dense(affine), z, pixels, channels, stride,
-            SAMPLES=affine is not None and affine.dim() == 3,
-            SLOPE=act(slope), ACC=accumulator(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
+            SAMPLES=by_sample(affine), SLOPE=act(slope), ACC=accumulator(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
         )  # fmt: skip
 
 
@@ -227,16 +243,16 @@ def source_gradient(
     x = nhwc(x)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     channels = x.shape[1]
-    samples, pixels = _pixels(x, affine)
+    samples, pixels = pictures(x, affine)
     block_p, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
     slabs = cdiv(pixels, block_p * _ROUNDS)
-    partial = affine_slabs(x, affine, slabs)
+    partial = affine_slabs(x, affine, slabs * samples)
     if x.numel() > 0:
         launch(
             _affine_act_bwd_kernel, (slabs, cdiv(channels, block_c), samples),
             dz, x, dense(affine), dx, z, partial, pixels, channels, stride,
-            SAMPLES=affine is not None and affine.dim() == 3,
-            SLOPE=act(slope), ACC=accumulator(x.dtype), ROUNDS=_ROUNDS, BLOCK_P=block_p, BLOCK_C=block_c,
+            SAMPLES=by_sample(affine), SLOPE=act(slope), ACC=accumulator(x.dtype), ROUNDS=_ROUNDS,
+            BLOCK_P=block_p, BLOCK_C=block_c,
         )  # fmt: skip
     return dx, affine_gradient(x, partial)
 

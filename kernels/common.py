@@ -54,6 +54,11 @@ def block(size: int, most: int, least: int = 16) -> int:
     return max(least, min(most, power_of_2(size)))
 
 
+def by_sample(affine: Tensor | None) -> bool:
+    """Whether each sample has an affine of its own, (N, 3, C)."""
+    return affine is not None and affine.dim() == 3
+
+
 class Source:
     """One operand: memory, affine (dense, or None), activation, and where it lies in the frame of the outputs."""
 
@@ -61,6 +66,7 @@ class Source:
         self.x, self.affine, self.slope, self.top, self.left = nhwc(x), dense(affine), slope, top, left
         self.act = act(slope)
         self.plain = affine is None and slope == 1  # the value is x itself
+        self.samples = by_sample(affine)
         self.channels, self.height, self.width = x.shape[1:]
         self.extent = self.height, self.width, top, left  # in the frame
 
@@ -93,6 +99,32 @@ def load_affine(affine_ptr, c, C):
         centre = tl.load(affine_ptr + 2 * C + c, mask=c < C, other=0.0)
         affine = Affine(scale, shift, centre)
     return affine
+
+
+@triton.jit
+def affine_of(affine_ptr, n, C, SAMPLES: tl.constexpr):
+    """Where the affine of sample ``n`` lies, among those of all SAMPLES (N, 3, C); else the only one."""
+    if SAMPLES:
+        affine_ptr += n.to(tl.int64) * (3 * C)
+    return affine_ptr
+
+
+class Slab(NamedTuple):
+    """Where a tile leaves its sums: in which row those over its pixels, and in which the number of these."""
+
+    row: Any
+    count: Any
+
+
+@triton.jit
+def slab_of(number, n, N, tiles, SAMPLES: tl.constexpr):
+    """The :class:`Slab` of tile ``number``, one of the so many ``tiles`` of sample ``n``. If sums are of SAMPLES, those
+    of one tile of each lie side by side: what adds up tiles then adds up each sample's."""
+    if SAMPLES:
+        slab = Slab((number % tiles).to(tl.int64) * N + n, number % tiles)
+    else:
+        slab = Slab(number, number)
+    return slab
 
 
 def act(slope: float) -> float | None:

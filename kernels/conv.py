@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastunet.layout import stats_dtype
+from fastunet.layout import NOTHING, no_stats
 
 from . import conv_aten
 from .affine import affine_act
@@ -35,7 +35,7 @@ from .conv_few import serves as few
 from .conv_image import conv_image, serves
 from .conv_up import conv_up
 from .pool import max_pool2x2
-from .samples import by_sample
+from .samples import stored
 from .table import algorithm, algorithm_forced, arithmetic
 
 # By kind and algorithm; for a kind without an entry an algorithm is not offered.
@@ -72,14 +72,7 @@ def computing(
 ) -> tuple[Callable[..., Any], Sequence[Source]]:
     """The function for ``kind`` by the algorithm :func:`chosen`, and the sources as it takes them."""
     name = chosen(kind, sources, filters, width, mixed)
-    return FUNCTIONS[kind, name], list(map(_stored, sources)) if name == "stored" else sources
-
-
-def _stored(source: Source) -> Source:
-    """The source, normalised: itself if it is plain."""
-    if source.plain:
-        return source
-    return Source(affine_act(source.x, source.affine, source.slope), None, 1.0, source.top, source.left)
+    return FUNCTIONS[kind, name], list(map(stored, sources)) if name == "stored" else sources
 
 
 def joined(sources: Sequence[Source], size: Sequence[int]) -> Source:
@@ -89,7 +82,6 @@ def joined(sources: Sequence[Source], size: Sequence[int]) -> Source:
     return Source(conv_aten.values(sources, size), None, 1.0)
 
 
-@by_sample
 def conv2d(
     x0: Tensor,
     affine0: Tensor | None,
@@ -102,7 +94,7 @@ def conv2d(
     stride: int,
     size: Sequence[int],
     offset: Sequence[int],
-    stats: bool,
+    stats: int,
     save: bool,
     pool: bool,
     pool_scale: Tensor | None,
@@ -124,7 +116,7 @@ def conv2d(
             y, mean, var = compute(sources, size, weight, bias, stats)
     elif few(weight) and not stats:
         y = conv_few(joined(sources, size), weight, bias)
-        mean, var = (x0.new_empty(0, dtype=stats_dtype(x0.dtype)) for _ in range(2))
+        mean, var = no_stats(x0), no_stats(x0)
     else:
         y, mean, var = conv_down(joined(sources, size), weight, bias, stats, stride)
     if pooled is None:
@@ -132,7 +124,6 @@ def conv2d(
     return y, mean, var, x0.new_empty(0), pooled
 
 
-@by_sample
 def conv2d_act(
     x0: Tensor,
     affine0: Tensor | None,
@@ -156,20 +147,20 @@ def conv2d_act(
     pooled: Tensor | None = None
     head = None if head_weight is None else (head_weight, head_bias)
     if len(sources) == 1 and serves(sources[0], size, weight):
-        z, _, _ = conv_image(sources[0], weight, bias, False, affine, slope)
+        z, _, _ = conv_image(sources[0], weight, bias, NOTHING, affine, slope)
     else:
         compute, sources = computing("conv3x3_act", sources, weight.shape[0], size[1], mixed)
         if compute is conv3x3:
-            z, _, _, pooled = conv3x3(sources, size, weight, bias, False, pool, None, affine, slope, head)
+            z, _, _, pooled = conv3x3(sources, size, weight, bias, NOTHING, pool, None, affine, slope, head)
             head = None
         else:
-            y, _, _ = compute(sources, size, weight, bias, False)
+            y, _, _ = compute(sources, size, weight, bias, NOTHING)
             z = affine_act(y, affine, slope)
     if pooled is None:
         pooled = max_pool2x2(z, None) if pool else x0.new_empty(0)
     if head is not None:
         source = Source(z, None, 1.0)
-        z = conv_few(source, *head) if few(head[0]) else conv_down(source, *head, False, 1)[0]
+        z = conv_few(source, *head) if few(head[0]) else conv_down(source, *head, NOTHING, 1)[0]
     return z, pooled
 
 
@@ -187,9 +178,8 @@ def placed(
     return [first] if x1 is None else [first, Source(x1, affine1, slope1, offset[2], offset[3])]
 
 
-@by_sample
 def conv_transpose2d(
-    x: Tensor, affine: Tensor | None, slope: float, weight: Tensor, bias: Tensor | None, stats: bool
+    x: Tensor, affine: Tensor | None, slope: float, weight: Tensor, bias: Tensor | None, stats: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastunet.aten.conv_transpose2d`."""
     return conv_up(Source(x, affine, slope), weight, bias, stats)

@@ -24,10 +24,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.layout import stats_dtype
+from fastunet.layout import NOTHING, SAMPLES, stats_dtype
 
 from .affine import affine_act, affine_gradient, affine_slabs, no_gradients, source_backward, store_affine_gradient
-from .common import PROPAGATE_ALL, Source, act, block, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise, replace
+from .common import (
+    PROPAGATE_ALL,
+    Source,
+    act,
+    affine_of,
+    block,
+    cdiv,
+    dense,
+    empty_nhwc,
+    load_affine,
+    nhwc,
+    normalise,
+    replace,
+    slab_of,
+)
 from .conv_aten import split_gradient
 from .conv_down import conv_down
 from .gemm import (
@@ -47,7 +61,8 @@ from .gemm import (
     zeros,
 )
 from .launching import describe, launch, real_word
-from .statistics import Partials, add_shares, of_nothing, store_stats
+from .samples import by_tile, several, through, tile_stats, value
+from .statistics import Partials, add_shares, of_nothing, stats_of, store_stats
 from .tiles import Tile, choose
 
 SIZES = ["N", "H", "W", "top", "left", "H1", "W1", "top1", "left1", "P", "Q", "tiles_h", "tiles_w"]
@@ -65,6 +80,14 @@ class Outputs(NamedTuple):
     count: Any
     pooled: Any
     pool_scale: Any
+
+
+class BySample(NamedTuple):
+    """What is of each sample, not of the batch: the affines of the sources, and the statistics of y."""
+
+    samples: bool
+    samples1: bool
+    samples_y: bool
 
 
 class Head(NamedTuple):
@@ -178,7 +201,7 @@ def _store_pooled(ys, to, frame, at, N, k, K, TILE: tl.constexpr, NUM: tl.conste
 
 
 @triton.jit
-def _store_outputs(accs, bias_ptr, head, to, frame, number, at, N, k, K, TILE: tl.constexpr, NUM: tl.constexpr):
+def _store_outputs(accs, bias_ptr, head, to, frame, slab, at, N, k, K, TILE: tl.constexpr, NUM: tl.constexpr):
     """Store a tile of y, normalised if that is asked, what it is pooled to, and its statistics, from its sums. Under a
     head its outputs, of all channels of y, are stored in y's stead."""
     pixel = tl.arange(0, TILE.images * TILE.columns)
@@ -218,7 +241,7 @@ def _store_outputs(accs, bias_ptr, head, to, frame, number, at, N, k, K, TILE: t
     if to.pooled is not None:
         _store_pooled(accs, to, frame, at, N, k, K, TILE, NUM)
     if to.mean is not None:
-        store_stats(accs, rows, number, filters, K, to.mean, to.m2, to.count, TILE.rows, TILE.outputs, NUM.acc)
+        store_stats(accs, rows, slab, filters, K, to.mean, to.m2, to.count, TILE.rows, TILE.outputs, NUM.acc)
 
 
 @triton.jit
@@ -242,20 +265,23 @@ def _conv3x3_fwd_kernel(
     x, affine_ptr, x1, affine1_ptr, real_ptr, w, bias_ptr, affine_y_ptr, head_ptr, head_bias_ptr,
     y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles_h, tiles_w, classes,
-    SLOPE: tl.constexpr, SLOPE1: tl.constexpr, SLOPE_Y: tl.constexpr, HEAD: tl.constexpr, SHARED: tl.constexpr,
+    SLOPE: tl.constexpr, SLOPE1: tl.constexpr, SLOPE_Y: tl.constexpr, BY: tl.constexpr, HEAD: tl.constexpr,
     TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
+    SHARED: tl.constexpr = TILE.shares > 1
     blocks = tl.cdiv(K, TILE.outputs)
     number = tl.program_id(0) // blocks
     k = tl.program_id(0) % blocks * TILE.outputs
     at = first_pixel(number, tiles_h, tiles_w, TILE)
     frame = Frame(P, Q, top, left)
+    affine_ptr = affine_of(affine_ptr, at.n, C, BY.samples)
     accs = zeros(TILE.images * TILE.columns, TILE.outputs, TILE.rows, NUM)
     accs = _add_source(
         accs, Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr), frame, Filters(w, 0, C + C1, k, K, 9, True), at,
         False, SHARED, TILE, NUM,
     )  # fmt: skip
     if x1 is not None:
+        affine1_ptr = affine_of(affine1_ptr, at.n, C1, BY.samples1)
         accs = _add_source(
             accs, Image(x1, N, H1, W1, C1, affine1_ptr, SLOPE1, real_ptr), Frame(P, Q, top1, left1),
             Filters(w, C, C + C1, k, K, 9, True), at, False, SHARED, TILE, NUM,
@@ -268,7 +294,7 @@ def _conv3x3_fwd_kernel(
         _store_outputs(
             accs, bias_ptr, Head(head_ptr, head_bias_ptr, classes, HEAD),
             Outputs(y, affine_y_ptr, SLOPE_Y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr),
-            frame, number, at, N, k, K, TILE, NUM,
+            frame, slab_of(number, at.n, N, tiles_h * tiles_w, BY.samples_y), at, N, k, K, TILE, NUM,
         )  # fmt: skip
 
 
@@ -276,10 +302,12 @@ def _conv3x3_fwd_kernel(
 def _conv3x3_dgrad_kernel(
     dy, w, x, affine_ptr, dx, partial_ptr, x1, affine1_ptr, dx1, partial1_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, C_FIRST, C_TOTAL, K, tiles_h, tiles_w,
-    SLOPE: tl.constexpr, SLOPE1: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
+    SLOPE: tl.constexpr, SLOPE1: tl.constexpr, SAMPLES: tl.constexpr, SAMPLES1: tl.constexpr,
+    TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """dx and daffine of one or two sources from dY (N,P,Q,K); tiles cover the frame, the first source's channels are
     the weights' from C_FIRST on. If they are SHARED, dx gets the programs' sums, for all sources together."""
+    SHARED: tl.constexpr = TILE.shares > 1
     blocks0 = tl.cdiv(C, TILE.outputs)
     blocks = blocks0
     if x1 is not None:
@@ -307,33 +335,35 @@ def _conv3x3_dgrad_kernel(
         _store_share(accs, dx, frame, at, N, channel - C_FIRST, stop - C_FIRST, total, TILE)
     elif x1 is not None and block >= blocks0:
         _source_gradient(
-            accs, Image(x1, N, H1, W1, C1, affine1_ptr, SLOPE1, None), dx1, partial1_ptr, number,
+            accs, Image(x1, N, H1, W1, C1, affine_of(affine1_ptr, at.n, C1, SAMPLES1), SLOPE1, None),
+            dx1, partial1_ptr, slab_of(number, at.n, N, tiles_h * tiles_w, SAMPLES1).row,
             Frame(P, Q, top1, left1), at, (block - blocks0) * TILE.outputs, TILE, NUM,
         )  # fmt: skip
     else:
         _source_gradient(
-            accs, Image(x, N, H, W, C, affine_ptr, SLOPE, None), dx, partial_ptr, number,
+            accs, Image(x, N, H, W, C, affine_of(affine_ptr, at.n, C, SAMPLES), SLOPE, None),
+            dx, partial_ptr, slab_of(number, at.n, N, tiles_h * tiles_w, SAMPLES).row,
             Frame(P, Q, top, left), at, block * TILE.outputs, TILE, NUM,
         )  # fmt: skip
 
 
 @triton.jit
 def _source_gradient(
-    accs, source, dx, partial_ptr, number, frame, at, c, TILE: tl.constexpr, NUM: tl.constexpr
+    accs, source, dx, partial_ptr, slab, frame, at, c, TILE: tl.constexpr, NUM: tl.constexpr
 ):  # fmt: skip
-    """Store dx of a source, and its share of daffine from tile ``number``."""
+    """Store dx of a source, and the tile's share of daffine in its slab."""
     if TILE.outputs >= 64:  # by halves, or the registers do not suffice
         half: tl.constexpr = TILE.outputs // 2
         low, high = halves(accs, TILE.rows, TILE.images * TILE.columns, TILE.outputs)
-        _narrow_gradient(low, source, dx, partial_ptr, number, frame, at, c, half, TILE, NUM)
-        _narrow_gradient(high, source, dx, partial_ptr, number, frame, at, c + half, half, TILE, NUM)
+        _narrow_gradient(low, source, dx, partial_ptr, slab, frame, at, c, half, TILE, NUM)
+        _narrow_gradient(high, source, dx, partial_ptr, slab, frame, at, c + half, half, TILE, NUM)
     else:
-        _narrow_gradient(accs, source, dx, partial_ptr, number, frame, at, c, TILE.outputs, TILE, NUM)
+        _narrow_gradient(accs, source, dx, partial_ptr, slab, frame, at, c, TILE.outputs, TILE, NUM)
 
 
 @triton.jit
 def _narrow_gradient(
-    accs, source, dx, partial_ptr, number, frame, at, c,
+    accs, source, dx, partial_ptr, slab, frame, at, c,
     CHANNELS: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """The same for few channels."""
@@ -371,7 +401,7 @@ def _narrow_gradient(
             tl.store(dx + index, g.to(NUM.dtype), mask=mask)
     if source.affine is not None:
         affine = load_affine(source.affine, channel, source.C)
-        store_affine_gradient(partial_ptr, number, channel, source.C, affine.scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
+        store_affine_gradient(partial_ptr, slab, channel, source.C, affine.scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------------
@@ -387,21 +417,21 @@ def conv3x3(
     size: Sequence[int],
     weight: Tensor,
     bias: Tensor | None,
-    stats: bool,
+    stats: int,
     pool: bool,
     pool_scale: Tensor | None,
     affine: Tensor | None = None,
     slope: float = 1.0,
     head: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """y (N, K, *size), normalised by ``affine`` and ``slope``; its mean and biased variance (K,) if ``stats``, else
-    empty; y pooled by the signs of ``pool_scale`` if ``pool`` and one program has pairs of rows of it, else None.
+    """y (N, K, *size), normalised by ``affine`` and ``slope``; its mean and biased variance, (K,) or (N, K), empty
+    without ``stats``; y pooled by the signs of ``pool_scale`` if ``pool`` and one program has pairs of rows of it, else
+    None.
 
     With the weight and bias of a 1×1 convolution as ``head``, its result in y's stead: nothing else is stored where one
     program has all channels of y.
     """
-    first, second = sources[0], sources[1] if len(sources) == 2 else None
-    x, batch = first.x, first.x.shape[0]
+    x, batch = sources[0].x, sources[0].x.shape[0]
     filters, channels = weight.shape[:2]
     height, width = size
     head_weight, head_bias = (None, None) if head is None else head
@@ -417,6 +447,8 @@ def conv3x3(
         pointers=filters * x.element_size() % 16 != 0 or any(source.sticks_out(size) for source in sources),
         prologue=not all(source.plain for source in sources),
     )  # fmt: skip
+    sources, merged = by_tile(tile, sources), tile_stats(tile, stats)
+    first, second = sources[0], sources[1] if len(sources) == 2 else None
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     shared = tile.shares > 1
     heads = not shared and 0 < classes <= 256 and filters <= tile.outputs
@@ -427,7 +459,7 @@ def conv3x3(
         stored: Any = x.new_empty((tile.shares, batch, height, width, filters), dtype=dtype)
     else:
         stored = y if heads else operand(y, tile, tile.outputs, tile.tma)
-    partials = Partials(x, tiles, filters, stats and not shared)
+    partials = Partials(x, tiles, filters, NOTHING if shared else merged)
     launch(
         _conv3x3_fwd_kernel, (tiles * cdiv(filters, tile.outputs), tile.shares),
         *side(first, tile, tile.reduction), *side(second, tile, tile.reduction), real_word(x.device),
@@ -438,16 +470,17 @@ def conv3x3(
         batch, *first.extent, *(second or first).extent, height, width,
         first.channels, channels - first.channels, filters, tiles_h, tiles_w, classes,
         SLOPE=first.act, SLOPE1=None if second is None else second.act, SLOPE_Y=None if shared else act(slope),
-        HEAD=block(classes, 256) if heads else 0, SHARED=shared,
+        BY=BySample(first.samples, second is not None and second.samples, not shared and merged == SAMPLES),
+        HEAD=block(classes, 256) if heads else 0,
         **tile.constants(x, hold=not heads or classes <= 16),  # else there are no registers to spare
     )  # fmt: skip
     if shared:
         y, mean, var = add_shares(stored, y, bias, stats)
         y = y if affine is None and slope == 1 else affine_act(y, affine, slope)
     else:
-        mean, var = partials.merged()
+        mean, var = partials.merged() if merged == stats else stats_of(y, stats)
     if head is not None and not heads:
-        y, _, _ = conv_down(Source(y, None, 1.0), *head, False, 1)
+        y, _, _ = conv_down(Source(y, None, 1.0), *head, NOTHING, 1)
     return y, mean, var, pooled
 
 
@@ -467,6 +500,12 @@ def conv3x3_dgrad(
     )  # fmt: skip
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     shared = tile.shares > 1
+    if not shared and several(tile, wanted):
+        pairs = conv3x3_dgrad(dy, weight, list(map(value, sources)), mask)
+        return [
+            through(dz, source) if asked else (dz, daffine)
+            for (dz, daffine), source, asked in zip(pairs, sources, mask, strict=False)
+        ]
     total = sum(source.channels for source in wanted)
     sums = dy.new_empty((tile.shares, batch, height, width, total) if shared else 0, dtype=dtype)
     gradients: list[tuple[Tensor, Tensor | None]] = []
@@ -490,10 +529,11 @@ def conv3x3_dgrad(
             batch, *first.extent, *(second or first).extent, height, width, first.channels, (second or first).channels,
             0 if mask[0] else sources[0].channels, weight.shape[1], filters, tiles_h, tiles_w,
             SLOPE=None if shared else first.act, SLOPE1=None if shared or second is None else second.act,
-            SHARED=shared, **tile.constants(dy),
+            SAMPLES=not shared and first.samples,
+            SAMPLES1=not shared and second is not None and second.samples, **tile.constants(dy),
         )  # fmt: skip
     if shared:
-        g, _, _ = add_shares(sums, empty_nhwc(dy, batch, total, height, width), None, False)
+        g, _, _ = add_shares(sums, empty_nhwc(dy, batch, total, height, width), None, NOTHING)
         return split_gradient(g, sources, mask)
     found = [(dx, affine_gradient(dx, partial)) for dx, partial in gradients]
     return [found.pop(0) if asked else no_gradients(dy) for _, asked in zip(sources, mask, strict=False)]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastunet.layout import stats_dtype
 
-from .common import Source, cdiv, load_affine, replace, sum_slabs
+from .common import Source, affine_of, cdiv, load_affine, replace, sum_slabs
 from .gemm import (
     Frame,
     Image,
@@ -39,6 +39,7 @@ from .gemm import (
     zeros,
 )
 from .launching import launch, real_word
+from .samples import by_tile
 from .tiles import choose, slabs_of
 
 SIZES = ["N", "H", "W", "top", "left", "H1", "W1", "top1", "left1", "P", "Q", "tiles", "tiles_h", "tiles_w",
@@ -47,14 +48,19 @@ SIZES = ["N", "H", "W", "top", "left", "H1", "W1", "top1", "left1", "P", "Q", "t
 
 @triton.jit
 def _accumulate(
-    accs, walk, source, frame, dy, s, c, k, MASKED: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr
+    accs, walk, source, frame, dy, s, c, k,
+    SAMPLES: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """Add some tiles of a source in dY's frame."""
     inside = window(source, frame)
-    affine = load_affine(source.affine, c + tl.arange(0, TILE.reduction), source.C)
+    channel = c + tl.arange(0, TILE.reduction)
+    common = load_affine(source.affine, channel, source.C)
     everything = Window(0, frame.P, 0, frame.Q)
     for number in tl.range(walk.start, walk.stop):
         at = first_pixel(number, walk.tiles_h, walk.tiles_w, TILE)
+        affine = common
+        if SAMPLES:
+            affine = load_affine(affine_of(source.affine, at.n, source.C, SAMPLES), channel, source.C)
         rows = ()
         for i in tl.static_range(TILE.rows + 2):
             pixel = Pixel(at.n, at.h + frame.top + (i - 1), at.w + frame.left + 1 - s)
@@ -72,7 +78,8 @@ def _accumulate(
 def _conv3x3_wgrad_kernel(
     x, affine_ptr, x1, affine1_ptr, real_ptr, dy, partial_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles, tiles_h, tiles_w, tiles1, tiles1_h, tiles1_w, slabs,
-    SLOPE: tl.constexpr, SLOPE1: tl.constexpr, MASKED: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
+    SLOPE: tl.constexpr, SLOPE1: tl.constexpr, SAMPLES: tl.constexpr, SAMPLES1: tl.constexpr, MASKED: tl.constexpr,
+    TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """partial[slab, k, r, s, c] over the slab's tiles, for the channels of one source and then of the other."""
     blocks_k = tl.cdiv(K, TILE.outputs)
@@ -96,7 +103,7 @@ def _conv3x3_wgrad_kernel(
     dy = Image(dy, N, P, Q, K, None, None, None)
     accs = _accumulate(
         accs, Walk(start, stop, tiles_h, tiles_w), Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr),
-        Frame(P, Q, top, left), dy, s, c, k, MASKED, TILE, NUM,
+        Frame(P, Q, top, left), dy, s, c, k, SAMPLES, MASKED, TILE, NUM,
     )  # fmt: skip
     if x1 is not None:
         per_slab = tl.cdiv(tiles1, slabs)
@@ -104,7 +111,8 @@ def _conv3x3_wgrad_kernel(
         stop = tl.where(block < blocks0, start, tl.minimum(start + per_slab, tiles1))
         accs = _accumulate(
             accs, Walk(start, stop, tiles1_h, tiles1_w), Image(x1, N, H1, W1, C1, affine1_ptr, SLOPE1, real_ptr),
-            Frame(P, Q, top1, left1), dy, s, tl.maximum(c - blocks0 * TILE.reduction, 0), k, MASKED, TILE, NUM,
+            Frame(P, Q, top1, left1), dy, s, tl.maximum(c - blocks0 * TILE.reduction, 0), k, SAMPLES1, MASKED,
+            TILE, NUM,
         )  # fmt: skip
         c_stop = tl.where(block < blocks0, C, C + C1)
         c = tl.where(block < blocks0, c, c - blocks0 * TILE.reduction + C)
@@ -118,7 +126,6 @@ def _conv3x3_wgrad_kernel(
 
 def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tensor:
     """dW (K, C, 3, 3), channels_last memory in stats_dtype, from dY (N, K, P, Q) and the sources."""
-    first, second = sources[0], sources[1] if len(sources) == 2 else None
     batch, filters, *size = dy.shape
     channels = weight.shape[1]
     sticks_out = any(source.sticks_out(size) for source in sources)
@@ -126,6 +133,8 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
         "conv3x3_wgrad", batch, [source.channels for source in sources], filters, size[0], size[1],
         [dy, *(source.x for source in sources)], pointers=sticks_out,
     )  # fmt: skip
+    sources = by_tile(tile, sources)
+    first, second = sources[0], sources[1] if len(sources) == 2 else None
     grid, grid1 = (tile.grid(batch, source.height, source.width) for source in (first, second or first))
     exact = [tile.images, tile.rows, tile.columns]
     masked = sticks_out or any(
@@ -140,6 +149,7 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
         operand(dy, tile, tile.outputs, tile.tma), partial,
         batch, *first.extent, *(second or first).extent, *size,
         first.channels, channels - first.channels, filters, *grid, *grid1, slabs,
-        SLOPE=first.act, SLOPE1=None if second is None else second.act, MASKED=masked, **tile.constants(dy),
+        SLOPE=first.act, SLOPE1=None if second is None else second.act,
+        SAMPLES=first.samples, SAMPLES1=second is not None and second.samples, MASKED=masked, **tile.constants(dy),
     )  # fmt: skip
     return sum_slabs(partial).permute(0, 3, 1, 2)

@@ -21,12 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.layout import frame, stats_dtype
+from fastunet.layout import frame
 
 from .affine import affine_gradient, flat_tile, no_gradients, source_gradient, store_value
-from .common import Source, cdiv, empty_nhwc, load_affine, nhwc, normalise
+from .common import Source, affine_of, cdiv, empty_nhwc, load_affine, nhwc, normalise
 from .launching import accumulator, launch
-from .statistics import batch_stats
+from .statistics import stats_of
 
 aten = torch.ops.aten
 
@@ -34,9 +34,15 @@ aten = torch.ops.aten
 @triton.jit(do_not_specialize=["pixels", "H", "W", "top", "left", "P", "Q"])
 def _place_kernel(
     x_ptr, affine_ptr, z_ptr, pixels, H, W, top, left, P, Q, C, C_FIRST, C_TOTAL,
-    SLOPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    SLOPE: tl.constexpr, SAMPLES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Channels C_FIRST … of z in the frame (P, Q), from a source (H, W) placed at (top, left)."""
+    """Channels C_FIRST … of z in the frame (P, Q), from a source (H, W) placed at (top, left): of so many ``pixels`` of
+    the batch, or of each sample."""
+    if SAMPLES:
+        n = tl.program_id(2).to(tl.int64)
+        x_ptr += n * H * W * C
+        z_ptr += n * pixels * C_TOTAL
+        affine_ptr = affine_of(affine_ptr, n, C, True)
     m = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     h = m // Q % P - top
@@ -64,25 +70,24 @@ def values(sources: Sequence[Source], size: Sequence[int]) -> Tensor:
             store_value(z[:, start : start + source.channels], total, source.x, source.affine, source.slope)
         elif pixels and source.channels:
             block_p, block_c = flat_tile(source.channels, z.element_size(), 2)
+            apart = batch if source.samples else 1
             launch(
-                _place_kernel, (cdiv(pixels, block_p), cdiv(source.channels, block_c)),
-                source.x, source.affine, z, pixels, source.height, source.width, source.top, source.left, *size,
-                source.channels, start, total,
-                SLOPE=source.act, BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(z.dtype), num_warps=4,
+                _place_kernel, (cdiv(pixels // apart, block_p), cdiv(source.channels, block_c), apart),
+                source.x, source.affine, z, pixels // apart, source.height, source.width, source.top, source.left,
+                *size, source.channels, start, total,
+                SLOPE=source.act, SAMPLES=source.samples,
+                BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(z.dtype), num_warps=4,
             )  # fmt: skip
         start += source.channels
     return z
 
 
 def conv3x3(
-    sources: Sequence[Source], size: Sequence[int], weight: Tensor, bias: Tensor | None, stats: bool
+    sources: Sequence[Source], size: Sequence[int], weight: Tensor, bias: Tensor | None, stats: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastunet.kernels.conv3x3.conv3x3`."""
     y = nhwc(aten.convolution(values(sources, size), nhwc(weight), bias, [1, 1], [1, 1], [1, 1], False, [0, 0], 1))
-    if stats:
-        return y, *batch_stats(y)
-    none = y.new_empty(0, dtype=stats_dtype(y.dtype))
-    return y, none, none.clone()
+    return y, *stats_of(y, stats)
 
 
 def _backward(dy: Tensor, z: Tensor, weight: Tensor, mask: list[bool]) -> list[Tensor]:

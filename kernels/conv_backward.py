@@ -39,7 +39,6 @@ from .conv_strided_wgrad import conv_strided_wgrad
 from .conv_up import conv_up_dgrad
 from .launching import accumulator, launch
 from .pool import pool_backward
-from .samples import by_sample
 
 # ---- kernels ----------------------------------------------------------------------------------------------------
 
@@ -183,7 +182,6 @@ def _like(dweight: Tensor, weight: Tensor, wanted: bool) -> Tensor:
     return dweight.to(weight.dtype).contiguous(memory_format=memory_format(weight))
 
 
-@by_sample
 def conv2d_backward(
     dy: Tensor | None,
     dmean: Tensor | None,
@@ -209,7 +207,7 @@ def conv2d_backward(
     """See :func:`fastunet.aten.conv2d_backward`, and for ``mixed`` :func:`fastunet.kernels.conv.conv2d`."""
     sources = placed(x0, affine0, slope0, x1, affine1, slope1, offset)
     if dp is not None:
-        stats = None if dmean is None or dvar is None or mean.dim() == 2 else (dmean, dvar, mean)
+        stats = None if dmean is None or dvar is None else (dmean, dvar, mean)
         dy = pool_backward(y, pool_scale, dp, dy, stats)
         if stats is not None:
             dmean, dvar = None, None
@@ -224,7 +222,6 @@ def conv2d_backward(
     return grads[0], grads[1], grads[2], grads[3], _like(dweight, weight, mask[2]), dbias.to(weight.dtype)
 
 
-@by_sample
 def conv_transpose2d_backward(
     dy: Tensor | None,
     dmean: Tensor | None,

@@ -20,8 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastunet.layout import SAMPLES
+
 from .affine import affine_gradient, affine_slabs
-from .common import Source, cdiv, dense, empty_nhwc, load_affine
+from .common import Source, affine_of, cdiv, dense, empty_nhwc, load_affine, slab_of
 from .gemm import (
     Filters,
     Image,
@@ -37,7 +39,8 @@ from .gemm import (
     zeros,
 )
 from .launching import describe, launch, real_word
-from .statistics import Partials, of_nothing, store_stats
+from .samples import by_tile, several, through, tile_stats, value
+from .statistics import Partials, of_nothing, stats_of, store_stats
 from .strided import as_rows, taps
 from .tiles import choose_strided, movable, movable_rows
 
@@ -87,12 +90,14 @@ def _sum(
 @triton.jit(do_not_specialize=SIZES)
 def _conv_down_fwd_kernel(
     x, affine_ptr, real_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, N, H, W, P, Q, C, K, tiles_h, tiles_w,
-    KSIZE: tl.constexpr, STRIDE: tl.constexpr, SLOPE: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
+    KSIZE: tl.constexpr, STRIDE: tl.constexpr, SLOPE: tl.constexpr, SAMPLES: tl.constexpr, SAMPLES_Y: tl.constexpr,
+    TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(K, TILE.outputs)
     number = tl.program_id(0) // blocks
     k = tl.program_id(0) % blocks * TILE.outputs
     at = first_pixel(number, tiles_h, tiles_w, TILE)
+    affine_ptr = affine_of(affine_ptr, at.n, C, SAMPLES)
     acc = _sum(
         Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr), Filters(w, 0, C, k, K, KSIZE * (2 * STRIDE - 1), True), at,
         KSIZE, STRIDE, STRIDE, TILE, NUM,
@@ -105,13 +110,15 @@ def _conv_down_fwd_kernel(
     if mean_ptr is not None:
         pixel = tl.arange(0, TILE.images * TILE.columns)
         rows = ((at.n + pixel // TILE.columns < N) & (at.w + pixel % TILE.columns < Q)).to(tl.int32)
-        store_stats((rounded,), rows, number, filters, K, mean_ptr, m2_ptr, count_ptr, 1, TILE.outputs, NUM.acc)
+        slab = slab_of(number, at.n, N, tiles_h * tiles_w, SAMPLES_Y)
+        store_stats((rounded,), rows, slab, filters, K, mean_ptr, m2_ptr, count_ptr, 1, TILE.outputs, NUM.acc)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv_down_dgrad_kernel(
     dy, w, x, affine_ptr, dx, partial_ptr, N, H, W, P, Q, C, K, tiles_h, tiles_w,
-    KSIZE: tl.constexpr, STRIDE: tl.constexpr, SLOPE: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
+    KSIZE: tl.constexpr, STRIDE: tl.constexpr, SLOPE: tl.constexpr, SAMPLES: tl.constexpr,
+    TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """dx (N,P,Q,C) and daffine from dY (N,H,W,K)."""
     WIDE: tl.constexpr = 2 if KSIZE == 3 else 1
@@ -123,16 +130,19 @@ def _conv_down_dgrad_kernel(
         Image(dy, N, H, W, K, None, None, None), Filters(w, 0, K, c, C, KSIZE * (2 * WIDE - 1), KSIZE > 1), at,
         KSIZE, STRIDE, WIDE, TILE, NUM,
     )  # fmt: skip
-    source_gradient((g,), Image(x, N, P, Q, C, affine_ptr, SLOPE, None), dx, partial_ptr, number, at, c, 1, TILE, NUM)
+    source_gradient(
+        (g,), Image(x, N, P, Q, C, affine_of(affine_ptr, at.n, C, SAMPLES), SLOPE, None), dx, partial_ptr,
+        slab_of(number, at.n, N, tiles_h * tiles_w, SAMPLES).row, at, c, 1, TILE, NUM,
+    )  # fmt: skip
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------------
 
 
 def conv_down(
-    source: Source, weight: Tensor, bias: Tensor | None, stats: bool, stride: int
+    source: Source, weight: Tensor, bias: Tensor | None, stats: int, stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, K, ⌈H/stride⌉, ⌈W/stride⌉), and its mean and biased variance (K,) if ``stats``, else empty.
+    """y (N, K, ⌈H/stride⌉, ⌈W/stride⌉), and its mean and biased variance, (K,) or (N, K), empty without ``stats``.
 
     ``weight`` is (K, C, 3, 3) for stride 2, (K, C, 1, 1) for stride 1.
     """
@@ -141,21 +151,25 @@ def conv_down(
     if result.numel() == 0:
         return result, *of_nothing(result, filters, stats)
     weight = taps(weight)
-    x, y = as_rows(source.x, ksize, stride), as_rows(result, ksize, 1)
+    apart = source.samples or stats == SAMPLES
+    x, y = as_rows(source.x, ksize, stride, apart), as_rows(result, ksize, 1, apart)
     batch, _, height, width = y.shape
     tma, tma_w, tma_y = movable(x, stride), movable_rows(weight), movable(y)
     tile = choose_strided(f"conv{ksize}x{ksize}_down", batch, channels, filters, height, width, x, tma)
+    (source,), merged = by_tile(tile, [source]), tile_stats(tile, stats)
+    x = as_rows(source.x, ksize, stride, apart)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
-    partials = Partials(x, tiles, filters, stats)
+    partials = Partials(source.x, tiles, filters, merged)
     launch(
         _conv_down_fwd_kernel, (tiles * cdiv(filters, tile.outputs),),
         operand(x, tile, tile.reduction, tma, stride), source.affine, real_word(x.device),
         describe(weight, tuple(weight.shape), (tile.outputs, 1, tile.reduction), tma_w),
         dense(bias), operand(y, tile, tile.outputs, tma_y), *partials.pointers,
         batch, x.shape[2], x.shape[3], height, width, channels, filters, tiles_h, tiles_w,
-        KSIZE=ksize, STRIDE=stride, SLOPE=source.act, **tile.constants(x),
+        KSIZE=ksize, STRIDE=stride, SLOPE=source.act,
+        SAMPLES=source.samples, SAMPLES_Y=merged == SAMPLES, **tile.constants(x),
     )  # fmt: skip
-    return result, *partials.merged()
+    return result, *(partials.merged() if merged == stats else stats_of(result, stats))
 
 
 def conv_down_dgrad(dy: Tensor, weight: Tensor, source: Source, stride: int) -> tuple[Tensor, Tensor]:
@@ -168,12 +182,16 @@ def conv_down_dgrad(dy: Tensor, weight: Tensor, source: Source, stride: int) -> 
     gradient = empty_nhwc(source.x, *source.x.shape)
     if gradient.numel() == 0:
         return gradient, affine_gradient(source.x, affine_slabs(source.x, source.affine, 0))
+    apart = source.samples
+    x, dx = as_rows(source.x, ksize, 1, apart), as_rows(gradient, ksize, 1, apart)
+    given, dy = (dy, weight), as_rows(dy, ksize, stride, apart)
     weight = taps(weight)
-    x, dx, dy = as_rows(source.x, ksize, 1), as_rows(gradient, ksize, 1), as_rows(dy, ksize, stride)
     filters = dy.shape[1]
     batch, _, height, width = x.shape
     tma, tma_w, tma_x = movable(dy, wide), movable_rows(weight), movable(x) and movable(dx)
     tile = choose_strided(f"conv{ksize}x{ksize}_down_dgrad", batch, filters, channels, height, width, dy, tma)
+    if several(tile, [source]):
+        return through(conv_down_dgrad(*given, value(source), stride)[0], source)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     partial = affine_slabs(source.x, source.affine, tiles)
     part = tile.part
@@ -184,6 +202,6 @@ def conv_down_dgrad(dy: Tensor, weight: Tensor, source: Source, stride: int) -> 
         describe(weight, tuple(weight.shape), (first, 1, second), tma_w),
         operand(x, tile, part, tma_x), source.affine, operand(dx, tile, part, tma_x), partial,
         batch, dy.shape[2], dy.shape[3], height, width, channels, filters, tiles_h, tiles_w,
-        KSIZE=ksize, STRIDE=stride, SLOPE=source.act, **tile.constants(dy),
+        KSIZE=ksize, STRIDE=stride, SLOPE=source.act, SAMPLES=source.samples, **tile.constants(dy),
     )  # fmt: skip
     return gradient, affine_gradient(source.x, partial)

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastunet.layout import stats_dtype
 
 from .affine import affine_slabs, flat_tile, source_backward, store_affine_gradient
-from .common import Source, cdiv, dense, empty_nhwc, load_affine, normalise, replace, sum_slabs
+from .common import Source, affine_of, cdiv, dense, empty_nhwc, load_affine, normalise, replace, sum_slabs
 from .launching import accumulator, launch
 
 FEW = 4  # filters: of each the backward keeps a sum and a weight per channel in registers
@@ -34,8 +34,15 @@ _PROGRAMS = 2048  # a constant, so that the order of summation is the same on ev
 @triton.jit(do_not_specialize=["pixels"])
 def _conv_few_fwd_kernel(
     x_ptr, affine_ptr, w_ptr, bias_ptr, y_ptr, pixels, C,
-    K: tl.constexpr, SLOPE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    K: tl.constexpr, SLOPE: tl.constexpr, SAMPLES: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """y of a tile of the pixels: the batch's, or each sample's."""
+    if SAMPLES:
+        n = tl.program_id(1).to(tl.int64)
+        x_ptr += n * pixels * C
+        y_ptr += n * pixels * K
+        affine_ptr = affine_of(affine_ptr, n, C, True)
     m = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     ys = (tl.zeros([BLOCK_P], ACC),) * K
     for first in tl.range(0, C, BLOCK_C):
@@ -55,11 +62,20 @@ def _conv_few_fwd_kernel(
 @triton.jit(do_not_specialize=["pixels", "each"])
 def _conv_few_bwd_kernel(
     dy_ptr, x_ptr, affine_ptr, w_ptr, dx_ptr, daffine_ptr, dw_ptr, dbias_ptr, pixels, each, C,
-    K: tl.constexpr, SLOPE: tl.constexpr,
+    K: tl.constexpr, SLOPE: tl.constexpr, SAMPLES: tl.constexpr,
     ROUNDS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Of ``each`` pixels × BLOCK_C channels dx and the shares of daffine, dW and dbias, as far as they are wanted."""
     slab = tl.program_id(0)
+    share = slab
+    if SAMPLES:
+        n = tl.program_id(2).to(tl.int64)
+        share = slab * tl.num_programs(2) + n
+        dy_ptr += n * pixels * K
+        x_ptr += n * pixels * C
+        if dx_ptr is not None:
+            dx_ptr += n * pixels * C
+        affine_ptr = affine_of(affine_ptr, n, C, True)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     affine = load_affine(affine_ptr, c, C)
     sum_gx = tl.zeros([BLOCK_P, BLOCK_C], ACC)
@@ -101,12 +117,12 @@ def _conv_few_bwd_kernel(
                     sum_gx += gx
                     sum_g += g
     if daffine_ptr is not None:
-        store_affine_gradient(daffine_ptr, slab, c, C, affine.scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
+        store_affine_gradient(daffine_ptr, share, c, C, affine.scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
     for k in tl.static_range(K):
         if dw_ptr is not None:
-            tl.store(dw_ptr + (slab.to(tl.int64) * K + k) * C + c, tl.sum(dws[k], 0), mask=c < C)
+            tl.store(dw_ptr + (share.to(tl.int64) * K + k) * C + c, tl.sum(dws[k], 0), mask=c < C)
         if dbias_ptr is not None:
-            tl.store(dbias_ptr + slab * K + k, tl.sum(dbs[k], 0), mask=tl.program_id(1) == 0)
+            tl.store(dbias_ptr + share * K + k, tl.sum(dbs[k], 0), mask=tl.program_id(1) == 0)
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------------
@@ -122,12 +138,14 @@ def conv_few(source: Source, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, filters, channels = source.x, weight.shape[0], source.channels
     y = empty_nhwc(x, x.shape[0], filters, source.height, source.width)
     if y.numel():
-        pixels = y.numel() // filters
+        apart = x.shape[0] if source.samples else 1
+        pixels = y.numel() // (filters * apart)
         block_p, block_c = flat_tile(channels, x.element_size(), 4)
         launch(
-            _conv_few_fwd_kernel, (cdiv(pixels, block_p),),
+            _conv_few_fwd_kernel, (cdiv(pixels, block_p), apart),
             x, source.affine, weight.contiguous(), dense(bias), y, pixels, channels,
-            K=filters, SLOPE=source.act, BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(x.dtype), num_warps=4,
+            K=filters, SLOPE=source.act, SAMPLES=source.samples,
+            BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(x.dtype), num_warps=4,
         )  # fmt: skip
     return y
 
@@ -140,11 +158,12 @@ def conv_few_backward(
     ``mask`` says which are wanted of dx with daffine, dW and dbias. What is not is empty, as is daffine without affine.
     """
     x, filters, channels = source.x, weight.shape[0], source.channels
-    pixels = x.numel() // max(channels, 1)
+    apart = x.shape[0] if source.samples else 1
+    pixels = x.numel() // max(channels * apart, 1)
     block_p, block_c = flat_tile(channels, x.element_size(), 1)
     step = block_p * _ROUNDS
-    each = step * cdiv(cdiv(pixels, step), _PROGRAMS)
-    slabs = cdiv(pixels, max(each, 1))
+    each = step * cdiv(cdiv(pixels, step), max(_PROGRAMS // max(apart, 1), 1))
+    slabs = cdiv(pixels, max(each, 1)) * apart
     dtype = stats_dtype(x.dtype)
     dx = empty_nhwc(x, *x.shape) if mask[0] else None
     daffine = affine_slabs(x, source.affine, slabs) if mask[0] else None
@@ -152,9 +171,9 @@ def conv_few_backward(
     dbias = x.new_empty((slabs, filters), dtype=dtype) if mask[2] else None
     if slabs:
         launch(
-            _conv_few_bwd_kernel, (slabs, cdiv(channels, block_c)),
+            _conv_few_bwd_kernel, (slabs // apart, cdiv(channels, block_c), apart),
             dy, x, source.affine, weight.contiguous(), dx, daffine, dweight, dbias, pixels, each, channels,
-            K=filters, SLOPE=source.act,
+            K=filters, SLOPE=source.act, SAMPLES=source.samples,
             ROUNDS=_ROUNDS, BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(x.dtype), num_warps=4,
         )  # fmt: skip
     slabbed = daffine, dweight, dbias

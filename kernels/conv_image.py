@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastunet.layout import stats_dtype
+from fastunet.layout import NOTHING, SAMPLES, stats_dtype
 
-from .common import Source, act, block, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
+from .common import Source, act, block, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise, slab_of, sum_slabs
 from .launching import accumulator, launch, precision
-from .statistics import Partials, of_nothing, store_stats
+from .statistics import Partials, of_nothing, stats_of, store_stats
 
 _MOST_TAPS = 64
 # Constants, so that the order of summation is the same on every GPU.
@@ -67,7 +67,7 @@ def _gather(x_ptr, first, t, pixels, H, W, C: tl.constexpr, BLOCK_M: tl.constexp
 @triton.jit(do_not_specialize=["pixels", "tiles", "each", "H", "W"])
 def _conv_image_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, affine_ptr, y_ptr, mean_ptr, m2_ptr, count_ptr, pixels, tiles, each, H, W, K,
-    C: tl.constexpr, SLOPE: tl.constexpr,
+    C: tl.constexpr, SLOPE: tl.constexpr, SAMPLES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -90,7 +90,9 @@ def _conv_image_fwd_kernel(
         y = acc.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + m.to(tl.int64)[:, None] * K + k[None, :], y, mask=(m < pixels)[:, None] & (k < K)[None, :])
         if mean_ptr is not None:
-            store_stats((y,), (m < pixels).to(tl.int32), number, k, K, mean_ptr, m2_ptr, count_ptr, 1, BLOCK_K, ACC)
+            per_sample = H * W // BLOCK_M  # tiles, if samples have whole ones
+            slab = slab_of(number, number // tl.maximum(per_sample, 1), pixels // (H * W), per_sample, SAMPLES)
+            store_stats((y,), (m < pixels).to(tl.int32), slab, k, K, mean_ptr, m2_ptr, count_ptr, 1, BLOCK_K, ACC)
 
 
 @triton.jit(do_not_specialize=["pixels", "per_slab", "H", "W"])
@@ -133,10 +135,10 @@ def _blocks(x: Tensor, filters: int) -> tuple[int, int, int, int]:
 
 
 def conv_image(
-    source: Source, weight: Tensor, bias: Tensor | None, stats: bool, affine: Tensor | None = None, slope: float = 1.0
+    source: Source, weight: Tensor, bias: Tensor | None, stats: int, affine: Tensor | None = None, slope: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, K, H, W), normalised by ``affine`` and ``slope``; its mean and biased variance (K,) if ``stats``, else
-    empty."""
+    """y (N, K, H, W), normalised by ``affine`` and ``slope``; its mean and biased variance, (K,) or (N, K), empty
+    without ``stats``."""
     x, filters = source.x, weight.shape[0]
     y = empty_nhwc(x, x.shape[0], filters, source.height, source.width)
     if y.numel() == 0:
@@ -145,15 +147,18 @@ def conv_image(
     block_m, block_t, block_k, warps = _blocks(x, filters)
     tiles = cdiv(pixels, block_m)
     each = cdiv(tiles, _PROGRAMS)
-    partials = Partials(x, tiles, filters, stats)
+    # A tile may end in one sample and go on in the next.
+    merged = NOTHING if stats == SAMPLES and source.height * source.width % block_m else stats
+    partials = Partials(x, tiles, filters, merged)
     launch(
         _conv_image_fwd_kernel, (cdiv(tiles, each), cdiv(filters, block_k)),
         x, nhwc(weight), dense(bias), dense(affine), y, *partials.pointers,
         pixels, tiles, each, source.height, source.width, filters,
-        C=source.channels, SLOPE=act(slope), BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k,
-        ACC=accumulator(x.dtype), PRECISION=precision(x.dtype), num_warps=warps,
+        C=source.channels, SLOPE=act(slope), SAMPLES=merged == SAMPLES,
+        BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_K=block_k, ACC=accumulator(x.dtype), PRECISION=precision(x.dtype),
+        num_warps=warps,
     )  # fmt: skip
-    return y, *partials.merged()
+    return y, *(partials.merged() if merged == stats else stats_of(y, stats))
 
 
 def conv_image_wgrad(dy: Tensor, source: Source) -> Tensor:

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from fastunet.layout import stats_dtype
 
-from .common import Source, cdiv, load_affine, replace, sum_slabs
+from .common import Source, affine_of, cdiv, load_affine, replace, sum_slabs
 from .gemm import Image, Pixel, add_product, first_pixel, load_pixels, operand, release, zeros
 from .launching import launch, real_word
+from .samples import by_tile
 from .strided import as_rows
 from .tiles import choose_strided, movable, slabs_of
 
@@ -34,8 +35,8 @@ SIZES = ["N", "H", "W", "P", "Q", "tiles", "tiles_h", "tiles_w", "slabs"]
 def _conv_strided_wgrad_kernel(
     x, affine_ptr, real_ptr, dy, partial_ptr,
     N, H, W, P, Q, C, K, tiles, tiles_h, tiles_w, slabs,
-    KSIZE: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr, SLOPE: tl.constexpr, MASKED: tl.constexpr,
-    TILE: tl.constexpr, NUM: tl.constexpr,
+    KSIZE: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr, SLOPE: tl.constexpr, SAMPLES: tl.constexpr,
+    MASKED: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """partial[slab, …] from x (N,H,W,C) and dY (N,P,Q,K); tiles cover the coarser of the two."""
     WIDE: tl.constexpr = 2 if KSIZE == 3 else 1
@@ -49,12 +50,15 @@ def _conv_strided_wgrad_kernel(
     k = program // TAPS // blocks_c % blocks_k * TILE.outputs
     slab = program // TAPS // blocks_c // blocks_k
     dy = Image(dy, N, P, Q, K, None, None, None)
-    affine = load_affine(affine_ptr, c + tl.arange(0, TILE.reduction), C)
+    common = load_affine(affine_ptr, c + tl.arange(0, TILE.reduction), C)
     none = ()
     accs = zeros(TILE.reduction, TILE.outputs, KSIZE, NUM)
     per_slab = tl.cdiv(tiles, slabs)
     for number in tl.range(slab * per_slab, tl.minimum(slab * per_slab + per_slab, tiles)):
         at = first_pixel(number, tiles_h, tiles_w, TILE)
+        affine = common
+        if SAMPLES:
+            affine = load_affine(affine_of(affine_ptr, at.n, C, True), c + tl.arange(0, TILE.reduction), C)
         if UP:
             z = load_pixels(
                 Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr), affine, at, 0, c, None,
@@ -100,11 +104,14 @@ def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> 
     ksize = weight.shape[-1]
     stride = 1 if ksize == 1 else 2
     wide = 2 if ksize == 3 else 1
-    x, dy = as_rows(source.x, ksize, 1 if up else stride), as_rows(dy, ksize, stride if up else 1)
+    apart = source.samples
+    x, dy = as_rows(source.x, ksize, 1 if up else stride, apart), as_rows(dy, ksize, stride if up else 1, apart)
     channels, filters, (batch, _, height, width) = x.shape[1], dy.shape[1], (x if up else dy).shape
     tma_x, tma_y = movable(x, 1 if up else wide), movable(dy, wide if up else 1)
     kind = f"conv{ksize}x{ksize}_{'up' if up else 'down'}_wgrad"
     tile = choose_strided(kind, batch, channels, filters, height, width, x, tma_x and tma_y)
+    (source,) = by_tile(tile, [source])
+    x = as_rows(source.x, ksize, 1 if up else stride, apart)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     masked = batch % tile.images or width % tile.columns or x.shape[2] != height * (1 if up else stride)
     masked = masked or x.shape[3] != width * (1 if up else wide)
@@ -116,6 +123,7 @@ def conv_strided_wgrad(dy: Tensor, weight: Tensor, source: Source, up: bool) -> 
         operand(x, tile, tile.reduction, tma_x, 1 if up else wide), source.affine, real_word(dy.device),
         operand(dy, tile, tile.outputs, tma_y, wide if up else 1), partial,
         batch, x.shape[2], x.shape[3], dy.shape[2], dy.shape[3], channels, filters, tiles, tiles_h, tiles_w, slabs,
-        KSIZE=ksize, STRIDE=stride, UP=up, SLOPE=source.act, MASKED=bool(masked), **tile.constants(dy),
+        KSIZE=ksize, STRIDE=stride, UP=up, SLOPE=source.act, SAMPLES=source.samples, MASKED=bool(masked),
+        **tile.constants(dy),
     )  # fmt: skip
     return sum_slabs(partial).permute(0, 3, 1, 2)

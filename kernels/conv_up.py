@@ -21,8 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastunet.layout import NOTHING, SAMPLES
+
 from .affine import affine_gradient, affine_slabs
-from .common import Source, cdiv, dense, empty_nhwc, load_affine, replace
+from .common import Slab, Source, affine_of, cdiv, dense, empty_nhwc, load_affine, replace, slab_of
 from .gemm import (
     Filters,
     Image,
@@ -39,7 +41,8 @@ from .gemm import (
     zeros,
 )
 from .launching import describe, launch, real_word
-from .statistics import Partials, of_nothing, store_stats
+from .samples import several, stored, through, value
+from .statistics import Partials, of_nothing, stats_of, store_stats
 from .strided import as_rows, taps
 from .tiles import choose_strided, movable, movable_rows
 
@@ -107,13 +110,14 @@ def _sum(source, filters, at, a, KSIZE: tl.constexpr, TILE: tl.constexpr, NUM: t
 @triton.jit(do_not_specialize=SIZES)
 def _conv_up_fwd_kernel(
     x, affine_ptr, real_ptr, w, bias_ptr, y, mean_ptr, m2_ptr, count_ptr, N, H, W, C, K, tiles_h, tiles_w,
-    KSIZE: tl.constexpr, SLOPE: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
+    KSIZE: tl.constexpr, SLOPE: tl.constexpr, SAMPLES: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(K, TILE.outputs)
     number = tl.program_id(0) // blocks
     k = tl.program_id(0) % blocks * TILE.outputs
     at, a = _first_pixel(number, tiles_h, tiles_w, KSIZE, TILE)
     TAPS: tl.constexpr = 2 if KSIZE == 2 else 9
+    affine_ptr = affine_of(affine_ptr, at.n, C, SAMPLES)
     accs = _sum(
         Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr), Filters(w, 0, C, k, K, TAPS, False), at, a, KSIZE, TILE, NUM
     )
@@ -135,13 +139,13 @@ def _conv_up_fwd_kernel(
     if mean_ptr is not None:
         pixel = tl.arange(0, TILE.images * TILE.columns)
         rows = tl.where((at.n + pixel // TILE.columns < N) & (at.w + pixel % TILE.columns < W), 2, 0)
-        store_stats(accs, rows, number, filters, K, mean_ptr, m2_ptr, count_ptr, 2, TILE.outputs, NUM.acc)
+        store_stats(accs, rows, Slab(number, number), filters, K, mean_ptr, m2_ptr, count_ptr, 2, TILE.outputs, NUM.acc)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _conv_up_dgrad_kernel(
     dy, w, x, affine_ptr, dx, partial_ptr, N, H, W, P, Q, C, K, tiles_h, tiles_w,
-    KSIZE: tl.constexpr, SLOPE: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
+    KSIZE: tl.constexpr, SLOPE: tl.constexpr, SAMPLES: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """dx (N,P,Q,C) and daffine from dY (N,H,W,K)."""
     blocks = tl.cdiv(C, TILE.outputs)
@@ -150,35 +154,44 @@ def _conv_up_dgrad_kernel(
     at, a = _first_pixel(number, tiles_h, tiles_w, KSIZE, TILE)
     gs = _sum(Image(dy, N, H, W, K, None, None, None), Filters(w, 0, K, c, C, 9, False), at, a, KSIZE, TILE, NUM)
     row = Pixel(at.n, 2 * at.h + a, at.w)
-    source_gradient(gs, Image(x, N, P, Q, C, affine_ptr, SLOPE, None), dx, partial_ptr, number, row, c, 2, TILE, NUM)
+    source_gradient(
+        gs, Image(x, N, P, Q, C, affine_of(affine_ptr, at.n, C, SAMPLES), SLOPE, None), dx, partial_ptr,
+        slab_of(number, at.n, N, 2 * tiles_h * tiles_w, SAMPLES).row, row, c, 2, TILE, NUM,
+    )  # fmt: skip
 
 
 # ---- launchers ---------------------------------------------------------------------------------------------------
 
 
-def conv_up(source: Source, weight: Tensor, bias: Tensor | None, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, K, 2·H, 2·W), and its mean and biased variance (K,) if ``stats``, else empty, with W (C, K, ·, ·)."""
+def conv_up(source: Source, weight: Tensor, bias: Tensor | None, stats: int) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, K, 2·H, 2·W), and its mean and biased variance, (K,) or (N, K), empty without ``stats``, with
+    W (C, K, ·, ·). Those of samples take a pass of their own."""
     channels, filters, ksize = weight.shape[:3]
     result = empty_nhwc(source.x, source.x.shape[0], filters, 2 * source.height, 2 * source.width)
     if result.numel() == 0:
         return result, *of_nothing(result, filters, stats)
-    weight = taps(weight)
-    x, y = as_rows(source.x, ksize, 1), as_rows(result, ksize, 2)
+    given, weight = weight, taps(weight)
+    x, y = as_rows(source.x, ksize, 1, source.samples), as_rows(result, ksize, 2, source.samples)
     batch, _, height, width = x.shape
     outputs = y.shape[1]
     tma = movable(x) and movable_rows(weight) and movable(y, ksize - 1)
     tile = choose_strided(f"conv{ksize}x{ksize}_up", batch, channels, outputs, height, width, x, tma)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     tiles *= ksize - 1  # rows of y
-    partials = Partials(x, tiles, outputs, stats)
+    if several(tile, [source]):
+        return conv_up(stored(source), given, bias, stats)
+    merged = NOTHING if stats == SAMPLES else stats
+    partials = Partials(source.x, tiles, outputs, merged)
     launch(
         _conv_up_fwd_kernel, (tiles * cdiv(outputs, tile.outputs),),
         operand(x, tile, tile.reduction, tma), source.affine, real_word(x.device),
         describe(weight, tuple(weight.shape), (tile.reduction, 1, tile.outputs), tma),
         dense(bias), operand(y, tile, tile.outputs, tma, ksize - 1), *partials.pointers,
         batch, height, width, channels, outputs, tiles_h, tiles_w,
-        KSIZE=ksize, SLOPE=source.act, **tile.constants(x),
+        KSIZE=ksize, SLOPE=source.act, SAMPLES=source.samples, **tile.constants(x),
     )  # fmt: skip
+    if merged != stats:
+        return result, *stats_of(result, stats)
     return result, *partials.merged(filters)  # of a pixel pair, each a tile of its own
 
 
@@ -188,10 +201,12 @@ def conv_up_dgrad(dy: Tensor, weight: Tensor, source: Source) -> tuple[Tensor, T
     dx = empty_nhwc(x, *x.shape)
     if dx.numel() == 0:
         return dx, affine_gradient(source.x, affine_slabs(source.x, source.affine, 0))
-    weight = taps(weight)
+    given, weight = weight, taps(weight)
     batch, filters, height, width = dy.shape
     tma, tma_x = movable(dy) and movable_rows(weight), movable(x, 2) and movable(dx, 2)
     tile = choose_strided("conv3x3_up_dgrad", batch, filters, channels, height, width, dy, tma)
+    if several(tile, [source]):
+        return through(conv_up_dgrad(dy, given, value(source))[0], source)
     tiles, tiles_h, tiles_w = tile.grid(batch, height, width)
     tiles *= 2  # rows of dx
     partial = affine_slabs(source.x, source.affine, tiles)
@@ -202,6 +217,6 @@ def conv_up_dgrad(dy: Tensor, weight: Tensor, source: Source) -> tuple[Tensor, T
         describe(weight, tuple(weight.shape), (tile.reduction, 1, tile.outputs), tma),
         operand(x, tile, part, tma_x, 2), source.affine, operand(dx, tile, part, tma_x, 2), partial,
         batch, height, width, source.height, source.width, channels, filters, tiles_h, tiles_w,
-        KSIZE=3, SLOPE=source.act, **tile.constants(dy),
+        KSIZE=3, SLOPE=source.act, SAMPLES=source.samples, **tile.constants(dy),
     )  # fmt: skip
     return dx, affine_gradient(source.x, partial)

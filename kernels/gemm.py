@@ -267,22 +267,22 @@ def halves(items, COUNT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def source_gradient(
-    gs, source, dx, partial_ptr, number, at, c, WIDE: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr
+    gs, source, dx, partial_ptr, slab, at, c, WIDE: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr
 ):  # fmt: skip
-    """Store dx, and tile ``number``'s share of daffine, from the gradients gs of the WIDE parts of z's row at.h: by
-    halves where the registers do not suffice otherwise."""
+    """Store dx, and the tile's share of daffine in its slab, from the gradients gs of the WIDE parts of z's row at.h:
+    by halves where the registers do not suffice otherwise."""
     if TILE.outputs >= 64:
         low, high = halves(gs, WIDE, TILE.images * TILE.columns, TILE.outputs)
         half: tl.constexpr = TILE.outputs // 2
-        _narrow_gradient(low, source, dx, partial_ptr, number, at, c, half, WIDE, TILE, NUM)
-        _narrow_gradient(high, source, dx, partial_ptr, number, at, c + half, half, WIDE, TILE, NUM)
+        _narrow_gradient(low, source, dx, partial_ptr, slab, at, c, half, WIDE, TILE, NUM)
+        _narrow_gradient(high, source, dx, partial_ptr, slab, at, c + half, half, WIDE, TILE, NUM)
     else:
-        _narrow_gradient(gs, source, dx, partial_ptr, number, at, c, TILE.outputs, WIDE, TILE, NUM)
+        _narrow_gradient(gs, source, dx, partial_ptr, slab, at, c, TILE.outputs, WIDE, TILE, NUM)
 
 
 @triton.jit
 def _narrow_gradient(
-    gs, source, dx, partial_ptr, number, at, c,
+    gs, source, dx, partial_ptr, slab, at, c,
     CHANNELS: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """The same for few channels."""
@@ -306,7 +306,7 @@ def _narrow_gradient(
                 sum_g += tl.sum(masked, 0)
         store_pixels(out, g.to(NUM.dtype), at, b, c, CHANNELS, TILE, WIDE)
     if source.affine is not None:
-        store_affine_gradient(partial_ptr, number, channel, source.C, affine.scale, sum_gx, sum_g)
+        store_affine_gradient(partial_ptr, slab, channel, source.C, affine.scale, sum_gx, sum_g)
 
 
 # ---- for the launchers -------------------------------------------------------------------------------------------

@@ -30,10 +30,9 @@ from fastunet.architecture import architecture
 from fastunet.layout import memory_format, stats_dtype
 
 from .affine import affine_gradient, affine_slabs, source_backward, store_affine_gradient
-from .common import Source, block, cdiv, dense, load_affine, normalise, sum_products, sum_slabs
+from .common import Source, affine_of, block, cdiv, dense, load_affine, normalise, sum_products, sum_slabs
 from .confusion import first_largest
 from .launching import accumulator, launch, precision
-from .samples import by_sample
 from .softmax_stats import Labels, by_pixel, gradient, load_labels, sigmoid, softmax, store_stats, terms
 
 _PROGRAMS = 1024  # a constant, so that the order of summation is the same on every GPU
@@ -82,13 +81,14 @@ def _logits(
 def _head_stats_kernel(
     x_ptr, affine_ptr, w_ptr, bias_ptr, labels_ptr, weight_ptr, partial_ptr, batch, pixels, programs, ignore_index,
     stride_yn, stride_yc, stride_yp,
-    C: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr, SQUARES: tl.constexpr, ENTROPY: tl.constexpr,
-    SMOOTHING: tl.constexpr, SOFTMAX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr, SAMPLES: tl.constexpr,
+    SQUARES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr, SOFTMAX: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """partial[program, n, :, :] = the seven sums over tiles program, program + programs, … of sample n."""
     program = tl.program_id(0) % programs
     n = (tl.program_id(0) // programs).to(tl.int64)
+    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
     k = tl.arange(0, BLOCK_K)
     labels = Labels(labels_ptr, weight_ptr, pixels, ignore_index, stride_yn, stride_yc, stride_yp)
     tp = tl.zeros([BLOCK_P, BLOCK_K], ACC)
@@ -127,9 +127,9 @@ def _head_stats_kernel(
 def _head_stats_backward_kernel(
     dstats_ptr, x_ptr, affine_ptr, w_ptr, bias_ptr, labels_ptr, weight_ptr, dx_ptr, daffine_ptr, dw_ptr, dbias_ptr,
     batch, pixels, programs, ignore_index, stride_yn, stride_yc, stride_yp,
-    C: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr, SQUARES: tl.constexpr, ENTROPY: tl.constexpr,
-    SMOOTHING: tl.constexpr, SOFTMAX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr, SAMPLES: tl.constexpr,
+    SQUARES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHING: tl.constexpr, SOFTMAX: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dx of the tiles program, program + programs, … of sample n, and their shares of daffine, dW and dbias.
 
@@ -137,6 +137,7 @@ def _head_stats_backward_kernel(
     """
     program = tl.program_id(0) % programs
     n = (tl.program_id(0) // programs).to(tl.int64)
+    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
     k = tl.arange(0, BLOCK_K)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     labels = Labels(labels_ptr, weight_ptr, pixels, ignore_index, stride_yn, stride_yc, stride_yp)
@@ -182,11 +183,16 @@ def _head_stats_backward_kernel(
 @triton.jit(do_not_specialize=["pixels"])
 def _head_predict_kernel(
     x_ptr, affine_ptr, w_ptr, bias_ptr, out_ptr, pixels,
-    C: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, SLOPE: tl.constexpr, SAMPLES: tl.constexpr,
     OUTPUT: tl.constexpr, THRESHOLD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """What OUTPUT names, of a tile of the batch's pixels."""
+    """What OUTPUT names, of a tile of the pixels: the batch's, or each sample's."""
+    if SAMPLES:
+        n = tl.program_id(1).to(tl.int64)
+        x_ptr += n * pixels * C
+        out_ptr += n * pixels * (1 if OUTPUT == "argmax" else K)
+        affine_ptr = affine_of(affine_ptr, n, C, True)
     pixel = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = pixel < pixels
     k = tl.arange(0, BLOCK_K)
@@ -226,6 +232,7 @@ def _choices(source: Source, classes: int, logits: int, values: int, most_channe
         "C": source.channels,
         "K": classes,
         "SLOPE": source.act,
+        "SAMPLES": source.samples,
         "ACC": accumulator(source.x.dtype),
         "PRECISION": precision(source.x.dtype),
         "BLOCK_P": max(16, min(64, share * logits // block_k, share * values // block_c)),
@@ -251,7 +258,6 @@ def _operands(source: Source, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return source.x, source.affine, weight.reshape(weight.shape[:2]).contiguous(), dense(bias)
 
 
-@by_sample
 def head_stats(
     x: Tensor,
     affine: Tensor | None,
@@ -281,7 +287,6 @@ def head_stats(
     return sum_slabs(partial)
 
 
-@by_sample
 def head_stats_backward(
     dstats: Tensor,
     x: Tensor,
@@ -330,7 +335,6 @@ def _like(weight: Tensor, dweight: Tensor) -> Tensor:
     return torch.empty_like(weight, memory_format=memory_format(weight)).copy_(dweight.view(weight.shape))
 
 
-@by_sample
 def head_predict(
     x: Tensor,
     affine: Tensor | None,
@@ -344,7 +348,7 @@ def head_predict(
     """See :func:`fastunet.aten.head_predict`."""
     source = Source(x, affine, slope)
     batch, classes = x.shape[0], weight.shape[0]
-    pixels = batch * source.height * source.width
+    apart = batch if source.samples else 1
     if output == "argmax":
         out = torch.empty((batch, source.height, source.width), dtype=torch.uint8, device=x.device)
     else:
@@ -354,8 +358,9 @@ def head_predict(
         )  # fmt: skip
     if out.numel() > 0:
         choices = _choices(source, classes, 16, 32)
+        pixels = batch // apart * source.height * source.width
         launch(
-            _head_predict_kernel, (cdiv(pixels, choices["BLOCK_P"]),),
+            _head_predict_kernel, (cdiv(pixels, choices["BLOCK_P"]), apart),
             *_operands(source, weight, bias), out, pixels, OUTPUT=output, THRESHOLD=threshold, **choices,
         )  # fmt: skip
     return out

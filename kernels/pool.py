@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .affine import flat_tile
-from .common import cdiv, dense, empty_nhwc, nhwc
+from .common import affine_of, by_sample, cdiv, dense, empty_nhwc, nhwc
 from .launching import accumulator, launch
 
 _ACCESSES = 1  # 16-byte accesses per thread and pixel of a window
@@ -63,8 +63,7 @@ def _max_pool2x2_fwd_kernel(
     w = (pid % blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (w < W // 2)[:, None] & (c < C)[None, :]
-    if SAMPLES:
-        affine_ptr += (q // (H // 2)).to(tl.int64) * 3 * C
+    affine_ptr = affine_of(affine_ptr, q // (H // 2), C, SAMPLES)
     negative, flat = _order(affine_ptr, c, C)
     row = W.to(tl.int64) * C
     index = (first + 2 * w)[:, None] * C + c[None, :]
@@ -80,8 +79,9 @@ def _max_pool2x2_fwd_kernel(
 @triton.jit(do_not_specialize=["pixels", "H", "W", "blocks"])
 def _max_pool2x2_bwd_kernel(
     x_ptr, affine_ptr, dp_ptr, dskip_ptr, dmean_ptr, dvar_ptr, mean_ptr, dx_ptr, pixels, H, W, C, blocks,
-    SAMPLES: tl.constexpr, ACC: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    SAMPLES: tl.constexpr, SAMPLES_Y: tl.constexpr, ACC: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    """``pixels`` are those that mean_ptr's statistics are of."""
     pid = tl.program_id(0)
     q = pid // blocks  # row of windows, those cut off at an odd end included
     rows = (H + 1) // 2
@@ -97,8 +97,7 @@ def _max_pool2x2_bwd_kernel(
     in3 = (2 * w + 1 < below)[:, None] & channel
     index = ((n * H + h) * W + 2 * w)[:, None] * C + c[None, :]
     row = W.to(tl.int64) * C
-    if SAMPLES:
-        affine_ptr += n * 3 * C
+    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
     negative, flat = _order(affine_ptr, c, C)
     x0 = tl.load(x_ptr + index, mask=in0, other=0.0).to(ACC)
     x1 = tl.load(x_ptr + index + C, mask=in1, other=0.0).to(ACC)
@@ -117,6 +116,10 @@ def _max_pool2x2_bwd_kernel(
         dx2 += tl.load(dskip_ptr + index + row, mask=in2, other=0.0).to(ACC)
         dx3 += tl.load(dskip_ptr + index + row + C, mask=in3, other=0.0).to(ACC)
     if mean_ptr is not None:
+        if SAMPLES_Y:
+            mean_ptr += n * C
+            dmean_ptr += n * C
+            dvar_ptr += n * C
         count = pixels.to(ACC)
         mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)[None, :]
         level = (tl.load(dmean_ptr + c, mask=c < C, other=0.0) / count)[None, :]
@@ -147,8 +150,7 @@ def max_pool2x2(x: Tensor, affine: Tensor | None) -> Tensor:
         launch(
             _max_pool2x2_fwd_kernel, (batch * (height // 2) * blocks, cdiv(channels, block_c)),
             nhwc(x), dense(affine), p, height, width, channels, blocks,
-            SAMPLES=affine is not None and affine.dim() == 3,
-            ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
+            SAMPLES=by_sample(affine), ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
     return p
 
@@ -170,7 +172,8 @@ def pool_backward(
     stats: tuple[Tensor, Tensor, Tensor] | None,
 ) -> Tensor:
     """:func:`max_pool2x2_backward` by the signs of ``scale`` (C, or an affine; None: positive); with
-    ``stats`` = (dmean, dvar, mean) also their share of x's gradient, dmean/M + (2/M)·dvar·(x − mean)."""
+    ``stats`` = (dmean, dvar, mean), of the batch or of each sample, also their share of x's gradient,
+    dmean/M + (2/M)·dvar·(x − mean)."""
     x = nhwc(x)
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
@@ -178,11 +181,11 @@ def pool_backward(
         block_w, block_c = flat_tile(channels, x.element_size(), _ACCESSES)
         blocks = cdiv((width + 1) // 2, block_w)
         dmean, dvar, mean = (None, None, None) if stats is None else stats
+        apart = mean is not None and mean.dim() == 2
         launch(
             _max_pool2x2_bwd_kernel, (batch * ((height + 1) // 2) * blocks, cdiv(channels, block_c)),
             x, dense(scale), nhwc(dp), None if dskip is None else nhwc(dskip), dense(dmean), dense(dvar), dense(mean),
-            dx, batch * height * width, height, width, channels, blocks,
-            SAMPLES=scale is not None and scale.dim() == 3,
-            ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
+            dx, (1 if apart else batch) * height * width, height, width, channels, blocks,
+            SAMPLES=by_sample(scale), SAMPLES_Y=apart, ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
     return dx

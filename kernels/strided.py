@@ -13,16 +13,17 @@ from .common import nhwc
 MOST_COLUMNS = 2**30  # of a picture, whose columns 32 bits number, those of a last tile beyond it too
 
 
-def as_rows(x: Tensor, ksize: int, stride: int) -> Tensor:
+def as_rows(x: Tensor, ksize: int, stride: int, apart: bool) -> Tensor:
     """An NHWC tensor as the filter sees it that has ``stride`` on it: itself if that is 3×3.
 
     Of 2×2, each row or pair of rows is a picture, and pairs of pixels are one. Of 1×1, all pixels are one row if 32
-    bits number them. So the tiles of small pictures come out full.
+    bits number them. So the tiles of small pictures come out full; but samples that differ are kept ``apart``.
     """
     if ksize == 3 or (ksize == 1 and x.shape[0] * x.shape[2] * x.shape[3] > MOST_COLUMNS):
         return x
     pixels = x.permute(0, 2, 3, 1)
-    shape = (1, 1, -1) if ksize == 1 else (-1, stride, pixels.shape[2] // stride)
+    batch = x.shape[0] if apart else 1 if ksize == 1 else -1
+    shape = (batch, 1, -1) if ksize == 1 else (batch, -1 if apart else stride, pixels.shape[2] // stride)
     return pixels.reshape(*shape, x.shape[1] * stride).permute(0, 3, 1, 2)
 
 

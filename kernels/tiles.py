@@ -40,9 +40,9 @@ class Tile(NamedTuple):
         return self.outputs // 2 if self.outputs >= 64 else self.outputs
 
     def constants(self, x: Tensor, hold: bool = True) -> dict[str, Any]:
-        """What is compiled into a kernel of this tile that multiplies ``x``; see :func:`numbers` for ``hold``. How many
-        programs share a tile is not: as many binaries would do the same."""
-        tile = self if self.shares == 1 else self._replace(shares=1)
+        """What is compiled into a kernel of this tile that multiplies ``x``; see :func:`numbers` for ``hold``. Of
+        programs that share a tile not their number: as many binaries would do the same."""
+        tile = self if self.shares == 1 else self._replace(shares=2)
         return {"TILE": tile, "NUM": numbers(x, hold), "num_warps": self.warps, "num_stages": self.stages}
 
 

@@ -33,9 +33,8 @@ from .affine import (
     source_gradient,
     store_affine_gradient,
 )
-from .common import act, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise
+from .common import act, affine_of, by_sample, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise, slab_of
 from .launching import accumulator, launch
-from .samples import by_sample
 
 _ACCESSES = 1  # 16-byte accesses per thread and tap
 _ROUNDS = 4  # tiles of one row per program of the backward, which share a slab of sums
@@ -77,7 +76,8 @@ def _lerp(a, b, fraction, ALIGN_CORNERS: tl.constexpr):
 def _upsample_concat_fwd_kernel(
     x_ptr, affine_ptr, skip_ptr, skip_affine_ptr, y_ptr,
     C, CS, H, W, YH, YW, top, left, first_h, first_w, cells_h, blocks,
-    SLOPE: tl.constexpr, SKIP_SLOPE: tl.constexpr, SKIP_FIRST: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
+    SLOPE: tl.constexpr, SKIP_SLOPE: tl.constexpr, SAMPLES: tl.constexpr, SKIP_SAMPLES: tl.constexpr,
+    SKIP_FIRST: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
     ACC: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Cells from (first_h, first_w) on, the first that touch y (YH, YW), which holds output (0, 0) at (top, left); cell
@@ -103,7 +103,7 @@ def _upsample_concat_fwd_kernel(
     if group < up_groups:
         c = group * BLOCK_C + tl.arange(0, BLOCK_C)
         channel = (c < C)[None, :]
-        affine = load_affine(affine_ptr, c, C)
+        affine = load_affine(affine_of(affine_ptr, n, C, SAMPLES), c, C)
         source = ((j >= -1) & (j < tl.where((i >= -1) & (i < H), W, -1)))[:, None] & channel
         row0 = (n * H + tl.maximum(i, 0)) * W
         row1 = (n * H + tl.minimum(i + 1, H - 1)) * W
@@ -141,7 +141,7 @@ def _upsample_concat_fwd_kernel(
     elif skip_ptr is not None:
         c = (group - up_groups) * BLOCK_C + tl.arange(0, BLOCK_C)
         channel = (c < CS)[None, :]
-        skip_affine = load_affine(skip_affine_ptr, c, CS)
+        skip_affine = load_affine(affine_of(skip_affine_ptr, n, CS, SKIP_SAMPLES), c, CS)
         index = pixel * CS + c[None, :]
         row = YW.to(tl.int64) * CS
         z00 = tl.load(skip_ptr + index, mask=in00 & channel, other=0.0)
@@ -160,10 +160,10 @@ def _upsample_concat_fwd_kernel(
         tl.store(y_ptr + index + stride, z11, mask=in11 & channel)
 
 
-@triton.jit(do_not_specialize=["H", "W", "YH", "YW", "top", "left", "segments"])
+@triton.jit(do_not_specialize=["N", "H", "W", "YH", "YW", "top", "left", "segments"])
 def _upsample_bwd_kernel(
-    dy_ptr, x_ptr, affine_ptr, dx_ptr, partial_ptr, C, dy_stride, H, W, YH, YW, top, left, segments,
-    SLOPE: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
+    dy_ptr, x_ptr, affine_ptr, dx_ptr, partial_ptr, N, C, dy_stride, H, W, YH, YW, top, left, segments,
+    SLOPE: tl.constexpr, SAMPLES: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
     ACC: tl.constexpr, ROUNDS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dx and daffine from dy, whose pointer is at the first channel of the upsampled half."""
@@ -171,6 +171,7 @@ def _upsample_bwd_kernel(
     q = slab // segments
     n = (q // H).to(tl.int64)
     h = q % H
+    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel = (c < C)[None, :]
     sum_gx = tl.zeros([BLOCK_W, BLOCK_C], ACC)
@@ -208,6 +209,7 @@ def _upsample_bwd_kernel(
         start += BLOCK_W
     if affine_ptr is not None:
         affine = load_affine(affine_ptr, c, C)
+        slab = slab_of(slab, n, N, H * segments, SAMPLES).row
         store_affine_gradient(partial_ptr, slab, c, C, affine.scale, tl.sum(sum_gx, 0), tl.sum(sum_g, 0))
 
 
@@ -226,7 +228,6 @@ def _centred(x: Tensor, skip: Tensor | None) -> tuple[int, int, int, int]:
     return skip.shape[2], skip.shape[3], (skip.shape[2] - height) // 2, (skip.shape[3] - width) // 2
 
 
-@by_sample
 def upsample_concat(
     x: Tensor,
     affine: Tensor | None,
@@ -258,13 +259,13 @@ def upsample_concat(
         _upsample_concat_fwd_kernel, (batch * cells_h * blocks, groups),
         nhwc(x), dense(affine), None if skip is None else nhwc(skip), dense(skip_affine), y, channels, skip_channels,
         height, width, y_height, y_width, top, left, first_h, first_w, cells_h, blocks,
-        SLOPE=act(slope), SKIP_SLOPE=act(skip_slope), SKIP_FIRST=skip_first, ALIGN_CORNERS=align_corners,
+        SLOPE=act(slope), SKIP_SLOPE=act(skip_slope), SAMPLES=by_sample(affine), SKIP_SAMPLES=by_sample(skip_affine),
+        SKIP_FIRST=skip_first, ALIGN_CORNERS=align_corners,
         ACC=accumulator(x.dtype), BLOCK_W=block_w, BLOCK_C=block_c,
     )  # fmt: skip
     return y
 
 
-@by_sample
 def upsample_concat_backward(
     dy: Tensor,
     x: Tensor,
@@ -290,8 +291,8 @@ def upsample_concat_backward(
         launch(
             _upsample_bwd_kernel, (slabs, cdiv(channels, block_c)),
             dy[:, skip_channels:] if skip_first else dy[:, :channels], x, dense(affine), dx, partial,
-            channels, dy.shape[1], height, width, y_height, y_width, top, left, segments,
-            SLOPE=act(slope), ALIGN_CORNERS=align_corners,
+            batch, channels, dy.shape[1], height, width, y_height, y_width, top, left, segments,
+            SLOPE=act(slope), SAMPLES=by_sample(affine), ALIGN_CORNERS=align_corners,
             ACC=accumulator(x.dtype), ROUNDS=_ROUNDS, BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
     daffine = affine_gradient(x, partial)

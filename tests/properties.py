@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.cases import WORDS, Case
 from fastunet import checks, functional, losses, ops
-from fastunet.layout import stats_dtype
+from fastunet.layout import SAMPLES, stats_dtype
 from fastunet.reference import functional as plain
 
 Operands = dict[str, Any]
@@ -91,8 +91,14 @@ def _case(draw: Draw, size: Size, op: str, least: int = 1, **settings: Any) -> C
         draw(st.integers(least, size.side)),
     )
     affine = settings.pop("affine", None)
+    if op in _BY_SAMPLE:
+        settings["samples"] = draw(st.booleans())
     return Case(op, shape, draw(st.sampled_from(size.dtypes)), layout="contiguous",
                 affine=draw(st.booleans()) if affine is None else affine, **settings)  # fmt: skip
+
+
+# Whose affines, and statistics, may be of each sample.
+_BY_SAMPLE = {"affine_act", "conv2d", "conv_transpose2d", "max_pool2x2", "upsample_concat", "head_stats"}
 
 
 def _flag(draw: Draw, *names: str) -> tuple[tuple[str, Any], ...]:
@@ -183,6 +189,17 @@ def _confusion_matrix_of_masks(draw: Draw, size: Size) -> Case:
 
 CASES: dict[str, Callable[[Draw, Size], Case]] = {
     "affine_act": lambda draw, size: _case(draw, size, "affine_act", changes=_slope(draw, "slope")),
+    "add_act": lambda draw, size: _case(
+        draw, size, "add_act", changes=_slope(draw, "slope", "skip_slope", "sum_slope")
+    ),
+    "affine_prelu": lambda draw, size: _case(draw, size, "affine_prelu"),
+    "avg_pool2x2": lambda draw, size: _case(draw, size, "avg_pool2x2", 2, changes=_slope(draw, "slope")),
+    "pad_replicate": lambda draw, size: _case(
+        draw,
+        size,
+        "pad_replicate",
+        changes=(*_slope(draw, "slope"), *((name, draw(st.integers(0, 1))) for name in ("rows", "columns"))),
+    ),
     "bn_affine": lambda draw, size: _case(draw, size, "bn_affine"),
     "bn_affine_running": lambda draw, size: _case(draw, size, "bn_affine_running"),
     "group_affine": lambda draw, size: _case(draw, size, "group_affine"),
@@ -214,9 +231,9 @@ def _named(function: Callable[..., Any], *without: str) -> Callable[[Operands, S
 
 
 def _winners(y: Tensor, scale: Tensor | None) -> Tensor:
-    """Flat indices of the pixels that a 2×2 max-pool takes for a normalisation by ``scale``."""
+    """Flat indices of the pixels that a 2×2 max-pool takes for a normalisation by ``scale``, (C,) or (N, C)."""
     sign = torch.ones(y.shape[1]) if scale is None else scale.sign()
-    signed = y * sign.to(y).view(1, -1, 1, 1)
+    signed = y * sign.to(y)[..., None, None]
     return F.max_pool2d(signed, 2, return_indices=True)[1]  # where all are 0, the first
 
 
@@ -254,7 +271,7 @@ def _running_truth(operands: Operands, found: Sequence[Tensor]) -> list[Tensor]:
 
 def _pool_truth(operands: Operands, found: Sequence[Tensor]) -> list[Tensor]:
     affine = operands["affine"]
-    return [_pooled(operands["x"], operands["x"], None if affine is None else affine[0])]
+    return [_pooled(operands["x"], operands["x"], None if affine is None else affine[..., 0, :])]
 
 
 def _predict_truth(operands: Operands, found: Sequence[Tensor]) -> list[Tensor]:
@@ -293,14 +310,13 @@ def _clear_of_corners(operands: Operands) -> None:
             continue
         rows = operands.get(affine)
         if rows is not None:
-            signs = torch.tensor([1.0, -1.0, 0.0])[torch.randint(0, 3, (rows.shape[1],))]
-            rows[0] = signs * (rows[0].abs() / 2 + 0.25)
-            rows[1] += torch.where(rows[1].abs() < 0.01, 0.5, 0.0)
+            scales, shifts = rows[..., 0, :], rows[..., 1, :]
+            signs = torch.tensor([1.0, -1.0, 0.0])[torch.randint(0, 3, scales.shape)]
+            scales.copy_(signs * (scales.abs() / 2 + 0.25))
+            shifts += torch.where(shifts.abs() < 0.01, 0.5, 0.0)
         if operands.get(slope, 1) != 1:
-            scale, shift, centre = torch.ones(3, 1) if rows is None else rows.double()
-            if rows is None:
-                shift = centre = torch.zeros(1)
-            scale, shift, centre = (row.view(1, -1, 1, 1) for row in (scale, shift, centre))
+            three = torch.tensor([[1.0], [0.0], [0.0]]) if rows is None else rows.double()
+            scale, shift, centre = (row[..., None, None] for row in three.unbind(-2))
             for _ in range(8):
                 near = (scale * (operands[x].double() - centre) + shift).abs() < 2e-3
                 operands[x] = torch.where(near, operands[x] + 0.37, operands[x])
@@ -325,6 +341,9 @@ def _operands(draw: Draw, case: Case) -> Operands:
         operands["skip"] = case.random((batch, channels, *size), "cpu")
     if operands.get("pool_scale") is not None and draw(st.booleans()):
         operands["pool_scale"] = torch.randint(-1, 2, operands["pool_scale"].shape).to(operands["pool_scale"])
+    for name in ("affine1", "skip_affine"):  # beside a source that differs by sample one that does not
+        if case.samples and operands.get(name) is not None and case.shape[0] and draw(st.booleans()):
+            operands[name] = operands[name][0].clone()
     for name in ("labels", "mask"):
         if name in operands:
             operands[name] = _strange_labels(operands[name], operands)
@@ -357,6 +376,10 @@ def _results(operator: str, operands: Operands) -> dict[str, int]:
 
 _TRUTHS: dict[str, Callable[[Operands, Sequence[Tensor]], list[Tensor]]] = {
     "affine_act": _named(plain.affine_act),
+    "add_act": _named(plain.add_act),
+    "affine_prelu": _named(plain.affine_prelu),
+    "avg_pool2x2": _named(plain.avg_pool2x2),
+    "pad_replicate": _named(plain.pad_replicate),
     "bn_affine": _named(plain.bn_affine),
     "bn_affine_running": _running_truth,
     "group_affine": _named(plain.group_affine),
@@ -382,8 +405,9 @@ def _of_operator(operator: str) -> Callable[[Draw, Size], Problem]:
         names = _results(operator, operands)
         ours = _call(operator, lambda operands: list(_results(operator, operands).values()))
         exact = operator.startswith("confusion") or operands.get("output") in ("argmax", "threshold")
+        of_batch = set() if operands.get("stats") == SAMPLES else _OF_THE_BATCH
         made = Problem(operator, case.dtype, operands, ours, _TRUTHS[operator],
-                       {name: name not in _OF_THE_BATCH for name in names}, exact)  # fmt: skip
+                       {name: name not in of_batch for name in names}, exact)  # fmt: skip
         if operator.startswith("confusion"):
             made.results = {"counts": False}
         if operator.endswith("_affine") or operator == "bn_affine_running":
@@ -398,6 +422,16 @@ def _of_operator(operator: str) -> Callable[[Draw, Size], Problem]:
             made.ours = lambda operands, backend: [
                 *ours(operands, backend), *(operands[name] for name in ("running_mean", "running_var"))
             ]  # fmt: skip
+        if operator == "add_act" and operands["sum_slope"] != 1:
+            made.corners = lambda operands: plain.add_act(**{**operands, "sum_slope": 1.0}).abs() < 0.02
+        if operator == "affine_prelu":
+            channels, wide = operands["x"].shape[1], operands["slopes"].dtype
+            operands["slopes"] = torch.randn(draw(st.sampled_from([1, channels])), dtype=wide)
+            made.corners = lambda operands: plain.affine_act(operands["x"], operands["affine"], 1.0).abs() < 0.02
+        if operator == "pad_replicate":  # the last row is repeated, not the first
+            made.flips = not (operands["rows"] or operands["columns"])
+        if operator == "avg_pool2x2":
+            made.flips = not any(side % 2 for side in operands["x"].shape[2:])
         if operator == "softmax_stats":
             made.dtype = stats_dtype(case.dtype)
         if operator in ("conv2d_act", "head_predict"):
@@ -526,8 +560,14 @@ FUNCTIONS: dict[str, Callable[[Draw, Size], Problem]] = {
 
 
 def permuted(problem: Problem, order: Tensor) -> Problem:
-    """The pictures in another order."""
-    return replace(problem, operands={k: v[order] if _is_picture(k, v) else v for k, v in problem.operands.items()})
+    """The pictures in another order, and what is of each."""
+    return replace(
+        problem,
+        operands={
+            k: v[order] if _is_picture(k, v) or ("affine" in k and v is not None and v.dim() == 3) else v
+            for k, v in problem.operands.items()
+        },
+    )
 
 
 def _is_picture(name: str, x: Any) -> bool:
@@ -564,9 +604,9 @@ def _uneven(given: Operands, axis: int) -> bool:
         side, even = (side + 1) // 2, side % 2 == 0
         if even:
             return True
-    if given.get("skip") is not None and (given["skip"].shape[axis] - 2 * x.shape[axis]) % 2:
+    if given.get("skip") is not None and "skip_first" in given and (given["skip"].shape[axis] - 2 * x.shape[axis]) % 2:
         return True
     pools = given.get("pool", weight is None and "align_corners" not in given and "slope" not in given)
     signs = given.get("pool_scale") if "pool" in given else (given.get("affine") if pools else None)
-    first = signs is not None and bool(((signs[0] if signs.dim() == 2 else signs) == 0).any())
+    first = signs is not None and bool(((signs[..., 0, :] if signs.dim() > 1 else signs) == 0).any())
     return bool(pools) and (side % 2 == 1 or first)

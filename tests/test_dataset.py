@@ -52,8 +52,9 @@ def tiff(*pages: np.ndarray, reduced: tuple[int, ...] = (), extra: tuple[int, ..
         content += np.ascontiguousarray(pixels).astype(pixels.dtype.newbyteorder("<")).tobytes()
         tags: list[tuple[int, tuple[int, ...]]] = [
             (254, (int(number in reduced),)), (256, (width,)), (257, (height,)),
-            (258, (8 * pixels.dtype.itemsize,) * channels), (259, (1,)), (262, (2 if channels >= 3 else 1,)),
-            (273, (offset,)), (274, (more.get("orientation", 1),)), (277, (channels,)), (278, (height,)),
+            (258, (8 * pixels.dtype.itemsize,) * channels), (259, (1,)),
+            (262, (more.get("photometric", 2 if channels >= 3 else 1),)), (273, (offset,)),
+            (274, (more.get("orientation", 1),)), (277, (channels,)), (278, (height,)),
             (279, (pixels.nbytes,)), (338, extra), (339, (kind,) * channels),
         ]  # fmt: skip
         entries = b""
@@ -181,6 +182,7 @@ PLAIN = {
     "grey16": ("png", Image.fromarray(TWELVE[..., 0]), TWELVE[..., 0][None], torch.int32),
     "tiff16": ("tif", tiff(TWELVE[..., 0]), TWELVE[..., 0][None], torch.int32),
     "rgb": ("bmp", Image.fromarray(RGB), RGB.transpose(2, 0, 1), torch.uint8),
+    "0-is-white": ("tif", tiff(TWELVE[..., 0], photometric=0), 65535 - TWELVE[..., 0][None], torch.int32),
     "float": ("tif", tiff(NOISE.astype(np.float32)), NOISE[None], torch.float32),
     "signed": ("tif", tiff(NOISE.astype(np.int16) - 99), NOISE[None].astype(np.int16) - 99, torch.int32),
     "alpha": ("png", Image.fromarray(RGB).convert("RGBA"), RGB.transpose(2, 0, 1), torch.uint8),
@@ -231,6 +233,20 @@ def test_limits_are_named(tmp_path: Path) -> None:
         hollow[at : at + 4] = struct.pack("<I", 8192)
     with pytest.raises(DataError, match=r"has 1,207,959,552 bytes by its header, 9 channels of 16 bits, of at most"):
         opened(tmp_path / "deep", images={"a.tif": bytes(hollow)})
+
+
+def test_what_is_no_picture_is_called_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    others = {
+        r"\(a pointer of Git LFS, whose picture was not fetched\)": b"version https://git-lfs.github.com/spec/v1\n",
+        r"\(a web page, not a picture\)": b"<!DOCTYPE html><title>404</title>",
+        r"\(HEIC or AVIF, which is not read here\)": b"\0\0\0\x18ftypheic",
+        r"\(empty\)": b"",
+        "has 12 bits a channel, which Pillow does not read: pip": b"\xff\xd8\xff\xc1\0\x0b\x0c\0\x14\0\x18\1\1\x11\0",
+    }
+    for refusal, content in others.items():
+        with pytest.raises(DataError, match=refusal):
+            opened(tmp_path, images={"a.png": content})
 
 
 # ---- what masks mean ---------------------------------------------------------------------------------------------
@@ -358,6 +374,11 @@ def test_a_turned_picture_and_its_mask_fit(tmp_path: Path, orientation: int) -> 
         assert torch.equal(data[0].labels, torch.from_numpy(labels))
         assert torch.equal(data[0].image[0], data[0].labels * 30)
         assert any("turned along" in odd for odd in data.odd) == (folder == "stored")
+    if orientation >= 5:  # only the mask says so
+        write(tmp_path / "mask" / "images" / "a.png", Image.fromarray(np.asarray(image)))
+        write(tmp_path / "mask" / "masks" / "a.png", mask, **saved(mask))
+        assert torch.equal(open_dataset(tmp_path / "mask")[0].labels, torch.from_numpy(labels))
+        assert torch.equal(open_dataset(tmp_path / "mask")[0].image[0], torch.from_numpy(labels * 30))
 
 
 # ---- names -------------------------------------------------------------------------------------------------------

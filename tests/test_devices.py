@@ -31,6 +31,14 @@ def calls() -> Iterator[tuple[str, list[Any]]]:
     half = torch.randn(1, 2, 2, 2)
     yield "affine_act", source
     yield "affine_act_backward", [x.clone(), *source]
+    yield "add_act", [*source, x.clone(), affine.clone(), 0.0, 0.1]
+    yield "add_act_backward", [x.clone(), *source, x.clone(), affine.clone(), 0.0, 0.1]
+    yield "affine_prelu", [x, affine, vector]
+    yield "affine_prelu_backward", [x.clone(), x, affine, vector]
+    yield "avg_pool2x2", source
+    yield "avg_pool2x2_backward", [half, *source]
+    yield "pad_replicate", [*source, 1, 1]
+    yield "pad_replicate_backward", [torch.randn(1, 2, 5, 5), *source]
     yield "bn_affine", [vector, vector.clone(), vector.clone(), vector.clone(), 1e-5]
     yield "bn_affine_running", [vector, *(vector.clone() for _ in range(5)), 16, 0.1, 1e-5]
     rows = torch.rand(1, 2)

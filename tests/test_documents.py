@@ -260,7 +260,7 @@ def test_slow_defaults(seconds: float, checkout: Path) -> None:
     }.items():
         done = shell(command, checkout)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert re.search(prints, done.stdout)
+        assert re.search(prints, done.stdout + done.stderr)
 
 
 @needs_a_shell

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import python
 from sources import check_compiled, truth
 from torch import Tensor, nn
 
 from fastunet import ops
 from fastunet.activation import Activation, Config, Next, Placed
 from fastunet.blocks import ConvSequence, Down, Up
+from fastunet.layout import SAMPLES
 from fastunet.reference import functional as plain
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -142,14 +145,41 @@ def calls(device: str) -> dict[str, tuple[Any, Any]]:
     }  # fmt: skip
 
 
+def wide_calls(device: str) -> dict[str, tuple[Any, Any]]:
+    """The same, of pictures so wide that each tile is of one sample."""
+    torch.manual_seed(1)
+    leaf = functools.partial(torch.randn, dtype=torch.float64, device=device, requires_grad=True)
+    x, affine, picture, bias = leaf(2, 2, 3, 40), leaf(2, 3, 2), leaf(2, 3, 4, 8), leaf(5)
+    source, none = (x, affine, 0.1), (None, None, 1.0)
+    made = {}
+    for kernel, stride, filters in ((3, 1, 5), (3, 2, 5), (1, 1, 5), (1, 1, 3)):
+        arguments = (*source, *none, leaf(filters, 2, kernel, kernel), None, stride, (3, 40), (0,) * 4, SAMPLES)
+        made[f"conv2d_{kernel}_{stride}_{filters}"] = arguments, functools.partial(plain.conv2d, *arguments)
+    arguments = (picture, *none[1:], *none, leaf(5, 3, 3, 3), bias, 1, (4, 8), (0,) * 4, SAMPLES)
+    made["conv2d_picture"] = arguments, functools.partial(plain.conv2d, *arguments)
+    found = {name: ((*arguments, False, False, None), truth) for name, (arguments, truth) in made.items()}
+    for side in (2, 3):
+        arguments = (*source, leaf(2, 5, side, side), bias, SAMPLES)
+        found[f"conv_transpose2d_{side}"] = arguments, functools.partial(plain.conv_transpose2d, *arguments)
+    return found
+
+
 @pytest.mark.parametrize(
-    "name", ["affine_act", "conv2d", "conv2d_two", "conv_transpose2d", "upsample_concat", "head_stats"]
+    "name",
+    [
+        *("affine_act", "conv2d", "conv2d_two", "conv_transpose2d", "upsample_concat", "head_stats"),
+        *("conv2d_3_1_5", "conv2d_3_2_5", "conv2d_1_1_5", "conv2d_1_1_3", "conv2d_picture"),
+        *("conv_transpose2d_2", "conv_transpose2d_3"),
+    ],
 )
 def test_values_and_gradients(name: str, backend: str, device: str) -> None:
     if backend == "triton" and device == "cuda":
         pytest.skip("the kernels take float64 in the interpreter only")
-    arguments, expected = calls(device)[name]
-    found = getattr(ops, name.removesuffix("_two"))(*arguments, backend)
+    arguments, expected = (calls(device) | wide_calls(device))[name]
+    operator = next(
+        op for op in ("affine_act", "conv2d", "conv_transpose2d", "upsample_concat", "head_stats") if op in name
+    )
+    found = getattr(ops, operator)(*arguments, backend)
     truly = expected()
     results, true = ([r] if isinstance(r, Tensor) else list(r)[:3] for r in (found, truly))
     leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
@@ -160,6 +190,40 @@ def test_values_and_gradients(name: str, backend: str, device: str) -> None:
         for ys in (results, true)
     ]
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+
+
+ONE_AND_SEVERAL = """
+from dataclasses import replace
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.ptx.trials import launched
+
+PASSES = {"_affine_act_fwd_kernel", "_affine_act_bwd_kernel", "_batch_stats_kernel"}
+case = Case("conv2d", (2, 64, 64, 128), torch.bfloat16, filters=64, skip=64, samples=True, algorithm="triton")
+one = [
+    case,
+    replace(case, skip=0, stride=2, shape=(2, 64, 64, 256)),
+    replace(case, skip=0, kernel=1),
+    replace(case, op="conv_transpose2d", skip=0, kernel=2, stats=False, shape=(2, 64, 64, 128)),
+    replace(case, op="upsample_concat", mode="inference"),
+    replace(case, op="head_stats", kernel=1, filters=4, skip=0),
+    replace(case, op="conv2d_act", stats=False, mode="inference"),
+]
+for chip in ("sm_80", "sm_90"):
+    for each in one:
+        with each.choosing():
+            print(sorted(PASSES & launched(each, chip, "bf16")))
+    print(launched(replace(case, shape=(4, 64, 8, 8)), chip, "bf16") >= PASSES)
+"""
+
+
+def test_tiles_of_one_sample_need_no_passes() -> None:
+    """Kernels normalise, and sum, for themselves; but where a tile has pixels of several samples."""
+    pytest.importorskip("triton")
+    done = python("-c", ONE_AND_SEVERAL)
+    assert done.stdout.split("\n") == 2 * [*7 * ["[]"], "True"] + [""], done.stderr
 
 
 def test_pooling_by_each_samples_signs(backend: str, device: str) -> None:

@@ -153,6 +153,10 @@ class Watching(TorchDispatchMode):
 # whole networks of float64 behind them have the others.
 SAMPLED = {
     "affine_act": "affine",
+    "affine_prelu": "affine",
+    "add_act": "affine",
+    "avg_pool2x2": "affine",
+    "pad_replicate": "affine",
     "bn_affine": "weight bias",
     "bn_affine_running": "weight bias",
     "group_affine": "weight bias",
@@ -187,8 +191,9 @@ def test_verify_calls_every_operator_and_what_it_samples_is_named() -> None:
 
 def test_every_network_is_verified_and_timed() -> None:
     public = {name for name in fastunet.__all__ if isinstance(getattr(fastunet, name), type)}
+    public -= {"ConvSequence", "DoubleConv"}  # which the networks are made of
     assert {ours.__name__ for ours, *_ in verify.NETWORKS.values()} == public
-    assert {network.name for network in nets.NETWORKS.values()} == public
+    assert public <= {network.name for network in nets.NETWORKS.values()}
 
 
 # Arguments that are the same for everybody, or say where something runs.

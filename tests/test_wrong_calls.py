@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import fastunet
 from fastunet import blocks, cli, data, functional, losses, metrics, reference, training
 from fastunet.backend import triton_unavailable
+from fastunet.checkpoint import CheckpointError
 from fastunet.errors import UserError
 from fastunet.losses import CrossEntropyLoss, DiceCELoss, DiceLoss, GeneralizedDiceLoss, TverskyLoss
 from fastunet.metrics import ConfusionMatrix, dice_coeff, multiclass_dice_coeff
@@ -100,6 +101,10 @@ def other(folder: Path, name: str, pixels: np.ndarray) -> None:
     """The picture under another name, in place of the one with that stem."""
     folder.joinpath(name).with_suffix(".png").unlink()
     write(folder / name, pixels)
+
+
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def truncate(path: Path) -> None:
@@ -218,6 +223,8 @@ BLOCKS: list[Row] = [
      TypeError, "expected in_channels as an integer, got 4.0; pass a whole number"),
     ("a strided block of True channels", lambda: blocks.StridedDown(3, True),
      TypeError, "expected out_channels as an integer, got True; pass a whole number"),
+    ("a sequence on a list", lambda: fastunet.ConvSequence(nn.Conv2d(3, 4, 3, padding=1))([1]),
+     TypeError, "expected x as a torch.Tensor, got list; convert it with torch.as_tensor"),
     ("a block on a list", lambda: blocks.DoubleConv(3, 4)([1]),
      TypeError, "expected x as a torch.Tensor, got list; convert it with torch.as_tensor"),
     ("a block on no batch", lambda: blocks.DoubleConv(3, 4)(X[0]),
@@ -236,6 +243,14 @@ BLOCKS: list[Row] = [
      TypeError, "expected skip as a torch.Tensor, got NoneType; convert it with torch.as_tensor"),
     ("a skip connection of another batch", lambda: blocks.Up(6, 3)(torch.zeros(2, 6, 3, 4), X[:1]),
      ValueError, "expected x and skip of one batch size, got 2 and 1; pass as many"),
+    ("a residual block of stride 3", lambda: blocks.ResidualBlock(3, 4, 3),
+     ValueError, "expected stride 1 or 2, got 3; pass one of those"),
+    ("a residual block of stride 2 on odd sizes", lambda: blocks.ResidualBlock(3, 4, 2)(torch.zeros(2, 3, 7, 8)),
+     ValueError, "expected two sides of one shape to add, got (2, 4, 4, 4) and (2, 4, 3, 4) from an input of shape (2, 3, 7, 8); with stride 2 pass even sizes"),
+    ("more than a row to repeat", lambda: blocks.Up(6, 3, replicate=True)(torch.zeros(2, 3, 2, 4), X),
+     ValueError, "expected a skip connection of at most one row and column more than (4, 8), got (6, 8); pad with zeros instead, or pass a skip connection of twice the size"),
+    ("replicate as a word", lambda: blocks.Up(6, 3, replicate="yes"),
+     TypeError, "expected replicate to be True or False, got 'yes'; pass one of those"),
     ("a strided block without a batch", lambda: blocks.StridedUp(4, 2)(X[0], X),
      ValueError, "expected x of shape (N, C, H, W), got (3, 6, 8); reshape it"),
 ]
@@ -263,6 +278,18 @@ CONSTRUCTORS: list[Row] = [
      TypeError, "expected bilinear to be True or False, got 64; pass one of those"),
     ("conv_bias as a word", lambda: unet(conv_bias="yes"),
      TypeError, "expected conv_bias to be True or False, got 'yes'; pass one of those"),
+    ("an unknown norm", lambda: unet(norm="layer"),
+     ValueError, "expected norm to be batch, instance, group or None, got 'layer'; leave it out for batch"),
+    ("a norm's class", lambda: blocks.DoubleConv(3, 4, norm=nn.BatchNorm2d),
+     ValueError, "expected norm to be batch, instance, group or None, got <class 'torch.nn.modules.batchnorm.BatchNorm2d'>; leave it out for batch"),
+    ("a slope as a word", lambda: unet(negative_slope="leaky"),
+     TypeError, "expected negative_slope as a number, got 'leaky'; pass an int or a float"),
+    ("a slope of nan", lambda: blocks.ResidualBlock(3, 4, negative_slope=math.nan),
+     ValueError, "expected negative_slope to be finite, got nan; pass a finite number"),
+    ("an unknown upsampling", lambda: unet(upsample="bicubic"),
+     ValueError, "expected upsample to be transposed, bilinear, nearest or None, got 'bicubic'; leave it out for transposed convolutions"),
+    ("two upsamplings", lambda: unet(bilinear=True, upsample="nearest"),
+     ValueError, "expected one upsampling, got bilinear=True and upsample='nearest'; leave out one of them"),
     ("an unknown backend", lambda: unet(backend="cuda"),
      ValueError, "expected backend to be one of auto, torch, triton, got 'cuda'; check FASTUNET_BACKEND too"),
     ("no backend", lambda: unet(backend=None),
@@ -685,6 +712,8 @@ DATA: list[Row] = [
      UserError, "--device cuda:99 is not available here: take cpu or a device that 'fastunet info' lists"),
     ("an output in no folder", lambda: demo("--output", "no/where.png"),
      UserError, "--output no/where.png cannot be written: no is not a folder, create it first"),
+    ("an output among the pictures", lambda: (Path("photos").mkdir(), demo("--images", "photos", "--masks", "photos", "--output", "photos/out.png")),
+     UserError, "--output photos/out.png would lie among the pictures that are read: name another folder"),
     ("an output that is no picture", lambda: demo("--output", "out.xyz"),
      UserError, "--output out.xyz is not the name of a picture: give one that ends in .png"),
     ("an output that is a folder", lambda: demo("--output", "."),
@@ -728,6 +757,28 @@ PICTURES: list[Row] = [
      data.DataError, "the masks hold more than 64 different values (counted up to <folder>/masks/b.png): expected one value per class, not numbered objects or soft edges"),
     ("a mask as a JPEG", lambda folder: opened(folder, other(folder / "masks", "a.jpg", stripes(0, 99, 255))),
      data.DataError, "mask <folder>/masks/a.jpg is a JPEG, which blurs the 3 class values in it: save masks as PNG"),
+    ("a mask blurred and saved again", lambda folder: opened(folder, write(folder / "masks" / "a.png", stripes(*[0] * 12, 1, 2, 254, *[255] * 9))),
+     data.DataError, "mask <folder>/masks/a.png holds 5 values, some of few pixels and nearly equal to others, as value 254: save the original again without a lossy format, or list its classes in a table"),
+    ("grey numbers beside colours", lambda folder: opened(folder, write(folder / "masks" / "a.png", stripes(0, 1)), write(folder / "masks" / "b.png", stripes((200, 0, 0), (0, 0, 200)))),
+     data.DataError, "mask <folder>/masks/a.png holds the grey value 1 while other masks hold colours: save all in one way"),
+    ("a colour that no table has", lambda folder: data.open_dataset(folder / "images", folder / "masks", layout="msrc"),
+     data.DataError, "mask <folder>/masks/a.png holds colour 255,255,255, which is not in MSRC-v2's table: add it there, or as ignore if such pixels do not count"),
+    ("a picture turned half round", lambda folder: opened(folder, Image.fromarray(NOISE).save(folder / "images" / "a.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x03" + bytes(6))),
+     data.DataError, "<folder>/images/a.png is turned or mirrored where it is shown, EXIF orientation 3, and whether <folder>/masks/a.png already is cannot be seen: save both as they are shown"),
+    ("a picture of 2³⁰ pixels", lambda folder: opened(folder, (folder / "images" / "a.png").unlink(), (folder / "images" / "a.pgm").write_bytes(b"P5 32768 32768 255 ")),
+     data.DataError, "<folder>/images/a.pgm has 32768×32768 pixels by its header, of at most 67,108,864: cut it into smaller pictures"),
+    ("a layout of another", lambda folder: data.open_dataset(folder, layout="coco"),
+     data.DataError, "layout 'coco' is unknown: take one of folders, voc, msrc, cells"),
+    ("one picture to split", lambda folder: data.open_dataset(folder / "images", folder / "masks").select([0]).split(0.2, np.random.default_rng(0)),
+     data.DataError, "a.png is the only picture, and none is left to hold out: add a second one"),
+    ("a table of one line", lambda folder: (write_text(folder / "t.txt", "1, sky"), data.open_dataset(folder / "images", folder / "masks", table=folder / "t.txt")),
+     data.DataError, "<folder>/t.txt has 1 classes: expected 2 to 255, one a line"),
+    ("a picture as a checkpoint", lambda folder: fastunet.load_checkpoint(folder / "images" / "a.png"),
+     CheckpointError, "cannot read <folder>/images/a.png (damaged, or not a checkpoint): replace it"),
+    ("a checkpoint of lines", lambda folder: (torch.save(nn.Linear(2, 3).state_dict(), folder / "line.pth"), fastunet.load_checkpoint(folder / "line.pth")),
+     CheckpointError, "<folder>/line.pth holds no U-Net that is known here, its keys begin with 'weight', 'bias': construct the network yourself and call its load_state_dict"),
+    ("a checkpoint in no folder", lambda folder: fastunet.save_checkpoint(folder / "no" / "a.pth", unet()),
+     UserError, "<folder>/no/a.pth cannot be written (No such file or directory): choose another place for the checkpoint"),
     ("wide masks beside colours", lambda folder: opened(folder, write(folder / "masks" / "a.png", NOISE.astype(np.uint16) * 16), write(folder / "masks" / "b.png", stripes((200, 0, 0), (0, 0, 200)))),
      data.DataError, "mask <folder>/masks/a.png holds wide numbers while other masks hold colours: save all in one way"),
     ("fractions in a mask", lambda folder: opened(folder, other(folder / "masks", "a.tif", stripes(0, 1) / np.float32(2))),

@@ -26,6 +26,26 @@ def affine_act(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
     return F.relu(z) if slope == 0 else F.leaky_relu(z, slope)
 
 
+def affine_prelu(x: Tensor, affine: Tensor | None, slopes: Tensor) -> Tensor:
+    """nn.PReLU of a source without an act of its own; slopes (C,), or (1,) for all channels."""
+    return F.prelu(affine_act(x, affine, 1.0), slopes.to(x.dtype))
+
+
+def add_act(
+    x: Tensor,
+    affine: Tensor | None,
+    slope: float,
+    skip: Tensor,
+    skip_affine: Tensor | None,
+    skip_slope: float,
+    sum_slope: float,
+) -> Tensor:
+    """act of the sum of two sources of one shape, as at the end of a residual block; ``sum_slope`` is act's below
+    zero."""
+    z = affine_act(x, affine, slope) + affine_act(skip, skip_affine, skip_slope)
+    return affine_act(z, None, sum_slope)
+
+
 def bn_affine(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """The affine (3, C) of a batch norm: scale = weight/√(var + eps), shift = bias, centre = mean, all (C,)."""
     scale = 1 / torch.sqrt(var + eps)
@@ -129,6 +149,16 @@ def conv_bn_relu(
 def max_pool2x2(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
     """2×2 max-pool of a source's value: (N, C, ⌊H/2⌋, ⌊W/2⌋). (The operator returns it before affine and ReLU.)"""
     return F.max_pool2d(affine_act(x, affine, slope), 2)
+
+
+def avg_pool2x2(x: Tensor, affine: Tensor | None, slope: float) -> Tensor:
+    """2×2 average-pool of a source's value: (N, C, ⌊H/2⌋, ⌊W/2⌋)."""
+    return F.avg_pool2d(affine_act(x, affine, slope), 2)
+
+
+def pad_replicate(x: Tensor, affine: Tensor | None, slope: float, rows: int, columns: int) -> Tensor:
+    """A source's value with its last row and its last column repeated ``rows`` and ``columns`` times, 0 or 1."""
+    return F.pad(affine_act(x, affine, slope), [0, columns, 0, rows], mode="replicate")
 
 
 def upsample_concat(

@@ -6,9 +6,10 @@ All take (N, C, H, W) with H, W ≥ 16 and return (N, classes, H, W). The first 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,19 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 
-def _conv_bn_relu(in_channels: int, out_channels: int, bias: bool = False) -> list[nn.Module]:
+def _conv_bn_relu(
+    in_channels: int, out_channels: int, bias: bool = False, norm: str | None = "batch", negative_slope: float = 0.0
+) -> list[nn.Module]:
+    norms = {
+        "batch": nn.BatchNorm2d(out_channels),
+        "instance": nn.InstanceNorm2d(out_channels, affine=True),
+        "group": nn.GroupNorm(math.gcd(8, out_channels), out_channels),
+        None: nn.Identity(),
+    }
     return [
-        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias or norm is None),
+        norms[norm],
+        nn.LeakyReLU(negative_slope, inplace=True) if negative_slope else nn.ReLU(inplace=True),
     ]
 
 
@@ -29,13 +38,17 @@ def _conv_bn_relu(in_channels: int, out_channels: int, bias: bool = False) -> li
 
 
 class DoubleConv(nn.Module):
-    """(3×3 convolution → batch norm → ReLU) twice; the first has ``mid_channels`` filters (default out_channels)."""
+    """(3×3 convolution → norm → ReLU) twice; the first has ``mid_channels`` filters (default out_channels).
 
-    def __init__(self, in_channels: int, out_channels: int, mid_channels: int | None = None, *, bias: bool = False):
+    ``settings``: bias, norm and negative_slope, as of :class:`UNet`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, mid_channels: int | None = None, **settings: Any):
         super().__init__()
         mid_channels = mid_channels or out_channels
         self.double_conv = nn.Sequential(
-            *_conv_bn_relu(in_channels, mid_channels, bias), *_conv_bn_relu(mid_channels, out_channels, bias)
+            *_conv_bn_relu(in_channels, mid_channels, **settings),
+            *_conv_bn_relu(mid_channels, out_channels, **settings),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,9 +59,9 @@ class DoubleConv(nn.Module):
 class Down(nn.Module):
     """2×2 max-pool, then :class:`DoubleConv`."""
 
-    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = False):
+    def __init__(self, in_channels: int, out_channels: int, **settings: Any):
         super().__init__()
-        self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), DoubleConv(in_channels, out_channels, bias=bias))
+        self.maxpool_conv = nn.Sequential(nn.MaxPool2d(2), DoubleConv(in_channels, out_channels, **settings))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.maxpool_conv(x)
@@ -64,20 +77,32 @@ def _centre(x: Tensor, skip: Tensor) -> Tensor:
 class Up(nn.Module):
     """Twice the size, centred in the skip connection's size, concatenated as (skip, upsampled), then DoubleConv.
 
-    ``in_channels`` counts the concatenation. The upsampling is bilinear (aligned corners, channels kept) or a
-    transposed convolution that halves the channels.
+    ``in_channels`` counts the concatenation. The upsampling is bilinear (aligned corners) or nearest, which keep the
+    channels, or a transposed convolution that halves them.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, bilinear: bool = True, *, bias: bool = False):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bilinear: bool = True,
+        *,
+        upsample: str | None = None,
+        **settings: Any,
+    ):
         super().__init__()
         half = in_channels // 2
+        upsample = upsample or ("bilinear" if bilinear else "transposed")
         self.up: nn.Module
-        if bilinear:
+        if upsample == "bilinear":
             self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
-            self.conv = DoubleConv(in_channels, out_channels, half, bias=bias)
+            self.conv = DoubleConv(in_channels, out_channels, half, **settings)
+        elif upsample == "nearest":
+            self.up = nn.Upsample(scale_factor=2, mode="nearest")
+            self.conv = DoubleConv(in_channels, out_channels, half, **settings)
         else:
             self.up = nn.ConvTranspose2d(in_channels, half, 2, stride=2)
-            self.conv = DoubleConv(in_channels, out_channels, bias=bias)
+            self.conv = DoubleConv(in_channels, out_channels, **settings)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         out: Tensor = self.conv(torch.cat([skip, _centre(self.up(x), skip)], 1))
@@ -109,25 +134,40 @@ class UNet(nn.Module):
         bilinear: upsample bilinearly instead of by transposed convolutions.
         base_c: channels of the first block.
         conv_bias: give the 3×3 convolutions a bias, as the first two published bilinear checkpoints have.
+        norm: "batch", "instance" (affine) or "group" (of eight groups, or as many as divide the channels); None: none,
+            and the convolutions have a bias.
+        negative_slope: below zero, of a leaky ReLU.
+        upsample: "transposed", "bilinear" or "nearest"; None: as ``bilinear`` says.
     """
 
     def __init__(
-        self, n_channels: int, n_classes: int, bilinear: bool = False, base_c: int = 64, *, conv_bias: bool = False
+        self,
+        n_channels: int,
+        n_classes: int,
+        bilinear: bool = False,
+        base_c: int = 64,
+        *,
+        conv_bias: bool = False,
+        norm: str | None = "batch",
+        negative_slope: float = 0.0,
+        upsample: str | None = None,
     ):
         super().__init__()
         self.n_channels = n_channels
         self.n_classes = n_classes
-        self.bilinear = bilinear
-        c, factor = base_c, 2 if bilinear else 1
-        self.inc = DoubleConv(n_channels, c, bias=conv_bias)
-        self.down1 = Down(c, 2 * c, bias=conv_bias)
-        self.down2 = Down(2 * c, 4 * c, bias=conv_bias)
-        self.down3 = Down(4 * c, 8 * c, bias=conv_bias)
-        self.down4 = Down(8 * c, 16 * c // factor, bias=conv_bias)
-        self.up1 = Up(16 * c, 8 * c // factor, bilinear, bias=conv_bias)
-        self.up2 = Up(8 * c, 4 * c // factor, bilinear, bias=conv_bias)
-        self.up3 = Up(4 * c, 2 * c // factor, bilinear, bias=conv_bias)
-        self.up4 = Up(2 * c, c, bilinear, bias=conv_bias)
+        upsample = upsample or ("bilinear" if bilinear else "transposed")
+        self.bilinear = upsample == "bilinear"
+        settings: dict[str, Any] = {"bias": conv_bias, "norm": norm, "negative_slope": negative_slope}
+        c, factor = base_c, 1 if upsample == "transposed" else 2
+        self.inc = DoubleConv(n_channels, c, **settings)
+        self.down1 = Down(c, 2 * c, **settings)
+        self.down2 = Down(2 * c, 4 * c, **settings)
+        self.down3 = Down(4 * c, 8 * c, **settings)
+        self.down4 = Down(8 * c, 16 * c // factor, **settings)
+        self.up1 = Up(16 * c, 8 * c // factor, upsample=upsample, **settings)
+        self.up2 = Up(8 * c, 4 * c // factor, upsample=upsample, **settings)
+        self.up3 = Up(4 * c, 2 * c // factor, upsample=upsample, **settings)
+        self.up4 = Up(2 * c, c, upsample=upsample, **settings)
         self.outc = OutConv(c, n_classes)
 
     def forward(self, x: Tensor) -> Tensor:
