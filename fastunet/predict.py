@@ -76,7 +76,10 @@ def opened(args: argparse.Namespace) -> Trained:
     try:
         tiling.check_tiles(args.tile, args.overlap)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(
+            f"a tile of {args.tile} pixels with an overlap of {args.overlap} cannot be laid: give a --tile that is a "
+            f"multiple of {tiling.ALIGNMENT}, and an --overlap that is one of {2 * tiling.ALIGNMENT} and at most half of it"
+        ) from error
     device = chosen_device(args.device)
     network = trained.load(args.model)
     outputs = int(network.model.n_classes)  # type: ignore[arg-type]

@@ -101,6 +101,30 @@ TABLE: dict[str, Run | By | Not] = {
     "make clean": Run("make clean", ""),
     "python -m fastunet info": Run("python -m fastunet info", r"conv2d +torch"),
     "FASTUNET_BACKEND=torch python ...": Run("FASTUNET_BACKEND=torch python -m fastunet info", "BACKEND=torch"),
+    "python -m fastunet train photos photos_masks --epochs 20 --scale 0.5 --output run": Run(
+        "python -m fastunet train photos photos_masks --epochs 1 --scale 0.5 --output run --base-c 2 --device cpu",
+        "2 to learn from, 1 held out", "20 epochs of 64 channels",
+    ),
+    "python -m fastunet train photos photos_masks --epochs 40 --output run --resume": Run(
+        "python -m fastunet train photos photos_masks --epochs 2 --output run --device cpu --resume",
+        "after 1 epochs", "40 epochs",
+    ),
+    "python -m fastunet evaluate photos photos_masks --model run/best.pth --output confusion.png": Run(
+        "python -m fastunet evaluate photos photos_masks --model run/best.pth --output confusion.png", r"mean +0\.\d+",
+    ),
+    "python -m fastunet predict --model run/best.pth --input photos --output masks --viz": Run(
+        "python -m fastunet predict --model run/best.pth --input photos --output masks --viz", "masks/2_OUT.png"
+    ),
+    "python -m fastunet export --model run/best.pth --output unet.onnx": Run(
+        "python -m fastunet export --model run/best.pth --output unet.pt2", "any N", "of .onnx in tests/test_predict.py"
+    ),
+    "torchrun --nproc-per-node 2 -m fastunet train photos photos_masks --output run": By(
+        "tests/test_train.py::test_two_processes_are_one_with_twice_the_batch"
+    ),
+    **{
+        f"python -m fastunet {name}": By("tests/test_documents.py::test_commands_run", "with the arguments above")
+        for name in ("train", "predict", "evaluate", "export")
+    },
     "python -m fastunet demo": By("tests/test_documents.py::test_commands_run", "by make demo"),
     "python -m fastunet verify": By("tests/test_documents.py::test_slow_defaults", "in --long: two minutes"),
     "python -m fastunet verify --quick": By(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import fastunet
 from fastunet import cli, tiling
+from fastunet.backend import triton_unavailable
 from fastunet.metrics import ConfusionMatrix
 from fastunet.png import PngWriter
 from fastunet.preparation import Preparation, white
@@ -23,11 +25,15 @@ from fastunet.preparation import Preparation, white
 CPU = ["--device", "cpu"]
 
 
-@pytest.fixture(autouse=True)
-def on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter would take minutes where the torch backend takes seconds."""
-    monkeypatch.setenv("FASTUNET_BACKEND", "auto")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+@pytest.fixture(autouse=True, scope="module")
+def compiled() -> Iterator[None]:
+    """As users run it, with no interpreter of kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0")
+        patch.delenv("FASTUNET_BACKEND", raising=False)
+        triton_unavailable.cache_clear()
+        yield
+    triton_unavailable.cache_clear()
 
 
 def lively(channels: int, classes: int) -> fastunet.UNet:

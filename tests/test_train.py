@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import fastunet
 from fastunet import cli, recipes, reference, train
+from fastunet.backend import triton_unavailable
 from fastunet.checkpoint import read_checkpoint
 from fastunet.data import open_dataset
 from fastunet.losses import DiceCELoss, GlobalLoss, unet_weight_map
@@ -30,11 +32,15 @@ from fastunet.training import Objective, Run
 CPU = ["--device", "cpu", "--base-c", "2"]
 
 
-@pytest.fixture(autouse=True)
-def on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter would take minutes where the torch backend takes seconds."""
-    monkeypatch.setenv("FASTUNET_BACKEND", "auto")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+@pytest.fixture(autouse=True, scope="module")
+def compiled() -> Iterator[None]:
+    """As users run it, with no interpreter of kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0")
+        patch.delenv("FASTUNET_BACKEND", raising=False)
+        triton_unavailable.cache_clear()
+        yield
+    triton_unavailable.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -381,12 +387,11 @@ def two_processes(pictures: list[str], tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("two")
     (folder / "worker.py").write_text(WORKER)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment = {name: value for name, value in environment.items() if name != "TRITON_INTERPRET"}
     start = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     train = ["train", *pictures, "-o", str(folder / "run"), *ONE_OR_TWO, "-b", "1"]
     done = subprocess.run(
         [sys.executable, *start, str(folder / "worker.py"), str(folder / "state"), *train],
-        env={**environment, "FASTUNET_BACKEND": "auto"},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=300,

@@ -28,7 +28,7 @@ from fastunet import blocks, cli, data, functional, losses, metrics, reference, 
 from fastunet.backend import triton_unavailable
 from fastunet.checkpoint import CheckpointError
 from fastunet.errors import UserError
-from fastunet.losses import CrossEntropyLoss, DiceCELoss, DiceLoss, GeneralizedDiceLoss, TverskyLoss
+from fastunet.losses import CrossEntropyLoss, DiceCELoss, DiceLoss, GeneralizedDiceLoss, GlobalLoss, TverskyLoss
 from fastunet.metrics import ConfusionMatrix, dice_coeff, multiclass_dice_coeff
 
 Row = tuple[str, Callable[..., object], type[BaseException], str]
@@ -570,6 +570,8 @@ LOSSES: list[Row] = [
      ValueError, "expected lambda_ce to be finite, got nan; pass a finite number"),
     ("labels to check, too large", lambda: losses.check_labels(LABELS + 9, 3),
      ValueError, "expected labels from 0 to 2 or ignore_index=-100, got 9; map the mask's values to class indices"),
+    ("a global loss of no statistics", lambda: GlobalLoss(nn.BCELoss()),
+     TypeError, "expected a loss of fastunet.losses, got BCELoss(); construct one of those"),
     ("labels to check, as a list", lambda: losses.check_labels([1], 3),
      TypeError, "expected labels as a torch.Tensor, got list; convert it with torch.as_tensor"),
     ("labels to check, in floating point", lambda: losses.check_labels(LABELS.float(), 3),
@@ -786,9 +788,93 @@ PICTURES: list[Row] = [
 ]
 # fmt: on
 
+# ---- commands that train and use a network ---------------------------------------------------------------------------
+
+
+def train(folder: Path, *arguments: object) -> None:
+    command("train", folder / "images", folder / "masks", "-o", folder / "run", "--base-c", 1, *arguments)
+
+
+def used(name: str, folder: Path, *arguments: object) -> None:
+    """A command with a checkpoint of a grey U-Net of two classes, 0 and 255."""
+    fastunet.save_checkpoint(folder / "m.pth", fastunet.UNet(1, 2, base_c=1), mask_values=[0, 255])
+    command(name, *arguments, "-m", folder / "m.pth")
+
+
+def predict(folder: Path, *arguments: object) -> None:
+    used("predict", folder, "-i", folder / "images", *arguments)
+
+
+def evaluate(folder: Path, *arguments: object) -> None:
+    used("evaluate", folder, folder / "images", folder / "masks", *arguments)
+
+
+# fmt: off
+COMMANDS: list[Row] = [
+    ("pictures that are too small to train on", lambda folder: train(folder),
+     UserError, "b.png is 12×10 for the network, smaller than 32×32: give a larger --scale, or --crop, which mirrors"),
+    ("a crop of what is too small", lambda folder: train(folder, "--recipe", "seed002"),
+     UserError, "no picture is as large as a crop of 192×192: give a smaller --crop"),
+    ("one class of two", lambda folder: train(folder, "--crop", 32, "-c", 1, [write(folder / "masks" / "a.png", stripes(0, 1, 255)), "-e"][1], 1),
+     UserError, "--classes 1 is too few: the masks hold 3; leave it out"),
+    ("crops of colours", lambda folder: train(folder, "--recipe", "seed000", "--crop", 32),
+     UserError, "--crop does not go with --recipe seed000, which learns the colours of whole pictures: leave it out"),
+    ("no run to resume", lambda folder: train(folder, "--resume"),
+     UserError, "--resume found no <folder>/run/last.pth: give the --output of the run to go on with"),
+    ("weights in place of a run", lambda folder: train(folder, [(folder / "run").mkdir(), fastunet.save_checkpoint(folder / "run" / "last.pth", unet()), "--resume"][2]),
+     UserError, "<folder>/run/last.pth holds no run that can be resumed: begin one from its weights with --load <folder>/run/last.pth"),
+    ("a run that is there already", lambda folder: train(folder, [(folder / "run").mkdir(), (folder / "run" / "last.pth").touch(), "-e"][2], 1),
+     UserError, "<folder>/run/last.pth is there already: go on with --resume, or give another --output"),
+    ("a run in no folder", lambda folder: train(folder, "-o", folder / "no" / "run"),
+     UserError, "--output <folder>/no/run cannot be made: <folder>/no is not a folder, create it first"),
+    ("weights of another network", lambda folder: train(folder, "--crop", 32, "-f", [fastunet.save_checkpoint(folder / "m.pth", fastunet.UNet(1, 2, base_c=2)), folder / "m.pth"][1]),
+     UserError, "--load <folder>/m.pth does not fit: expected the state_dict of UNet(1, 2, base_c=1), got that of another; this checkpoint is with transposed convolutions: UNet(1, 2, base_c=2)"),
+    ("an unknown recipe", lambda folder: train(folder, "--recipe", "soup"),
+     UserError, "argument --recipe: invalid choice: 'soup' (choose from milesial, seed000, seed002, paper)"),
+    ("a percentage of all", lambda folder: train(folder, "-v", 100),
+     UserError, "argument -v/--validation: expected a number between 0 and 100, got 100"),
+    ("a scale of nothing", lambda folder: train(folder, "-s", 0),
+     UserError, "argument -s/--scale: expected a number above 0 and up to 1, got 0"),
+    ("a rate of nan", lambda folder: train(folder, "-l", "nan"),
+     UserError, "argument -l/--learning-rate/--lr: expected a number above 0, got nan"),
+    ("a value of a mask to ignore", lambda folder: train(folder, "--ignore", "1,2"),
+     UserError, "argument --ignore: expected a number or a colour r,g,b, got 1,2"),
+    ("no checkpoint", lambda folder: command("predict", "-i", folder / "images", "-m", folder / "m.pth"),
+     UserError, "cannot read <folder>/m.pth (No such file or directory): give a checkpoint"),
+    ("pictures of no name", lambda folder: predict(folder, "-i", folder / "*.jpg"),
+     UserError, "--input <folder>/*.jpg is no picture and holds none: give files, folders or patterns"),
+    ("fewer outputs than pictures", lambda folder: predict(folder, "-o", folder / "x.png"),
+     UserError, "--output names 1 files for 2 pictures: name as many, or a folder"),
+    ("probabilities in a picture", lambda folder: predict(folder, "--kind", "probability", "-o", folder / "x.png", folder / "y.png"),
+     UserError, "--output <folder>/x.png is not the name of a file of --kind probability: let it end in .npy"),
+    ("one output for two pictures", lambda folder: predict(folder, "-o", folder / "x.png", folder / "x.png"),
+     UserError, "two pictures would be written to <folder>/x.png: give --output a name for each"),
+    ("a picture as an output", lambda folder: predict(folder, "-o", folder / "images" / "a.png", folder / "x.png"),
+     UserError, "--output <folder>/images/a.png is one of the pictures: give another name"),
+    ("an output in no folder, of two", lambda folder: predict(folder, "-o", folder / "no" / "a.png", folder / "x.png"),
+     UserError, "--output <folder>/no/a.png cannot be written: <folder>/no is not a folder, create it first"),
+    ("another number of classes than the checkpoint's", lambda folder: predict(folder, "-c", 3),
+     UserError, "--classes 3 is not what <folder>/m.pth has, 2: leave it out"),
+    ("a checkpoint that is not bilinear", lambda folder: predict(folder, "--bilinear"),
+     UserError, "--bilinear is not what <folder>/m.pth is, whose upsampling is learnt: leave it out"),
+    ("tiles of 100 pixels", lambda folder: predict(folder, "--tile", 100),
+     UserError, "a tile of 100 pixels with an overlap of 256 cannot be laid: give a --tile that is a multiple of 16, and an --overlap that is one of 32 and at most half of it"),
+    ("a picture in colour", lambda folder: predict(folder, "-i", [write(folder / "c.png", np.random.default_rng(0).integers(0, 9, (20, 24, 3), np.uint8)), folder / "c.png"][1]),
+     UserError, "<folder>/c.png has 3 channels and the network takes 1: convert it"),
+    ("words as an array", lambda folder: predict(folder, "-i", [np.save(folder / "w.npy", np.array(["a"])), folder / "w.npy"][1]),
+     UserError, "<folder>/w.npy holds <U1 (1,): save numbers as (C, H, W)"),
+    ("an unknown value of masks", lambda folder: evaluate(folder, [write(folder / "masks" / "a.png", stripes(0, 77)), "--tta"][1]),
+     UserError, "the masks hold 77, which the network was not trained on: it knows 0, 255; take masks of the same kind"),
+    ("an unknown kind of program", lambda folder: used("export", folder, "-o", folder / "m.xyz"),
+     UserError, "--output <folder>/m.xyz is no kind of program: let it end in .onnx or .pt2"),
+    ("a program in no folder", lambda folder: used("export", folder, "-o", folder / "no" / "m.onnx"),
+     UserError, "--output <folder>/no/m.onnx cannot be written: <folder>/no is not a folder, create it first"),
+]
+# fmt: on
+
 # ---- the rule ----------------------------------------------------------------------------------------------------
 
-TABLE = [*NETWORKS, *BLOCKS, *CONSTRUCTORS, *FUNCTIONAL, *LOSSES, *METRICS, *DATA, *PICTURES]
+TABLE = [*NETWORKS, *BLOCKS, *CONSTRUCTORS, *FUNCTIONAL, *LOSSES, *METRICS, *DATA, *PICTURES, *COMMANDS]
 
 # What was expected, what came, what to do. A user's files and options are named first: what came, what to do.
 LIBRARY = re.compile(r"expected (?P<expected>.+?), got (?P<came>.+); (?P<advice>.+)")
