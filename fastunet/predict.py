@@ -78,7 +78,8 @@ def opened(args: argparse.Namespace) -> Trained:
     except ValueError as error:
         raise UserError(
             f"a tile of {args.tile} pixels with an overlap of {args.overlap} cannot be laid: give a --tile that is a "
-            f"multiple of {tiling.ALIGNMENT}, and an --overlap that is one of {2 * tiling.ALIGNMENT} and at most half of it"
+            f"multiple of {tiling.ALIGNMENT}, and an --overlap that is one of {2 * tiling.ALIGNMENT} and at most half "
+            "a tile"
         ) from error
     device = chosen_device(args.device)
     network = trained.load(args.model)
@@ -186,7 +187,7 @@ def _outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> list[Path]:
         outputs = given
         if len(outputs) != len(inputs):
             raise UserError(
-                f"--output names {len(outputs)} files for {len(inputs)} pictures: give as many, or a folder"
+                f"--output names {len(outputs)} files for {len(inputs)} pictures: name as many, or a folder"
             )
         wrong = next((path for path in outputs if path.suffix.lower() != suffix), None)
         if wrong is not None:
