@@ -136,7 +136,10 @@ def _run(args: argparse.Namespace) -> int:
 def _device(name: str) -> torch.device:
     if name == "auto" and distributed.processes() > 1 and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return chosen_device(name)
+    device = chosen_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where NCCL looks
+    return device
 
 
 def _saved(args: argparse.Namespace) -> dict[str, Any] | None:

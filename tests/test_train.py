@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,42 @@ def test_a_run_leaves_its_files(pictures: list[str], tmp_path: Path, capsys: pyt
     average = last.rest["run"]["average"]
     assert not torch.equal(average["outc.conv.weight"], last.state["outc.conv.weight"])
     assert not torch.equal(best.state["outc.conv.weight"], last.state["outc.conv.weight"])
+
+
+def test_tensorboard_is_an_extra(pictures: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[str, float, int]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            assert Path(folder).parent == tmp_path / "run"
+
+        def add_scalar(self, *scalar: Any) -> None:
+            written.append(scalar)
+
+        def close(self) -> None:
+            written.append(("closed", 0.0, 0))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    command = ["train", *pictures, "-o", str(tmp_path / "run"), *CPU, "-e", "1", "--tensorboard"]
+    assert cli.main(command) == 2  # it cannot be imported
+    assert not (tmp_path / "run").exists()
+    module.SummaryWriter = Writer  # type: ignore[attr-defined]
+    assert cli.main(command) == 0
+    assert [row[1] for row in written if row[0] == "step/loss"] == losses(tmp_path / "run")
+    assert {"epoch/miou", "epoch/learning_rate", "closed"} <= {row[0] for row in written}
+
+
+def test_the_papers_augmentation_moves_all_alike_and_repeats(pictures: list[str]) -> None:
+    pytest.importorskip("kornia", reason="part of pip install 'fastunet[augment]'")
+    samples = train.Samples(
+        open_dataset(*pictures), recipes.Recipe(**{**vars(recipes.RECIPES["paper"]), "crop": 48}), 0
+    )
+    image, labels, weights = samples[0, 3]
+    assert image.shape[1:] == labels.shape == weights.shape == (48, 48)
+    assert all(torch.equal(one, other) for one, other in zip(samples[0, 3], (image, labels, weights), strict=True))
+    assert not torch.equal(samples[1, 3][1], labels)
+    assert set(labels.unique().tolist()) <= {0, 1, 2}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
