@@ -207,8 +207,10 @@ def _network(
         asked = 3
     elif asked is None:
         asked = found
-    elif asked < found and not (asked == 1 and found == 2):
-        raise UserError(f"--classes {asked} is too few: the masks hold {found}; leave it out")
+    elif asked != found and not (asked == 1 and found == 2):
+        raise UserError(
+            f"--classes {asked} is not what the masks hold, {found}: leave it out, or name classes by --table"
+        )
     model = recipe.network(data.channels, asked, settings["bilinear"], settings["base_c"])
     if args.load is not None:
         try:

@@ -218,7 +218,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.run(shlex.split(command), cwd=folder, check=True)
     (folder / "my_script.py").write_text(SCRIPT)
     make = "from fastunet import data; from PIL import Image; import sys; sys.path.insert(0, 'tests'); import fuzzing\n"
-    make += "import numpy as np\nfor n in range(3):\n  p = data._draw_cells(np.random.default_rng(n), 64)\n"
+    make += "import numpy as np\nfor n in range(3):\n  p = data.draw_cells(np.random.default_rng(n), 64)\n"
     make += "  for f, x in zip(('photos', 'photos_masks'), p): Image.fromarray(x.astype(np.uint8)).save(f'{f}/{n}.png')"
     for name in ("photos", "photos_masks"):
         (folder / name).mkdir()

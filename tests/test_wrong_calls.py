@@ -816,7 +816,7 @@ COMMANDS: list[Row] = [
     ("a crop of what is too small", lambda folder: train(folder, "--recipe", "seed002"),
      UserError, "no picture is as large as a crop of 192×192: give a smaller --crop"),
     ("one class of two", lambda folder: train(folder, "--crop", 32, "-c", [write(folder / "masks" / "a.png", stripes(0, 9, 255)), 1][1]),
-     UserError, "--classes 1 is too few: the masks hold 3; leave it out"),
+     UserError, "--classes 1 is not what the masks hold, 3: leave it out, or name classes by --table"),
     ("crops of colours", lambda folder: train(folder, "--recipe", "seed000", "--crop", 32),
      UserError, "--crop does not go with --recipe seed000, which learns the colours of whole pictures: leave it out"),
     ("no run to resume", lambda folder: train(folder, "--resume"),
