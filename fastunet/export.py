@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError as UnspecializedSize
 
 from fastunet import trained
 from fastunet.errors import UserError
@@ -62,7 +63,12 @@ def exported(model: nn.Module, channels: int, suffix: str) -> tuple[bytes, Calla
     names = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height", min=32), 3: torch.export.Dim("width", min=32)}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        program = torch.export.export(model.eval(), (example,), dynamic_shapes=(names,))
+        try:
+            program = torch.export.export(model.eval(), (example,), dynamic_shapes=(names,))
+        except UnspecializedSize as error:  # of odd heights and widths older versions make a case of its own
+            raise UserError(
+                f"PyTorch {torch.__version__} cannot export a network for any height and width: take 2.13 or newer"
+            ) from error
         if suffix == ".pt2":
             buffer = io.BytesIO()
             torch.export.save(program, buffer)
