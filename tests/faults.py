@@ -283,6 +283,8 @@ KERNELS = [
         "return tile.images > 1 and any(source.samples for source in sources)",
         "return False",
         "tests/test_samples.py::test_values_and_gradients -k 'triton and conv_transpose2d'",
+    ),
+    Fault(
         "the act of a sum is that of one side",
         "kernels/add.py",
         "g = before_act(g, s, SUM_SLOPE)",
