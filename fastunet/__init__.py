@@ -7,6 +7,8 @@ __path__ = [str(Path(__file__).resolve().parent)]
 
 import fastunet.versions as _versions  # refuses what is too old # noqa: F401
 from fastunet import functional, losses, metrics, reference
+from fastunet.blocks import ConvSequence, DoubleConv
+from fastunet.checkpoint import load_checkpoint, save_checkpoint
 from fastunet.models import BrainUNet, PlainUNet, StridedUNet, UNet
 
 # In a checkout kernels/ lies beside this folder instead of inside it; they are used even if another checkout is
@@ -18,12 +20,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BrainUNet",
+    "ConvSequence",
+    "DoubleConv",
     "PlainUNet",
     "StridedUNet",
     "UNet",
     "__version__",
     "functional",
+    "load_checkpoint",
     "losses",
     "metrics",
     "reference",
+    "save_checkpoint",
 ]

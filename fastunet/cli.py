@@ -6,6 +6,7 @@ A mistake in the arguments or in the user's files is one sentence on stderr and 
 from __future__ import annotations
 
 import argparse
+import codecs
 import importlib
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 2 is a mistake in the input, 130 an interruption."""
+    _let_everything_be_printed()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parser(arguments).parse_args(arguments)
@@ -33,6 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"fastunet: error: {error}", file=sys.stderr)
         return 2
+
+
+def _let_everything_be_printed() -> None:
+    """Where a terminal or a file takes fewer characters than Unicode has, × becomes x, and what has no likeness ?."""
+    for stream in (sys.stdout, sys.stderr):
+        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
+            reconfigure(errors="fastunet")
+
+
+def _alike(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_ALIKE.get(character, "?") for character in error.object[error.start : error.end]), error.end
+
+
+_ALIKE = {"×": "x", "·": "-", "–": "-", "—": "-", "…": "...", "≥": ">=", "≤": "<=", "²": "2"}
+codecs.register_error("fastunet", _alike)
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import fastunet
 from fastunet import pictures
 from fastunet.backend import interpreting, resolve_backend
-from fastunet.data import MIN_SIZE, Pictures, generated, open_folders, random_crops
+from fastunet.data import IGNORE_INDEX, MIN_SIZE, Pictures, generated, open_dataset, random_crops, unseen
 from fastunet.errors import UserError
 from fastunet.losses import DiceCELoss
 from fastunet.metrics import ConfusionMatrix
@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("pictures", "without --images and --masks, a generated set of cells")
     data.add_argument("--images", type=Path, metavar="DIR", help="folder of pictures to learn from")
     data.add_argument(
-        "--masks", type=Path, metavar="DIR", help="folder of their masks: same name, or with _mask or _GT after it"
+        "--masks",
+        type=Path,
+        metavar="DIR",
+        help="folder of their masks: same name, or with _mask, _GT or _segmentation after it",
     )
     data.add_argument(
         "--holdout", type=_share, default=0.2, metavar="SHARE", help="share of the pictures to score on (%(default)s)"
@@ -70,15 +73,20 @@ def run(args: argparse.Namespace) -> int:
     """Train, score, draw; everything the user can get wrong is checked before the first step."""
     if (args.images is None) != (args.masks is None):
         raise UserError("--images and --masks belong together: give both, or neither for the generated set")
-    pictures.check_writable(args.output)
+    given = [folder for folder in (args.images, args.masks) if folder is not None]
+    pictures.check_writable(args.output, given if all(map(Path.is_dir, given)) else [])
     device = _device(args.device)
-    data = generated() if args.images is None else open_folders(args.images, args.masks)
+    if args.images is None:
+        data, found = generated(), None
+    else:
+        opened = open_dataset(args.images, args.masks, options=("--images", "--masks"))
+        data, found = opened.standardised(), opened.report()
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     train, held_out = data.split(args.holdout, rng)
     model = UNet(data.channels, len(data.classes), args.bilinear, args.base_c).to(device)
     if not args.json:
-        _introduce(args, device, train, held_out, sum(p.numel() for p in model.parameters()))
+        _introduce(args, device, train, held_out, sum(p.numel() for p in model.parameters()), found)
 
     start = time.perf_counter()
     try:
@@ -122,7 +130,7 @@ def _train(args: argparse.Namespace, model: UNet, batches: Iterable[Batch]) -> H
         return fit(
             model,
             bar,
-            DiceCELoss(),
+            DiceCELoss(ignore_index=IGNORE_INDEX),
             optimizer,
             scheduler=scheduler,
             report=lambda _, loss: bar.set_postfix(loss=f"{loss:.3f}"),
@@ -161,12 +169,17 @@ def _count(number: int, thing: str) -> str:
 
 
 def _introduce(
-    args: argparse.Namespace, device: torch.device, train: Pictures, held_out: Pictures, parameters: int
+    args: argparse.Namespace,
+    device: torch.device,
+    train: Pictures,
+    held_out: Pictures,
+    parameters: int,
+    found: str | None,
 ) -> None:
     """Say what was found and what will be done."""
     backend = resolve_backend("auto", device, torch.float32)
     where = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-    kind = "grey" if train.channels == 1 else "colour"
+    kind = {1: "grey", 3: "colour"}.get(train.channels, f"{train.channels} channels")
     source = "generated cells" if args.images is None else f"{args.images}"
     classes = ", ".join(f"{index} ({label.name})" for index, label in enumerate(train.classes))
     up = "bilinear" if args.bilinear else "transposed"
@@ -177,7 +190,11 @@ def _introduce(
     if train.names == held_out.names:
         print("           one picture only: learnt from one part, scored on the rest")
     print(f"classes    {classes}")
+    for name in unseen(train, held_out):
+        print(f"           {name} occurs only in what is held out: it cannot be learnt")
     print(f"network    UNet, {args.base_c} channels, {up}, {parameters:,} parameters; DiceCELoss, Adam")
+    if found is not None:
+        print(f"\n{found}\n")
     print(f"training   {args.steps} steps of {args.batch_size} crops {args.crop}×{args.crop}", flush=True)
 
 

@@ -90,12 +90,14 @@ class _Network(nn.Module):
 
         Raises:
             TypeError: no mapping of names to tensors.
-            RuntimeError: keys or shapes of another network.
+            RuntimeError: keys or shapes of another network; of one that is known, the call that constructs it.
         """
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         except (TypeError, RuntimeError) as error:
-            told = misfit(self, state_dict, strict)
+            from fastunet.checkpoint import other_mode  # which imports this module
+
+            told = other_mode(self, state_dict) or misfit(self, state_dict, strict)
             if told is None:
                 raise
             raise type(error)(told) from error

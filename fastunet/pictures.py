@@ -1,12 +1,10 @@
-"""The demo's picture (image | truth | prediction | error) and files that are written whole or not at all."""
+"""The demo's picture (image | truth | prediction | error), and pictures that are written whole or not at all."""
 
 from __future__ import annotations
 
 import colorsys
-import os
-import secrets
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +12,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastunet.data import ClassName, Colour
+from fastunet.data import IGNORE_INDEX, ClassName, Colour
 from fastunet.errors import UserError
+from fastunet.files import written_whole
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -24,6 +23,7 @@ _COLOURS: tuple[Colour, ...] = (
     (226, 110, 160), (126, 178, 66), (245, 197, 66), (150, 110, 80), (140, 205, 230),
 )  # fmt: skip
 _WRONG: Colour = (226, 40, 56)
+_UNCOUNTED: Colour = (205, 207, 212)
 _PAPER, _INK, _QUIET = (255, 255, 255), (28, 30, 38), (110, 114, 126)
 _SIDE = 400  # a panel's longer side
 _MARGIN, _GAP = 28, 16
@@ -56,13 +56,14 @@ def figure(
 
     Args:
         image: (C, H, W) of any range; it is stretched to black … white.
-        truth, prediction: (H, W) class indices.
+        truth, prediction: (H, W) class indices; 255 in the truth does not count.
         legend: one text per class.
     """
     grey = _stretched(image)
     colours = class_colours(classes)
-    table = np.array(colours, np.uint8)
-    wrong = (truth != prediction).numpy()
+    table = np.full((256, 3), _UNCOUNTED, np.uint8)
+    table[: len(colours)] = colours
+    wrong = ((truth != prediction) & (truth != IGNORE_INDEX)).numpy()
     faded = (0.45 * grey.mean(-1, keepdims=True) + 0.55 * 255).astype(np.uint8)  # grey, so that red stands out
     panels = {
         "image": grey,
@@ -116,23 +117,26 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _stretched(image: Tensor) -> Pixels:
-    """(H, W, 3) 8-bit pixels; all but the darkest and brightest 0.5 % keep their contrast."""
-    pixels = image.numpy().transpose(1, 2, 0)
+    """(H, W, 3) 8-bit pixels of the first channels; all but the darkest and brightest 0.5 % keep their contrast."""
+    pixels = image[: 3 if len(image) >= 3 else 1].numpy().transpose(1, 2, 0)
     low, high = np.percentile(pixels, (0.5, 99.5))
     grey = np.clip((pixels - low) * (255 / ((high - low) or 1.0)), 0, 255).astype(np.uint8)
     return np.broadcast_to(grey, (*grey.shape[:2], 3))
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, inputs: Iterable[Path] = ()) -> None:
     """Check that a picture can be written to ``path``, by creating and removing a file beside it.
 
     Raises:
-        UserError: the suffix is not one Pillow writes, or the folder is missing or not writable; one sentence.
+        UserError: the suffix is not one Pillow writes, the folder is missing or not writable, or it is one of the
+            ``inputs``, where the next run would find a picture without a mask; one sentence.
     """
     Image.init()
     suffix = path.suffix.lower()
     if Image.EXTENSION.get(suffix) not in Image.SAVE or path.is_dir():
         raise UserError(f"--output {path} is not the name of a picture: give one that ends in .png")
+    if path.parent.resolve() in [folder.resolve() for folder in inputs]:
+        raise UserError(f"--output {path} would lie among the pictures that are read: name another folder")
     if not path.parent.is_dir():
         raise UserError(f"--output {path} cannot be written: {path.parent} is not a folder, create it first")
     try:
@@ -148,14 +152,8 @@ def save(picture: Image.Image, path: Path) -> None:
     Raises:
         UserError: the file cannot be written, for instance because the disk is full; ``path`` is as it was.
     """
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{path.suffix}")
     try:
-        file = open(temporary, "xb")  # noqa: SIM115 - never a file or a link that somebody put there
-        try:
-            with file:
-                picture.save(file, Image.registered_extensions()[path.suffix.lower()])
-            os.replace(temporary, path)  # a link is replaced, and what it points to stays as it was
-        finally:
-            temporary.unlink(missing_ok=True)
+        with written_whole(path) as file:
+            picture.save(file, Image.registered_extensions()[path.suffix.lower()])
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}): choose another --output") from error

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastunet.blocks import untouched
 from fastunet.checks import check_criterion, check_integer
-from fastunet.data import Pair
+from fastunet.data import IGNORE_INDEX, Pair
 from fastunet.errors import UserError
 from fastunet.metrics import ConfusionMatrix
 from fastunet.models import PlainUNet, UNet
@@ -137,8 +137,8 @@ def predict(model: nn.Module, image: Tensor) -> Tensor:
 
 
 def evaluate(model: nn.Module, pairs: Iterable[Pair], num_classes: int) -> ConfusionMatrix:
-    """Count true against predicted classes over whole pictures, one at a time."""
-    matrix = ConfusionMatrix(num_classes)
+    """Count true against predicted classes over whole pictures, one at a time; pixels of label 255 do not count."""
+    matrix = ConfusionMatrix(num_classes, ignore_index=IGNORE_INDEX)
     for pair in pairs:
         matrix.update(predict(model, pair.image)[None], pair.labels[None].long())
     return matrix

@@ -694,6 +694,62 @@ FOUND = [
         "if False:",
         "tests/test_wrong_calls.py::test_a_wrong_call_is_refused_in_a_sentence",
     ),
+    Fault(
+        "a lossy mask of an innocent name is taken",
+        "fastunet/coding.py",
+        "if mask.lossy and len(counts) > 2:",
+        "if False:",
+        "tests/test_dataset.py::test_lossy_masks_are_judged_by_their_content",
+    ),
+    Fault(
+        "masks of 0 and 1 and of 0 and 255 have three classes",
+        "fastunet/coding.py",
+        'twins = kind != "colours" and {1, 255} <= seen',
+        'twins = kind == "colours" and {1, 255} <= seen',
+        "tests/test_dataset.py::test_one_class_is_one_class",
+    ),
+    Fault(
+        "transparent pixels keep their hidden colour",
+        "fastunet/coding.py",
+        "            codes[~self.mask.opaque[rows]] = self.hidden\n",
+        "            pass\n",
+        "tests/test_dataset.py::test_one_class_is_one_class",
+    ),
+    Fault(
+        "16 bits a colour lose their low byte",
+        "fastunet/decode.py",
+        'if kind == "PNG" and (bits := _png_depth(path)) == 16 and',
+        'if kind == "PNG" and (bits := _png_depth(path)) == 99 and',
+        "tests/test_dataset.py::test_without_the_extra_it_is_refused_by_name",
+    ),
+    Fault(
+        "overviews count as pictures",
+        "fastunet/decode.py",
+        "page for page, tags in enumerate(directories) if not _tag(tags, 254, 0)[0] & 5 and",
+        "page for page, tags in enumerate(directories) if",
+        "tests/test_dataset.py::test_previews_are_no_pictures",
+    ),
+    Fault(
+        "a mask as stored is not turned along",
+        "fastunet/data.py",
+        "other = other.turned(tagged.orientation) if along else other",
+        "other = other",
+        "tests/test_dataset.py::test_a_turned_picture_and_its_mask_fit",
+    ),
+    Fault(
+        "a compressed checkpoint is unpacked",
+        "fastunet/checkpoint.py",
+        "if unpacked > os.path.getsize(path):",
+        "if False:",
+        "tests/test_checkpoint.py::test_what_is_no_checkpoint_is_refused_in_a_sentence",
+    ),
+    Fault(
+        "half a file takes the name",
+        "fastunet/files.py",
+        'temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}{path.suffix}")',
+        "temporary = path.unlink(missing_ok=True) or path",
+        "tests/test_checkpoint.py::test_what_cannot_be_saved_leaves_what_was_there",
+    ),
 ]
 
 FAULTS = [*KERNELS, *TORCH, *FOUND]

@@ -8,6 +8,7 @@ were refused, and what should not have happened.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import random
@@ -26,6 +27,7 @@ import torch
 from PIL import Image
 
 import fastunet
+from fastunet.checkpoint import CheckpointError
 from fastunet.data import DataError, open_folders
 
 ROOM = 1 << 30  # bytes of memory beyond what the process has when it begins
@@ -118,13 +120,33 @@ def pictures() -> list[tuple[str, bytes]]:
         ("gif", Image.fromarray(colour).quantize(8), {}),
         ("webp", Image.fromarray(colour), {"lossless": True}),
         ("ppm", Image.fromarray(colour), {}),
+        ("tif", Image.fromarray(grey), {"save_all": True, "append_images": [Image.fromarray(grey[::2, ::2])]}),
+        ("webp", Image.fromarray(colour), {"quality": 50}),
+        (
+            "png",
+            Image.fromarray(colour).convert("RGBA"),
+            {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06" + bytes(6)},
+        ),
     ]
     written = []
     for suffix, picture, options in kinds:
         file = io.BytesIO()
         picture.save(file, {"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix.upper()), **options)
         written.append((suffix, file.getvalue()))
+    written += [
+        ("png", png(24, 20, 16, 2, zlib.compress(b"".join(b"\0" + rng.bytes(6 * 24) for _ in range(20))))),
+        ("ppm", b"P3 24 20 # text\n4095\n" + b" 77 4095 0" * 480),
+        ("pgm", b"P5 24 20 4095\n" + bytes(2 * 480)),
+        ("tif", bands()),
+    ]
     return written
+
+
+def bands() -> bytes:
+    """A TIFF of eight bands, which Pillow does not know."""
+    tags = [(256, 24), (257, 20), (258, 8), (262, 1), (273, 122), (277, 8), (278, 20), (279, 8 * 480), (339, 1)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4) + bytes(range(240)) * 16
 
 
 def opening(folder: Path) -> Callable[[str, str, bytes], None]:
@@ -235,16 +257,22 @@ def fuzz_checkpoints(rng: random.Random, folder: Path) -> Iterator[bool]:
             file = io.BytesIO()
             torch.save(state, file, _use_new_zipfile_serialization=zipped)
             kinds.append(file.getvalue())
+    with contextlib.suppress(ImportError):
+        from safetensors.torch import save
+
+        kinds.append(save(model.state_dict()))
     path = folder / "checkpoint.pth"
     while True:
         path.write_bytes(damaged(rng, rng.choice(kinds)))
         try:
-            state = torch.load(path, weights_only=True)
-        except Exception:  # PyTorch's, in its own words
+            loaded = fastunet.load_checkpoint(path)
+        except CheckpointError as error:
+            if len(str(error).splitlines()) != 1:
+                FOUND.append(str(error))
             yield True
             continue
         try:
-            model.load_state_dict(state)
+            model.load_state_dict(loaded.state_dict())
         except (TypeError, RuntimeError) as error:
             if not (str(error).startswith("expected ") and len(str(error).splitlines()) == 1):
                 FOUND.append(f"{type(error).__name__}: {error}")

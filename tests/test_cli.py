@@ -136,7 +136,7 @@ def test_demo_refuses_a_backend_that_cannot_run(
 def test_demo_stops_when_training_diverges(
     folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "DiceCELoss", lambda: lambda logits, labels: logits.sum() * torch.nan)
+    monkeypatch.setattr(demo, "DiceCELoss", lambda **options: lambda logits, labels: logits.sum() * torch.nan)
     assert cli.main(["demo", *folders, *QUICK, "--output", str(tmp_path / "out.png")]) == 2
     assert "fastunet: error: the loss became nan by step 2: lower the learning rate" in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["images", "masks"]

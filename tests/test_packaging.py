@@ -190,7 +190,20 @@ def test_kernels_refuse_to_be_a_top_level_package(tmp_path):
 
 
 @pytest.mark.skipif("CI" not in os.environ, reason="only CI has to have all that the test extra names")
-@pytest.mark.parametrize("oracle", ["matplotlib", "monai", "onnxruntime", "onnxscript", "torchmetrics"])
+@pytest.mark.parametrize(
+    "oracle",
+    [
+        "imagecodecs",
+        "kornia",
+        "matplotlib",
+        "monai",
+        "onnxruntime",
+        "onnxscript",
+        "safetensors",
+        "tifffile",
+        "torchmetrics",
+    ],
+)
 def test_ci_compares_with_every_oracle(oracle):
     """What skips without it is run there."""
     assert importlib.util.find_spec(oracle) is not None

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import fastunet
 from fastunet import blocks, cli, data, functional, losses, metrics, reference, training
 from fastunet.backend import triton_unavailable
+from fastunet.checkpoint import CheckpointError
 from fastunet.errors import UserError
 from fastunet.losses import CrossEntropyLoss, DiceCELoss, DiceLoss, GeneralizedDiceLoss, TverskyLoss
 from fastunet.metrics import ConfusionMatrix, dice_coeff, multiclass_dice_coeff
@@ -100,6 +101,10 @@ def other(folder: Path, name: str, pixels: np.ndarray) -> None:
     """The picture under another name, in place of the one with that stem."""
     folder.joinpath(name).with_suffix(".png").unlink()
     write(folder / name, pixels)
+
+
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def truncate(path: Path) -> None:
@@ -218,6 +223,8 @@ BLOCKS: list[Row] = [
      TypeError, "expected in_channels as an integer, got 4.0; pass a whole number"),
     ("a strided block of True channels", lambda: blocks.StridedDown(3, True),
      TypeError, "expected out_channels as an integer, got True; pass a whole number"),
+    ("a sequence on a list", lambda: fastunet.ConvSequence(nn.Conv2d(3, 4, 3, padding=1))([1]),
+     TypeError, "expected x as a torch.Tensor, got list; convert it with torch.as_tensor"),
     ("a block on a list", lambda: blocks.DoubleConv(3, 4)([1]),
      TypeError, "expected x as a torch.Tensor, got list; convert it with torch.as_tensor"),
     ("a block on no batch", lambda: blocks.DoubleConv(3, 4)(X[0]),
@@ -296,9 +303,13 @@ CONSTRUCTORS: list[Row] = [
     ("the network for its state_dict", lambda: unet().load_state_dict(torch.zeros(2)),
      TypeError, "expected a state_dict, got Tensor of shape (2,); pass what model.state_dict() returned"),
     ("a state_dict of another kind", lambda: unet().load_state_dict(fastunet.UNet(3, 2, True, 2).state_dict()),
-     RuntimeError, "expected the state_dict of a UNet with the same arguments, got one with 'up1.up.weight' missing and 7 more, and with 'down4.maxpool_conv.1.double_conv.0.weight' of shape (16, 16, 3, 3), here (32, 16, 3, 3) and 24 more; construct the network as the one that was saved"),
+     RuntimeError, "expected the state_dict of UNet(3, 2, base_c=2), got that of another network; this checkpoint is bilinear: UNet(3, 2, base_c=2, bilinear=True)"),
+    ("a state_dict of another network", lambda: fastunet.UNet(3, 2).load_state_dict(fastunet.BrainUNet(3, 2).state_dict()),
+     RuntimeError, "expected the state_dict of UNet(3, 2), got that of another network; this checkpoint is a BrainUNet: BrainUNet(3, 2)"),
+    ("a state_dict of version 1", lambda: fastunet.UNet(3, 2).load_state_dict(fastunet.UNet(3, 2, bilinear=True, conv_bias=True).state_dict()),
+     RuntimeError, "expected the state_dict of UNet(3, 2), got that of another network; this checkpoint is bilinear with conv biases: UNet(3, 2, bilinear=True, conv_bias=True)"),
     ("a state_dict of other classes", lambda: unet().load_state_dict(fastunet.UNet(3, 5, base_c=2).state_dict()),
-     RuntimeError, "expected the state_dict of a UNet with the same arguments, got one with 'outc.conv.weight' of shape (5, 2, 1, 1), here (2, 2, 1, 1) and 1 more; construct the network as the one that was saved"),
+     RuntimeError, "expected the state_dict of UNet(3, 2, base_c=2), got that of another network; this checkpoint is transposed: UNet(3, 5, base_c=2)"),
     ("a state_dict of DDP", lambda: unet().load_state_dict({f"module.{name}": x for name, x in unet().state_dict().items()}),
      RuntimeError, "expected the state_dict of a UNet, got one whose keys begin with 'module.'; take that off the keys"),
     ("a whole checkpoint", lambda: unet().load_state_dict({"epoch": 3, "model": unet().state_dict()}),
@@ -701,6 +712,8 @@ DATA: list[Row] = [
      UserError, "--device cuda:99 is not available here: take cpu or a device that 'fastunet info' lists"),
     ("an output in no folder", lambda: demo("--output", "no/where.png"),
      UserError, "--output no/where.png cannot be written: no is not a folder, create it first"),
+    ("an output among the pictures", lambda: (Path("photos").mkdir(), demo("--images", "photos", "--masks", "photos", "--output", "photos/out.png")),
+     UserError, "--output photos/out.png would lie among the pictures that are read: name another folder"),
     ("an output that is no picture", lambda: demo("--output", "out.xyz"),
      UserError, "--output out.xyz is not the name of a picture: give one that ends in .png"),
     ("an output that is a folder", lambda: demo("--output", "."),
@@ -744,6 +757,28 @@ PICTURES: list[Row] = [
      data.DataError, "the masks hold more than 64 different values (counted up to <folder>/masks/b.png): expected one value per class, not numbered objects or soft edges"),
     ("a mask as a JPEG", lambda folder: opened(folder, other(folder / "masks", "a.jpg", stripes(0, 99, 255))),
      data.DataError, "mask <folder>/masks/a.jpg is a JPEG, which blurs the 3 class values in it: save masks as PNG"),
+    ("a mask blurred and saved again", lambda folder: opened(folder, write(folder / "masks" / "a.png", stripes(*[0] * 12, 1, 2, 254, *[255] * 9))),
+     data.DataError, "mask <folder>/masks/a.png holds 5 values, some of few pixels and nearly equal to others, as value 254: save the original again without a lossy format, or list its classes in a table"),
+    ("grey numbers beside colours", lambda folder: opened(folder, write(folder / "masks" / "a.png", stripes(0, 1)), write(folder / "masks" / "b.png", stripes((200, 0, 0), (0, 0, 200)))),
+     data.DataError, "mask <folder>/masks/a.png holds the grey value 1 while other masks hold colours: save all in one way"),
+    ("a colour that no table has", lambda folder: data.open_dataset(folder / "images", folder / "masks", layout="msrc"),
+     data.DataError, "mask <folder>/masks/a.png holds colour 255,255,255, which is not in MSRC-v2's table: add it there, or as ignore if such pixels do not count"),
+    ("a picture turned half round", lambda folder: opened(folder, Image.fromarray(NOISE).save(folder / "images" / "a.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x03" + bytes(6))),
+     data.DataError, "<folder>/images/a.png is turned or mirrored where it is shown, EXIF orientation 3, and whether <folder>/masks/a.png already is cannot be seen: save both as they are shown"),
+    ("a picture of 2³⁰ pixels", lambda folder: opened(folder, (folder / "images" / "a.png").unlink(), (folder / "images" / "a.pgm").write_bytes(b"P5 32768 32768 255 ")),
+     data.DataError, "<folder>/images/a.pgm has 32768×32768 pixels by its header, of at most 67,108,864: cut it into smaller pictures"),
+    ("a layout of another", lambda folder: data.open_dataset(folder, layout="coco"),
+     data.DataError, "layout 'coco' is unknown: take one of folders, voc, msrc, cells"),
+    ("one picture to split", lambda folder: data.open_dataset(folder / "images", folder / "masks").select([0]).split(0.2, np.random.default_rng(0)),
+     data.DataError, "a.png is the only picture, and none is left to hold out: add a second one"),
+    ("a table of one line", lambda folder: (write_text(folder / "t.txt", "1, sky"), data.open_dataset(folder / "images", folder / "masks", table=folder / "t.txt")),
+     data.DataError, "<folder>/t.txt has 1 classes: expected 2 to 255, one a line"),
+    ("a picture as a checkpoint", lambda folder: fastunet.load_checkpoint(folder / "images" / "a.png"),
+     CheckpointError, "cannot read <folder>/images/a.png (damaged, or not a checkpoint): replace it"),
+    ("a checkpoint of lines", lambda folder: (torch.save(nn.Linear(2, 3).state_dict(), folder / "line.pth"), fastunet.load_checkpoint(folder / "line.pth")),
+     CheckpointError, "<folder>/line.pth holds no U-Net that is known here, its keys begin with 'weight', 'bias': construct the network yourself and call its load_state_dict"),
+    ("a checkpoint in no folder", lambda folder: fastunet.save_checkpoint(folder / "no" / "a.pth", unet()),
+     UserError, "<folder>/no/a.pth cannot be written (No such file or directory): choose another place for the checkpoint"),
     ("wide masks beside colours", lambda folder: opened(folder, write(folder / "masks" / "a.png", NOISE.astype(np.uint16) * 16), write(folder / "masks" / "b.png", stripes((200, 0, 0), (0, 0, 200)))),
      data.DataError, "mask <folder>/masks/a.png holds wide numbers while other masks hold colours: save all in one way"),
     ("fractions in a mask", lambda folder: opened(folder, other(folder / "masks", "a.tif", stripes(0, 1) / np.float32(2))),
