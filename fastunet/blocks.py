@@ -179,6 +179,8 @@ def halving(module: nn.Module) -> int | None:
         return 1
     if not _transparent(module):
         return None
+    if isinstance(module, ResidualBlock):  # whose skip connection runs beside
+        return halving(module.conv)
     parts = [halving(child) for child in module.children()]
     return None if None in parts else math.prod(parts)  # type: ignore[arg-type]
 

@@ -46,6 +46,10 @@ def _drawn(call: str) -> str:
     return f"tests/test_properties.py::test_any_call[{call}]"
 
 
+def _one_pass(operator: str) -> str:
+    return f"tests/test_one_pass.py::test_values_and_gradients[triton-{operator}]"
+
+
 KERNELS = [
     Fault(
         "padding is act(shift), not 0",
@@ -279,6 +283,41 @@ KERNELS = [
         "return tile.images > 1 and any(source.samples for source in sources)",
         "return False",
         "tests/test_samples.py::test_values_and_gradients -k 'triton and conv_transpose2d'",
+    ),
+    Fault(
+        "the act of a sum is that of one side",
+        "kernels/add.py",
+        "g = before_act(g, s, SUM_SLOPE)",
+        "g = before_act(g, x.to(ACC), SUM_SLOPE)",
+        _one_pass("add_act"),
+    ),
+    Fault(
+        "samples leave their shares of a sum's gradient in one place",
+        "kernels/add.py",
+        "share = slab * tl.num_programs(2) + n",
+        "share = slab",
+        _one_pass("add_act"),
+    ),
+    Fault(
+        "an odd end has a gradient of its average",
+        "kernels/resample.py",
+        "within = tl.where(h < H // 2 * 2, W // 2 * 2, 0)",
+        "within = tl.where(h < H // 2 * 2, W, 0)",
+        _one_pass("avg_pool2x2"),
+    ),
+    Fault(
+        "the corner of a repeated row and column counts twice",
+        "kernels/resample.py",
+        "mask=(right & under)[:, None]",
+        "mask=right[:, None]",
+        _one_pass("pad_replicate"),
+    ),
+    Fault(
+        "a learnt slope's gradient takes all pixels",
+        "kernels/prelu.py",
+        "sum_below += tl.where(s > 0, 0.0, dz * s)",
+        "sum_below += dz * s",
+        _one_pass("affine_prelu"),
     ),
 ]
 

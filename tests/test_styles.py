@@ -22,7 +22,7 @@ from benchmarks.trace import trace
 from fastunet import reference
 from fastunet.activation import Activation, Config, Placed
 from fastunet.backend import triton_unavailable
-from fastunet.blocks import ConvSequence, ResidualBlock, Up
+from fastunet.blocks import ConvSequence, ResidualBlock, Up, halving
 from fastunet.losses import DiceCELoss
 
 # Every norm, act and upsampling, and every pair of a norm with an upsampling that shares its channels.
@@ -242,7 +242,9 @@ def test_replicated_rows_and_columns(upsample: str, config: tuple[str, str]) -> 
         block(x, F.pad(skip, [0, 2]))
 
 
-def test_blocks_are_copied() -> None:
+def test_blocks_are_copied_and_divide_by_their_stride() -> None:
     block = ResidualBlock(3, 4, 2, norm="group", negative_slope=0.1)
+    assert halving(block) == 2
+    assert halving(ConvSequence(block.conv[0], nn.PReLU(), nn.AvgPool2d(2))) == 4
     x = torch.randn(1, 3, 4, 6)
     torch.testing.assert_close(copy.deepcopy(block)(x), block(x), rtol=0, atol=0)
