@@ -828,7 +828,7 @@ COMMANDS: list[Row] = [
     ("a run in no folder", lambda folder: train(folder, "-o", folder / "no" / "run"),
      UserError, "--output <folder>/no/run cannot be made: <folder>/no is not a folder, create it first"),
     ("weights of another network", lambda folder: train(folder, "--crop", 32, "-f", [fastunet.save_checkpoint(folder / "m.pth", fastunet.UNet(1, 2, base_c=2)), folder / "m.pth"][1]),
-     UserError, "--load <folder>/m.pth does not fit: expected the state_dict of UNet(1, 2, base_c=1), got that of another; this checkpoint is with transposed convolutions: UNet(1, 2, base_c=2)"),
+     UserError, "--load <folder>/m.pth does not fit: expected the state_dict of UNet(1, 2, base_c=1), got that of another network; this checkpoint is transposed: UNet(1, 2, base_c=2)"),
     ("a percentage of all", lambda folder: train(folder, "-v", 100),
      UserError, "argument -v/--validation: expected a number between 0 and 100, got 100"),
     ("a scale of nothing", lambda folder: train(folder, "-s", 0),
