@@ -752,7 +752,45 @@ FOUND = [
     ),
 ]
 
-FAULTS = [*KERNELS, *TORCH, *FOUND]
+RUNS = [
+    Fault(
+        "the weights of what is resumed are a new network's",
+        "fastunet/train.py",
+        "trained.model.load_state_dict(read_checkpoint(args.output / LAST).state)",
+        "pass",
+        "tests/test_train.py::test_what_is_killed_goes_on_to_the_same_bits",
+    ),
+    Fault(
+        "a Dice of several processes is the mean of theirs",
+        "fastunet/losses.py",
+        "self.local.from_stats(gathered(stats).flatten(0, 1))",
+        "self.local.from_stats(stats)",
+        "tests/test_train.py::test_two_processes_are_one_with_twice_the_batch",
+    ),
+    Fault(
+        "lazily normalised blocks know their own process's statistics only",
+        "fastunet/activation.py",
+        "if type(bn) is SyncBatchNorm:",
+        "if False:",
+        "tests/test_train.py::test_statistics_losses_and_counts_are_those_of_all_processes",
+    ),
+    Fault(
+        "the score that the schedule sees is a mean IoU",
+        "fastunet/recipes.py",
+        'score="dice",',
+        'score="miou",',
+        "tests/test_train.py::test_a_recipe_trains_as_its_source -k milesial",
+    ),
+    Fault(
+        "a short last band of tiles is not blended",
+        "fastunet/tiling.py",
+        "band[:, : kept.shape[1]] += kept",
+        "band[:, :0] += kept[:, :0]",
+        "tests/test_predict.py::test_tiles_change_nothing",
+    ),
+]
+
+FAULTS = [*KERNELS, *TORCH, *FOUND, *RUNS]
 
 
 def rotten(fault: Fault) -> str | None:
