@@ -471,8 +471,16 @@ class Session:
     def train(self) -> int:
         """Train, and return the exit status."""
         if self.first:
-            self.output.mkdir(exist_ok=True)
-            _cut(self.output / "steps.csv", self.run.steps)
+            try:
+                self.output.mkdir(exist_ok=True)
+                _cut(self.output / "steps.csv", self.run.steps)
+                for name in (LAST, BEST):  # what a killed run was writing
+                    for unfinished in self.output.glob(f".{Path(name).stem}-*.pth"):
+                        unfinished.unlink()
+            except OSError as error:
+                raise UserError(
+                    f"--output {self.output} cannot be written ({error.strerror or error}): choose another folder"
+                ) from error
             self._introduce()
         self.writer = None
         if self.writer_class is not None:
@@ -491,6 +499,10 @@ class Session:
             )  # fmt: skip
         except Stopped:
             self.save()
+        except OSError as error:
+            raise UserError(
+                f"{self.output} cannot be written ({error.strerror or error}): make room, then go on with --resume"
+            ) from error
         except torch.OutOfMemoryError as error:
             raise UserError("the device ran out of memory: lower --batch-size, --crop or --scale") from error
         finally:
@@ -658,6 +670,8 @@ def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _cut(path: Path, steps: int) -> None:
     """Leave the first ``steps`` steps in steps.csv: others may have been done since the checkpoint was saved."""
+    if path.is_symlink():
+        path.unlink()  # nothing is written through it
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)[: steps + 1 if steps else 0]
         with written_whole(path) as file:

@@ -359,10 +359,10 @@ def test_what_is_killed_goes_on_to_the_same_bits(pictures: list[str], tmp_path: 
         _, said = process.communicate(timeout=120)
         assert process.returncode in (status, 0), said.decode()
         assert read_checkpoint(cut / "last.pth").rest["run"]["steps"] > 0
-        assert not [name for name in os.listdir(cut) if name.startswith(".") and number != signal.SIGKILL]
     assert cli.main(["train", *pictures, "-o", str(cut), *CPU, "--resume"]) == 0
     ends = [torch.load(folder / "last.pth", weights_only=True) for folder in (whole, cut)]
     assert same(*ends)
+    assert sorted(os.listdir(cut)) == sorted(os.listdir(whole))
     assert losses(whole) == losses(cut)
     assert rows(whole)[0].keys() == rows(cut)[0].keys()
 
@@ -380,6 +380,22 @@ def test_ctrl_c_ends_after_the_step(pictures: list[str], tmp_path: Path, monkeyp
     assert cli.main(["train", *pictures, "-o", str(output), *CPU]) == 130
     assert read_checkpoint(output / "last.pth").rest["run"]["steps"] == 5
     assert len(losses(output)) == 5
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_there(
+    pictures: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, rows: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "_write_rows", full)
+    (tmp_path / "run").mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    (tmp_path / "run" / "steps.csv").symlink_to(elsewhere)
+    assert cli.main(["train", *pictures, "-o", str(tmp_path / "run"), *CPU, "--crop", "32", "-e", "1"]) == 2
+    assert "run cannot be written (No space left on device): make room" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "run") == ["steps.csv"]
+    assert not elsewhere.exists()
 
 
 # ---- several processes -------------------------------------------------------------------------------------------

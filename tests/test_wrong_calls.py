@@ -825,6 +825,8 @@ COMMANDS: list[Row] = [
      UserError, "<folder>/run/last.pth holds no run that can be resumed: begin one from its weights with --load <folder>/run/last.pth"),
     ("a run that is there already", lambda folder: train(folder, [(folder / "run").mkdir(), (folder / "run" / "last.pth").touch(), "-e"][2], 1),
      UserError, "<folder>/run/last.pth is there already: go on with --resume, or give another --output"),
+    ("a run in a file", lambda folder: train(folder, "--crop", 32, "-o", folder / "images" / "a.png"),
+     UserError, "--output <folder>/images/a.png cannot be written (File exists): choose another folder"),
     ("a run in no folder", lambda folder: train(folder, "-o", folder / "no" / "run"),
      UserError, "--output <folder>/no/run cannot be made: <folder>/no is not a folder, create it first"),
     ("weights of another network", lambda folder: train(folder, "--crop", 32, "-f", [fastunet.save_checkpoint(folder / "m.pth", fastunet.UNet(1, 2, base_c=2)), folder / "m.pth"][1]),
