@@ -137,6 +137,7 @@ SPILLS = (
     # Blackwell: odd channels, and float32 heads.
     Spill(r"^_conv3x3_fwd_kernel fp16 HEAD=16 .* outputs=32 reduction=32 .* stages=3 sm_100$", 40),
     Spill(r"^_head_stats_backward_kernel fp32 .*C=17 K=3 .* sm_100$", 24),
+    Spill(r"^_conv_few_fwd_kernel bf16 K=2 BLOCK_P=128 BLOCK_C=32 .* sm_120$", 8),
     Spill(r"^_affine_prelu_bwd_kernel fp16 .* BLOCK_P=16 BLOCK_C=32 .* sm_100$", 8),
     Spill(r"^_upsample_bwd_kernel fp16 .* BLOCK_W=8 BLOCK_C=32 .* sm_100$", 8),
 )
@@ -160,6 +161,8 @@ LIMITS = (
     # With stride 2 no value that was normalised serves two taps: with 64 filters only tiles inside the picture keep to
     # 1.3, or nearly.
     Limit(r"^_conv_down_fwd_kernel bf16 KSIZE=3 .* outputs=64 .* sm_(80|90)$", 1.65, least_slots=1.32, shared_stores=0),
-    Limit(r"^_conv_(up|down)_dgrad_kernel bf16 KSIZE=[23] .* sm_(80|90)$", issue_slots=0.7, shared_stores=0),
+    Limit(r"^_conv_(up|down)_dgrad_kernel bf16 KSIZE=[23] (?!.* outputs=32 ).* sm_(80|90)$", 0.7, shared_stores=0),
+    # Of 32 channels a value that was loaded serves half as many products.
+    Limit(r"^_conv_(up|down)_dgrad_kernel bf16 KSIZE=[23] .* outputs=32 .* sm_(80|90)$", 0.79, shared_stores=0),
     Limit(r"^_conv_strided_wgrad_kernel bf16 KSIZE=[23] .* sm_(80|90)$", issue_slots=1.9, shared_stores=0),
 )

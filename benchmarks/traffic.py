@@ -116,7 +116,9 @@ def run(
 # ---- layers ------------------------------------------------------------------------------------------------------
 
 # What stands between two layers belongs to the one that reads it.
-_SERVING = ("max_pool2", "upsample_", "cat.", "constant_pad_nd.")
+_SERVING = (
+    "max_pool2", "avg_pool2", "pad_replicate.", "replication_pad2", "upsample_", "cat.", "constant_pad_nd.",
+)  # fmt: skip
 _COPIES = ("_to_copy.", "clone.", "copy_.", "to.dtype")
 
 

@@ -13,6 +13,7 @@ them a leaky ReLU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -195,7 +196,8 @@ def _blocks(x: Tensor) -> list[Tensor]:
     A batch norm of a block, with every pixel of a row as channels of its own, has short sums and long vectors.
     """
     channels, flat = x.shape[1], x.permute(0, 2, 3, 1).reshape(-1)
-    columns = channels * max(1, _COLUMNS // channels)
+    # Of few pixels no more to a row than there are rows: what is left over is added up one by one.
+    columns = channels * max(1, min(_COLUMNS // channels, math.isqrt(flat.numel() // channels)))
     whole = flat.numel() // columns * columns
     rows = _ROWS if columns >= 8 * channels else _ROWS // 2
     blocks = [*flat[:whole].view(-1, columns, 1, 1).split(rows), flat[whole:].view(-1, channels, 1, 1)]

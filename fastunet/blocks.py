@@ -515,6 +515,8 @@ class Up(LazyModule):
     does. ``settings`` are DoubleConv's.
     """
 
+    replicate = False  # also of those that were pickled before there was a choice
+
     def __init__(
         self,
         in_channels: int,

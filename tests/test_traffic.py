@@ -335,7 +335,7 @@ NETS = {
     "strided": NetCase("strided", base=32, size=256, classes=2),
     "plain": NetCase("plain", base=32, size=256),
     "brain": NetCase("brain", base=32, size=256),
-    "nnunet": NetCase("nnunet", base=32, size=128),
+    "nnunet": NetCase("nnunet", base=32),
 }
 
 COUNTS = """
@@ -469,7 +469,7 @@ def test_fastunet_keeps_to_its_promises(step):
 def test_nnunet_moves_and_keeps_less_than_eager():
     found = counts()["nnunet training"]
     assert found["fastunet_saved_bytes"] <= 0.55 * found["eager_saved_bytes"]
-    assert found["auto_bytes"] <= 0.75 * found["eager_bytes"]
+    assert max(found["auto_bytes"], found["fastunet_bytes"]) <= 0.50 * found["eager_bytes"]  # of the contiguous 0.52
 
 
 @NEEDS_TRITON
