@@ -111,8 +111,8 @@ def check(problem: Problem, draw: Draw, backend: str, size: Size, device: str) -
     own = worst(truths, owns, [size is not MANY for _ in truths])
     neighbour = neighbours(problem, leaves)
 
-    def results() -> list[Tensor]:
-        return list(problem.truth(neighbour(), found))
+    def results() -> tuple[list[Tensor], ...]:
+        return tuple(list(problem.truth(moved, found)) for moved in neighbour())
 
     near(problem, found, truths, own, names, results)
     seeds = cotangents(draw, problem, truths, size is MANY)
@@ -128,9 +128,8 @@ def check(problem: Problem, draw: Draw, backend: str, size: Size, device: str) -
     ]
     plain = worst(expected, each, [size is not MANY or name == "weight" for name in leaves])
 
-    def of_neighbour() -> list[Tensor]:
-        moved = neighbour()
-        return gradients(problem.truth(moved, found), dense, moved, leaves)
+    def of_neighbour() -> tuple[list[Tensor], ...]:
+        return tuple(gradients(problem.truth(moved, found), dense, moved, leaves) for moved in neighbour())
 
     near(problem, mine, expected, plain, [f"gradient of {name}" for name in leaves], of_neighbour)
     for name, gradient in zip(leaves, mine, strict=bool(mine)):
@@ -164,14 +163,14 @@ def worst(truths: Sequence[Tensor], owns: Sequence[Sequence[Tensor]], either: Se
     ]
 
 
-def neighbours(problem: Problem, leaves: Sequence[str]) -> Callable[[], Operands]:
-    """What draws the operands a rounding of their dtype apart, in float64."""
-    eps = torch.finfo(problem.dtype).eps / 2
-    exact = wide(problem, [])
+def neighbours(problem: Problem, leaves: Sequence[str]) -> Callable[[], tuple[Operands, Operands]]:
+    """What draws the operands a rounding or so apart, in float64 and in their own dtype."""
+    eps = torch.finfo(problem.dtype).eps
 
-    def draw() -> Operands:
-        moved = {k: x * (1 + eps * torch.randn_like(x)) if _real(x) else x for k, x in exact.items()}
-        return moved | {name: moved[name].requires_grad_() for name in leaves}
+    def draw() -> tuple[Operands, Operands]:
+        moved = {k: x * (1 + eps * torch.randn_like(x)) if _real(x) else x for k, x in problem.operands.items()}
+        there = replace(problem, operands=moved)
+        return wide(there, leaves), given(there, {k: "contiguous" for k in moved}, leaves)
 
     return draw
 
@@ -186,12 +185,12 @@ def near(
     truths: Sequence[Tensor],
     own: Sequence[Tensor],
     names: Sequence[str],
-    neighbour: Callable[[], Sequence[Tensor]],
+    neighbour: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]],
     times: float = 2,
 ) -> None:
     """Whether what was found errs at most ``times`` as much as plain PyTorch's ``own``, and eight roundings, as a sum
     of some hundred numbers does in another order than PyTorch's. Of a few numbers PyTorch's may be right by chance:
-    then at most ``times`` as much as the truth of operands a rounding apart."""
+    then at most ``times`` as much as it errs for operands a rounding apart, or as their truth differs."""
     # Terms that are all alike are all rounded alike: their sum is as far off as they are.
     many = any(isinstance(x, Tensor) and x.numel() > 2**17 for x in problem.operands.values())
     for i, (y, truth, plain, name) in enumerate(zip(found, truths, own, names, strict=bool(found))):
@@ -202,8 +201,11 @@ def near(
         try:
             assert_near([y.detach()], [truth], [plain], coarser, [name], times, 32 if many else 8)
         except AssertionError:
-            moved = [neighbour()[i].detach() for _ in range(4)]
-            if not (y.detach() - truth).abs().max() <= times * max((m - truth).abs().max() for m in moved):
+            bound = torch.zeros(())
+            for _ in range(6):
+                true, rounded = (results[i].detach() for results in neighbour())
+                bound = torch.stack([bound, (true - truth).abs().max(), (rounded - true).abs().max()]).max()
+            if not (y.detach() - truth).abs().max() <= times * bound:
                 raise
 
 
