@@ -7,6 +7,7 @@ __path__ = [str(Path(__file__).resolve().parent)]
 
 import fastunet.versions as _versions  # refuses what is too old # noqa: F401
 from fastunet import functional, losses, metrics, reference
+from fastunet.accelerate import accelerate, restore
 from fastunet.models import BrainUNet, PlainUNet, StridedUNet, UNet
 
 # In a checkout kernels/ lies beside this folder instead of inside it; they are used even if another checkout is
@@ -22,8 +23,10 @@ __all__ = [
     "StridedUNet",
     "UNet",
     "__version__",
+    "accelerate",
     "functional",
     "losses",
     "metrics",
     "reference",
+    "restore",
 ]
