@@ -9,6 +9,7 @@ it was is given stored tensors. Modules, parameters and buffers are the model's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -161,7 +162,11 @@ def _run_pool(frame: Frame, reads: str, writes: str, module: Any) -> None:
     frame.values[writes], frame.values[reads] = pool(found, frame.activation(reads), frame.context)
 
 
-def _run_upsample(frame: Frame, reads: str, writes: str, module: Any) -> None:
+def _run_upsample(frame: Frame, reads: str, writes: str, module: Any, op: _Op) -> None:
+    size = frame.resolve(op.args[0][1]) if op.module is None else None
+    if size is not None and list(size) != [2 * n for n in _shape(frame.values[reads])[2:]]:
+        _run_as_it_was(frame, op, copied=False)
+        return
     found = frame.modules[module] if isinstance(module, str) else module
     frame.values[writes] = enlarge(found, frame.activation(reads), frame.context)
 
@@ -479,32 +484,40 @@ class _Lowering:
             alone = pytree.tree_leaves(op.args) == op.reads and len(op.reads) == len(op.writes) == 1
             return role(op.module) if alone else None
         reader = _NODES.get(op.target)
-        return None if reader is None else reader(self, *op.args[0], **op.args[1])
+        return None if reader is None else reader(self, op, *op.args[0], **op.args[1])
 
-    def _of_cat(self, tensors: Any, dim: int = 0) -> str | None:
+    def _of_cat(self, op: _Op, tensors: Any, dim: int = 0) -> str | None:
         values = [self._values.get(x) for x in tensors]
         fits = len(tensors) == 2 and dim in (1, -3) and all(isinstance(x, Tensor) and x.dim() == 4 for x in values)
         return "cat" if fits else None
 
-    def _of_pad(self, x: Any, pad: Sequence[Any], mode: str = "constant", value: float | None = None) -> str | None:
-        return "frame" if mode == "constant" and not value and len(pad) in (2, 4) else None
+    def _of_pad(
+        self, op: _Op, x: Any, pad: Sequence[Any], mode: str = "constant", value: float | None = None
+    ) -> str | None:
+        nothing = not any(isinstance(n, Name) or n for n in pad)  # whatever the mode would repeat
+        return "frame" if (mode == "constant" and not value and len(pad) in (2, 4)) or nothing else None
 
-    def _of_slice(self, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> str | None:
+    def _of_slice(self, op: _Op, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> str | None:
         everything = start in (None, 0) and end in (None, 2**63 - 1)
         return "frame" if step == 1 and (dim in (2, 3, -1, -2) or everything) else None
 
-    def _of_pool(self, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, *rest: Any) -> str | None:
+    def _of_pool(self, op: _Op, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, *rest: Any) -> str | None:
         settings = (_pair(kernel), _pair(stride or kernel), _pair(padding))
         plain = settings == ((2, 2), (2, 2), (0, 0)) and all(_pair(r) in ((1, 1), (0, 0)) for r in rest)
         return "pool" if plain and not (len(rest) > 1 and rest[1]) else None
 
-    def _of_upsample(self, x: Any, size: Any, *settings: Any) -> str | None:
-        return "upsample" if size is None and list(settings[-1] or ()) == [2.0, 2.0] else None
+    def _of_upsample(self, op: _Op, x: Any, size: Any, *settings: Any) -> str | None:
+        if size is None:
+            return "upsample" if list(settings[-1] or ()) == [2.0, 2.0] else None
+        # A size that is computed may be twice the input's, or not: that shows in each run.
+        before, after = self._values[x], self._values[op.writes[0]]
+        doubled = all(_size(after.shape[d]) == 2 * _size(before.shape[d]) for d in (2, 3))
+        return "upsample" if doubled else None
 
-    def _of_relu(self, x: Any) -> str:
+    def _of_relu(self, op: _Op, x: Any) -> str:
         return "act"
 
-    def _of_leaky_relu(self, x: Any, slope: float = 0.01) -> str:
+    def _of_leaky_relu(self, op: _Op, x: Any, slope: float = 0.01) -> str:
         return "act"
 
     # ---- what is fused ----
@@ -595,7 +608,7 @@ class _Lowering:
         elif kind == "pool":
             run = partial(_run_pool, reads=reads, writes=writes, module=named or nn.MaxPool2d(2))
         elif kind == "upsample":
-            run = partial(_run_upsample, reads=reads, writes=writes, module=named or _upsampling(op))
+            run = partial(_run_upsample, reads=reads, writes=writes, module=named or _upsampling(op), op=op)
         elif kind == "cat":
             run = partial(_run_cat, reads=op.reads, writes=writes)
         elif kind == "frame":
@@ -608,7 +621,7 @@ class _Lowering:
     def _costed(self, step: Step, ops: list[_Op]) -> Step:
         nodes = [node for op in ops for node in op.nodes]
         step.flops = sum(map(_flops, nodes))
-        step.bytes = 0 if all(op.may_alias for op in ops) else sum(map(_bytes, nodes))
+        step.bytes = sum(0 if op.may_alias and not op.changes else _bytes(node) for op in ops for node in op.nodes)
         return step
 
     def _why(self, op: _Op, kind: str | None) -> str:
@@ -688,15 +701,18 @@ def _said(op: _Op) -> str:
         stride = "" if set(op.module.stride) == {1} else f" stride {op.module.stride[0]}"
         groups = "" if op.module.groups == 1 else f" groups {op.module.groups}"
         return f"{op.what} {size}{stride}{groups}"
+    if op.module is None and op.what.startswith("upsample") and op.args[0][1] is not None:
+        return f"{op.what}, where it doubles"
     return op.what
 
 
+def _size(n: Any) -> int:
+    """A size, as it was when it was traced."""
+    return n if isinstance(n, int) else int(n.node.hint)
+
+
 def _numel(x: Any) -> int:
-    """Elements of a tensor, at the size with which it was traced."""
-    count = 1
-    for n in x.shape:
-        count *= n if isinstance(n, int) else n.node.hint
-    return count
+    return math.prod(map(_size, x.shape))
 
 
 def _bytes(node: fx.Node) -> int:
@@ -718,6 +734,5 @@ def _flops(node: fx.Node) -> int:
     if name.startswith("conv"):
         return 2 * _numel(node.meta["val"]) * _numel(values[1]) // values[1].shape[0]
     if name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm"):
-        last = values[0].shape[-1]
-        return 2 * _numel(node.meta["val"]) * (last if isinstance(last, int) else last.node.hint)
+        return 2 * _numel(node.meta["val"]) * _size(values[0].shape[-1])
     return 0
