@@ -110,11 +110,11 @@ def restore(model: Model) -> Model:
 
 
 class Line(NamedTuple):
-    """``count`` steps of one kind: what they are, whether they are fused, and if not, why."""
+    """``times`` steps of one kind: what they are, whether they are fused, and if not, why."""
 
     mode: str
     what: str
-    count: int
+    times: int
     fused: bool
     why: str
     flops: int
@@ -146,7 +146,7 @@ class Report(NamedTuple):
             for line in sorted(lines, key=lambda line: (not line.fused, -line.bytes)):
                 verdict = "fused" if line.fused else "left"
                 why = "" if line.fused else f": {line.why}"
-                said.append(f"  {verdict:<6}{line.count:>4} × {line.what}{why}")
+                said.append(f"  {verdict:<6}{line.times:>4} × {line.what}{why}")
         return "\n".join(said)
 
 
@@ -465,7 +465,8 @@ def _step(
 
     Dropouts drop nothing: what they draw depends on the memory format.
     """
-    twin = copy.deepcopy(model).to(dtype=dtype, memory_format=memory_format)
+    twin = copy.deepcopy(model).to(dtype)
+    twin.to(memory_format=memory_format)  # type: ignore[call-overload]
     if accelerated is not None and config is not None:
         twin.__dict__["forward"] = accelerated.of(twin, config)
     floating = (x.to(dtype, memory_format=memory_format) if _is_picture(x) else x for x in args)
@@ -481,7 +482,7 @@ def _step(
         generator = torch.Generator().manual_seed(0)
         pairs = [(x, torch.randn(x.shape, generator=generator).to(x)) for x in outputs if x.requires_grad]
         if pairs:
-            torch.autograd.backward(*zip(*pairs, strict=True))
+            torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
     found.update((f"gradient of {name}", p.grad) for name, p in twin.named_parameters() if p.grad is not None)
     found.update((f"buffer {name}", b) for name, b in twin.named_buffers() if b.is_floating_point())
     return found

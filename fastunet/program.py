@@ -257,8 +257,8 @@ class _Op:
     def what(self) -> str:
         if self.module is not None:
             return type(self.module).__name__
-        name: str = getattr(self.target, "_opname", None) or getattr(self.target, "__name__", str(self.target))
-        return name.strip("_")
+        name = getattr(self.target, "_opname", None) or getattr(self.target, "__name__", None)
+        return str(name or self.target).strip("_")
 
     @property
     def changes(self) -> bool:
@@ -369,7 +369,7 @@ def _ops(trace: Trace, modules: Modules, hooked: frozenset[str]) -> list[_Op]:
         args = fx.node.map_arg((node.args, node.kwargs), lambda x: Name(x.name))
         found.append((order[node], _Op(node.name, None, node.target, args, [node.name], [node])))
     ops = [op for _, op in sorted(found, key=lambda pair: pair[0])]
-    wanted = {x for x in trace.outputs if isinstance(x, Name)}
+    wanted: set[str] = {x for x in trace.outputs if isinstance(x, Name)}
     kept = []
     for op in reversed(ops):
         effect = op.module is not None or op.changes or "assert" in op.what
@@ -597,12 +597,12 @@ class _Lowering:
 
     def _step(self, op: _Op) -> Step:
         kind = self._kinds[id(op)]
+        run: Any
         if id(op) not in self._fused:
             run = partial(_run_as_it_was, op=op, copied=op.changes)
             return self._costed(Step(_said(op), op.reads, op.writes, run, self._why(op, kind)), [op])
         reads, writes = op.reads[0], op.writes[0]
         named = op.name if op.module is not None else None
-        run: Any
         if kind == "act":
             run = partial(_run_act, reads=reads, writes=writes, slope=_slope(op))
         elif kind == "pool":
@@ -619,9 +619,10 @@ class _Lowering:
         return self._costed(Step(_said(op), op.reads, op.writes, run), [op])
 
     def _costed(self, step: Step, ops: list[_Op]) -> Step:
-        nodes = [node for op in ops for node in op.nodes]
-        step.flops = sum(map(_flops, nodes))
-        step.bytes = sum(0 if op.may_alias and not op.changes else _bytes(node) for op in ops for node in op.nodes)
+        for op in ops:
+            moves = op.changes or not op.may_alias  # views cost nothing
+            step.flops += sum(map(_flops, op.nodes))
+            step.bytes += sum(map(_bytes, op.nodes)) if moves else 0
         return step
 
     def _why(self, op: _Op, kind: str | None) -> str:
@@ -676,7 +677,10 @@ def _slicing(x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int
 
 
 _LAZY = ("conv", "conv_transpose", "norm", "pool", "upsample")
-_SIDES = {_ATEN.pad.default: _padding, _ATEN.slice.Tensor: _slicing}
+_SIDES: dict[Any, Callable[..., Callable[[Frame, Placed], Sequence[int]]]] = {
+    _ATEN.pad.default: _padding,
+    _ATEN.slice.Tensor: _slicing,
+}
 _NODES: dict[Any, Callable[..., str | None]] = {
     _ATEN.relu.default: _Lowering._of_relu,
     _ATEN.relu_.default: _Lowering._of_relu,
@@ -725,14 +729,14 @@ def _bytes(node: fx.Node) -> int:
 
 def _flops(node: fx.Node) -> int:
     """Two for each multiplication of a convolution or a matrix product; other operators have few."""
-    values = [x.meta.get("val") for x in node.all_input_nodes]
+    tensors = [x.meta["val"] for x in node.all_input_nodes if _is_tensor(x)]
     name = getattr(node.target, "_opname", "")
-    if not _is_tensor(node) or len(values) < 2 or not isinstance(values[1], Tensor):
+    if not _is_tensor(node) or len(tensors) < 2:
         return 0
-    if name.startswith("conv_transpose"):
-        return 2 * _numel(values[0]) * _numel(values[1]) // values[1].shape[0]
+    x, weight = tensors[:2]
     if name.startswith("conv"):
-        return 2 * _numel(node.meta["val"]) * _numel(values[1]) // values[1].shape[0]
-    if name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm"):
-        return 2 * _numel(node.meta["val"]) * _size(values[0].shape[-1])
+        pixels = x if "transpose" in name else node.meta["val"]
+        return 2 * _numel(pixels) * _numel(weight) // int(weight.shape[0])
+    if name in ("linear", "matmul", "mm", "bmm"):
+        return 2 * _numel(node.meta["val"]) * _size(x.shape[-1])
     return 0

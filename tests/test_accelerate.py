@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
-import io
+import itertools
 import pickle
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -46,8 +46,7 @@ class LeeJunHyun(nn.Module):
         self.pool = nn.MaxPool2d(kernel_size=2, stride=2)
         self.down = nn.ModuleList(self.block(a, b) for a, b in zip([channels, *widths[:-1]], widths, strict=True))
         self.up = nn.ModuleList(
-            nn.Sequential(nn.Upsample(scale_factor=2), *self.part(b, a))
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
+            nn.Sequential(nn.Upsample(scale_factor=2), *self.part(b, a)) for a, b in itertools.pairwise(widths)
         )
         self.merge = nn.ModuleList(self.block(2 * a, a) for a in widths[:-1])
         self.head = nn.Conv2d(base, classes, kernel_size=1)
@@ -77,7 +76,7 @@ class Jvanvugt(nn.Module):
         widths = [base << i for i in range(3)]
         self.down = nn.ModuleList(self.block(a, b) for a, b in zip([channels, *widths[:-1]], widths, strict=True))
         self.up = nn.ModuleList(
-            nn.ConvTranspose2d(b, a, kernel_size=2, stride=2) for a, b in zip(widths[:-1], widths[1:], strict=True)
+            nn.ConvTranspose2d(b, a, kernel_size=2, stride=2) for a, b in itertools.pairwise(widths)
         )
         self.merge = nn.ModuleList(self.block(2 * a, a) for a in widths[:-1])
         self.last = nn.Conv2d(base, classes, kernel_size=1)
@@ -191,7 +190,11 @@ NETS: dict[str, Net] = {
         nnunet("PlainConvUNet", nn.BatchNorm2d, n_conv_per_stage=[2] * 3), (24, 36), needs=ARCHITECTURES
     ),
     "nnunet-residual": Net(
-        nnunet("ResidualEncoderUNet", nn.InstanceNorm2d, n_blocks_per_stage=[1, 2, 2]), (24, 36), 1.0, 0.8, ARCHITECTURES
+        nnunet("ResidualEncoderUNet", nn.InstanceNorm2d, n_blocks_per_stage=[1, 2, 2]),
+        (24, 36),
+        1.0,
+        0.8,
+        ARCHITECTURES,
     ),
     "smp": Net(smp, (64, 96), 0.9, 0.8, SMP),
 }
@@ -319,7 +322,7 @@ def test_how_much_is_fused(name: str) -> None:
 class Counted(TorchDispatchMode):
     """Counts calls of aten operators by their kind."""
 
-    KINDS = {
+    KINDS: ClassVar = {
         "convolution": "conv", "convolution_backward": "conv", "native_batch_norm": "norm", "native_group_norm": "norm",
         "_native_batch_norm_legit": "norm", "cudnn_batch_norm": "norm", "relu": "act", "relu_": "act", "silu": "act",
         "leaky_relu": "act", "leaky_relu_": "act", "sigmoid": "act", "cat": "cat", "constant_pad_nd": "pad",
@@ -343,7 +346,7 @@ LEFT = {"Conv": "conv", "Norm": "norm", "ReLU": "act", "relu": "act", "SiLU": "a
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("make", [Mixed, lambda: nn.Sequential(*LeeJunHyun.part(3, 4), *Jvanvugt.block(4, 4))])
 def test_what_the_report_calls_fused_launches_nothing_of_atens(make: Callable[[], nn.Module], training: bool) -> None:
-    """In the kernels: aten's convolutions, norms, acts, concatenations are those, and as many, that it says are left."""
+    """In the kernels: aten's convolutions, norms, acts and concatenations are those, and as many, as it says are left."""
     pytest.importorskip("triton", reason="Triton is part of pip install 'fastunet[test]' on Linux")
     model = scramble(make())
     ours = fastunet.accelerate(copy.deepcopy(model), backend="triton").train(training)
@@ -352,7 +355,7 @@ def test_what_the_report_calls_fused_launches_nothing_of_atens(make: Callable[[]
     for line in ours.fastunet_report().lines:
         kind = next((kind for part, kind in LEFT.items() if part in line.what), None)
         if line.mode == mode and not line.fused and kind is not None:
-            left[kind] += line.count
+            left[kind] += line.times
     x = torch.randn(2, 3, 9, 10)
     with torch.set_grad_enabled(training), Counted() as counted:
         y = ours(x)
@@ -366,7 +369,7 @@ def test_what_the_report_calls_fused_launches_nothing_of_atens(make: Callable[[]
 
 def test_it_stays_the_users_model(tmp_path: Any) -> None:
     """Class, parameters, keys; copies, pickles, saved files, replicas, checkpoints; and restore leaves nothing."""
-    plain, ours = pair("LeeJunHyun")
+    plain, ours = (model.eval() for model in pair("LeeJunHyun"))
     attributes = set(plain.__dict__)
     assert type(ours) is LeeJunHyun
     assert list(ours.state_dict()) == list(plain.state_dict())
@@ -377,9 +380,9 @@ def test_it_stays_the_users_model(tmp_path: Any) -> None:
     x = torch.randn(2, 3, 16, 20, dtype=torch.float64)
     torch.save(ours, tmp_path / "model.pt")
     saved = torch.load(tmp_path / "model.pt", weights_only=False)
-    for twin in (copy.deepcopy(ours.eval()), pickle.loads(pickle.dumps(ours)), saved):
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), saved):
         assert twin.forward is not ours.forward
-        agree(twin, copy.deepcopy(plain.eval()), x)
+        agree(twin, copy.deepcopy(plain), x)
         with torch.no_grad():
             next(twin.parameters()).zero_()
         same(ours(x), plain(x))  # nothing is shared
@@ -391,7 +394,7 @@ def test_it_stays_the_users_model(tmp_path: Any) -> None:
     same(average(x), average.module(x))
     other = scramble(copy.deepcopy(plain))
     for model in (ours, plain):
-        model.load_state_dict(other.state_dict())
+        model.train().load_state_dict(other.state_dict())
     agree(ours, plain, x)
     agree(fastunet.restore(ours), plain, x)
     assert set(ours.__dict__) == attributes
