@@ -171,13 +171,14 @@ class Accelerated:
     def __init__(self, model: nn.Module, config: Config):
         self._model = weakref.ref(model)
         self.config = config
-        self.example: tuple[Any, ...] = ()  # inputs to trace with, on the meta device
+        self.example: tuple[Any, ...] = ()  # inputs to trace with
+        self._report = Report(type(model).__name__, ())
         self._traces: dict[Any, list[Trace]] = {}  # by the structure's key
         self._forget()
 
     def _forget(self) -> None:
         self._structure: Structure | None = None
-        self._programs: dict[tuple[Trace, frozenset[str]], Program | None] = {}
+        self._programs: dict[Trace, Program | None] = {}
         self._failures: dict[Any, int] = {}
         self._said: set[str] = set()
 
@@ -193,7 +194,7 @@ class Accelerated:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._model = weakref.ref(state["model"])
         self.config, self.example = state["config"], state["example"]
-        self._traces = {}
+        self._traces, self._report = {}, Report(type(state["model"]).__name__, ())
         self._forget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Accelerated:
@@ -276,7 +277,7 @@ class Accelerated:
             if new is None:
                 return None
             trace, inputs = new
-        program = self._lowered(model, trace, structure)
+        program = self._lowered(trace, structure)
         return None if program is None else (program, structure, inputs)
 
     def _traced(
@@ -287,7 +288,7 @@ class Accelerated:
             self._say(f"inputs of shape {shapes}, say, are more kinds of sizes than it has graphs for")
             return None
         try:
-            trace = Trace(model, args, kwargs)
+            trace = Trace(model, structure, args, kwargs)
             inputs = trace.serves(model, args, kwargs)
             if inputs is None:
                 raise NotTraced("the graph does not hold for the input that it is made of")
@@ -298,15 +299,14 @@ class Accelerated:
         structure.traces.append(trace)
         return trace, inputs
 
-    def _lowered(self, model: nn.Module, trace: Trace, structure: Structure) -> Program | None:
-        key = (trace, structure.touched)
-        if key not in self._programs:
+    def _lowered(self, trace: Trace, structure: Structure) -> Program | None:
+        if trace not in self._programs:
             try:
-                self._programs[key] = lower(trace, structure.modules, structure.touched)
+                self._programs[trace] = lower(trace, structure.modules, structure.touched)
             except NotLowered as error:
                 self._say(str(error))
-                self._programs[key] = None
-        return self._programs[key]
+                self._programs[trace] = None
+        return self._programs[trace]
 
     def _say(self, why: str) -> None:
         if why not in self._said:
@@ -329,16 +329,20 @@ class Accelerated:
                 structure = Structure(model)
                 traces = self._traces.setdefault(structure.key, [])
                 if not traces:
-                    traces.append(Trace(model, self.example, {}))
+                    traces.append(Trace(model, structure, self.example, {}))
                 try:
                     lines += _lines(lower(traces[0], structure.modules, structure.touched), mode)
                 except NotLowered as error:
                     lines.append(Line(mode, "the whole model", 1, False, str(error), 0, 0))
-        return Report(type(model).__name__, tuple(lines))
+        self._report = Report(type(model).__name__, tuple(lines))
+        return self._report
 
     def report(self) -> Report:
         """What of the model, as it is now, is fused and what is left, and why."""
-        device = next(self._alive().parameters()).device
+        model = self._model()
+        if model is None:  # it was asked for the report, and for nothing else, when it was deleted
+            return self._report
+        device = next(model.parameters()).device
         return self.traced_ahead([x.to(device) if isinstance(x, Tensor) else x for x in self.example])
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from fastunet.activation import Activation, Context, Next, Placed
 from fastunet.blocks import enlarge, lazily, pool, role
-from fastunet.tracing import Call, Name, Trace, is_leaf
+from fastunet.tracing import Call, Name, Trace
 
 _ATEN = torch.ops.aten
 Modules = Mapping[str, nn.Module]
@@ -295,34 +295,18 @@ def _owners(node: fx.Node) -> list[str]:
     return [entry[0] for entry in node.meta.get("nn_module_stack", {}).values()]
 
 
-def _region(call: Call, nodes: Mapping[str, fx.Node]) -> list[fx.Node]:
-    """The nodes between a call's inputs and outputs: none if it returns its input, as nn.Identity does."""
-    inputs = {x for x in call.inputs if isinstance(x, Name)}
-    found: dict[fx.Node, None] = {}
-    waiting = [nodes[x] for x in call.outputs if isinstance(x, Name)]
-    while waiting:
-        node = waiting.pop()
-        if node not in found and node.name not in inputs and node.op != "placeholder" and _is_tensor(node):
-            found[node] = None
-            waiting += node.all_input_nodes
-    return list(found)
-
-
-def _called(trace: Trace, modules: Modules, hooked: frozenset[str]) -> list[tuple[Call, list[fx.Node], bool]]:
-    """The calls that are cut out of the graph as wholes, their nodes, and whether somebody listens to them.
+def _called(trace: Trace, modules: Modules, hooked: frozenset[str]) -> list[tuple[Call, bool]]:
+    """The calls that are cut out of the graph as wholes, and whether somebody listens to them.
 
     Raises:
         NotLowered: one to which somebody listens cannot be cut out.
     """
-    nodes = {node.name: node for node in trace.graph.nodes}
     listened = {id(modules[name]) for name in hooked}
     owner: dict[fx.Node, str] = {}
     found = []
     for call in sorted(trace.calls, key=lambda call: (id(modules[call.name]) not in listened, call.name.count("."))):
         heard = id(modules[call.name]) in listened
-        if not (heard or is_leaf(modules[call.name])):
-            continue
-        region = _region(call, nodes)
+        region = call.nodes
         outer = {owner.get(node, "") for node in region}
         if region and all(name and _within(call.name, name) for name in outer):
             continue  # inside one that is cut out
@@ -336,7 +320,7 @@ def _called(trace: Trace, modules: Modules, hooked: frozenset[str]) -> list[tupl
         )
         if fits:
             owner.update(dict.fromkeys(region, call.name))
-            found.append((call, region, heard))
+            found.append((call, heard))
         elif heard:
             raise NotLowered(
                 f"what goes in and out of {call.name}, which has a hook or a patch, is not all of its work"
@@ -355,11 +339,11 @@ def _ops(trace: Trace, modules: Modules, hooked: frozenset[str]) -> list[_Op]:
     order = {node: i for i, node in enumerate(trace.graph.nodes)}
     found: list[tuple[int, _Op]] = []
     calls = _called(trace, modules, hooked)
-    done = {node for _, region, _ in calls for node in region}
-    names = {call.name for call, _, _ in calls}
-    for call, region, heard in calls:
+    done = {node for call, _ in calls for node in call.nodes}
+    names = {call.name for call, _ in calls}
+    for call, heard in calls:
         args = pytree.tree_unflatten(call.inputs, call.in_spec)
-        op = _Op(call.name, modules[call.name], None, args, call.outputs, region, heard)
+        op = _Op(call.name, modules[call.name], None, args, call.outputs, call.nodes, heard)
         found.append((max(order[nodes[x]] for x in call.outputs), op))
     for node in trace.graph.nodes:
         if node.op != "call_function" or node in done or node.target is _ATEN._assert_tensor_metadata.default:

@@ -75,7 +75,7 @@ class Structure:
     Attributes:
         modules: every module inside by each of its names.
         touched: names of modules inside that run more than their class's forward.
-        key: equal for structures whose forwards are the same.
+        key: equal for structures of which one graph serves.
     """
 
     def __init__(self, model: nn.Module):
@@ -110,7 +110,7 @@ class Structure:
                 and not (attribute == "training" and is_leaf(module))  # which is asked for in each call
             )
             facts.append((name, type(module), tuple(module._modules), kept))
-        self.key = tuple(facts)
+        self.key = (self.touched, *facts)
         self.traces: list[Trace] = []  # what was traced of it
 
     def holds(self, model: nn.Module) -> bool:
@@ -127,12 +127,14 @@ class Structure:
 
 
 class Call(NamedTuple):
-    """One call of a module: of what it was called, in flattened names of values or constants, and what it returned."""
+    """One call of a module: of what it was called, in flattened names of values or constants, and what it returned.
+    ``nodes`` are what it is in the graph."""
 
     name: str
     inputs: list[Any]
     in_spec: Any
     outputs: list[Any]
+    nodes: list[fx.Node]
 
 
 class Name(str):
@@ -144,15 +146,15 @@ class Trace:
 
     Attributes:
         graph: of aten operators and sizes; a placeholder stands for each parameter, buffer and input.
-        calls: the calls of modules in it, outermost first.
+        calls: the calls in it of PyTorch's own modules, and of modules that somebody listens to.
         tensors: what the model's names of the parameters and buffers are, by their placeholders.
         constants: tensors that the forward made, and subgraphs, by their names.
         inputs: the placeholders of inputs, in flattened order.
         outputs: what is returned, :class:`Name` or constant, flattened as ``out_spec`` says.
     """
 
-    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]):
-        program = _exported(model, args, kwargs)
+    def __init__(self, model: nn.Module, structure: Structure, args: Sequence[Any], kwargs: Mapping[str, Any]):
+        program = _exported(model, structure, args, kwargs)
         signature = program.graph_signature
         self.graph: fx.Graph = program.graph
         self.tensors: dict[str, str] = {}
@@ -180,12 +182,7 @@ class Trace:
         self.outputs = [
             Name(x.name) if isinstance(x, fx.Node) else x for x in pytree.tree_leaves(self.graph.output_node().args[0])
         ]
-        self.calls = [
-            Call(entry.fqn.partition("@")[0], _values(entry.signature.inputs, nodes), entry.signature.in_spec,
-                 _values(entry.signature.outputs, nodes))
-            for entry in program.module_call_graph
-            if entry.fqn and entry.signature is not None and entry.signature.outputs
-        ]  # fmt: skip
+        self.calls = [*_recorded(program, nodes), *_of_leaves(self.graph, structure.modules, self.tensors)]
         self._note_guards(program, nodes)
         # A graph that names a device or a dtype, or holds tensors, is right for these only.
         first = next(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
@@ -244,9 +241,57 @@ class Trace:
             return None
 
 
-def _values(arguments: Sequence[Any], nodes: Mapping[str, fx.Node]) -> list[Any]:
-    """Arguments of a call: :class:`Name` of a value, or a constant."""
-    return [x.value if isinstance(x, ConstantArgument) else Name(x.name) for x in arguments]
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _recorded(program: Any, nodes: Mapping[str, fx.Node]) -> Iterator[Call]:
+    """The calls whose signatures torch.export was asked to keep."""
+    for entry in program.module_call_graph:
+        if not entry.fqn or entry.signature is None or not entry.signature.outputs:
+            continue
+        inputs, outputs = (
+            [x.value if isinstance(x, ConstantArgument) else Name(x.name) for x in arguments]
+            for arguments in (entry.signature.inputs, entry.signature.outputs)
+        )
+        # All that lies between them, but for sizes.
+        found: dict[fx.Node, None] = {}
+        waiting = [nodes[x] for x in outputs if isinstance(x, Name)]
+        while waiting:
+            node = waiting.pop()
+            if node not in found and node.name not in inputs and node.op != "placeholder" and _is_tensor(node):
+                found[node] = None
+                waiting += node.all_input_nodes
+        yield Call(entry.fqn.partition("@")[0], inputs, entry.signature.in_spec, outputs, list(found))
+
+
+_ONE_INPUT = pytree.tree_structure(((0,), {}))
+
+
+def _of_leaves(graph: fx.Graph, modules: Mapping[str, nn.Module], tensors: Mapping[str, str]) -> Iterator[Call]:
+    """The calls of PyTorch's own modules that took one tensor and nothing else, and returned one."""
+    regions: dict[str, tuple[str, list[fx.Node]]] = {}
+    for node in graph.nodes:
+        stack = [*node.meta.get("nn_module_stack", {}).items()]
+        if node.op == "call_function" and stack and _is_tensor(node):
+            key, (name, _) = stack[-1]  # the key tells apart several calls of one module
+            if name in modules and is_leaf(modules[name]):
+                regions.setdefault(key, (name, []))[1].append(node)
+    for name, region in regions.values():
+        own = {placeholder for placeholder, of in tensors.items() if of.rpartition(".")[0] == name}
+        known = {*own, *(node.name for node in region)}
+        inputs = {x.name for node in region for x in node.all_input_nodes if _is_tensor(x)} - known
+        outputs = [node.name for node in region if any(user not in region for user in node.users)]
+        if len(inputs) == len(outputs) == 1 and _is_called_plainly(modules[name], region):
+            yield Call(name, [Name(inputs.pop())], _ONE_INPUT, [Name(outputs[0])], region)
+
+
+def _is_called_plainly(module: nn.Module, region: Sequence[fx.Node]) -> bool:
+    """Whether it is not a transposed convolution that was told the size of its output."""
+    if not isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return True
+    padding = region[-1].args[5] if len(region[-1].args) > 5 else [0] * len(module.output_padding)
+    return list(padding) == list(module.output_padding)  # type: ignore[arg-type]
 
 
 def _forward_signature(model: nn.Module) -> inspect.Signature:
@@ -262,24 +307,21 @@ def _open(value: Any) -> Any:
     return {d: torch.export.Dim.AUTO for d, n in enumerate(value.shape) if d != 1 and n != 1}
 
 
-def _exported(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The exported program; of all calls of modules the signatures, or if PyTorch cannot say them, of its own."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    names = [name for name in modules if name]
+def _exported(model: nn.Module, structure: Structure, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The exported program, with the signatures of the calls of modules that are touched."""
+    heard = {id(structure.modules[name]) for name in structure.touched}
+    wanted = tuple(name for name, module in structure.modules.items() if id(module) in heard)
     bound = _forward_signature(model).bind(*args, **kwargs)
     shapes = pytree.tree_map(_open, dict(bound.arguments))
-    error: Exception | None = None
-    for wanted in (names, [name for name in names if is_leaf(modules[name])]):
-        with _as_called(model):
-            try:
-                return torch.export.export(
-                    model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False,
-                    preserve_module_call_signature=tuple(wanted),
-                )  # fmt: skip
-            except Exception as raised:  # whatever a model's forward raises under a tracer
-                error = error or raised
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    raise NotTraced(lines[0].strip()) from error
+    with _as_called(model):
+        try:
+            return torch.export.export(
+                model, tuple(args), dict(kwargs), dynamic_shapes=shapes, strict=False,
+                preserve_module_call_signature=wanted,
+            )  # fmt: skip
+        except Exception as error:  # whatever a model's forward raises under a tracer
+            lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            raise NotTraced(lines[0].strip()) from error
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import itertools
 import pickle
 import warnings
@@ -203,8 +202,9 @@ NETS: dict[str, Net] = {
 @functools.cache
 def _accelerated(name: str) -> tuple[nn.Module, nn.Module]:
     net = NETS[name]
-    if net.needs and importlib.util.find_spec(net.needs) is None:
-        pytest.skip(f"{net.needs} is not installed; it is part of pip install 'fastunet[zoo]'")
+    if net.needs:
+        why = f"{net.needs} cannot be imported; it is part of pip install 'fastunet[zoo]'"
+        pytest.importorskip(net.needs, reason=why, exc_type=ImportError)
     torch.manual_seed(0)
     plain = scramble(net.make())
     return plain, fastunet.accelerate(copy.deepcopy(plain), backend="torch")
@@ -346,7 +346,7 @@ LEFT = {"Conv": "conv", "Norm": "norm", "ReLU": "act", "relu": "act", "SiLU": "a
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("make", [Mixed, lambda: nn.Sequential(*LeeJunHyun.part(3, 4), *Jvanvugt.block(4, 4))])
 def test_what_the_report_calls_fused_launches_nothing_of_atens(make: Callable[[], nn.Module], training: bool) -> None:
-    """In the kernels: aten's convolutions, norms, acts and concatenations are those, and as many, as it says are left."""
+    """In the kernels: aten's convolutions, norms, acts, concatenations are as many as it says are left."""
     pytest.importorskip("triton", reason="Triton is part of pip install 'fastunet[test]' on Linux")
     model = scramble(make())
     ours = fastunet.accelerate(copy.deepcopy(model), backend="triton").train(training)
