@@ -397,7 +397,10 @@ def _check_model(model: Any) -> None:
     if len(devices) > 1 or devices == ["meta"]:
         raise ValueError(f"expected a model on one device, got {kind} on {' and '.join(devices)}; move it with .to()")
     if any(isinstance(m, LazyModule) for m in model.modules()):
-        raise TypeError(f"expected somebody else's network, got {kind}, which runs by fastunet's operators already")
+        raise TypeError(
+            f"expected somebody else's network, got {kind}, which runs by fastunet's operators already; "
+            "leave it as it is"
+        )
     if "forward" in model.__dict__ and not isinstance(model.__dict__["forward"], Accelerated):
         raise TypeError(f"expected a model whose forward is its class's, got {kind} with one of its own; remove it")
 
