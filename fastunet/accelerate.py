@@ -203,7 +203,7 @@ class Accelerated:
     def of(self, twin: nn.Module, config: Config) -> Accelerated:
         """The forward of a copy of the model, by the same graphs."""
         found = Accelerated(twin, config)
-        found.example = self.example
+        found.example, found._report = self.example, self._report
         found._traces = {key: list(traces) for key, traces in self._traces.items()}
         return found
 
@@ -288,7 +288,9 @@ class Accelerated:
             self._say(f"inputs of shape {shapes}, say, are more kinds of sizes than it has graphs for")
             return None
         try:
-            trace = Trace(model, structure, args, kwargs)
+            with torch.inference_mode(False):  # whose tensors no graph can have
+                like = pytree.tree_map(_like, (tuple(args), dict(kwargs)))
+            trace = Trace(model, structure, *like)
             inputs = trace.serves(model, args, kwargs)
             if inputs is None:
                 raise NotTraced("the graph does not hold for the input that it is made of")
@@ -320,7 +322,7 @@ class Accelerated:
         """Trace the model in training and in evaluation, for inputs like ``example``.
 
         Raises:
-            NotTraced: torch.export cannot.
+            NotTraced: torch.export cannot, and never could.
         """
         self.example = tuple(pytree.tree_map(_for_tracing, tuple(example)))
         model, lines = self._alive(), list[Line]()
@@ -328,10 +330,14 @@ class Accelerated:
             with _in_mode(model, mode == "training"):
                 structure = Structure(model)
                 traces = self._traces.setdefault(structure.key, [])
-                if not traces:
-                    traces.append(Trace(model, structure, self.example, {}))
                 try:
+                    if not traces:
+                        traces.append(Trace(model, structure, self.example, {}))
                     lines += _lines(lower(traces[0], structure.modules, structure.touched), mode)
+                except NotTraced as error:
+                    if not self._report.lines:
+                        raise
+                    lines.append(Line(mode, "the whole model", 1, False, str(error), 0, 0))
                 except NotLowered as error:
                     lines.append(Line(mode, "the whole model", 1, False, str(error), 0, 0))
         self._report = Report(type(model).__name__, tuple(lines))
@@ -342,8 +348,9 @@ class Accelerated:
         model = self._model()
         if model is None:  # it was asked for the report, and for nothing else, when it was deleted
             return self._report
-        device = next(model.parameters()).device
-        return self.traced_ahead([x.to(device) if isinstance(x, Tensor) else x for x in self.example])
+        like = next(model.parameters())
+        given = [x.to(like) if _is_picture(x) else x for x in self.example]
+        return self.traced_ahead([x.to(like.device) if isinstance(x, Tensor) else x for x in given])
 
 
 @contextmanager
@@ -359,12 +366,14 @@ def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = was
 
 
+def _like(x: Any) -> Any:
+    """An input to trace with, in place of ``x``."""
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, Tensor) else x
+
+
 def _for_tracing(x: Any) -> Any:
-    """An input like ``x``; of two pictures at least: a graph of one holds for one only."""
-    if not isinstance(x, Tensor):
-        return x
-    shape = (max(x.shape[0], 2), *x.shape[1:]) if x.dim() == 4 else x.shape
-    return torch.zeros(shape, dtype=x.dtype, device=x.device)
+    """The same, of two pictures at least: a graph of one holds for one only."""
+    return _like(x[:1].expand(2, -1, -1, -1) if isinstance(x, Tensor) and x.dim() == 4 and len(x) == 1 else x)
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------

@@ -523,9 +523,16 @@ class _Lowering:
                 last = self._kinds[id(before)]
                 if last == "act" or (last == "norm" and kind == "norm"):
                     continue
+                if kind == "act" and last != "norm" and not self._loaded(op):
+                    continue  # stored by it, and kept, there is one tensor, and not the convolution's output beside it
                 layer.ops.append(op)
                 layer.modules.append(op.name if op.module is not None else nn.LeakyReLU(_slope(op)))
                 self._layers[id(op)] = layer
+
+    def _loaded(self, op: _Op) -> bool:
+        """Whether somebody reads its result who could apply it while loading."""
+        readers = [r for r in self._readers.get(op.writes[0], []) if r is not None]
+        return any(self._kinds[id(r)] in ("conv", "conv_transpose", "pool", "upsample", "cat") for r in readers)
 
     def _find_others(self) -> None:
         """Backwards: whether a concatenation or a frame is worth it depends on who reads it."""
@@ -541,7 +548,7 @@ class _Lowering:
                 self._take(op, bool(readers) and all(self._is(r, "conv", "cat", "frame") for r in readers))
             elif kind == "act" and id(op) not in self._layers and op.reads[0] not in self._inputs:
                 # A value that is lazy anyway, or is read by what applies it while it loads.
-                before = self._is(self._writer.get(op.reads[0]), *_LAZY)
+                before = self._is(self._writer.get(op.reads[0]), "norm", "pool", "upsample")
                 self._take(op, before or any(self._is(r, *_LAZY, "cat") for r in readers))
 
     def _take(self, op: _Op, fused: bool) -> None:

@@ -182,7 +182,9 @@ class Trace:
         self.outputs = [
             Name(x.name) if isinstance(x, fx.Node) else x for x in pytree.tree_leaves(self.graph.output_node().args[0])
         ]
-        self.calls = [*_recorded(program, nodes), *_of_leaves(self.graph, structure.modules, self.tensors)]
+        heard = {id(structure.modules[name]) for name in structure.touched}
+        others = {name: module for name, module in structure.modules.items() if id(module) not in heard}
+        self.calls = [*_recorded(program, nodes), *_of_leaves(self.graph, others, self.tensors)]
         self._note_guards(program, nodes)
         # A graph that names a device or a dtype, or holds tensors, is right for these only.
         first = next(x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
@@ -277,8 +279,10 @@ def _of_leaves(graph: fx.Graph, modules: Mapping[str, nn.Module], tensors: Mappi
             key, (name, _) = stack[-1]  # the key tells apart several calls of one module
             if name in modules and is_leaf(modules[name]):
                 regions.setdefault(key, (name, []))[1].append(node)
+    owners = {placeholder: modules.get(of.rpartition(".")[0]) for placeholder, of in tensors.items()}
     for name, region in regions.values():
-        own = {placeholder for placeholder, of in tensors.items() if of.rpartition(".")[0] == name}
+        # By identity: a module may have several names.
+        own = {placeholder for placeholder, owner in owners.items() if owner is modules[name]}
         known = {*own, *(node.name for node in region)}
         inputs = {x.name for node in region for x in node.all_input_nodes if _is_tensor(x)} - known
         outputs = [node.name for node in region if any(user not in region for user in node.users)]
