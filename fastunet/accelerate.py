@@ -85,7 +85,7 @@ def accelerate(model: Model, example_input: Any = None, *, backend: str = "auto"
             "fuse; leave it as it is"
         )
     if example_input is not None:
-        _compare(model, accelerated, examples[0])
+        _compare(model, accelerated, pytree.tree_map(_two, examples[0]))
     model.__dict__.update(accelerated.attributes())
     return model
 
@@ -324,7 +324,8 @@ class Accelerated:
         Raises:
             NotTraced: torch.export cannot, and never could.
         """
-        self.example = tuple(pytree.tree_map(_for_tracing, tuple(example)))
+        with torch.inference_mode(False):
+            self.example = tuple(_like(_two(x)) for x in example)
         model, lines = self._alive(), list[Line]()
         for mode in ("training", "evaluation"):
             with _in_mode(model, mode == "training"):
@@ -371,9 +372,9 @@ def _like(x: Any) -> Any:
     return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if isinstance(x, Tensor) else x
 
 
-def _for_tracing(x: Any) -> Any:
-    """The same, of two pictures at least: a graph of one holds for one only."""
-    return _like(x[:1].expand(2, -1, -1, -1) if isinstance(x, Tensor) and x.dim() == 4 and len(x) == 1 else x)
+def _two(x: Any) -> Any:
+    """Two pictures in place of one: a graph of one holds for one only, and a batch norm may need more than one."""
+    return torch.cat([x, x.flip(-1)]) if isinstance(x, Tensor) and x.dim() == 4 and len(x) == 1 else x
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------

@@ -735,6 +735,7 @@ PICTURES: list[Row] = [
 
 # ---- accelerate --------------------------------------------------------------------------------------------------------
 
+
 def conv(*others: nn.Module) -> nn.Module:
     """Somebody's network of one convolution, and others."""
     return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *others)
