@@ -349,6 +349,8 @@ def _as_called(model: nn.Module) -> Iterator[None]:
         warnings.simplefilter("ignore")
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        # Instead of whatever hooks there are, to offload, say: only the last ones count.
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))
         try:
