@@ -124,7 +124,9 @@ class Mixed(nn.Module):
         up = nn.functional.pad(up, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2])
         z = self.merge(torch.cat([skip, up], 1))
         nn.functional.relu_(z)  # whoever reads z from here on reads what it is now
-        return {"out": self.head(z).sigmoid() * self.scale, "deep": [self.deep(skip), {"size": x.shape[-1]}]}
+        deep = self.deep(skip)
+        deep = [deep, nn.functional.relu(deep), {"size": x.shape[-1]}]  # one reader of two is an act
+        return {"out": self.head(z).sigmoid() * self.scale, "deep": deep}
 
 
 class Net(NamedTuple):
