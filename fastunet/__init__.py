@@ -7,6 +7,7 @@ __path__ = [str(Path(__file__).resolve().parent)]
 
 import fastunet.versions as _versions  # refuses what is too old # noqa: F401
 from fastunet import functional, losses, metrics, reference
+from fastunet.accelerate import accelerate, restore
 from fastunet.blocks import ConvSequence, DoubleConv
 from fastunet.checkpoint import load_checkpoint, save_checkpoint
 from fastunet.models import BrainUNet, PlainUNet, StridedUNet, UNet
@@ -26,10 +27,12 @@ __all__ = [
     "StridedUNet",
     "UNet",
     "__version__",
+    "accelerate",
     "functional",
     "load_checkpoint",
     "losses",
     "metrics",
     "reference",
+    "restore",
     "save_checkpoint",
 ]

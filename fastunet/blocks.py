@@ -156,6 +156,22 @@ def _is_prelu(module: nn.Module) -> bool:
     return type(module) is nn.PReLU and untouched(module, nn.PReLU)
 
 
+def role(module: nn.Module) -> str | None:
+    """As what ``module`` is run without being called: "conv", "conv_transpose", "norm", "act", "pool" or "upsample";
+    None if it is called as the module it is."""
+    return next((name for name, fits in _ROLES.items() if fits(module)), None)
+
+
+_ROLES: dict[str, Callable[[nn.Module], bool]] = {
+    "conv": _is_conv,
+    "conv_transpose": _is_conv_transpose,
+    "norm": _is_norm,
+    "act": lambda module: _slope(module) is not None,
+    "pool": is_pool,
+    "upsample": _is_upsample,
+}
+
+
 def _transparent(module: nn.Module) -> bool:
     """Whether ``module`` is known to run its children in turn and nothing else."""
     return untouched(module, nn.Sequential) or (isinstance(module, LazyModule) and module.is_lazy())

@@ -376,6 +376,16 @@ def unwatched() -> bool:
     return not (torch.compiler.is_compiling() or _intercepted())
 
 
+def transformed() -> bool:
+    """Whether a compiler, a tracer, a transform of functions or a forward-mode derivative takes what is called."""
+    return bool(
+        torch.compiler.is_compiling()
+        or _C._are_functorch_transforms_active()
+        or _C._get_tracing_state()
+        or forward_ad._current_level >= 0
+    )
+
+
 def _unseen() -> bool:
     """Whether nobody sees an operator's call: no mode, transform, tracer, profiler or forward-mode derivative."""
     return not (

@@ -13,6 +13,7 @@ import io
 import math
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 import fastunet
 from fastunet import blocks, cli, data, functional, losses, metrics, reference, training
@@ -872,9 +874,88 @@ COMMANDS: list[Row] = [
 ]
 # fmt: on
 
+# ---- accelerate --------------------------------------------------------------------------------------------------------
+
+
+def conv(*others: nn.Module) -> nn.Module:
+    """Somebody's network of one convolution, and others."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *others)
+
+
+class Asking(nn.Module):
+    """A network that asks a tensor for its value, which no graph has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def scripted() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        return torch.jit.script(conv())
+
+
+def wrapped() -> Any:
+    return nn.DataParallel(conv())
+
+
+def patched() -> Any:
+    model = conv()
+    model.forward = lambda x: x
+    return model
+
+
+def sharded() -> Any:
+    """FSDP2 gives a module's class a mixin of this module's."""
+    model = conv()
+    model.__class__ = type("FSDPSequential", (FSDPModule, nn.Sequential), {})
+    return model
+
+
+accelerate = fastunet.accelerate
+# fmt: off
+ACCELERATE: list[Row] = [
+    ("a function to accelerate", lambda: accelerate("UNet"),
+     TypeError, "expected model as an nn.Module, got 'UNet'; pass the network itself"),
+    ("nothing to fuse", lambda: accelerate(nn.Sequential(nn.Flatten(), nn.Linear(4, 4))),
+     ValueError, "expected a model with 2-D convolutions, got Sequential with nothing to fuse; leave it as it is"),
+    ("no convolution of a kind that is served", lambda: accelerate(nn.Sequential(nn.Conv2d(3, 4, 7, padding=3))),
+     ValueError, "expected a model with convolutions that fastunet can run, got Sequential with nothing to fuse; leave it as it is"),
+    ("a network of volumes", lambda: accelerate(conv(nn.Conv3d(3, 4, 3))),
+     ValueError, "expected a network of pictures, got Sequential with a Conv3d (1); leave it: fastunet has no operators for volumes"),
+    ("two devices", lambda: accelerate(conv(nn.BatchNorm2d(4).to("meta"))),
+     ValueError, "expected a model on one device, got Sequential on cpu and meta; move it with .to()"),
+    ("a scripted model", lambda: accelerate(scripted()),
+     TypeError, "expected a model in Python, got RecursiveScriptModule, which is scripted; accelerate the one it was made of"),
+    ("a quantised model", lambda: accelerate(conv(torch.ao.nn.quantized.ReLU6())),
+     TypeError, "expected a model in floating point, got Sequential with quantised modules; pass the original"),
+    ("a compiled model", lambda: accelerate(torch.compile(conv())),
+     TypeError, "expected a model that is not compiled, got OptimizedModule; pass model._orig_mod"),
+    ("a sharded model", lambda: accelerate(sharded()),
+     TypeError, "expected a model with whole parameters, got FSDPSequential sharded by FSDP; accelerate it before DDP"),
+    ("a wrapped model", lambda: accelerate(wrapped()),
+     TypeError, "expected the model itself, got DataParallel around it; pass model.module"),
+    ("a patched model", lambda: accelerate(patched()),
+     TypeError, "expected a model whose forward is its class's, got Sequential with one of its own; remove it"),
+    ("a network of fastunet's", lambda: accelerate(unet()),
+     TypeError, "expected somebody else's network, got UNet, which runs by fastunet's operators already; leave it as it is"),
+    ("an example that is no tensor", lambda: accelerate(conv(), [1, 2]),
+     TypeError, "expected example_input as a tensor or a tuple of the model's inputs, got [1, 2]; convert it"),
+    ("what cannot be traced", lambda: accelerate(conv(Asking()), torch.zeros(2, 3, 8, 8)),
+     ValueError, "expected a model that torch.export can trace, got Sequential, of which it says: <why>; pass an example_input of a size that it takes, or leave the model as it is"),
+    ("a backend to accelerate with", lambda: accelerate(conv(), backend="cuda"),
+     ValueError, "expected backend to be one of auto, torch, triton, got 'cuda'; check FASTUNET_BACKEND too"),
+    ("restore of another model", lambda: fastunet.restore(conv()),
+     ValueError, "expected a model that fastunet.accelerate returned, got Sequential; pass that one"),
+]
+# fmt: on
+
+
 # ---- the rule ----------------------------------------------------------------------------------------------------
 
-TABLE = [*NETWORKS, *BLOCKS, *CONSTRUCTORS, *FUNCTIONAL, *LOSSES, *METRICS, *DATA, *PICTURES, *COMMANDS]
+TABLE = [
+    *NETWORKS, *BLOCKS, *CONSTRUCTORS, *ACCELERATE, *FUNCTIONAL, *LOSSES, *METRICS, *DATA, *PICTURES, *COMMANDS,
+]  # fmt: skip
 
 # What was expected, what came, what to do. A user's files and options are named first: what came, what to do.
 LIBRARY = re.compile(r"expected (?P<expected>.+?), got (?P<came>.+); (?P<advice>.+)")
@@ -933,6 +1014,7 @@ def refuse(row: Row, tmp_path: Path) -> None:
         call(good(tmp_path)) if needs_folder else call()
     assert type(caught.value) is kind, what
     said = str(caught.value).replace(str(tmp_path), "<folder>")
+    said = re.sub(r"of which it says: [^;]*;", "of which it says: <why>;", said)  # in PyTorch's words
     assert said == sentence
     assert problem(said, kind) is None
 
