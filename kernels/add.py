@@ -26,7 +26,7 @@ from .affine import (
     source_backward,
     store_affine_gradient,
 )
-from .common import act, activate, by_sample, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise
+from .common import act, activate, affine_of, by_sample, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise
 from .launching import accumulator, launch
 
 _ACCESSES = 1  # 16-byte accesses per thread, tensor and step, of which there are three to five
@@ -43,10 +43,8 @@ def _add_act_fwd_kernel(
     n = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    if SAMPLES:
-        affine_ptr += n * 3 * C
-    if SKIP_SAMPLES:
-        skip_affine_ptr += n * 3 * C
+    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
+    skip_affine_ptr = affine_of(skip_affine_ptr, n, C, SKIP_SAMPLES)
     inside = (p < pixels)[:, None] & (c < C)[None, :]
     index = (n * pixels + p)[:, None] * C + c[None, :]
     x = tl.load(x_ptr + index, mask=inside, other=0.0)
@@ -67,10 +65,8 @@ def _add_act_bwd_kernel(
     n = tl.program_id(2).to(tl.int64)
     share = slab * tl.num_programs(2) + n
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    if SAMPLES:
-        affine_ptr += n * 3 * C
-    if SKIP_SAMPLES:
-        skip_affine_ptr += n * 3 * C
+    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
+    skip_affine_ptr = affine_of(skip_affine_ptr, n, C, SKIP_SAMPLES)
     affine = load_affine(affine_ptr, c, C)
     skip_affine = load_affine(skip_affine_ptr, c, C)
     sum_gx = tl.zeros([BLOCK_P, BLOCK_C], ACC)

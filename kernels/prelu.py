@@ -26,7 +26,7 @@ from .affine import (
     store_affine_gradient,
     tile_of,
 )
-from .common import by_sample, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
+from .common import affine_of, by_sample, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise, sum_slabs
 from .launching import accumulator, launch
 
 _ACCESSES = 1  # 16-byte accesses per thread, tensor and step
@@ -41,8 +41,7 @@ def _affine_prelu_fwd_kernel(
     n = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    if SAMPLES:
-        affine_ptr += n * 3 * C
+    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
     inside = (p < pixels)[:, None] & (c < C)[None, :]
     index = (n * pixels + p)[:, None] * C + c[None, :]
     slopes = tl.load(slopes_ptr + c, mask=c < C, other=0.0).to(ACC)[None, :]
@@ -59,8 +58,7 @@ def _affine_prelu_bwd_kernel(
     n = tl.program_id(2).to(tl.int64)
     share = slab * tl.num_programs(2) + n
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    if SAMPLES:
-        affine_ptr += n * 3 * C
+    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
     affine = load_affine(affine_ptr, c, C)
     slopes = tl.load(slopes_ptr + c, mask=c < C, other=0.0).to(ACC)[None, :]
     sum_gx = tl.zeros([BLOCK_P, BLOCK_C], ACC)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .affine import affine_gradient, affine_slabs, source_backward, store_affine_gradient, tile_of
-from .common import act, by_sample, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise
+from .common import act, affine_of, by_sample, cdiv, dense, empty_nhwc, load_affine, nhwc, normalise
 from .launching import accumulator, launch
 
 _ACCESSES = 1  # 16-byte accesses per thread and pixel
@@ -38,8 +38,7 @@ def _avg_pool2x2_fwd_kernel(
     w = tl.program_id(0) % blocks * BLOCK_W + tl.arange(0, BLOCK_W)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (w < W // 2)[:, None] & (c < C)[None, :]
-    if SAMPLES:
-        affine_ptr += n * 3 * C
+    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
     affine = load_affine(affine_ptr, c, C)
     row = W.to(tl.int64) * C
     index = ((n * H + 2 * h) * W + 2 * w)[:, None] * C + c[None, :]
@@ -61,8 +60,7 @@ def _pad_replicate_fwd_kernel(
     w = tl.program_id(0) % blocks * BLOCK_W + tl.arange(0, BLOCK_W)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (w < YW)[:, None] & (c < C)[None, :]
-    if SAMPLES:
-        affine_ptr += n * 3 * C
+    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
     affine = load_affine(affine_ptr, c, C)
     index = ((n * H + tl.minimum(h, H - 1)) * W + tl.minimum(w, W - 1))[:, None] * C + c[None, :]
     z = normalise(tl.load(x_ptr + index, mask=inside, other=0.0), affine, SLOPE, ACC)
@@ -103,8 +101,7 @@ def _resample_bwd_kernel(
     h = (slab // segments).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel = (c < C)[None, :]
-    if SAMPLES:
-        affine_ptr += n * 3 * C
+    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
     affine = load_affine(affine_ptr, c, C)
     sum_gx = tl.zeros([BLOCK_W, BLOCK_C], ACC)
     sum_g = tl.zeros([BLOCK_W, BLOCK_C], ACC)
