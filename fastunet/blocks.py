@@ -115,17 +115,21 @@ def is_pool(module: nn.Module) -> bool:
     if not untouched(module, nn.MaxPool2d):
         return False
     assert isinstance(module, nn.MaxPool2d)
-    settings = (module.kernel_size, module.stride, module.padding, module.dilation)
-    return settings == (2, 2, 0, 1) and not (module.ceil_mode or module.return_indices)
+    settings = map(_sides, (module.kernel_size, module.stride, module.padding, module.dilation))
+    return [*settings] == [(2, 2), (2, 2), (0, 0), (1, 1)] and not (module.ceil_mode or module.return_indices)
+
+
+def _sides(size: Any) -> Any:
+    """A pool's setting for height and width, which may be told as one number, a tuple or a list."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _is_average(module: nn.Module) -> bool:
     if not untouched(module, nn.AvgPool2d):
         return False
     assert isinstance(module, nn.AvgPool2d)
-    two = (2, (2, 2))
-    usual = module.padding in (0, (0, 0)) and not module.ceil_mode and module.divisor_override is None
-    return module.kernel_size in two and module.stride in two and usual
+    settings = map(_sides, (module.kernel_size, module.stride, module.padding))
+    return [*settings] == [(2, 2), (2, 2), (0, 0)] and not module.ceil_mode and module.divisor_override is None
 
 
 def _is_upsample(module: nn.Module) -> bool:
@@ -157,8 +161,8 @@ def _is_prelu(module: nn.Module) -> bool:
 
 
 def role(module: nn.Module) -> str | None:
-    """As what ``module`` is run without being called: "conv", "conv_transpose", "norm", "act", "pool" or "upsample";
-    None if it is called as the module it is."""
+    """As what ``module`` is run without being called: "conv", "conv_transpose", "norm", "act", "prelu", "pool",
+    "average" or "upsample"; None if it is called as the module it is."""
     return next((name for name, fits in _ROLES.items() if fits(module)), None)
 
 
@@ -167,7 +171,9 @@ _ROLES: dict[str, Callable[[nn.Module], bool]] = {
     "conv_transpose": _is_conv_transpose,
     "norm": _is_norm,
     "act": lambda module: _slope(module) is not None,
+    "prelu": _is_prelu,
     "pool": is_pool,
+    "average": _is_average,
     "upsample": _is_upsample,
 }
 

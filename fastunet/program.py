@@ -2,9 +2,10 @@
 
 :func:`lower` reads the graph of a :class:`~fastunet.tracing.Trace`. Calls of PyTorch's own modules are cut out of it as
 one step each, and so are calls of modules that somebody listens to; the rest stays aten operators. Then it finds what
-runs lazily: convolutions with the normalisation and act behind them, 2×2 pooling, ×2 upsampling, zero padding, cropping
-and concatenation in front of a convolution. Steps hand each other Activations, Placed or tensors; a step that runs as
-it was is given stored tensors. Modules, parameters and buffers are the model's own, looked up by name in each run.
+runs lazily: convolutions with the normalisation and act behind them, 2×2 pooling, ×2 upsampling, sums, repeated rows,
+and zero padding, cropping and concatenation in front of a convolution. Steps hand each other Activations, Placed or
+tensors; a step that runs as it was is given stored tensors. Modules, parameters and buffers are the model's own, looked
+up by name in each run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from fastunet.activation import Activation, Context, Next, Placed
+from fastunet.activation import Activation, Context, Next, Placed, add, average, replicated
 from fastunet.blocks import enlarge, lazily, pool, role
 from fastunet.tracing import Call, Name, Trace
 
@@ -169,6 +170,28 @@ def _run_upsample(frame: Frame, reads: str, writes: str, module: Any, op: _Op) -
         return
     found = frame.modules[module] if isinstance(module, str) else module
     frame.values[writes] = enlarge(found, frame.activation(reads), frame.context)
+
+
+def _run_average(frame: Frame, reads: str, writes: str) -> None:
+    frame.values[writes] = average(frame.activation(reads), frame.context)
+
+
+def _run_sum(frame: Frame, reads: list[str], writes: str, op: _Op) -> None:
+    a, b = (frame.activation(name) for name in reads)
+    if a.x.shape != b.x.shape or a.x.dtype != b.x.dtype:
+        _run_as_it_was(frame, op, op.changes)
+        return
+    frame.values[writes] = add(a, b, 1.0, frame.context)
+
+
+def _run_replicate(frame: Frame, reads: str, writes: str, op: _Op) -> None:
+    left, right, top, bottom = (*frame.resolve(op.args[0][1]), 0, 0)[:4]
+    act = frame.activation(reads)
+    if left or top or right not in (0, 1) or bottom not in (0, 1):
+        _run_as_it_was(frame, op, op.changes)
+        return
+    height, width = act.x.shape[-2:]
+    frame.values[writes] = replicated(act, (height + bottom, width + right), frame.context)
 
 
 def _run_cat(frame: Frame, reads: list[str], writes: str) -> None:
@@ -479,7 +502,24 @@ class _Lowering:
         self, op: _Op, x: Any, pad: Sequence[Any], mode: str = "constant", value: float | None = None
     ) -> str | None:
         nothing = not any(isinstance(n, Name) or n for n in pad)  # whatever the mode would repeat
+        if mode == "replicate" and len(pad) == 4 and not nothing:
+            return "replicate"
         return "frame" if (mode == "constant" and not value and len(pad) in (2, 4)) or nothing else None
+
+    def _of_sum(self, op: _Op, x: Any, other: Any, alpha: Any = 1) -> str | None:
+        values = [self._values.get(name) if isinstance(name, Name) else None for name in (x, other)]
+        fits = alpha == 1 and all(isinstance(v, Tensor) and v.dim() == 4 for v in values)
+        if not fits:
+            return None
+        first, second = ([*map(_size, v.shape)] for v in values)  # type: ignore[union-attr]
+        return "sum" if first == second and values[0].dtype == values[1].dtype else None  # type: ignore[union-attr]
+
+    def _of_average(
+        self, op: _Op, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
+        count_include_pad: bool = True, divisor: int | None = None,
+    ) -> str | None:  # fmt: skip
+        settings = (_pair(kernel), _pair(stride or kernel), _pair(padding))
+        return "average" if settings == ((2, 2), (2, 2), (0, 0)) and not ceil_mode and divisor is None else None
 
     def _of_slice(self, op: _Op, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> str | None:
         everything = start in (None, 0) and end in (None, 2**63 - 1)
@@ -515,13 +555,17 @@ class _Lowering:
             kind = self._kinds[id(op)]
             if kind in ("conv", "conv_transpose"):
                 self._layers[id(op)] = _Layer([op], [op.name])
-            elif kind in ("norm", "act"):
+            elif kind in ("norm", "act", "prelu"):
                 before = self._writer.get(op.reads[0])
                 layer = None if before is None else self._layers.get(id(before))
                 if layer is None or layer.ops[-1] is not before or self._only_reader(op.reads[0]) is not op:
                     continue
                 last = self._kinds[id(before)]
-                if last == "act" or (last == "norm" and kind == "norm"):
+                if (
+                    last in ("act", "prelu")
+                    or (last == "norm" and kind == "norm")
+                    or (kind == "prelu" and last != "norm")
+                ):
                     continue
                 if kind == "act" and last != "norm" and not self._loaded(op):
                     continue  # stored by it, and kept, there is one tensor, and not the convolution's output beside it
@@ -532,7 +576,7 @@ class _Lowering:
     def _loaded(self, op: _Op) -> bool:
         """Whether somebody reads its result who could apply it while loading."""
         readers = [r for r in self._readers.get(op.writes[0], []) if r is not None]
-        return any(self._kinds[id(r)] in ("conv", "conv_transpose", "pool", "upsample", "cat") for r in readers)
+        return any(self._kinds[id(r)] in (*_READS, "cat") for r in readers)
 
     def _find_others(self) -> None:
         """Backwards: whether a concatenation or a frame is worth it depends on who reads it."""
@@ -540,16 +584,18 @@ class _Lowering:
         for op in reversed(self._ops):
             kind = self._kinds[id(op)]
             readers = self._readers.get(op.writes[0], []) if op.writes else []
-            if kind in ("pool", "upsample", "dropout"):
+            if kind in ("pool", "average", "upsample", "replicate", "dropout"):
                 self._fused.add(id(op))
+            elif kind == "sum":  # of what is lazy on one side at least
+                self._take(op, any(self._is(self._writer.get(x), "norm", "act", "average", "sum") for x in op.reads))
             elif kind == "cat":
                 self._take(op, bool(readers) and all(self._is(r, "conv") for r in readers))
             elif kind == "frame":
                 self._take(op, bool(readers) and all(self._is(r, "conv", "cat", "frame") for r in readers))
             elif kind == "act" and id(op) not in self._layers and op.reads[0] not in self._inputs:
                 # A value that is lazy anyway, or is read by what applies it while it loads.
-                before = self._is(self._writer.get(op.reads[0]), "norm", "pool", "upsample")
-                self._take(op, before or any(self._is(r, *_LAZY, "cat") for r in readers))
+                before = self._is(self._writer.get(op.reads[0]), "norm", "pool", "upsample", "sum")
+                self._take(op, before or any(self._is(r, *_READS, "norm", "cat") for r in readers))
 
     def _take(self, op: _Op, fused: bool) -> None:
         if fused:
@@ -600,6 +646,12 @@ class _Lowering:
             run = partial(_run_pool, reads=reads, writes=writes, module=named or nn.MaxPool2d(2))
         elif kind == "upsample":
             run = partial(_run_upsample, reads=reads, writes=writes, module=named or _upsampling(op), op=op)
+        elif kind == "average":
+            run = partial(_run_average, reads=reads, writes=writes)
+        elif kind == "sum":
+            run = partial(_run_sum, reads=op.reads, writes=writes, op=op)
+        elif kind == "replicate":
+            run = partial(_run_replicate, reads=reads, writes=writes, op=op)
         elif kind == "cat":
             run = partial(_run_cat, reads=op.reads, writes=writes)
         elif kind == "frame":
@@ -621,6 +673,10 @@ class _Lowering:
             return "somebody listens: it has a hook, a patch or a compiled call"
         if kind == "norm":
             return "it does not follow a fused convolution that nobody else reads"
+        if kind == "sum":
+            return "neither side is normalised lazily"
+        if kind == "prelu":
+            return "it does not follow a norm that is fused"
         if kind in ("cat", "frame"):
             return "not only fused convolutions read it"
         if kind == "act":
@@ -667,7 +723,15 @@ def _slicing(x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int
     return sides
 
 
-_LAZY = ("conv", "conv_transpose", "norm", "pool", "upsample")
+_READS = (
+    "conv",
+    "conv_transpose",
+    "pool",
+    "average",
+    "upsample",
+    "replicate",
+    "sum",
+)  # what applies an act as it loads
 _SIDES: dict[Any, Callable[..., Callable[[Frame, Placed], Sequence[int]]]] = {
     _ATEN.pad.default: _padding,
     _ATEN.slice.Tensor: _slicing,
@@ -678,6 +742,9 @@ _NODES: dict[Any, Callable[..., str | None]] = {
     _ATEN.leaky_relu.default: _Lowering._of_leaky_relu,
     _ATEN.leaky_relu_.default: _Lowering._of_leaky_relu,
     _ATEN.max_pool2d.default: _Lowering._of_pool,
+    _ATEN.avg_pool2d.default: _Lowering._of_average,
+    _ATEN.add.Tensor: _Lowering._of_sum,
+    _ATEN.add_.Tensor: _Lowering._of_sum,
     _ATEN.cat.default: _Lowering._of_cat,
     _ATEN.pad.default: _Lowering._of_pad,
     _ATEN.slice.Tensor: _Lowering._of_slice,

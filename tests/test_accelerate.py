@@ -180,7 +180,7 @@ NETS: dict[str, Net] = {
     "jvanvugt": Net(Jvanvugt, bytes=0.45),
     "mixed": Net(Mixed, flops=0.8, bytes=0.6),
     "monai-BasicUNet": Net(monai("BasicUNet", 2, 3, 2, features=(2, 2, 4, 4, 4, 2))),  # pads by repeating
-    "monai-UNet": Net(monai("UNet", 2, 3, 2, (4, 6, 8), (2, 2), num_res_units=2), (24, 36), bytes=0.5),
+    "monai-UNet": Net(monai("UNet", 2, 3, 2, (4, 6, 8), (2, 2), num_res_units=2), (24, 36), bytes=0.7),
     "monai-DynUNet": Net(
         monai("DynUNet", 2, 3, 2, [3] * 4, [1, 2, 2, 2], [2] * 3, filters=[4, 6, 8, 8], deep_supervision=True), (32, 48)
     ),
@@ -194,7 +194,7 @@ NETS: dict[str, Net] = {
         nnunet("ResidualEncoderUNet", nn.InstanceNorm2d, n_blocks_per_stage=[1, 2, 2]),
         (24, 36),
         1.0,
-        0.8,
+        1.0,
         ARCHITECTURES,
     ),
     "smp": Net(smp, (64, 96), 0.9, 0.8, SMP),
