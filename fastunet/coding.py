@@ -221,7 +221,7 @@ def code_masks(
         seen |= each.keys()
         if len(seen) > MAX_CLASSES:
             raise _too_many(path)
-    unscored = {code_of(v) if isinstance(v, tuple) else v * _GREY if kind == "colours" else v for v in ignore}
+    unscored = {_code(value, kind) for value in ignore}
     values = sorted(seen - unscored)
     twins = kind != "colours" and {1, 255} <= seen <= {0, 1, 255} and not unscored
     twins = twins and not any({1, 255} <= each.keys() for each in codes)
@@ -256,6 +256,12 @@ def code_cells(paths: Sequence[Path], found: Sequence[Found]) -> Coded:
     objects = [len(each.counts) - (0 in each.counts) for each in found]
     odd = (f"cells in a mask: {min(objects)} to {max(objects)}",)
     return Coded(coding, ("background", "cell"), (None, None), (0, 1), odd)
+
+
+def _code(value: int | Colour, kind: str) -> int:
+    if isinstance(value, tuple):
+        return code_of(value)
+    return value * _GREY if kind == "colours" else value
 
 
 def _named(code: int, kind: str) -> str:
@@ -361,13 +367,11 @@ def _by_table(
     source: str,
 ) -> Coded:
     in_colour = kind == "colours"
-    label: dict[int, int] = {}
+    label: dict[int, int] = {_code(value, kind): IGNORE_INDEX for value in ignore}
     for row in rows:
         code = (None if row.colour is None else code_of(row.colour)) if in_colour else row.value
-        if code is not None and (row.colour if in_colour else row.value) not in ignore:
-            label[code] = IGNORE_INDEX if row.label is None else row.label
-        elif code is not None:
-            label[code] = IGNORE_INDEX
+        if code is not None:
+            label.setdefault(code, IGNORE_INDEX if row.label is None else row.label)
     for path, each in zip(paths, codes, strict=True):
         strange = [code for code in each if code not in label]
         if strange:

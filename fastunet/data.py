@@ -451,6 +451,8 @@ def _list_of(split: str | Path, images: Path) -> Path:
 def _checked(
     pairs: Pairs, rows: Sequence[Row] | None, source: str, ignore: tuple[int | Colour, ...], cells: bool
 ) -> Dataset:
+    if cells and (rows is not None or ignore):
+        raise DataError("cells are told by their numbers: leave out the table and what is to be ignored")
     shown = tqdm(pairs, desc="checking", unit="pair", delay=1.0, leave=False)
     facts = [_looked_at(image, mask, cells) for image, mask in shown]
     channels = _common_channels(pairs, facts)

@@ -29,7 +29,8 @@ def rank() -> int:
 @contextmanager
 def joined() -> Iterator[None]:
     """Inside, this process is one of those that torchrun started, if it did: by NCCL on GPUs, by gloo on CPUs."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    started = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not started or dist.is_initialized():
         yield
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -39,13 +40,13 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether ``flag`` is set in any process; each has to ask."""
+def largest(number: int) -> int:
+    """The largest ``number`` of all processes; each has to ask."""
     if processes() == 1:
-        return flag
-    flags = torch.tensor(int(flag))
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
+        return number
+    numbers = torch.tensor(number)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
 
 
 class _Gather(torch.autograd.Function):

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Count, print the table, draw the matrix."""
     if args.output is not None:
-        pictures.check_writable(args.output)
+        pictures.check_writable(args.output, [f for f in (args.images, args.masks) if f is not None])
     network = opened(args)
     data = opened_data(args)
     matrix = counted(network, data, args)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 def counted(network: Trained, data: Dataset, args: argparse.Namespace) -> ConfusionMatrix:
     """True against predicted classes over ``data``, at the pictures' own size."""
     table = network.labels_of(data.mask_values, data.ignore_index)
-    if data.channels > network.channels:
+    if data.channels not in (1, network.channels):
         raise UserError(
             f"the pictures have {data.channels} channels and {args.model} takes {network.channels}: convert them"
         )

@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
             f"--output {args.output} cannot be written: {args.output.parent} is not a folder, create it first"
         )
     network = trained.load(args.model)
+    network.model.float()  # whatever it was trained in
     content, call = exported(network.model, network.channels, args.output.suffix)
     worst = _error(network.model, call, network.channels)
     if worst > TOLERANCE:

@@ -56,7 +56,7 @@ def find_pairs(images: Path, masks: Path, options: tuple[str, str] = ("--images"
         DataError: a folder is missing or empty, or a file has no partner or several; ``options`` are what the folders
             are called in such a message.
     """
-    image_files, mask_files = pictures_in(images, options[0]), pictures_in(masks, options[1])
+    image_files, mask_files = _originals(pictures_in(images, options[0])), pictures_in(masks, options[1])
     if images.resolve() == masks.resolve():
         mask_files = [path for path in mask_files if _without_ending(_stem(path)) is not None]
         image_files = [path for path in image_files if path not in mask_files]
@@ -95,6 +95,19 @@ def find_pairs(images: Path, masks: Path, options: tuple[str, str] = ("--images"
             raise DataError(f"{image} has several masks in {masks}, {names}: keep one of them")
         pairs.append((image, found[0]))
     return pairs
+
+
+OUTPUT_ENDINGS = ("_OUT", "_OVERLAY")
+
+
+def _originals(paths: Sequence[Path]) -> list[Path]:
+    """Without what ``predict`` leaves beside its pictures: a_OUT.png, where there is an a.png."""
+    stems = {_stem(path) for path in paths}
+    return [
+        path
+        for path in paths
+        if not any(_stem(path).endswith(end) and _stem(path).removesuffix(end) in stems for end in OUTPUT_ENDINGS)
+    ]
 
 
 def _composed(name: str) -> str:

@@ -16,12 +16,12 @@ from fastunet import pictures, tiling, trained
 from fastunet.data import SUFFIXES
 from fastunet.errors import UserError
 from fastunet.files import written_whole
+from fastunet.layouts import OUTPUT_ENDINGS
 from fastunet.options import at_least, chosen_device, factor, share
 from fastunet.png import PngWriter
 from fastunet.preparation import Array, Preparation
 from fastunet.trained import Trained
 
-ENDINGS = ("_OUT", "_OVERLAY")  # of what this command writes beside its inputs
 KINDS = ("index", "colour", "probability")
 
 
@@ -160,7 +160,7 @@ def _inputs(given: Sequence[str]) -> list[Path]:
             found = sorted(
                 p for p in path.iterdir() if p.suffix.lower() in suffixes and p.is_file() and p.name[0] != "."
             )
-            found = [p for p in found if not p.stem.endswith(ENDINGS)]
+            found = [p for p in found if not p.stem.endswith(OUTPUT_ENDINGS)]
         else:
             found = [path] if path.is_file() else sorted(map(Path, glob.glob(name, recursive=True)))
         if not found:
@@ -181,7 +181,12 @@ def _outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> list[Path]:
                 raise UserError(
                     f"--output {given[0]} cannot be made: {given[0].parent} is not a folder, create it first"
                 )
-            given[0].mkdir()
+            try:
+                given[0].mkdir()
+            except OSError as error:
+                raise UserError(
+                    f"--output {given[0]} cannot be made ({error.strerror}): name another folder"
+                ) from error
         outputs = [given[0] / f"{path.stem}_OUT{suffix}" for path in inputs]
     else:
         outputs = given
@@ -192,11 +197,12 @@ def _outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> list[Path]:
         wrong = next((path for path in outputs if path.suffix.lower() != suffix), None)
         if wrong is not None:
             raise UserError(f"--output {wrong} is not the name of a file of --kind {args.kind}: let it end in {suffix}")
+    originals = {path.resolve() for path in inputs}
     for output in outputs:
         if not output.parent.is_dir():
             raise UserError(f"--output {output} cannot be written: {output.parent} is not a folder, create it first")
         if outputs.count(output) > 1:
             raise UserError(f"two pictures would be written to {output}: give --output a name for each")
-        if output in inputs:
+        if output.resolve() in originals:
             raise UserError(f"--output {output} is one of the pictures: give another name")
     return outputs

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from fastunet.coding import IGNORE_INDEX
+
 Array = npt.NDArray[Any]
 
 
@@ -66,8 +68,12 @@ class Preparation:
         return self._resized(pixels, Image.Resampling.BICUBIC if self.square is None else Image.Resampling.BILINEAR)
 
     def labels(self, labels: Array) -> Array:
-        """(H, W) → (h, w)."""
-        plane: Array = self._resized(labels[None], Image.Resampling.NEAREST)[0]
+        """(H, W) → (h, w); what is padded does not count."""
+        if labels.dtype == np.uint8:
+            plane: Array = self._resized(labels[None], Image.Resampling.NEAREST, IGNORE_INDEX)[0]
+            return plane
+        values, places = np.unique(labels, return_inverse=True)  # Pillow resizes float32, which merges large numbers
+        plane = values[self._resized(places.reshape(1, *labels.shape), Image.Resampling.NEAREST)[0]]
         return plane
 
     def colours(self, labels: Array, table: Array) -> Tensor:
@@ -78,15 +84,15 @@ class Preparation:
         """(h, w) of what the network sees of a picture."""
         if self.square is not None:
             return self.square, self.square
-        return int(self.scale * height), int(self.scale * width)
+        return max(int(self.scale * height), 1), max(int(self.scale * width), 1)
 
-    def _resized(self, pixels: Array, method: Image.Resampling) -> Array:
+    def _resized(self, pixels: Array, method: Image.Resampling, outside: int = 0) -> Array:
         if not self.resizes:
             return pixels
         _, height, width = pixels.shape
         if self.square is not None:
             side = max(height, width)
-            padded = np.zeros((pixels.shape[0], side, side), pixels.dtype)
+            padded = np.full((pixels.shape[0], side, side), outside, pixels.dtype)
             padded[:, :height, :width] = pixels
             pixels = padded
         size = self.size(height, width)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ Parameters = Iterable[Tensor]
 
 def _unet(channels: int, outputs: int, bilinear: bool, base_c: int) -> nn.Module:
     return UNet(channels, outputs, bilinear, base_c)
+
+
+def _strided(channels: int, outputs: int, _: bool, base_c: int) -> nn.Module:
+    return StridedUNet(channels, outputs, base_c)
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,8 @@ RECIPES = {
         learning_rate=1e-5,
         preparation=Preparation("unit", scale=0.5),
         loss="milesial",
-        optimizer=lambda p, lr: RMSprop(p, lr, weight_decay=1e-8, momentum=0.999, foreach=True),
-        schedule=lambda optimizer: ReduceLROnPlateau(optimizer, "max", patience=5),
+        optimizer=partial(RMSprop, weight_decay=1e-8, momentum=0.999, foreach=True),
+        schedule=partial(ReduceLROnPlateau, mode="max", patience=5),
         clip=1.0,
         score="dice",
         validations=5,
@@ -82,8 +87,8 @@ RECIPES = {
         learning_rate=1e-3,
         preparation=Preparation("unit", square=256),
         loss="bce",
-        optimizer=lambda p, lr: Adam(p, lr),
-        network=lambda channels, outputs, _, base_c: StridedUNet(channels, outputs, base_c),
+        optimizer=Adam,
+        network=_strided,
         colours=True,
         drop_last=True,
         source="seed 000",
@@ -94,8 +99,8 @@ RECIPES = {
         learning_rate=1e-2,
         preparation=Preparation("unit"),
         loss="dice",
-        optimizer=lambda p, lr: Adam(p, lr),
-        schedule=lambda optimizer: StepLR(optimizer, 10, 0.1),
+        optimizer=Adam,
+        schedule=partial(StepLR, step_size=10, gamma=0.1),
         crop=192,
         drop_small=True,
         source="seed 002",
@@ -106,7 +111,7 @@ RECIPES = {
         learning_rate=1e-2,
         preparation=Preparation("standard"),
         loss="ce",
-        optimizer=lambda p, lr: SGD(p, lr, momentum=0.99),
+        optimizer=partial(SGD, momentum=0.99),
         crop=512,
         augment="elastic",
         border_weights=True,

@@ -120,6 +120,7 @@ def _run(args: argparse.Namespace) -> int:
     torch.manual_seed(settings["seed"])
     trained = _network(args, data, recipe, settings, device)
     if saved is not None:
+        _check_same(saved, learnt, held_out, trained)
         trained.model.load_state_dict(read_checkpoint(args.output / LAST).state)
     run = _training(trained.model, recipe, settings, data.ignore_index)
     if distributed.rank() == 0:
@@ -145,6 +146,8 @@ def _device(name: str) -> torch.device:
 def _saved(args: argparse.Namespace) -> dict[str, Any] | None:
     """What the run to be resumed left; None for a new run."""
     last = args.output / LAST
+    if args.output.resolve() in [folder.resolve() for folder in (args.images, args.masks) if folder is not None]:
+        raise UserError(f"--output {args.output} would lie among the pictures that are read: name another folder")
     if args.resume:
         if not last.is_file():
             raise UserError(f"--resume found no {last}: give the --output of the run to go on with")
@@ -157,6 +160,22 @@ def _saved(args: argparse.Namespace) -> dict[str, Any] | None:
     if not args.output.parent.is_dir():
         raise UserError(f"--output {args.output} cannot be made: {args.output.parent} is not a folder, create it first")
     return None
+
+
+def _check_same(saved: dict[str, Any], learnt: Dataset, held_out: Dataset, trained: Trained) -> None:
+    """Refuse to go on with other pictures, or with masks that are read otherwise, than the run began with."""
+    if saved["pictures"] != _contents(learnt, held_out) or saved[ENTRY]["classes"] != trained.facts()["classes"]:
+        raise UserError(
+            "--resume found other pictures or classes than the run began with: give the same folders, --layout, "
+            "--table, --split and --ignore"
+        )
+
+
+def _contents(*data: Dataset) -> list[list[Any]]:
+    """Name and pixels of each class, of every picture."""
+    return [
+        [name, *each.counts, each.uncounted] for part in data for name, each in zip(part.names, part.facts, strict=True)
+    ]
 
 
 def _settings(args: argparse.Namespace, saved: dict[str, Any] | None, device: torch.device) -> dict[str, Any]:
@@ -260,6 +279,7 @@ class Samples(loading.Dataset[Weighted]):
 
     def __init__(self, learnt: Dataset, recipe: Recipe, seed: int) -> None:
         self.recipe = recipe
+        self.learnt = learnt
         self.seed = seed
         self.pictures = self._large_enough(learnt) if recipe.drop_small and recipe.crop else learnt
         self._augment = Augmentation() if recipe.augment == "elastic" else None
@@ -463,8 +483,6 @@ class Session:
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Go on where ``saved`` was written."""
-        if saved["pictures"] != list(self.samples.pictures.names):
-            raise UserError("--resume found other pictures than the run began with: give the same folders")
         self.run.load_state_dict(saved["run"])
         self.rows, self.loss = saved["rows"], saved["loss"]
 
@@ -526,8 +544,8 @@ class Session:
         if len(self.losses) == 10:
             self._write_losses()
         self.bar.update()
-        stop = distributed.anywhere(self.signal != 0)
-        if stop:
+        self.signal = distributed.largest(self.signal)
+        if self.signal:
             raise Stopped
         if time.monotonic() - self.saved > self.save_every:
             self.save()
@@ -561,7 +579,8 @@ class Session:
         if self.run.epoch < self.settings["epochs"]:
             self.bar = self._new_bar()
         patience = self.settings["patience"]
-        if distributed.anywhere(self.signal != 0) or (patience is not None and self.run.stale >= patience):
+        self.signal = distributed.largest(self.signal)
+        if self.signal or (patience is not None and self.run.stale >= patience):
             raise Stopped
 
     def save(self) -> None:
@@ -571,7 +590,7 @@ class Session:
         if self.first:
             self._checkpoint(
                 LAST, self.run.model, run=self.run.state_dict(), settings=self.settings, rows=self.rows, loss=self.loss,
-                pictures=list(self.samples.pictures.names),
+                pictures=_contents(self.samples.learnt, self.held_out),
             )  # fmt: skip
 
     def _checkpoint(self, name: str, model: nn.Module, **rest: Any) -> None:

@@ -106,7 +106,7 @@ class Trained:
         Memory does not grow with the height, unless the preparation resizes; ``pixels`` may be a memory map. Arguments
         as in :func:`fastunet.tiling.bands`; ``symmetries`` averages over those of the square.
         """
-        parts = self._seen(self.preparation.resized(pixels), tile, overlap, symmetries)
+        parts = self._seen(pixels, tile, overlap, symmetries)
         if not self.preparation.resizes:
             yield from parts
         else:
@@ -114,10 +114,11 @@ class Trained:
 
     def seen(self, pixels: Array) -> Tensor:
         """Outputs (K, h, w) for a picture (C, H, W), of the size that the network sees."""
-        return torch.cat(list(self._seen(self.preparation.resized(pixels), tiling.TILE, tiling.OVERLAP, False)), 1)
+        return torch.cat(list(self._seen(pixels, tiling.TILE, tiling.OVERLAP, False)), 1)
 
     def _seen(self, pixels: Array, tile: int, overlap: int, symmetries: bool) -> Iterator[Tensor]:
-        levels = self.preparation.levels(pixels)
+        levels = self.preparation.levels(pixels)  # of the file's pixels, as in training
+        pixels = self.preparation.resized(pixels)
         parameter = next(self.model.parameters())
 
         def read(rows: Array, columns: Array) -> Tensor:
@@ -166,9 +167,12 @@ def read(path: Path, channels: int) -> Array:
     """
     if path.suffix.lower() == ".npy":
         try:
-            pixels: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+            loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"cannot read {path} (damaged, or no array of numbers): replace it") from error
+        if not isinstance(loaded, np.ndarray):
+            raise UserError(f"{path} holds several arrays, or none: save one by np.save")
+        pixels: Array = loaded
         pixels = pixels[None] if pixels.ndim == 2 else pixels
         if pixels.ndim != 3 or pixels.dtype.kind not in "iuf" or 0 in pixels.shape:
             raise UserError(f"{path} holds {pixels.dtype} {pixels.shape}: save numbers as (C, H, W)")

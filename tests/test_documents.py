@@ -118,7 +118,7 @@ TABLE: dict[str, Run | By | Not] = {
     "python -m fastunet export --model run/best.pth --output unet.onnx": By(
         "tests/test_predict.py::test_programs_take_any_batch_and_size", "which refuses before PyTorch 2.13"
     ),
-    "torchrun --nproc-per-node 2 -m fastunet train photos photos_masks --output run": By(
+    "torchrun --nproc-per-node 2 -m fastunet train photos photos_masks --output run2": By(
         "tests/test_train.py::test_two_processes_are_one_with_twice_the_batch"
     ),
     **{
