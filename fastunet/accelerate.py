@@ -80,9 +80,10 @@ def accelerate(model: Model, example_input: Any = None, *, backend: str = "auto"
                     f"{error}; pass an example_input of a size that it takes, or leave the model as it is"
                 ) from error
     if not any(line.fused and line.flops for line in report.lines):
+        why = next((line.why for line in report.lines if line.what == "the whole model"), "nothing to fuse")
         raise ValueError(
-            f"expected a model with convolutions that fastunet can run, got {type(model).__name__} with nothing to "
-            "fuse; leave it as it is"
+            f"expected a model with convolutions that fastunet can run, got {type(model).__name__}: {why}; leave it as "
+            "it is"
         )
     if example_input is not None:
         _compare(model, accelerated, pytree.tree_map(_two, examples[0]))
@@ -243,7 +244,11 @@ class Accelerated:
             return type(model).forward(model, *args, **kwargs)
         found = self._program(model, args, kwargs)
         if found is None:
-            return type(model).forward(model, *args, **kwargs)
+            try:
+                return type(model).forward(model, *args, **kwargs)
+            except Exception:
+                self._failures.clear()  # it was the call that was wrong, and no graph would have served it
+                raise
         program, structure, inputs = found
         return program.run(model, structure.modules, inputs, context)
 

@@ -167,9 +167,13 @@ def _normalise_backward(
         )
     else:
         dz = dz.contiguous(memory_format=memory_format(x))  # a stride that means nothing, of one picture, misleads ATen
+        sums = x.device.type != "cpu"  # which adds up the pixels of a plane one by one too
         dx, dscale, dshift = aten.native_batch_norm_backward(
-            dz, x, scale, centre, one, centre, one, False, 0.0, [True, True, True]
+            dz, x, scale, centre, one, centre, one, False, 0.0, [True, sums, sums]
         )
+        if not sums:
+            dscale = (dz * (x - _by_sample(centre))).sum((0, 2, 3))
+            dshift = dz.sum((0, 2, 3), dtype=affine.dtype)
     return dx, torch.stack([dscale, dshift, -scale * dshift])
 
 

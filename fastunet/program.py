@@ -413,16 +413,22 @@ def _straightened(ops: list[_Op], outputs: list[Any]) -> tuple[list[_Op], list[A
             continue
         found.append(op)
         if op.changes and op.reads:
-            base = bases.get(op.reads[0])
-            while base is not None:
-                stale.add(base)
-                base = bases.get(base)
             changed = op.reads[0]
+            stale.update(
+                x for x in {*bases, *bases.values()} if x != changed and _root(bases, x) == _root(bases, changed)
+            )
             for old in [changed, *(x for x, new in names.items() if new == changed)]:
                 names[old] = op.writes[0]
         elif op.may_alias and op.reads:
             bases.update(dict.fromkeys(op.writes, op.reads[0]))
     return found, now(outputs)
+
+
+def _root(bases: Mapping[str, str], name: str) -> str:
+    """The tensor whose memory ``name`` may be a part of."""
+    while name in bases:
+        name = bases[name]
+    return name
 
 
 def _drops_nothing(op: _Op) -> bool:
@@ -471,6 +477,7 @@ class _Lowering:
             if isinstance(name, Name):
                 self._readers.setdefault(name, []).append(None)
         self._kinds = {id(op): self._kind(op) for op in ops}
+        self._changed = {op.reads[0]: op for op in ops if op.changes and op.reads}
         self._layers: dict[int, _Layer] = {}  # by each of its operations
         self._fused: set[int] = set()
         self._find_layers()
@@ -598,7 +605,8 @@ class _Lowering:
                 self._take(op, before or any(self._is(r, *_READS, "norm", "cat") for r in readers))
 
     def _take(self, op: _Op, fused: bool) -> None:
-        if fused:
+        # What is changed in place later is not what was read.
+        if fused and all(self._changed.get(name, op) is op for name in op.reads):
             self._fused.add(id(op))
 
     def _is(self, op: _Op | None, *kinds: str) -> bool:

@@ -7,8 +7,10 @@ types, attributes and modes of the modules. It tells quickly, in each call, whet
 
 from __future__ import annotations
 
+import enum
 import inspect
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,10 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
-_PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, type)
+_PLAIN = (enum.Enum, int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, type)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PATCHES = ("forward", "_call_impl", "_compiled_call_impl")
 OURS = ("forward", "fastunet_report", "_replicate_for_data_parallel")  # what an accelerated model has in its __dict__
@@ -47,11 +50,15 @@ def _noted(value: Any) -> Any:
     if isinstance(value, _PLAIN) or (callable(value) and not isinstance(value, nn.Module)):
         return value
     if isinstance(value, (list, tuple)):
+        if any(isinstance(x, Tensor) for x in value):
+            return _IGNORED  # what a forward leaves there for itself
         items = [_noted(x) for x in value]
         return _IGNORED if _IGNORED in items else type(value)(items) if type(value) in (list, tuple) else value
     if isinstance(value, dict):
         items = [_noted(x) for x in value.values()]
         return _IGNORED if _IGNORED in items else dict(zip(value, items, strict=True))
+    if isinstance(value, Tensor):
+        return value  # its elements are read in each call, of this very tensor: compared by identity
     return _IGNORED
 
 
@@ -104,10 +111,7 @@ class Structure:
                 getter, noted = itemgetter(*names), (*values.values(), module.training)
                 self._rows.append((None if module is model else module, type(module), len(own), getter, noted))
             kept = tuple(
-                (attribute, _frozen(value))
-                for attribute, value in values.items()
-                if attribute not in _INTERNAL
-                and not (attribute == "training" and is_leaf(module))  # which is asked for in each call
+                (attribute, _frozen(value)) for attribute, value in values.items() if attribute not in _INTERNAL
             )
             facts.append((name, type(module), tuple(module._modules), kept))
         self.key = (self.touched, *facts)
@@ -184,6 +188,9 @@ class Trace:
         ]
         heard = {id(structure.modules[name]) for name in structure.touched}
         others = {name: module for name, module in structure.modules.items() if id(module) not in heard}
+        for inner in self.constants.values():
+            if isinstance(inner, fx.GraphModule):
+                _check_inner(inner, others, structure.modules)
         self.calls = [*_recorded(program, nodes), *_of_leaves(self.graph, others, self.tensors)]
         self._note_guards(program, nodes)
         # A graph that names a device or a dtype, or holds tensors, is right for these only.
@@ -229,6 +236,8 @@ class Trace:
                 if name is None and not (type(value) is type(fixed) and value == fixed):
                     return None
                 continue
+            if not isinstance(value, Tensor):
+                return None
             shape = value.shape
             if len(shape) != len(bounds) or not all(
                 low <= size <= high for size, (low, high) in zip(shape, bounds, strict=True)
@@ -241,6 +250,19 @@ class Trace:
             return leaves if eval(self._guards, {"L": given}) else None  # conditions that torch.export wrote
         except (TypeError, NameError, ArithmeticError, LookupError, AttributeError):
             return None
+
+
+def _check_inner(graph: fx.GraphModule, others: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> None:
+    """Refuse a part under no_grad or autocast, in which no module is called, if one in it has to be."""
+    for node in graph.graph.nodes:
+        for name, _ in node.meta.get("nn_module_stack", {}).values():
+            name = name.partition("@")[0]
+            module = modules.get(name)
+            if module is not None and (name not in others or getattr(module, "momentum", 0) is None):
+                raise NotTraced(f"{name}, which has to be called, is called under no_grad or autocast")
+    for inner in graph.children():
+        if isinstance(inner, fx.GraphModule):
+            _check_inner(inner, others, modules)
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -315,7 +337,10 @@ def _exported(model: nn.Module, structure: Structure, args: Sequence[Any], kwarg
     """The exported program, with the signatures of the calls of modules that are touched."""
     heard = {id(structure.modules[name]) for name in structure.touched}
     wanted = tuple(name for name, module in structure.modules.items() if id(module) in heard)
-    bound = _forward_signature(model).bind(*args, **kwargs)
+    try:
+        bound = _forward_signature(model).bind(*args, **kwargs)
+    except TypeError as error:
+        raise NotTraced(str(error)) from error
     shapes = pytree.tree_map(_open, dict(bound.arguments))
     with _as_called(model):
         try:
@@ -353,6 +378,14 @@ def _as_called(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))
+        for owner, name in (
+            (torch.autograd.Function, "apply"),
+            (Tensor, "register_hook"),
+            (torch.utils.checkpoint, "_checkpoint_without_reentrant_generator"),
+        ):
+            if hasattr(owner, name):
+                stack.enter_context(_refused(owner, name))
+        stack.enter_context(_attributes_kept(model))
         try:
             for logger in loggers:
                 logger.setLevel(logging.CRITICAL)
@@ -370,3 +403,41 @@ def _as_called(model: nn.Module) -> Iterator[None]:
             model.__dict__.update(patched)
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+@contextmanager
+def _refused(owner: Any, name: str) -> Iterator[None]:
+    """Inside, ``owner.name`` raises in this thread: what it does to gradients is no part of a graph."""
+    own, kept, thread = name in owner.__dict__, getattr(owner, name), threading.get_ident()
+    raw = owner.__dict__.get(name)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            raise NotTraced(f"its forward calls {owner.__name__}.{name}, of which a graph knows nothing")
+        return kept(*args, **kwargs) if not isinstance(raw, classmethod) else raw.__func__(*args, **kwargs)
+
+    setattr(owner, name, classmethod(refuse) if isinstance(raw, classmethod) else refuse)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, raw)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, setting an attribute of a module of ``model`` raises: nothing would set it later."""
+    inside, usual = {id(m) for m in model.modules() if not is_leaf(m)}, nn.Module.__setattr__
+
+    def refuse(module: nn.Module, name: str, value: Any) -> None:
+        if id(module) in inside and not (name in module._parameters or name in module._buffers):
+            raise NotTraced(f"its forward sets {type(module).__name__}.{name}")
+        usual(module, name, value)
+
+    nn.Module.__setattr__ = refuse  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.__setattr__ = usual  # type: ignore[method-assign]

@@ -13,10 +13,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fastunet
 from fastunet import reference
@@ -629,3 +631,97 @@ def test_other_results_are_refused() -> None:
     with pytest.raises(RuntimeError, match=r"expected the model's own results, got output 0 .* off by"):
         fastunet.accelerate(model, torch.randn(2, 3, 8, 8), backend="torch")
     assert "forward" not in model.__dict__
+
+
+# ---- found by review: what a graph does not say ------------------------------------------------------------------
+
+
+class Reversed(torch.autograd.Function):
+    """The identity, with a gradient of the other sign."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return -g
+
+
+class Forward(nn.Module):
+    """Two blocks and a convolution, run by ``how``."""
+
+    def __init__(self, how: Any):
+        super().__init__()
+        self.how = how
+        self.a, self.b = (nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(2))
+        self.c, self.d, self.feat = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(8, 2, 3, padding=1), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.how(self, x)
+        return result
+
+
+def _viewed(m: Any, x: Tensor) -> Tensor:
+    t = m.c(m.a(x))
+    flat = t.flatten(2)
+    F.leaky_relu_(t, 0.2)
+    return m.b(t).mean() + flat.mean(-1)
+
+
+def _doubled(m: Any, x: Tensor) -> Tensor:
+    t = m.a(x) * 1.5
+    both = torch.cat([t, t], 1)
+    t.mul_(2)
+    return m.d(both).mean() + t * 1
+
+
+def _rectified(m: Any, x: Tensor) -> Tensor:
+    t = m.a(x) - 0.5
+    r = F.relu(t)
+    t.mul_(2)
+    return m.c(r) + t * 1
+
+
+def _unwatched(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        t = m.a(x)
+    return m.c(m.b(t))
+
+
+def _noted(m: Any, x: Tensor) -> Tensor:
+    m.feat = m.a(x)
+    return m.b(m.c(m.feat))
+
+
+FORWARDS = {
+    "checkpointed": lambda m, x: m.c(checkpoint(m.b, m.a(x), use_reentrant=True)),
+    "reversed": lambda m, x: m.c(Reversed.apply(m.a(x))),
+    "viewed": _viewed, "doubled": _doubled, "rectified": _rectified, "unwatched": _unwatched, "noted": _noted,
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # that it runs by its own forward
+@pytest.mark.parametrize("name", FORWARDS)
+def test_what_no_graph_says_is_left_to_the_model(name: str) -> None:
+    """Refused when it is accelerated, or the same numbers; in training, then with its norms frozen and a hook."""
+    torch.manual_seed(0)
+    plain = Forward(FORWARDS[name]).double()
+    ours = copy.deepcopy(plain)
+    x = torch.randn(2, 4, 8, 12, dtype=torch.float64)
+    try:
+        fastunet.accelerate(ours, x, backend="torch")
+    except ValueError as error:
+        assert "torch.export" in str(error) or "in place" in str(error)  # noqa: PT017
+    heard: list[list[Any]] = [[], []]
+    for frozen in (False, True):
+        for model, calls in zip((ours, plain), heard, strict=True):
+            if frozen:
+                model.a[1].eval()
+                model.a[0].register_forward_hook(lambda m, i, o, calls=calls: calls.append(o.detach().sum()))
+        (y, found), (z, expected) = step(ours, x), step(plain, x)
+        same(y, z)
+        same(found, expected)
+        if name == "noted":
+            same(ours.feat, plain.feat)
+    torch.testing.assert_close(*heard)

@@ -81,7 +81,8 @@ def _low_rank(old: nn.Conv2d) -> nn.Module:
 
 
 def _pruned(old: nn.Module) -> nn.Module:
-    prune.l1_unstructured(old, "weight", 0.3)
+    with torch.no_grad():  # else the weight is no leaf until it is made anew, and PyTorch refuses to copy that
+        prune.l1_unstructured(old, "weight", 0.3)
     return old
 
 

@@ -920,7 +920,7 @@ ACCELERATE: list[Row] = [
     ("nothing to fuse", lambda: accelerate(nn.Sequential(nn.Flatten(), nn.Linear(4, 4))),
      ValueError, "expected a model with 2-D convolutions, got Sequential with nothing to fuse; leave it as it is"),
     ("no convolution of a kind that is served", lambda: accelerate(nn.Sequential(nn.Conv2d(3, 4, 7, padding=3))),
-     ValueError, "expected a model with convolutions that fastunet can run, got Sequential with nothing to fuse; leave it as it is"),
+     ValueError, "expected a model with convolutions that fastunet can run, got Sequential: nothing to fuse; leave it as it is"),
     ("a network of volumes", lambda: accelerate(conv(nn.Conv3d(3, 4, 3))),
      ValueError, "expected a network of pictures, got Sequential with a Conv3d (1); leave it: fastunet has no operators for volumes"),
     ("two devices", lambda: accelerate(conv(nn.BatchNorm2d(4).to("meta"))),
