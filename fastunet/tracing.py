@@ -23,6 +23,8 @@ import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
+from fastunet.conditions import condition
+
 _PLAIN = (enum.Enum, int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, type)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PATCHES = ("forward", "_call_impl", "_compiled_call_impl")
@@ -207,7 +209,10 @@ class Trace:
         code = getattr(program, "_guards_code", None)
         if code is None:
             raise NotTraced("this PyTorch does not say for which sizes a graph holds")
-        self._guards = compile(" and ".join(f"({line})" for line in code) or "True", "<guards>", "eval")
+        try:
+            self._guards = [condition(line) for line in code]
+        except ValueError as error:
+            raise NotTraced(str(error)) from error
         self._shapes: list[list[tuple[int, int]] | None] = []  # of each input the least and the largest sizes
         for name in self.inputs:
             value = None if name is None else nodes[name].meta["val"]
@@ -247,7 +252,7 @@ class Trace:
                 return None
         try:
             given = _forward_signature(model).bind(*args, **kwargs).arguments
-            return leaves if eval(self._guards, {"L": given}) else None  # conditions that torch.export wrote
+            return leaves if all(holds(given) for holds in self._guards) else None
         except (TypeError, NameError, ArithmeticError, LookupError, AttributeError):
             return None
 

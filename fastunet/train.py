@@ -618,8 +618,10 @@ class Session:
         said = {"loss": f"{rows[-1][1]:.4f}"}
         if self.rows:
             said["IoU"] = f"{self.rows[-1]['miou']:.3f}"
-        rate = self.bar.format_dict["rate"]
-        if rate:
+        about = self.bar.format_dict  # of None, where it is not shown
+        done, seconds = (about["n"] or 0) - (about["initial"] or 0), about["elapsed"] or 0.0
+        if done and seconds:
+            rate = done / seconds
             pictures = self.settings["batch_size"] * self.settings["accumulate"] * distributed.processes()
             said["images/s"] = f"{rate * pictures:.1f}"
         self.bar.set_postfix({**said, "GB": f"{_memory(self.run.device) / 1e9:.1f}"}, refresh=False)

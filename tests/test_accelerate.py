@@ -24,6 +24,7 @@ import fastunet
 from fastunet import reference
 from fastunet.accelerate import Accelerated
 from fastunet.activation import Config
+from fastunet.conditions import condition
 from fastunet.program import Program
 
 # As in test_models: the lazy composition is algebra, and what is left runs as it was.
@@ -710,7 +711,7 @@ def test_what_no_graph_says_is_left_to_the_model(name: str) -> None:
     ours = copy.deepcopy(plain)
     x = torch.randn(2, 4, 8, 12, dtype=torch.float64)
     try:
-        fastunet.accelerate(ours, x, backend="torch")
+        fastunet.accelerate(ours, example_input=x, backend="torch")
     except ValueError as error:
         assert "torch.export" in str(error) or "in place" in str(error)  # noqa: PT017
     heard: list[list[Any]] = [[], []]
@@ -725,3 +726,25 @@ def test_what_no_graph_says_is_left_to_the_model(name: str) -> None:
         if name == "noted":
             same(ours.feat, plain.feat)
     torch.testing.assert_close(*heard)
+
+
+def test_conditions_are_arithmetic() -> None:
+    given = {"x": torch.zeros(2, 3, 9, 10), "n": 4}
+    for text in (
+        "L['x'].size()[2] % 4 == 1 and not L['x'].size(3) < 5",
+        "1 <= ((-1) + L['x'].size()[3]) // 2 <= L['n'] or False",
+        "max(1, L['n']) == 4", "L['x'].dim() != 3",
+    ):  # fmt: skip
+        assert condition(text)(given)
+    assert not condition("L['n'] == 5")(given)
+    for text in (
+        "__import__('os')",
+        "L['x'].tolist()",
+        "(lambda: 1)()",
+        "L.__class__",
+        "open('a')",
+        "[1 for _ in L]",
+        "1 +",
+    ):
+        with pytest.raises(ValueError, match="is no condition on sizes"):
+            condition(text)
