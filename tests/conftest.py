@@ -62,7 +62,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
-    """Every test starts from the same random state."""
+    """Every test starts from the same random state, and float32 from the same flags: PyTorch refuses a mix of old and
+    new ones that another test left."""
+    torch.backends.cudnn.allow_tf32 = False
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - third-party code may draw from the global state
     torch.manual_seed(0)
