@@ -115,20 +115,22 @@ def is_pool(module: nn.Module) -> bool:
     if not untouched(module, nn.MaxPool2d):
         return False
     assert isinstance(module, nn.MaxPool2d)
-    settings = map(_sides, (module.kernel_size, module.stride, module.padding, module.dilation))
+    settings = map(pair, (module.kernel_size, module.stride, module.padding, module.dilation))
     return [*settings] == [(2, 2), (2, 2), (0, 0), (1, 1)] and not (module.ceil_mode or module.return_indices)
 
 
-def _sides(size: Any) -> Any:
+def pair(value: Any) -> tuple[Any, ...]:
     """A pool's setting for height and width, which may be told as one number, a tuple or a list."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+    if isinstance(value, (list, tuple)):
+        return tuple(value) * 2 if len(value) == 1 else tuple(value)
+    return (value, value)
 
 
 def _is_average(module: nn.Module) -> bool:
     if not untouched(module, nn.AvgPool2d):
         return False
     assert isinstance(module, nn.AvgPool2d)
-    settings = map(_sides, (module.kernel_size, module.stride, module.padding))
+    settings = map(pair, (module.kernel_size, module.stride, module.padding))
     return [*settings] == [(2, 2), (2, 2), (0, 0)] and not module.ceil_mode and module.divisor_override is None
 
 

@@ -49,6 +49,7 @@ __all__ = [
     "MASK_ENDINGS",
     "MAX_CLASSES",
     "MAX_PIXELS",
+    "MIN_CROP",
     "MIN_SIZE",
     "SUFFIXES",
     "ClassName",
@@ -68,6 +69,7 @@ __all__ = [
 ]
 
 MIN_SIZE = 16  # the U-Net halves four times
+MIN_CROP = 2 * MIN_SIZE  # at 16 the deepest level is one pixel, which has no variance to normalise by
 LAYOUTS = ("folders", "voc", "msrc", "cells")
 
 Array = npt.NDArray[Any]

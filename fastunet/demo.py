@@ -18,15 +18,13 @@ from tqdm import tqdm
 import fastunet
 from fastunet import pictures
 from fastunet.backend import interpreting, resolve_backend
-from fastunet.data import IGNORE_INDEX, MIN_SIZE, Pictures, generated, open_dataset, random_crops, unseen
+from fastunet.data import IGNORE_INDEX, MIN_CROP, Pictures, generated, open_dataset, random_crops, unseen
 from fastunet.errors import UserError
 from fastunet.losses import DiceCELoss
 from fastunet.metrics import ConfusionMatrix
 from fastunet.models import UNet
 from fastunet.options import at_least, chosen_device, share
 from fastunet.training import Batch, History, evaluate, fit, predict
-
-MIN_CROP = 2 * MIN_SIZE  # at 16 the deepest level is one pixel, which has no variance to normalise by
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

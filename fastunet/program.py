@@ -21,7 +21,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from fastunet.activation import Activation, Context, Next, Placed, add, average, replicated
-from fastunet.blocks import enlarge, lazily, pool, role
+from fastunet.blocks import enlarge, lazily, pair, pool, role
 from fastunet.tracing import Call, Name, Trace
 
 _ATEN = torch.ops.aten
@@ -525,7 +525,7 @@ class _Lowering:
         self, op: _Op, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, ceil_mode: bool = False,
         count_include_pad: bool = True, divisor: int | None = None,
     ) -> str | None:  # fmt: skip
-        settings = (_pair(kernel), _pair(stride or kernel), _pair(padding))
+        settings = (pair(kernel), pair(stride or kernel), pair(padding))
         return "average" if settings == ((2, 2), (2, 2), (0, 0)) and not ceil_mode and divisor is None else None
 
     def _of_slice(self, op: _Op, x: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> str | None:
@@ -533,8 +533,8 @@ class _Lowering:
         return "frame" if step == 1 and (dim in (2, 3, -1, -2) or everything) else None
 
     def _of_pool(self, op: _Op, x: Any, kernel: Any, stride: Any = (), padding: Any = 0, *rest: Any) -> str | None:
-        settings = (_pair(kernel), _pair(stride or kernel), _pair(padding))
-        plain = settings == ((2, 2), (2, 2), (0, 0)) and all(_pair(r) in ((1, 1), (0, 0)) for r in rest)
+        settings = (pair(kernel), pair(stride or kernel), pair(padding))
+        plain = settings == ((2, 2), (2, 2), (0, 0)) and all(pair(r) in ((1, 1), (0, 0)) for r in rest)
         return "pool" if plain and not (len(rest) > 1 and rest[1]) else None
 
     def _of_upsample(self, op: _Op, x: Any, size: Any, *settings: Any) -> str | None:
@@ -692,12 +692,6 @@ class _Lowering:
         if isinstance(op.module, nn.Conv2d | nn.ConvTranspose2d):
             return "no kernel for its size, stride, padding or groups"
         return "no operator for it"
-
-
-def _pair(value: Any) -> tuple[Any, ...]:
-    if isinstance(value, (list, tuple)):
-        return tuple(value) * 2 if len(value) == 1 else tuple(value)
-    return (value, value)
 
 
 def _slope(op: _Op) -> float:

@@ -35,8 +35,7 @@ import fastunet
 from fastunet import distributed, pictures, tiling
 from fastunet.augment import Augmentation
 from fastunet.checkpoint import read_checkpoint, save_checkpoint
-from fastunet.data import IGNORE_INDEX, ClassName, Dataset, Sample, unseen
-from fastunet.demo import MIN_CROP
+from fastunet.data import IGNORE_INDEX, MIN_CROP, ClassName, Dataset, Sample, unseen
 from fastunet.errors import UserError
 from fastunet.files import written_whole
 from fastunet.layouts import voc_colour

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastunet.layout import stats_dtype
 
-from .affine import affine_slabs, flat_tile, source_backward, store_affine_gradient
+from .affine import affine_slabs, flat_tile, pictures, source_backward, store_affine_gradient
 from .common import Source, affine_of, cdiv, dense, empty_nhwc, load_affine, normalise, replace, sum_slabs
 from .launching import accumulator, launch
 
@@ -158,8 +158,7 @@ def conv_few_backward(
     ``mask`` says which are wanted of dx with daffine, dW and dbias. What is not is empty, as is daffine without affine.
     """
     x, filters, channels = source.x, weight.shape[0], source.channels
-    apart = x.shape[0] if source.samples else 1
-    pixels = x.numel() // max(channels * apart, 1)
+    apart, pixels = pictures(x, source.affine)
     block_p, block_c = flat_tile(channels, x.element_size(), 1)
     step = block_p * _ROUNDS
     each = step * cdiv(cdiv(pixels, step), max(_PROGRAMS // max(apart, 1), 1))

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
-
     if importlib.util.find_spec("triton") is not None:
         import fastunet.kernels  # noqa: F401 - before a test turns the interpreter off for itself
 

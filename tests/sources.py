@@ -4,7 +4,7 @@ compiled functions."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -12,10 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastunet.backend import triton_unavailable
+
 # Of activation functions below zero: identity, ReLU, leaky ReLU, and one that falls there.
 SLOPES = {"linear": 1.0, "relu": 0.0, "leaky": 0.01, "falling": -0.5}
 LAYOUTS = ("contiguous", "channels_last", "permuted", "sliced")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def as_users_run() -> Iterator[None]:
+    """Inside, it is as on a machine without a GPU where nobody set anything: no interpreter, no backend chosen."""
+    with ExitStack() as stack:
+        stack.callback(triton_unavailable.cache_clear)
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setenv("TRITON_INTERPRET", "0")
+        patch.delenv("FASTUNET_BACKEND", raising=False)
+        triton_unavailable.cache_clear()
+        yield
+
 
 large_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 24e9,

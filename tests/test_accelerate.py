@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
+from sources import as_users_run
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -560,16 +561,9 @@ def test_under_a_compiler_or_tracer_it_is_the_model_that_it_was() -> None:
 
 def test_on_a_cpu_where_nobody_chose_a_backend_its_own_forward_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that it is not slower there."""
-    from fastunet.backend import triton_unavailable
-
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.delenv("FASTUNET_BACKEND", raising=False)
-    triton_unavailable.cache_clear()
-    try:
+    with as_users_run():
         ours = fastunet.accelerate(reference.UNet(3, 2, base_c=2))
         assert not is_served(ours, torch.zeros(2, 3, 16, 20), monkeypatch)
-    finally:
-        triton_unavailable.cache_clear()
 
 
 def test_autocast() -> None:

@@ -7,18 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 from processes import python
+from sources import as_users_run
 
 from benchmarks import cpu
 from fastunet.backend import triton_unavailable
 
 
 @pytest.fixture(autouse=True)
-def no_backend_chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.delenv("FASTUNET_BACKEND", raising=False)
-    triton_unavailable.cache_clear()
-    yield
-    triton_unavailable.cache_clear()
+def no_backend_chosen() -> Iterator[None]:
+    with as_users_run():
+        yield
 
 
 @pytest.mark.parametrize("layout", cpu.LAYOUTS)

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from sources import as_users_run
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 import fastunet
 from fastunet import aten, eager, reference
-from fastunet.backend import triton_unavailable
 from fastunet.layout import channels_last
 from tests import test_models
 from tests import test_surgery as surgery
@@ -30,13 +30,10 @@ layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, CL], ids=[
 @pytest.fixture(autouse=True)
 def no_backend_chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine without a GPU where nobody set anything."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.delenv("FASTUNET_BACKEND", raising=False)
     for module in (test_models, surgery):
         monkeypatch.setattr(module, "BACKEND", "auto")
-    triton_unavailable.cache_clear()
-    yield
-    triton_unavailable.cache_clear()
+    with as_users_run():
+        yield
 
 
 # What is not so here: kernels, a graph of fastunet's operators, and derivatives and transforms that only those refuse.

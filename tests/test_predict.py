@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sources import as_users_run
 from torch import Tensor
 
 import fastunet
 from fastunet import cli, tiling
-from fastunet.backend import triton_unavailable
 from fastunet.metrics import ConfusionMatrix
 from fastunet.png import PngWriter
 from fastunet.preparation import Preparation, white
@@ -28,12 +28,8 @@ CPU = ["--device", "cpu"]
 @pytest.fixture(autouse=True, scope="module")
 def compiled() -> Iterator[None]:
     """As users run it, with no interpreter of kernels."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "0")
-        patch.delenv("FASTUNET_BACKEND", raising=False)
-        triton_unavailable.cache_clear()
+    with as_users_run():
         yield
-    triton_unavailable.cache_clear()
 
 
 def lively(channels: int, classes: int) -> fastunet.UNet:

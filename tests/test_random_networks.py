@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from sources import as_users_run
 from test_models import LoRAConv, ScaledConv, about, scramble
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
@@ -26,7 +27,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fastunet
 from fastunet import reference
-from fastunet.backend import triton_unavailable
 
 # float64: the same sums in another order, through some twenty batch norms of which the lowest sees a dozen values, over
 # two steps. A wrong term shows at 1e-3 or more.
@@ -327,12 +327,9 @@ def check(seed: int, folder: Path, long: bool = False) -> None:
     """Everything about the network of a seed."""
     drawn = draw(seed, long)
     torch.manual_seed(seed)
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-        if drawn.options["backend"] == "auto":  # as on a machine where nobody asked for the interpreter
-            patch.setenv("TRITON_INTERPRET", "0")
-            patch.delenv("FASTUNET_BACKEND", raising=False)
-        triton_unavailable.cache_clear()
-        stack.callback(triton_unavailable.cache_clear)
+    with contextlib.ExitStack() as stack:
+        if drawn.options["backend"] == "auto":
+            stack.enter_context(as_users_run())
         try:
             fast, plain = built(drawn)
             call = fast

@@ -3,8 +3,8 @@ PyTorch in float64."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from sources import as_users_run
 from test_models import EXACT, assert_same_step
 from torch import Tensor, nn
 
@@ -21,7 +22,6 @@ import fastunet
 from benchmarks.trace import trace
 from fastunet import reference
 from fastunet.activation import Activation, Config, Placed
-from fastunet.backend import triton_unavailable
 from fastunet.blocks import ConvSequence, ResidualBlock, Up, halving
 from fastunet.losses import DiceCELoss
 
@@ -40,14 +40,10 @@ CONFIGS = [("torch", "memory"), ("torch", "speed"), ("auto", "speed")]  # the op
 
 
 @pytest.fixture(autouse=True)
-def no_interpreter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
     """Backend "auto" is the CPU's, as on a machine where nobody set anything, unless a test asks for the device."""
-    importlib.util.find_spec("triton") and importlib.import_module("triton")  # for the interpreter, before it is off
-    if "device" not in request.fixturenames:
-        monkeypatch.setenv("TRITON_INTERPRET", "0")
-        triton_unavailable.cache_clear()
-    yield
-    triton_unavailable.cache_clear()
+    with contextlib.nullcontext() if "device" in request.fixturenames else as_users_run():
+        yield
 
 
 def twins(style: dict[str, Any], **options: Any) -> tuple[nn.Module, nn.Module]:

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from processes import ROOT
+from sources import as_users_run
 from torch import Tensor, nn
 
 import fastunet
 from fastunet import cli, recipes, reference, train
-from fastunet.backend import triton_unavailable
 from fastunet.checkpoint import read_checkpoint
 from fastunet.data import open_dataset
 from fastunet.losses import DiceCELoss, GlobalLoss, unet_weight_map
@@ -36,12 +36,8 @@ CPU = ["--device", "cpu", "--base-c", "2"]
 @pytest.fixture(autouse=True, scope="module")
 def compiled() -> Iterator[None]:
     """As users run it, with no interpreter of kernels."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "0")
-        patch.delenv("FASTUNET_BACKEND", raising=False)
-        triton_unavailable.cache_clear()
+    with as_users_run():
         yield
-    triton_unavailable.cache_clear()
 
 
 @pytest.fixture(scope="module")
