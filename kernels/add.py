@@ -43,8 +43,10 @@ def _add_act_fwd_kernel(
     n = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
-    skip_affine_ptr = affine_of(skip_affine_ptr, n, C, SKIP_SAMPLES)
+    if SAMPLES:
+        affine_ptr = affine_of(affine_ptr, n, C)
+    if SKIP_SAMPLES:
+        skip_affine_ptr = affine_of(skip_affine_ptr, n, C)
     inside = (p < pixels)[:, None] & (c < C)[None, :]
     index = (n * pixels + p)[:, None] * C + c[None, :]
     x = tl.load(x_ptr + index, mask=inside, other=0.0)
@@ -65,8 +67,10 @@ def _add_act_bwd_kernel(
     n = tl.program_id(2).to(tl.int64)
     share = slab * tl.num_programs(2) + n
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
-    skip_affine_ptr = affine_of(skip_affine_ptr, n, C, SKIP_SAMPLES)
+    if SAMPLES:
+        affine_ptr = affine_of(affine_ptr, n, C)
+    if SKIP_SAMPLES:
+        skip_affine_ptr = affine_of(skip_affine_ptr, n, C)
     affine = load_affine(affine_ptr, c, C)
     skip_affine = load_affine(skip_affine_ptr, c, C)
     sum_gx = tl.zeros([BLOCK_P, BLOCK_C], ACC)

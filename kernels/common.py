@@ -102,11 +102,10 @@ def load_affine(affine_ptr, c, C):
 
 
 @triton.jit
-def affine_of(affine_ptr, n, C, SAMPLES: tl.constexpr):
-    """Where the affine of sample ``n`` lies, among those of all SAMPLES (N, 3, C); else the only one."""
-    if SAMPLES:
-        affine_ptr += n.to(tl.int64) * (3 * C)
-    return affine_ptr
+def affine_of(affine_ptr, n, C):
+    """Where the affine of sample ``n`` lies among those of all, (N, 3, C). Called only where samples have one each:
+    Triton 3.6 takes no None from a function."""
+    return affine_ptr + n.to(tl.int64) * (3 * C)
 
 
 class Slab(NamedTuple):

@@ -274,14 +274,16 @@ def _conv3x3_fwd_kernel(
     k = tl.program_id(0) % blocks * TILE.outputs
     at = first_pixel(number, tiles_h, tiles_w, TILE)
     frame = Frame(P, Q, top, left)
-    affine_ptr = affine_of(affine_ptr, at.n, C, BY.samples)
+    if BY.samples:
+        affine_ptr = affine_of(affine_ptr, at.n, C)
     accs = zeros(TILE.images * TILE.columns, TILE.outputs, TILE.rows, NUM)
     accs = _add_source(
         accs, Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr), frame, Filters(w, 0, C + C1, k, K, 9, True), at,
         False, SHARED, TILE, NUM,
     )  # fmt: skip
     if x1 is not None:
-        affine1_ptr = affine_of(affine1_ptr, at.n, C1, BY.samples1)
+        if BY.samples1:
+            affine1_ptr = affine_of(affine1_ptr, at.n, C1)
         accs = _add_source(
             accs, Image(x1, N, H1, W1, C1, affine1_ptr, SLOPE1, real_ptr), Frame(P, Q, top1, left1),
             Filters(w, C, C + C1, k, K, 9, True), at, False, SHARED, TILE, NUM,
@@ -334,14 +336,18 @@ def _conv3x3_dgrad_kernel(
         channel = c_first + tl.arange(0, TILE.outputs)
         _store_share(accs, dx, frame, at, N, channel - C_FIRST, stop - C_FIRST, total, TILE)
     elif x1 is not None and block >= blocks0:
+        if SAMPLES1:
+            affine1_ptr = affine_of(affine1_ptr, at.n, C1)
         _source_gradient(
-            accs, Image(x1, N, H1, W1, C1, affine_of(affine1_ptr, at.n, C1, SAMPLES1), SLOPE1, None),
+            accs, Image(x1, N, H1, W1, C1, affine1_ptr, SLOPE1, None),
             dx1, partial1_ptr, slab_of(number, at.n, N, tiles_h * tiles_w, SAMPLES1).row,
             Frame(P, Q, top1, left1), at, (block - blocks0) * TILE.outputs, TILE, NUM,
         )  # fmt: skip
     else:
+        if SAMPLES:
+            affine_ptr = affine_of(affine_ptr, at.n, C)
         _source_gradient(
-            accs, Image(x, N, H, W, C, affine_of(affine_ptr, at.n, C, SAMPLES), SLOPE, None),
+            accs, Image(x, N, H, W, C, affine_ptr, SLOPE, None),
             dx, partial_ptr, slab_of(number, at.n, N, tiles_h * tiles_w, SAMPLES).row,
             Frame(P, Q, top, left), at, block * TILE.outputs, TILE, NUM,
         )  # fmt: skip

@@ -60,7 +60,7 @@ def _accumulate(
         at = first_pixel(number, walk.tiles_h, walk.tiles_w, TILE)
         affine = common
         if SAMPLES:
-            affine = load_affine(affine_of(source.affine, at.n, source.C, SAMPLES), channel, source.C)
+            affine = load_affine(affine_of(source.affine, at.n, source.C), channel, source.C)
         rows = ()
         for i in tl.static_range(TILE.rows + 2):
             pixel = Pixel(at.n, at.h + frame.top + (i - 1), at.w + frame.left + 1 - s)

@@ -42,7 +42,7 @@ def _place_kernel(
         n = tl.program_id(2).to(tl.int64)
         x_ptr += n * H * W * C
         z_ptr += n * pixels * C_TOTAL
-        affine_ptr = affine_of(affine_ptr, n, C, True)
+        affine_ptr = affine_of(affine_ptr, n, C)
     m = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     h = m // Q % P - top

@@ -97,7 +97,8 @@ def _conv_down_fwd_kernel(
     number = tl.program_id(0) // blocks
     k = tl.program_id(0) % blocks * TILE.outputs
     at = first_pixel(number, tiles_h, tiles_w, TILE)
-    affine_ptr = affine_of(affine_ptr, at.n, C, SAMPLES)
+    if SAMPLES:
+        affine_ptr = affine_of(affine_ptr, at.n, C)
     acc = _sum(
         Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr), Filters(w, 0, C, k, K, KSIZE * (2 * STRIDE - 1), True), at,
         KSIZE, STRIDE, STRIDE, TILE, NUM,
@@ -130,8 +131,10 @@ def _conv_down_dgrad_kernel(
         Image(dy, N, H, W, K, None, None, None), Filters(w, 0, K, c, C, KSIZE * (2 * WIDE - 1), KSIZE > 1), at,
         KSIZE, STRIDE, WIDE, TILE, NUM,
     )  # fmt: skip
+    if SAMPLES:
+        affine_ptr = affine_of(affine_ptr, at.n, C)
     source_gradient(
-        (g,), Image(x, N, P, Q, C, affine_of(affine_ptr, at.n, C, SAMPLES), SLOPE, None), dx, partial_ptr,
+        (g,), Image(x, N, P, Q, C, affine_ptr, SLOPE, None), dx, partial_ptr,
         slab_of(number, at.n, N, tiles_h * tiles_w, SAMPLES).row, at, c, 1, TILE, NUM,
     )  # fmt: skip
 

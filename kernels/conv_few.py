@@ -42,7 +42,7 @@ def _conv_few_fwd_kernel(
         n = tl.program_id(1).to(tl.int64)
         x_ptr += n * pixels * C
         y_ptr += n * pixels * K
-        affine_ptr = affine_of(affine_ptr, n, C, True)
+        affine_ptr = affine_of(affine_ptr, n, C)
     m = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     ys = (tl.zeros([BLOCK_P], ACC),) * K
     for first in tl.range(0, C, BLOCK_C):
@@ -75,7 +75,7 @@ def _conv_few_bwd_kernel(
         x_ptr += n * pixels * C
         if dx_ptr is not None:
             dx_ptr += n * pixels * C
-        affine_ptr = affine_of(affine_ptr, n, C, True)
+        affine_ptr = affine_of(affine_ptr, n, C)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     affine = load_affine(affine_ptr, c, C)
     sum_gx = tl.zeros([BLOCK_P, BLOCK_C], ACC)

@@ -58,7 +58,7 @@ def _conv_strided_wgrad_kernel(
         at = first_pixel(number, tiles_h, tiles_w, TILE)
         affine = common
         if SAMPLES:
-            affine = load_affine(affine_of(affine_ptr, at.n, C, True), c + tl.arange(0, TILE.reduction), C)
+            affine = load_affine(affine_of(affine_ptr, at.n, C), c + tl.arange(0, TILE.reduction), C)
         if UP:
             z = load_pixels(
                 Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr), affine, at, 0, c, None,

@@ -117,7 +117,8 @@ def _conv_up_fwd_kernel(
     k = tl.program_id(0) % blocks * TILE.outputs
     at, a = _first_pixel(number, tiles_h, tiles_w, KSIZE, TILE)
     TAPS: tl.constexpr = 2 if KSIZE == 2 else 9
-    affine_ptr = affine_of(affine_ptr, at.n, C, SAMPLES)
+    if SAMPLES:
+        affine_ptr = affine_of(affine_ptr, at.n, C)
     accs = _sum(
         Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr), Filters(w, 0, C, k, K, TAPS, False), at, a, KSIZE, TILE, NUM
     )
@@ -154,8 +155,10 @@ def _conv_up_dgrad_kernel(
     at, a = _first_pixel(number, tiles_h, tiles_w, KSIZE, TILE)
     gs = _sum(Image(dy, N, H, W, K, None, None, None), Filters(w, 0, K, c, C, 9, False), at, a, KSIZE, TILE, NUM)
     row = Pixel(at.n, 2 * at.h + a, at.w)
+    if SAMPLES:
+        affine_ptr = affine_of(affine_ptr, at.n, C)
     source_gradient(
-        gs, Image(x, N, P, Q, C, affine_of(affine_ptr, at.n, C, SAMPLES), SLOPE, None), dx, partial_ptr,
+        gs, Image(x, N, P, Q, C, affine_ptr, SLOPE, None), dx, partial_ptr,
         slab_of(number, at.n, N, 2 * tiles_h * tiles_w, SAMPLES).row, row, c, 2, TILE, NUM,
     )  # fmt: skip
 

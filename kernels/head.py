@@ -88,7 +88,8 @@ def _head_stats_kernel(
     """partial[program, n, :, :] = the seven sums over tiles program, program + programs, … of sample n."""
     program = tl.program_id(0) % programs
     n = (tl.program_id(0) // programs).to(tl.int64)
-    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
+    if SAMPLES:
+        affine_ptr = affine_of(affine_ptr, n, C)
     k = tl.arange(0, BLOCK_K)
     labels = Labels(labels_ptr, weight_ptr, pixels, ignore_index, stride_yn, stride_yc, stride_yp)
     tp = tl.zeros([BLOCK_P, BLOCK_K], ACC)
@@ -137,7 +138,8 @@ def _head_stats_backward_kernel(
     """
     program = tl.program_id(0) % programs
     n = (tl.program_id(0) // programs).to(tl.int64)
-    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
+    if SAMPLES:
+        affine_ptr = affine_of(affine_ptr, n, C)
     k = tl.arange(0, BLOCK_K)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     labels = Labels(labels_ptr, weight_ptr, pixels, ignore_index, stride_yn, stride_yc, stride_yp)
@@ -192,7 +194,7 @@ def _head_predict_kernel(
         n = tl.program_id(1).to(tl.int64)
         x_ptr += n * pixels * C
         out_ptr += n * pixels * (1 if OUTPUT == "argmax" else K)
-        affine_ptr = affine_of(affine_ptr, n, C, True)
+        affine_ptr = affine_of(affine_ptr, n, C)
     pixel = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside = pixel < pixels
     k = tl.arange(0, BLOCK_K)

@@ -63,7 +63,8 @@ def _max_pool2x2_fwd_kernel(
     w = (pid % blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (w < W // 2)[:, None] & (c < C)[None, :]
-    affine_ptr = affine_of(affine_ptr, q // (H // 2), C, SAMPLES)
+    if SAMPLES:
+        affine_ptr = affine_of(affine_ptr, q // (H // 2), C)
     negative, flat = _order(affine_ptr, c, C)
     row = W.to(tl.int64) * C
     index = (first + 2 * w)[:, None] * C + c[None, :]
@@ -97,7 +98,8 @@ def _max_pool2x2_bwd_kernel(
     in3 = (2 * w + 1 < below)[:, None] & channel
     index = ((n * H + h) * W + 2 * w)[:, None] * C + c[None, :]
     row = W.to(tl.int64) * C
-    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
+    if SAMPLES:
+        affine_ptr = affine_of(affine_ptr, n, C)
     negative, flat = _order(affine_ptr, c, C)
     x0 = tl.load(x_ptr + index, mask=in0, other=0.0).to(ACC)
     x1 = tl.load(x_ptr + index + C, mask=in1, other=0.0).to(ACC)

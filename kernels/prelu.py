@@ -41,7 +41,8 @@ def _affine_prelu_fwd_kernel(
     n = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
+    if SAMPLES:
+        affine_ptr = affine_of(affine_ptr, n, C)
     inside = (p < pixels)[:, None] & (c < C)[None, :]
     index = (n * pixels + p)[:, None] * C + c[None, :]
     slopes = tl.load(slopes_ptr + c, mask=c < C, other=0.0).to(ACC)[None, :]
@@ -58,7 +59,8 @@ def _affine_prelu_bwd_kernel(
     n = tl.program_id(2).to(tl.int64)
     share = slab * tl.num_programs(2) + n
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
+    if SAMPLES:
+        affine_ptr = affine_of(affine_ptr, n, C)
     affine = load_affine(affine_ptr, c, C)
     slopes = tl.load(slopes_ptr + c, mask=c < C, other=0.0).to(ACC)[None, :]
     sum_gx = tl.zeros([BLOCK_P, BLOCK_C], ACC)

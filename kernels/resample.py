@@ -38,7 +38,8 @@ def _avg_pool2x2_fwd_kernel(
     w = tl.program_id(0) % blocks * BLOCK_W + tl.arange(0, BLOCK_W)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (w < W // 2)[:, None] & (c < C)[None, :]
-    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
+    if SAMPLES:
+        affine_ptr = affine_of(affine_ptr, n, C)
     affine = load_affine(affine_ptr, c, C)
     row = W.to(tl.int64) * C
     index = ((n * H + 2 * h) * W + 2 * w)[:, None] * C + c[None, :]
@@ -60,7 +61,8 @@ def _pad_replicate_fwd_kernel(
     w = tl.program_id(0) % blocks * BLOCK_W + tl.arange(0, BLOCK_W)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (w < YW)[:, None] & (c < C)[None, :]
-    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
+    if SAMPLES:
+        affine_ptr = affine_of(affine_ptr, n, C)
     affine = load_affine(affine_ptr, c, C)
     index = ((n * H + tl.minimum(h, H - 1)) * W + tl.minimum(w, W - 1))[:, None] * C + c[None, :]
     z = normalise(tl.load(x_ptr + index, mask=inside, other=0.0), affine, SLOPE, ACC)
@@ -101,7 +103,8 @@ def _resample_bwd_kernel(
     h = (slab // segments).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel = (c < C)[None, :]
-    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
+    if SAMPLES:
+        affine_ptr = affine_of(affine_ptr, n, C)
     affine = load_affine(affine_ptr, c, C)
     sum_gx = tl.zeros([BLOCK_W, BLOCK_C], ACC)
     sum_g = tl.zeros([BLOCK_W, BLOCK_C], ACC)

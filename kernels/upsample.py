@@ -103,7 +103,9 @@ def _upsample_concat_fwd_kernel(
     if group < up_groups:
         c = group * BLOCK_C + tl.arange(0, BLOCK_C)
         channel = (c < C)[None, :]
-        affine = load_affine(affine_of(affine_ptr, n, C, SAMPLES), c, C)
+        if SAMPLES:
+            affine_ptr = affine_of(affine_ptr, n, C)
+        affine = load_affine(affine_ptr, c, C)
         source = ((j >= -1) & (j < tl.where((i >= -1) & (i < H), W, -1)))[:, None] & channel
         row0 = (n * H + tl.maximum(i, 0)) * W
         row1 = (n * H + tl.minimum(i + 1, H - 1)) * W
@@ -141,7 +143,9 @@ def _upsample_concat_fwd_kernel(
     elif skip_ptr is not None:
         c = (group - up_groups) * BLOCK_C + tl.arange(0, BLOCK_C)
         channel = (c < CS)[None, :]
-        skip_affine = load_affine(affine_of(skip_affine_ptr, n, CS, SKIP_SAMPLES), c, CS)
+        if SKIP_SAMPLES:
+            skip_affine_ptr = affine_of(skip_affine_ptr, n, CS)
+        skip_affine = load_affine(skip_affine_ptr, c, CS)
         index = pixel * CS + c[None, :]
         row = YW.to(tl.int64) * CS
         z00 = tl.load(skip_ptr + index, mask=in00 & channel, other=0.0)
@@ -171,7 +175,8 @@ def _upsample_bwd_kernel(
     q = slab // segments
     n = (q // H).to(tl.int64)
     h = q % H
-    affine_ptr = affine_of(affine_ptr, n, C, SAMPLES)
+    if SAMPLES:
+        affine_ptr = affine_of(affine_ptr, n, C)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel = (c < C)[None, :]
     sum_gx = tl.zeros([BLOCK_W, BLOCK_C], ACC)

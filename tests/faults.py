@@ -259,8 +259,8 @@ KERNELS = [
     Fault(
         "every sample has the first one's affine",
         "kernels/common.py",
-        "affine_ptr += n.to(tl.int64) * (3 * C)",
-        "affine_ptr += 0 * n.to(tl.int64)",
+        "return affine_ptr + n.to(tl.int64) * (3 * C)",
+        "return affine_ptr + 0 * n.to(tl.int64)",
         "tests/test_samples.py::test_values_and_gradients -k triton",
     ),
     Fault(
