@@ -96,6 +96,7 @@ TABLE: dict[str, Run | By | Not] = {
     "pip install -e '.[test]'": Not("make test installs by it: .ci/run"),
     "make test-oldest": Not("installs another PyTorch, some gigabytes: by hand; `make -n` is read below"),
     "make test-newest": Not("as make test-oldest"),
+    "python tests/zoo.py": Not("other people's networks, of fastunet[zoo]: by hand; small ones in test_accelerate.py"),
     "make test-versions": Not("make test-oldest and make test-newest"),
     ".venv/bin/pytest --long 60": Not("by hand: an hour"),
     "make clean": Run("make clean", ""),
