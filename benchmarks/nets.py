@@ -221,10 +221,10 @@ _UNETS = ("unet", "unet-bilinear")
 
 # Most important first; from the headline one thing is varied at a time.
 HEADLINE = [NetCase(net, mode=mode) for mode in ("training", "inference", "frozen") for net in _UNETS]
+HEADLINE += [NetCase("nnunet", base=32, mode=mode) for mode in ("training", "inference")]
 CASES = list(
     dict.fromkeys(
         HEADLINE
-        + [NetCase("nnunet", base=32, mode=mode) for mode in ("training", "inference")]
         + [NetCase(net, batch=1, mode=mode) for mode in ("frozen", "training") for net in _UNETS]
         + [NetCase(net, mode=mode) for net in ("strided", "plain", "brain") for mode in ("training", "frozen")]
         + [NetCase(net, base=32, mode=mode) for mode in ("training", "frozen") for net in _UNETS]
