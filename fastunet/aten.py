@@ -395,7 +395,22 @@ def _form_dy(dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, y: Te
         total = _scaled(wide, rise, level, mean)
     if dy is not None:
         total += dy
+        if y.dtype.itemsize == 2:
+            _dither(total, y.dtype)
     return total.to(y.dtype)
+
+
+def _dither(x: Tensor, dtype: torch.dtype) -> None:
+    """Move float32 x (N, C, H, W) by less than half of the last digit of a 16-bit ``dtype``, in place, before it is
+    rounded to that: as :func:`fastunet.kernels.common.dither`, for what is added to numbers of that dtype."""
+    about = torch.finfo(dtype)
+    batch, channels, height, width = x.shape
+    pixel = torch.arange(batch * height * width, device=x.device).mul_(2654435769 * channels).bitwise_and_(0xFFFFFFFF)
+    channel = torch.arange(channels, device=x.device).mul_(2654435769).bitwise_and_(0xFFFFFFFF)
+    turn = pixel.float().view(batch, 1, height, width) * 0.5**32 + channel.float().view(1, channels, 1, 1) * 0.5**32
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+    power.clamp_(about.smallest_normal, about.max / 2)  # infinity stays what it is
+    x.addcmul_(turn.frac_().sub_(0.5), power, value=about.eps)
 
 
 def _beside(weight: Tensor, z: Tensor) -> torch.memory_format:

@@ -163,6 +163,27 @@ def normalise(x, affine, SLOPE: tl.constexpr, ACC: tl.constexpr, AXIS: tl.conste
     return activate(z, SLOPE)
 
 
+GOLDEN = tl.constexpr(2654435769)  # 2³² times the golden ratio's fraction: its multiples modulo 2³² fill evenly
+
+
+@triton.jit
+def dither(x, turn, DTYPE: tl.constexpr):
+    """x in float32, moved by less than half of DTYPE's last digit, if that has 16 bits: to be rounded to it next.
+
+    Where x is a number of DTYPE and something small, a gradient and its share of a statistic's, rounding alone gives
+    that number again, and the small things add up over the pixels to nothing. Moved by ``turn``, each element's index
+    times :data:`GOLDEN` in uint32, as many are rounded up as it takes.
+    """
+    if DTYPE.primitive_bitwidth == 16:
+        power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # the largest below |x|
+        if DTYPE == tl.bfloat16:
+            digit = tl.minimum(power, 2.0**120) * 0.5**39  # infinity stays what it is
+        else:
+            digit = tl.minimum(tl.maximum(power, 0.5**14), 2.0**15) * 0.5**42
+        x += turn.to(tl.int32, bitcast=True).to(tl.float32) * digit
+    return x
+
+
 @triton.jit
 def sum_products(x):
     """Σ of products x over their first axis, each rounded.

@@ -9,7 +9,8 @@ With M = N·H·W of the output, z the normalised sources and g the gradient with
 
 The gradient of a convolution is a transposed one and the reverse, so dgrad runs a forward's main loop.
 
-dY has a pass of its own. wgrad reads each of its rows for three columns of the filter: forming it there saves one read,
+dY is rounded by :func:`fastunet.kernels.common.dither`: else what dmean and dvar give it would be lost in 16 bits.
+It has a pass of its own. wgrad reads each of its rows for three columns of the filter: forming it there saves one read,
 but makes the main loop three times as long (on Hopper 1.87 issue slots per tensor clock, not 0.62) and spills.
 
 Layout: activations NHWC, weights as in the forward. Bytes: reads dy and y, writes dY, reads it twice, reads each source
@@ -29,7 +30,7 @@ from fastunet.layout import frame, memory_format, stats_dtype
 
 from . import conv_aten
 from .affine import affine_act_backward, no_gradients
-from .common import Source, block, cdiv, dense, empty_nhwc, nhwc, sum_slabs
+from .common import GOLDEN, Source, block, cdiv, dense, dither, empty_nhwc, nhwc, sum_slabs
 from .conv import chosen, computing, joined, placed
 from .conv_down import conv_down_dgrad
 from .conv_few import conv_few_backward
@@ -75,6 +76,8 @@ def _form_dy_kernel(
         mean = tl.load(mean_ptr + k, mask=k < K, other=0.0)
     total = tl.zeros([BLOCK_K], ACC)
     first = tl.program_id(0).to(tl.int64) * chunk
+    golden = tl.full([], GOLDEN, tl.uint32)
+    dtype: tl.constexpr = ACC if out_ptr is None else out_ptr.dtype.element_ty
     for start in range(0, chunk, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
         mask = ((m < chunk) & (first + m < pixels))[:, None] & (k < K)[None, :]
@@ -86,7 +89,8 @@ def _form_dy_kernel(
             d += slope[None, :] * (tl.load(y_ptr + index, mask=mask, other=0.0).to(ACC) - mean[None, :])
         d += level[None, :]
         if out_ptr is not None:
-            tl.store(out_ptr + index, d.to(out_ptr.dtype.element_ty), mask=mask)
+            turn = ((first + m).to(tl.uint32) * golden * K)[:, None] + (k.to(tl.uint32) * golden)[None, :]
+            tl.store(out_ptr + index, dither(d, turn, dtype).to(dtype), mask=mask)
         if sum_ptr is not None:
             total += tl.sum(tl.where(mask, d, 0.0), 0)
     if sum_ptr is not None:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .affine import flat_tile
-from .common import affine_of, by_sample, cdiv, dense, empty_nhwc, nhwc
+from .common import GOLDEN, affine_of, by_sample, cdiv, dense, dither, empty_nhwc, nhwc
 from .launching import accumulator, launch
 
 _ACCESSES = 1  # 16-byte accesses per thread and pixel of a window
@@ -126,10 +126,13 @@ def _max_pool2x2_bwd_kernel(
         mean = tl.load(mean_ptr + c, mask=c < C, other=0.0)[None, :]
         level = (tl.load(dmean_ptr + c, mask=c < C, other=0.0) / count)[None, :]
         slope = (tl.load(dvar_ptr + c, mask=c < C, other=0.0) * (2.0 / count))[None, :]
-        dx0 += level + slope * (x0 - mean)
-        dx1 += level + slope * (x1 - mean)
-        dx2 += level + slope * (x2 - mean)
-        dx3 += level + slope * (x3 - mean)
+        dtype: tl.constexpr = dx_ptr.dtype.element_ty
+        golden = tl.full([], GOLDEN, tl.uint32)
+        turn, right, down = index.to(tl.uint32) * golden, golden * C, row.to(tl.uint32) * golden
+        dx0 = dither(dx0 + level + slope * (x0 - mean), turn, dtype)
+        dx1 = dither(dx1 + level + slope * (x1 - mean), turn + right, dtype)
+        dx2 = dither(dx2 + level + slope * (x2 - mean), turn + down, dtype)
+        dx3 = dither(dx3 + level + slope * (x3 - mean), turn + down + right, dtype)
     tl.store(dx_ptr + index, dx0, mask=in0)
     tl.store(dx_ptr + index + C, dx1, mask=in1)
     tl.store(dx_ptr + index + row, dx2, mask=in2)

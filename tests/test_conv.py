@@ -570,6 +570,26 @@ def test_a_program_of_many_tiles(name: str, device: str, monkeypatch: pytest.Mon
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pool", [False, True], ids=["", "pool"])
+def test_what_statistics_add_is_not_lost_in_16_bits(pool: bool, dtype: torch.dtype, backend: str, device: str) -> None:
+    """A gradient of the mean gives each pixel a fifth of the last digit of the pixel's own gradient. Rounded to the
+    nearest, none of it would be left; over all pixels, which the gradient of the bias adds up, it must be all there."""
+    skip_if_unsupported(backend, dtype, device)
+    x = torch.ones(1, 1, 64, 48, device=device, dtype=dtype)
+    weight = torch.full((2, 1, 1, 1), 0.5, device=device, dtype=dtype, requires_grad=True)
+    pools = torch.ones(2, device=device) if pool else None
+    y, mean, _, _, p = ops.conv2d(
+        x, None, 1.0, None, None, 1.0, weight, None, 1, (64, 48), (0, 0, 0, 0), 1, True, pool, pools, backend
+    )  # fmt: skip
+    half = torch.rand(1, 2, 32, 48, device=device).add(1).to(dtype)  # from 1 to 2: one last digit
+    dy = torch.cat((half, -half), 2)
+    digit = torch.finfo(dtype).eps
+    share = torch.tensor([0.2, -0.2], device=device) * digit
+    (found,) = torch.autograd.grad([y, mean, *[p] * pool], weight, [dy, share * 64 * 48, *[torch.zeros_like(p)] * pool])
+    torch.testing.assert_close(found.flatten().float(), share * 64 * 48, rtol=0.05, atol=0.0)
+
+
 def test_statistics_without_a_gradient_stay_so(backend: str, device: str) -> None:
     case = CASES["relu-without-affine"]
     inputs = draw(case, device)
