@@ -176,7 +176,7 @@ def dither(x, turn, DTYPE: tl.constexpr):
     """
     if DTYPE.primitive_bitwidth == 16:
         power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # the largest below |x|
-        if DTYPE == tl.bfloat16:
+        if DTYPE.is_bf16():
             digit = tl.minimum(power, 2.0**120) * 0.5**39  # infinity stays what it is
         else:
             digit = tl.minimum(tl.maximum(power, 0.5**14), 2.0**15) * 0.5**42
