@@ -8,13 +8,15 @@ eager                   PyTorch's own modules in channels_last, with AMP in a ne
 eager-nchw              the same, contiguous
 eager-bare              the convolution, pooling or upsampling without normalisation: less work than the others do
 eager-graph             eager in a CUDA graph
-compile                 torch.compile of eager, default mode; compile-max-autotune: mode="max-autotune"
+compile                 torch.compile of eager, default mode; compile-graph: mode="reduce-overhead", in CUDA graphs;
+                        compile-max-autotune: mode="max-autotune"
 seed002                 a loss by seed 002's formulas, as written
 monai, torchmetrics     their loss and their score
 onnxruntime, tensorrt   a frozen network as ONNX (:mod:`.engines`); ONNX Runtime has no bfloat16 convolution
 cudnn-graph             cuDNN's fusion of scale, bias, ReLU, convolution and the sums of its result
 fastunet                backend="auto", of an operation too: what it chose; fastunet-torch and -triton: that backend;
-                        fastunet-graph: in a CUDA graph
+                        fastunet-graph: in a CUDA graph; fastunet-compile: torch.compile, mode="reduce-overhead"
+accelerated             PyTorch's own modules after fastunet.accelerate; accelerated-graph: in a CUDA graph
 ======================  ============================================================================================
 """
 
@@ -60,6 +62,7 @@ class Provider:
     compiled: str | None = None  # a mode of torch.compile; or "trace": only its front end, which takes seconds
     graph: bool = False
     engine: bool = False  # one of engines.py
+    accelerated: bool = False  # PyTorch's own modules after fastunet.accelerate
     layout: torch.memory_format = torch.channels_last
 
     @property
@@ -67,7 +70,7 @@ class Provider:
         """Where its memory is seen: a CUDA graph's lies in a pool, and an engine for networks has its own allocator."""
         if self.engine and "net" in self.kinds:
             return "device"
-        return "reserved" if self.graph or self.compiled == "max-autotune" else "allocated"
+        return "reserved" if self.graph or self.compiled in ("max-autotune", "reduce-overhead") else "allocated"
 
 
 _ALL = ("net", "loss", "op")
@@ -79,6 +82,8 @@ PROVIDERS = {
         Provider("fastunet", _ALL, backend="auto"),
         Provider("fastunet-graph", ("net",), backend="auto", graph=True),
         Provider("eager-graph", ("net",), graph=True),
+        Provider("accelerated", ("net",), accelerated=True),
+        Provider("accelerated-graph", ("net",), accelerated=True, graph=True),
         Provider("fastunet-triton", _ALL, backend="triton"),
         Provider("fastunet-torch", _ALL, backend="torch"),
         Provider("eager-bare", ("op",)),
@@ -87,6 +92,8 @@ PROVIDERS = {
         Provider("torchmetrics", ("loss",)),
         Provider("cudnn-graph", ("op",), engine=True),
         Provider("compile", _ALL, compiled="default"),
+        Provider("compile-graph", ("net",), compiled="reduce-overhead"),
+        Provider("fastunet-compile", ("net",), backend="auto", compiled="reduce-overhead"),
         Provider("onnxruntime", ("net",), engine=True, layout=torch.contiguous_format),
         Provider("tensorrt", ("net",), engine=True, layout=torch.contiguous_format),
         Provider("compile-max-autotune", ("net",), compiled="max-autotune"),
@@ -367,6 +374,8 @@ def _net_step(provider: Provider, case: NetCase, data: _NetData, exact: bool = F
     model = case.model(reference) if backend is None else case.model(fastunet, backend=backend)
     model.load_state_dict(data.weights)
     model = model.to(data.x.device).to(memory_format=provider.layout)  # type: ignore[call-overload]
+    if provider.accelerated:
+        model = fastunet.accelerate(model)
     x = data.x.contiguous(memory_format=provider.layout)
 
     def amp() -> contextlib.AbstractContextManager[Any]:

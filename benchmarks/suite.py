@@ -67,11 +67,12 @@ SHARES = {"roofs": (0.2, 60), "kernels": (0.2, 60), "checks": (0.3, 90), "networ
 EXPECTED = {
     "op": {"compile": 8.0, "cudnn-graph": 2.0, "": 0.2},
     "loss": {"compile": 10.0, "": 0.5},
-    "net": {"compile": 6.0, "compile-max-autotune": 150.0, "fastunet-triton": 3.0, "": 2.0}
-    | {"onnxruntime": 20.0, "tensorrt": 60.0},
+    "net": {"compile": 6.0, "compile-graph": 6.0, "fastunet-compile": 8.0, "compile-max-autotune": 150.0}
+    | {"accelerated": 8.0, "accelerated-graph": 8.0, "fastunet-triton": 3.0, "onnxruntime": 20.0, "tensorrt": 60.0}
+    | {"": 2.0},
 }
 TIMED = {"op": 0.3, "loss": 0.5, "net": 1.5}  # seconds to time the providers of a case
-DEAR = ("compile", "onnxruntime", "tensorrt", "compile-max-autotune")
+DEAR = ("compile", "compile-graph", "fastunet-compile", "onnxruntime", "tensorrt", "compile-max-autotune")
 
 
 # ---- the plan ----------------------------------------------------------------------------------------------------
@@ -101,6 +102,7 @@ def plan(device: torch.device) -> list[Job]:
         *(_dear(case, "compile") for case in first),
         *map(_quick, first),
         *(_dear(case, "compile") for case in second),
+        *(_dear(case, name) for name in ("compile-graph", "fastunet-compile") for case in first + second),
         *map(_quick, frozen),
         *map(_quick, [case for case in ops if case.op.startswith("conv")]),
         *map(_quick, cases.LOSS_CASES),
@@ -130,7 +132,8 @@ def _dear(case: AnyCase, name: str) -> Job:
     if name not in names:
         return Job(case, ())
     ours = "fastunet" if "fastunet" in names else "fastunet-triton"
-    return Job(case, (names[0], ours, name))
+    graph = ("fastunet-graph",) if PROVIDERS[name].compiled == "reduce-overhead" else ()
+    return Job(case, (names[0], ours, *graph, name))
 
 
 def available(jobs: Sequence[Job], device: torch.device) -> tuple[list[Job], dict[str, str]]:
