@@ -64,7 +64,7 @@ def accelerate(model: Model, example_input: Any = None, *, backend: str = "auto"
         RuntimeError: other results than the model's own.
     """
     config = Config.checked(backend, policy)
-    _check_model(model)
+    check_model(model)
     examples = _examples(model, example_input)
     if isinstance(model.__dict__.get("forward"), Accelerated):
         restore(model)
@@ -387,7 +387,8 @@ def _two(x: Any) -> Any:
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized", "torchao.")
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
+    """Raise TypeError or ValueError for what :func:`accelerate` refuses, whatever its input."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model as an nn.Module, got {said(model)}; pass the network itself")
     kind = type(model).__name__

@@ -122,6 +122,15 @@ TABLE: dict[str, Run | By | Not] = {
     "torchrun --nproc-per-node 2 -m fastunet train photos photos_masks --output run2": By(
         "tests/test_train.py::test_two_processes_are_one_with_twice_the_batch"
     ),
+    **dict.fromkeys(
+        (
+            'mkdir trainers && echo "from fastunet.nnunet import nnUNetTrainerFastunet" > trainers/with_fastunet.py',
+            'export nnUNet_extTrainer="$PWD/trainers"',
+            "nnUNetv2_train 1 2d 0 -tr nnUNetTrainerFastunet",
+            "nnUNetv2_predict -i pictures -o masks -d 1 -c 2d -f 0 -tr nnUNetTrainerFastunet",
+        ),
+        By("tests/test_nnunet.py::test_it_trains_and_predicts_as_nnunet_does", "what they call, where nnU-Net is"),
+    ),
     **{
         f"python -m fastunet {name}": By("tests/test_documents.py::test_commands_run", "with the arguments above")
         for name in ("train", "predict", "evaluate")

@@ -141,6 +141,7 @@ model = fastunet.UNet(3, 2, base_c=2, backend="torch")
 loss = model.loss(torch.randn(2, 3, 32, 32), torch.randint(0, 2, (2, 32, 32)), fastunet.losses.DiceCELoss())
 loss.backward()
 assert all(p.grad is not None for p in model.parameters())
+torch.compile(model, backend="fastunet")  # found by its entry point, or refused
 sys.exit(fastunet.cli.main(["info"]))
 """
 

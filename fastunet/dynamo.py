@@ -1,0 +1,161 @@
+"""``torch.compile(model, backend="fastunet")``: what Dynamo traces, run by fastunet's operators where they serve it.
+
+Dynamo's graphs call functions, with parameters among their inputs. Here convolutions and norms are made modules again:
+the graph is a model then, in which :mod:`fastunet.accelerate` finds what it finds in any other; what it cannot serve
+runs by PyTorch's own operators, as the graph has it. Gradients are autograd's.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fastunet.accelerate import Accelerated, check_model
+from fastunet.activation import Config
+
+Bound = tuple[dict[str, Any], str, int]  # where a module keeps a tensor, its name there, and which of the inputs it is
+
+
+def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    """What runs in place of ``graph_module``; the package's entry point among torch.compile's backends."""
+    model, bound, kept = _with_modules(graph_module, example_inputs)
+    try:
+        check_model(model)
+    except (TypeError, ValueError):  # what accelerate refuses: several devices, shards
+        return graph_module.forward
+    if not any(isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) for module in model.children()):
+        return graph_module.forward
+    model.__dict__["forward"] = Accelerated(model, Config())
+
+    def run(*inputs: Any) -> Any:
+        for owner, name, i in bound:  # the parameters of this call: they may be others than before
+            owner[name] = inputs[i]
+        return model(*(inputs[i] for i in kept))
+
+    return run
+
+
+def _with_modules(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Bound], list[int]]:
+    """The graph with modules in it, where the tensors in these come from, and which inputs are left."""
+    model = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    graph, bound = model.graph, list[Bound]()
+    places = [node for node in graph.nodes if node.op == "placeholder"]
+    position = {node: i for i, node in enumerate(places)}
+    values = {node: node.meta.get("example_value") for node in graph.nodes}
+
+    def bind(owner: dict[str, Any], name: str, i: int) -> None:
+        owner[name] = inputs[i]
+        bound.append((owner, name, i))
+
+    for n, node in enumerate(list(graph.nodes)):
+        make = _MODULES.get(node.target) if node.op == "call_function" else None
+        if make is None:
+            continue
+        call = inspect.signature(make).bind(*node.args, **node.kwargs).arguments
+        x = values.get(call["input"])
+        own = {name: position.get(y) for name, y in call.items() if isinstance(y, fx.Node) and name != "input"}
+        tensors = {name: i for name, i in own.items() if i is not None and _lasts(inputs[i])}
+        plain = len(tensors) == len(own) == len(node.all_input_nodes) - 1  # nothing else is computed
+        if not (plain and isinstance(x, Tensor) and x.dim() == 4):
+            continue
+        module = make(**{**call, "input": x, **{name: inputs[i] for name, i in tensors.items()}})
+        if module is None:
+            continue
+        for name, i in tensors.items():
+            bind(module._buffers if name.startswith("running_") else module._parameters, name, i)
+        model.add_submodule(f"fused_{n}", module)
+        with graph.inserting_before(node):
+            called = graph.call_module(f"fused_{n}", (call["input"],))
+        values[called] = values[node]
+        node.replace_all_uses_with(called)
+        graph.erase_node(node)
+
+    sizes = {str(n): (node, d) for node in places for d, n in enumerate(getattr(values[node], "shape", ()))}
+    with graph.inserting_after(places[-1]):
+        for node, i in position.items():
+            if node.users and _lasts(inputs[i]):
+                bind(model._parameters if isinstance(inputs[i], nn.Parameter) else model._buffers, f"own_{i}", i)
+                node.replace_all_uses_with(graph.get_attr(f"own_{i}"))
+            elif node.users and isinstance(values[node], torch.SymInt) and str(values[node]) in sizes:
+                # Read off a tensor: what takes a number is traced again for each other one.
+                node.replace_all_uses_with(graph.call_method("size", sizes[str(values[node])]))
+    kept = [i for node, i in position.items() if node.users]
+    for node in places:
+        if not node.users:
+            graph.erase_node(node)
+    model.recompile()
+    return model, bound, kept
+
+
+def _lasts(x: Any) -> bool:
+    """Whether an input is a parameter or a buffer, which Dynamo marks."""
+    return isinstance(x, nn.Parameter) or getattr(x, "_dynamo_static_input_type", None) is not None
+
+
+# ---- functions as modules: arguments as PyTorch names them, tensors to be bound; None where no module does it -------
+
+
+def _conv(
+    input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
+    groups: int = 1,
+) -> nn.Module:  # fmt: skip
+    outputs, inputs, *size = weight.shape
+    more = (stride, padding, dilation, groups, bias is not None)
+    return nn.Conv2d(inputs * groups, outputs, (size[0], size[1]), *more, device="meta")
+
+
+def _conv_transpose(
+    input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0,
+    groups: int = 1, dilation: Any = 1,
+) -> nn.Module:  # fmt: skip
+    inputs, outputs, *size = weight.shape
+    more = (stride, padding, output_padding, groups, bias is not None, dilation)
+    return nn.ConvTranspose2d(inputs, outputs * groups, (size[0], size[1]), *more, device="meta")
+
+
+def _batch_norm(
+    input: Tensor, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None, training: bool = False,
+    momentum: Any = 0.1, eps: float = 1e-5,
+) -> nn.Module | None:  # fmt: skip
+    if (weight is None) != (bias is None) or running_mean is None:
+        return None
+    norm = nn.BatchNorm2d(int(input.shape[1]), eps, momentum, weight is not None, device="meta")
+    norm.num_batches_tracked = None  # the graph itself counts
+    return norm.train(training)
+
+
+def _instance_norm(
+    input: Tensor, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None,
+    use_input_stats: bool = True, momentum: Any = 0.1, eps: float = 1e-5,
+) -> nn.Module | None:  # fmt: skip
+    if (weight is None) != (bias is None) or running_mean is not None:
+        return None
+    return nn.InstanceNorm2d(int(input.shape[1]), eps, affine=weight is not None, device="meta")
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> nn.Module | None:
+    if (weight is None) != (bias is None):
+        return None
+    return nn.GroupNorm(num_groups, int(input.shape[1]), eps, weight is not None, device="meta")
+
+
+def _prelu(input: Tensor, weight: Tensor) -> nn.Module:
+    return nn.PReLU(weight.numel(), device="meta")
+
+
+_MODULES: dict[Any, Callable[..., nn.Module | None]] = {
+    torch.conv2d: _conv,
+    torch.conv_transpose2d: _conv_transpose,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    F.group_norm: _group_norm,
+    torch.prelu: _prelu,
+}
