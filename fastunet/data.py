@@ -587,8 +587,9 @@ def _oddities(data: Dataset) -> Iterator[str]:
     hidden: dict[str, list[str]] = {}
     for name, each in zip(names, data.facts, strict=True):
         if each.found.hidden is not None:
-            index = each.found.mode == "palette" and data.coding.kind == "values"
-            taken = f"index {each.found.hidden}" if index else "black" if data.coding.kind == "colours" else "value 0"
+            taken = "black" if data.coding.kind == "colours" else "value 0"
+            if each.found.mode == "palette" and data.coding.kind == "values":
+                taken = f"index {each.found.hidden}"
             hidden.setdefault(taken, []).append(name)
     for taken, several in hidden.items():
         yield f"{_some(several)}: the mask has transparent pixels, taken for {taken}"

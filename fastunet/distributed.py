@@ -40,13 +40,23 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def largest(number: int) -> int:
-    """The largest ``number`` of all processes; each has to ask."""
+def largest(*numbers: int) -> list[int]:
+    """Of each of ``numbers`` the largest of all processes; each has to ask."""
     if processes() == 1:
-        return number
-    numbers = torch.tensor(number)
-    dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return int(numbers)
+        return [*numbers]
+    everywhere = torch.tensor(numbers)
+    dist.all_reduce(everywhere, dist.ReduceOp.MAX)
+    largest: list[int] = everywhere.tolist()
+    return largest
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of the x of all processes, which have to be of one shape; each has to ask."""
+    if processes() == 1:
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total / processes()
 
 
 class _Gather(torch.autograd.Function):

@@ -114,6 +114,7 @@ def _run(args: argparse.Namespace) -> int:
     learnt, held_out = data.split(settings["validation"] / 100, np.random.default_rng(settings["seed"]))
     full = white(data.value_range[1])
     recipe = dataclasses.replace(recipe, preparation=dataclasses.replace(recipe.preparation, full=full))
+    _check_scored(held_out)
     samples = Samples(learnt, recipe, settings["seed"])
     samples.check(settings["batch_size"])
     torch.manual_seed(settings["seed"])
@@ -170,6 +171,13 @@ def _check_same(saved: dict[str, Any], learnt: Dataset, held_out: Dataset, train
         )
 
 
+def _check_scored(held_out: Dataset) -> None:
+    """Refuse pictures to be held out by which nothing can be scored."""
+    if not held_out.counts.any():
+        several = f"the masks of {len(held_out)} pictures" if len(held_out) > 1 else f"the mask of {held_out.names[0]},"
+        raise UserError(f"no pixel counts in {several} held out: hold out more by --validation, or others by --seed")
+
+
 def _contents(*data: Dataset) -> list[list[Any]]:
     """Name and pixels of each class, of every picture."""
     return [
@@ -184,13 +192,18 @@ def _settings(args: argparse.Namespace, saved: dict[str, Any] | None, device: to
     given = {name: getattr(args, name) for name in SETTINGS}
     if saved is not None:
         before: dict[str, Any] = saved["settings"]
+        began, started = before.get("processes", 1), distributed.processes()
+        if began != started:
+            raise UserError(
+                f"--resume found the batches of {began} processes, and {started} were started: start {began}"
+            )
         for name, value in given.items():
             if value is not None and value != before[name] and name not in CHANGEABLE:
                 raise UserError(
                     f"--{name.replace('_', '-')} was {before[name]} when the run began and cannot become {value}: "
                     "leave it out, or begin another run"
                 )
-        return {name: before[name] if value is None else value for name, value in given.items()}
+        return {**before, **{name: value for name, value in given.items() if value is not None}}
     recipe = RECIPES[given["recipe"] or "milesial"]
     usual = {
         "recipe": "milesial", "scale": recipe.preparation.scale, "validation": 10.0, "bilinear": False, "base_c": 64,
@@ -198,7 +211,8 @@ def _settings(args: argparse.Namespace, saved: dict[str, Any] | None, device: to
         **{name: getattr(recipe, name) for name in ("epochs", "batch_size", "learning_rate", "loss", "crop", "clip")},
         "augment": recipe.augment,
     }  # fmt: skip
-    return {name: usual.get(name) if value is None else value for name, value in given.items()}
+    settings = {name: usual.get(name) if value is None else value for name, value in given.items()}
+    return {**settings, "processes": distributed.processes()}
 
 
 def _recipe(settings: dict[str, Any]) -> Recipe:
@@ -280,7 +294,7 @@ class Samples(loading.Dataset[Weighted]):
         self.recipe = recipe
         self.learnt = learnt
         self.seed = seed
-        self.pictures = self._large_enough(learnt) if recipe.drop_small and recipe.crop else learnt
+        self.pictures = self._useful(learnt)
         self._augment = Augmentation() if recipe.augment == "elastic" else None
         self._colours = _colours(learnt.classes) if recipe.colours else None
         self._balance = self._class_weights() if recipe.border_weights else None
@@ -309,7 +323,7 @@ class Samples(loading.Dataset[Weighted]):
                 self._weights[index] = self._border_weights(sample, self._balance)
             planes.append(self._weights[index])
         if crop is not None:
-            rows, columns = (_window(length, crop, rng) for length in planes[1].shape)
+            rows, columns = _square(planes[1], crop, rng)
             planes = [x[..., rows[:, None], columns] for x in planes]
         if self.recipe.augment == "symmetries":
             turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
@@ -342,9 +356,14 @@ class Samples(loading.Dataset[Weighted]):
         """(h, w) that the network would see of each."""
         return [self.recipe.preparation.size(height, width) for width, height in (each.size for each in learnt.facts)]
 
-    def _large_enough(self, learnt: Dataset) -> Dataset:
-        crop = self.recipe.crop or 0
-        fitting = [i for i, size in enumerate(self._sizes(learnt)) if min(size) >= crop]
+    def _useful(self, learnt: Dataset) -> Dataset:
+        """Those in which something counts, or the mean over nothing would be no number, and that are large enough."""
+        counted = [index for index, row in enumerate(learnt.counts) if row.any() or self.recipe.colours]
+        if not counted:
+            raise UserError("no pixel counts in the masks that would be learnt: hold out less, or others by --seed")
+        crop = self.recipe.crop if self.recipe.drop_small else None
+        sizes = self._sizes(learnt)
+        fitting = [index for index in counted if crop is None or min(sizes[index]) >= crop]
         if not fitting:
             raise UserError(f"no picture is as large as a crop of {crop}×{crop}: give a smaller --crop")
         return learnt.select(fitting)
@@ -367,10 +386,23 @@ class Samples(loading.Dataset[Weighted]):
         return unet_weight_map(cells, class_weight=(0, 0)) + base
 
 
-def _window(length: int, size: int, rng: np.random.Generator) -> Tensor:
-    """``size`` neighbours on an axis, at a random place, reflected where the picture ends."""
-    slack = length - size
-    start = int(rng.integers(abs(slack) + 1)) * (1 if slack >= 0 else -1)
+def _square(labels: Tensor, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """(rows, columns) of a random square in which something counts, where there is anything."""
+    rows, columns = (_window(length, size, rng) for length in labels.shape)
+    if (labels[rows[:, None], columns] == IGNORE_INDEX).all():
+        counted = (labels != IGNORE_INDEX).nonzero()
+        if len(counted):
+            place = counted[int(rng.integers(len(counted)))].tolist()
+            rows, columns = (_window(length, size, rng, at) for length, at in zip(labels.shape, place, strict=True))
+    return rows, columns
+
+
+def _window(length: int, size: int, rng: np.random.Generator, at: int | None = None) -> Tensor:
+    """``size`` neighbours on an axis, at a random place or around ``at``, reflected where the picture ends."""
+    first, last = sorted((0, length - size))
+    if at is not None and last > 0:
+        first, last = max(at - size + 1, 0), min(at, last)
+    start = first + int(rng.integers(last - first + 1))
     return torch.from_numpy(tiling.mirrored(start, start + size, length))
 
 
@@ -379,6 +411,28 @@ def _colours(classes: Sequence[ClassName]) -> Array:
     table = np.full((256, 3), voc_colour(IGNORE_INDEX), np.uint8)
     table[: len(classes)] = pictures.class_colours(classes)
     return table
+
+
+class _Told(loading.Dataset[Any]):
+    """``samples``, of which what is wrong is an item: of an exception a worker would send its traceback as a text."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, key: tuple[int, int]) -> Weighted | UserError:
+        try:
+            return self.samples[key]
+        except UserError as error:
+            return error
+
+
+def _collated(items: list[Any]) -> Any:
+    return next((item for item in items if isinstance(item, UserError)), None) or loading.default_collate(items)
+
+
+def _deaf(_: int) -> None:
+    """Let a worker go on after Ctrl-C, which reaches all processes: the training ends it after the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Batches:
@@ -407,10 +461,17 @@ class Batches:
     def __call__(self, epoch: int, step: int) -> Iterator[list[Weighted]]:
         steps = self._keys(epoch)[step:]
         loader = iter(
-            loading.DataLoader(self.samples, batch_sampler=[*chain.from_iterable(steps)], num_workers=self.workers)
-        )
+            loading.DataLoader(
+                _Told(self.samples), batch_sampler=[*chain.from_iterable(steps)], num_workers=self.workers,
+                collate_fn=_collated, worker_init_fn=_deaf,
+            )
+        )  # fmt: skip
         for several in steps:
-            yield [tuple(next(loader)) for _ in several]
+            batches = [next(loader) for _ in several]
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+            yield [tuple(batch) for batch in batches]
 
 
 # ---- a run -------------------------------------------------------------------------------------------------------
@@ -522,6 +583,11 @@ class Session:
             ) from error
         except torch.OutOfMemoryError as error:
             raise UserError("the device ran out of memory: lower --batch-size, --crop or --scale") from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            why = str(error).partition(". ")[0].rstrip(".")
+            raise UserError(f"a process that reads pictures ended ({why}): give fewer --workers") from error
         finally:
             self.bar.close()
             for number, handler in kept.items():
@@ -543,10 +609,11 @@ class Session:
         if len(self.losses) == 10:
             self._write_losses()
         self.bar.update()
-        self.signal = distributed.largest(self.signal)
+        # All processes do the same: their clocks differ.
+        self.signal, due = distributed.largest(self.signal, int(time.monotonic() - self.saved > self.save_every))
         if self.signal:
             raise Stopped
-        if time.monotonic() - self.saved > self.save_every:
+        if due:
             self.save()
 
     def after_epoch(self, score: float) -> None:
@@ -578,7 +645,7 @@ class Session:
         if self.run.epoch < self.settings["epochs"]:
             self.bar = self._new_bar()
         patience = self.settings["patience"]
-        self.signal = distributed.largest(self.signal)
+        (self.signal,) = distributed.largest(self.signal)
         if self.signal or (patience is not None and self.run.stale >= patience):
             raise Stopped
 
@@ -598,8 +665,9 @@ class Session:
         )
 
     def _write_losses(self) -> None:
-        """Bring steps.csv up to date, and look whether the losses are numbers."""
-        rows = [(step, float(loss)) for step, loss in self.losses]
+        """Bring steps.csv up to date with the mean over the processes, and look whether the losses are numbers."""
+        steps, losses = [step for step, _ in self.losses], [loss for _, loss in self.losses]
+        rows = [*zip(steps, distributed.mean(torch.stack(losses)).tolist(), strict=True)] if losses else []
         self.losses = []
         self.loss += sum(loss for _, loss in rows)
         wrong = next((row for row in rows if not math.isfinite(row[1])), None)
