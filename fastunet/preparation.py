@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,16 @@ from torch import Tensor
 from fastunet.coding import IGNORE_INDEX
 
 Array = npt.NDArray[Any]
+
+
+class Pixels(Protocol):
+    """A picture (C, H, W): an array, or what reads the part that is asked for, ``pixels[:, rows, columns]``."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    def __getitem__(self, key: Any, /) -> Array: ...
 
 
 def white(highest: float) -> float:
@@ -48,13 +60,17 @@ class Preparation:
         """(C, H, W) pixels → float32 (C, h, w)."""
         return self.normalised(self.resized(pixels), *self.levels(pixels))
 
-    def levels(self, pixels: Array) -> tuple[float, float]:
+    def levels(self, pixels: Pixels) -> tuple[float, float]:
         """What :meth:`normalised` subtracts and divides by, of a whole picture (C, H, W); memory is for 64 rows."""
         if self.values == "unit":
             return 0.0, self.full
-        parts = [pixels[:, row : row + 64].astype(np.float64) for row in range(0, pixels.shape[1], 64)]
-        mean = sum(float(part.sum()) for part in parts) / pixels.size
-        variance = sum(float(((part - mean) ** 2).sum()) for part in parts) / pixels.size
+
+        def parts() -> Iterator[Array]:
+            return (pixels[:, row : row + 64].astype(np.float64) for row in range(0, pixels.shape[1], 64))
+
+        count = math.prod(pixels.shape)
+        mean = sum(float(part.sum()) for part in parts()) / count
+        variance = sum(float(((part - mean) ** 2).sum()) for part in parts()) / count
         return mean, variance**0.5 or 1.0
 
     @staticmethod

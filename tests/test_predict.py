@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import python
 from sources import as_users_run
 from torch import Tensor
 
 import fastunet
-from fastunet import cli, tiling
+from fastunet import cli, large_tiff, tiling
+from fastunet.data import read_image
 from fastunet.metrics import ConfusionMatrix
 from fastunet.png import PngWriter
 from fastunet.preparation import Preparation, white
@@ -217,6 +220,133 @@ def test_a_resized_picture_is_restored() -> None:
     assert standard.mean().abs() < 1e-5
     assert standard.std(correction=0) == pytest.approx(1, abs=1e-5)
     assert [white(x) for x in (0.5, 200, 4095, 1e6)] == [1, 255, 65535, 1e6]
+
+
+# ---- TIFFs that are read in parts --------------------------------------------------------------------------------
+
+_TILES, _STRIPS = {"tile": (32, 48)}, {"rowsperstrip": 7}
+_GREY = np.random.default_rng(0).integers(0, 256, (90, 130), np.uint8)
+_COLOUR = np.random.default_rng(1).integers(0, 256, (90, 130, 4), np.uint8)
+LARGE: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
+    "one-strip": (_GREY, {}),
+    "packed-tiles": (_COLOUR[..., :3], {**_TILES, "compression": "zlib", "predictor": True, "photometric": "rgb"}),
+    "alpha": (_COLOUR, {**_STRIPS, "compression": "lzw", "photometric": "rgb", "extrasamples": ["unassalpha"]}),
+    "planes": (_COLOUR.transpose(2, 0, 1)[:3].copy(), {**_TILES, "photometric": "rgb", "planarconfig": "separate"}),
+    "plane-after-plane": (_COLOUR.transpose(2, 0, 1)[:3].copy(), {"photometric": "rgb", "planarconfig": "separate"}),
+    "jpeg": (_COLOUR[..., :3], {"tile": (32, 48), "compression": "jpeg", "photometric": "rgb"}),
+    "16-bit-of-another-order": (_GREY.astype(">u2") * 257, {**_TILES, "compression": "zstd", "byteorder": ">"}),
+    "0-is-white": (_GREY, {**_STRIPS, "photometric": "miniswhite"}),
+    "float": (_GREY / np.float32(3), {**_TILES, "compression": "deflate", "predictor": True}),
+    "palette": (_GREY, {"photometric": "palette", "colormap": np.arange(768, dtype=np.uint16).reshape(3, 256) * 85}),
+    "overview": (_GREY, {**_TILES, "bigtiff": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_is_read_in_parts_is_the_picture(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="part of pip install 'fastunet[pictures]'")
+    pixels, options = LARGE[name]
+    path, order = tmp_path / "large.tif", {k: options[k] for k in ("bigtiff", "byteorder") if k in options}
+    with tifffile.TiffWriter(path, **order) as writer:
+        writer.write(pixels, **{k: v for k, v in options.items() if k not in order}, metadata=None)
+        if name == "overview":
+            writer.write(pixels[::2, ::2], subfiletype=1, metadata=None)
+    assert large_tiff.opened(path, 1) is None
+    whole = read_image(path)
+    channels = max(len(whole), 3)
+    monkeypatch.setattr("fastunet.decode.MAX_PIXELS", 1000)
+    large = large_tiff.opened(path, channels)
+    assert large is not None
+    assert large.shape == (channels, *whole.shape[1:])
+    assert large.dtype == whole.dtype
+    levels = [Preparation("standard").levels(each) for each in (large, whole)]
+    assert levels[0] == pytest.approx(levels[1])
+    rows, columns = tiling.mirrored(-20, 60, 90), tiling.mirrored(70, 150, 130)
+    for _ in range(2):  # forwards and back again
+        for key in ((slice(None), slice(5, 40)), (slice(None), rows[:, None], columns), (slice(None), slice(60, 90))):
+            assert np.array_equal(large[key], np.broadcast_to(whole, large.shape)[key])
+
+
+def test_a_large_tiff_is_predicted_as_any_picture(
+    colours: tuple[Path, fastunet.UNet],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="part of pip install 'fastunet[pictures]'")
+    folder, _ = colours
+    path, damaged = tmp_path / "large.tif", tmp_path / "damaged.tif"
+    tifffile.imwrite(path, _COLOUR[..., :3], tile=(32, 48), compression="zlib", photometric="rgb")
+    damaged.write_bytes(path.read_bytes()[:-5000])
+    asked = [
+        "predict",
+        "-m",
+        str(folder / "model.pth"),
+        "-i",
+        str(path),
+        "-s",
+        "1",
+        "-v",
+        "--tile",
+        "64",
+        "--overlap",
+        "32",
+    ]
+    for kind, suffix in (("index", "png"), ("probability", "npy")):
+        written = []
+        for most in (1 << 26, 1000):
+            monkeypatch.setattr("fastunet.decode.MAX_PIXELS", most)
+            assert cli.main([*asked, "--kind", kind, *CPU]) == 0
+            written.append([(tmp_path / name).read_bytes() for name in (f"large_OUT.{suffix}", "large_OVERLAY.png")])
+        assert written[0] == written[1]
+    before = sorted(os.listdir(tmp_path))
+    for change, refusal in {
+        ("-s", "0.5"): "large.tif has 130×90 pixels, too many to resize: give --scale 1, or cut it",
+        ("-i", str(damaged)): f"cannot read {damaged} (damaged, or not a picture): replace it",
+    }.items():
+        capsys.readouterr()
+        assert cli.main([*asked, *change, *CPU]) == 2
+        assert refusal in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == before
+    turned = tmp_path / "turned.tif"
+    tifffile.imwrite(turned, _GREY, extratags=[(274, 3, 1, 6, True)])
+    with pytest.raises(
+        fastunet.data.DataError, match="in parts it cannot be, it is turned where it is shown, orientation 6"
+    ):
+        large_tiff.opened(turned, 1)
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(fastunet.data.DataError, match=r"has to be read in parts: pip install 'fastunet\[pictures\]'"):
+        large_tiff.opened(path, 3)
+
+
+# A picture of 12000×12000 in colours, 432 MB, in tiles that are packed; what reading it in windows adds to the memory.
+STREAMED = """
+import resource, sys, numpy as np, tifffile, torch
+from pathlib import Path
+from fastunet import large_tiff, tiling
+
+path, side = Path(sys.argv[1]), 12_000
+tile = np.add.outer(np.arange(256), np.arange(256)).astype(np.uint8)[..., None] // np.array([1, 2, 3], np.uint8)
+count = (side // 256 + 1) ** 2
+tifffile.imwrite(path, (tile for _ in range(count)), shape=(side, side, 3), dtype=np.uint8, tile=(256, 256),
+    compression="zlib", photometric="rgb")
+large = large_tiff.opened(path, 3)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read = lambda rows, columns: torch.from_numpy(large[:, rows[:, None], columns])
+rows = sum(band.shape[1] for band in tiling.bands(lambda x: x[:, :1].float(), read, side, side))
+print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_is_that_of_a_window(tmp_path: Path) -> None:
+    for package in ("tifffile", "resource"):
+        pytest.importorskip(package, reason="tifffile is part of pip install 'fastunet[pictures]', resource of Unix")
+    done = python("-c", STREAMED, str(tmp_path / "large.tif"))
+    assert done.returncode == 0, done.stderr
+    rows, kilobytes = map(int, done.stdout.split())
+    assert rows == 12_000
+    # 1024 rows of colours, 37 MB, and as much again in the tiles around; a band of float32, 49 MB, and what is blended
+    assert kilobytes * (1 if sys.platform == "darwin" else 1024) < 300e6, done.stdout
 
 
 # ---- evaluate ----------------------------------------------------------------------------------------------------
