@@ -144,7 +144,8 @@ def interleaved(
     """The time of each of ``calls``, which are warm: all of them in turn, over and over, for about ``seconds``.
 
     With ``head_start`` the GPU is kept busy while the host issues a call, so that only the GPU's time counts, as for
-    one operation of many; without it, gaps in which the GPU waits for the host count, as they do for a whole step.
+    one operation of many. Without it the GPU is idle when a call begins, so that all waiting for the host counts, as
+    for a whole step: behind the step of another provider, a slow one, the host could issue it ahead of time.
     """
     clock = _GpuClock(device, head_start) if device.type == "cuda" else _HostClock()
     begun = time.perf_counter()
@@ -189,6 +190,8 @@ class _GpuClock:
         self._flush.zero_()
         if self._head_start:
             torch.cuda._sleep(HEAD_START)
+        else:
+            torch.cuda.synchronize()
         start.record()
         call()
         end.record()

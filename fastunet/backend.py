@@ -59,6 +59,15 @@ def triton_unavailable(device_type: str, index: int | None = None) -> str | None
     return None
 
 
+def _unavailable(device_type: str, index: int | None) -> str | None:
+    """:func:`triton_unavailable`, which Dynamo calls and does not trace: it cannot follow Python's imports."""
+    return triton_unavailable(device_type, index)
+
+
+# What torch.compiler.assume_constant_result does; but that imports Dynamo, which takes a second.
+_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
@@ -97,7 +106,7 @@ def _resolved(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "torch":
         return backend
     kind = device.type
-    reason = None if kind == "meta" and pretending() else triton_unavailable(kind, device.index)
+    reason = None if kind == "meta" and pretending() else _unavailable(kind, device.index)
     if reason is None and dtype.is_floating_point:
         interpreted = kind != "cuda" and interpreting()  # on a GPU, interpreting is a reason above
         if dtype not in _KERNEL_DTYPES[interpreted]:

@@ -80,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument("--patience", type=at_least(1), metavar="N", help="stop after so many epochs that are no better")
     more.add_argument("--precision", choices=AUTOCAST, help="of the arithmetic (tf32, PyTorch's default)")
     more.add_argument("--checkpointing", action="store_true", default=None, help="less memory for more time")
+    more.add_argument("--graph", action="store_true", default=None, help="the step in a CUDA graph: one launch")
     more.add_argument("--seed", type=at_least(0), metavar="N", help="of weights, split, order and crops (0)")
     where = parser.add_argument_group("where and how")
     where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto, the default: cuda if there")
@@ -94,7 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 SETTINGS = (
     "recipe", "epochs", "batch_size", "learning_rate", "scale", "validation", "bilinear", "classes", "loss", "crop",
-    "augment", "base_c", "accumulate", "clip", "ema", "patience", "precision", "checkpointing", "seed",
+    "augment", "base_c", "accumulate", "clip", "ema", "patience", "precision", "checkpointing", "graph",
+    "seed",
 )  # fmt: skip
 CHANGEABLE = ("epochs", "patience")  # when a run is resumed
 
@@ -110,6 +112,7 @@ def _run(args: argparse.Namespace) -> int:
     saved = _saved(args)
     settings = _settings(args, saved, device)
     recipe = _recipe(settings)
+    _check_graph(settings, device)
     data = opened_data(args)
     learnt, held_out = data.split(settings["validation"] / 100, np.random.default_rng(settings["seed"]))
     full = white(data.value_range[1])
@@ -191,7 +194,7 @@ def _settings(args: argparse.Namespace, saved: dict[str, Any] | None, device: to
         args.precision = "bf16" if device.type == "cpu" else "fp16"
     given = {name: getattr(args, name) for name in SETTINGS}
     if saved is not None:
-        before: dict[str, Any] = saved["settings"]
+        before: dict[str, Any] = dict.fromkeys(SETTINGS) | saved["settings"]  # which an older fastunet may not have had
         began, started = before.get("processes", 1), distributed.processes()
         if began != started:
             raise UserError(
@@ -207,12 +210,26 @@ def _settings(args: argparse.Namespace, saved: dict[str, Any] | None, device: to
     recipe = RECIPES[given["recipe"] or "milesial"]
     usual = {
         "recipe": "milesial", "scale": recipe.preparation.scale, "validation": 10.0, "bilinear": False, "base_c": 64,
-        "accumulate": 1, "precision": "tf32", "checkpointing": False, "seed": 0,
+        "accumulate": 1, "precision": "tf32", "checkpointing": False, "graph": False, "seed": 0,
         **{name: getattr(recipe, name) for name in ("epochs", "batch_size", "learning_rate", "loss", "crop", "clip")},
         "augment": recipe.augment,
     }  # fmt: skip
     settings = {name: usual.get(name) if value is None else value for name, value in given.items()}
     return {**settings, "processes": distributed.processes()}
+
+
+def _check_graph(settings: dict[str, Any], device: torch.device) -> None:
+    """Refuse --graph where there is none to be had."""
+    if not settings["graph"]:
+        return
+    hindered = {
+        f"device {device}, and CUDA graphs need a GPU": device.type != "cuda",
+        f"--accumulate {settings['accumulate']}, whose gradients a graph does not add up": settings["accumulate"] > 1,
+        "several processes, whose gradients no graph exchanges": distributed.processes() > 1,
+    }
+    for what, there in hindered.items():
+        if there:
+            raise UserError(f"--graph does not go with {what}: leave it out")
 
 
 def _recipe(settings: dict[str, Any]) -> Recipe:
@@ -272,9 +289,8 @@ def _training(model: nn.Module, recipe: Recipe, settings: dict[str, Any], ignore
         objective = DistributedDataParallel(objective.to(device), [device] if device.type == "cuda" else None)
     optimizer = recipe.optimizer(model.parameters(), settings["learning_rate"])
     scheduler = None if recipe.schedule is None else recipe.schedule(optimizer)
-    return Run(
-        objective, optimizer, scheduler, precision=settings["precision"], clip=settings["clip"], ema=settings["ema"]
-    )
+    chosen = {name: settings[name] for name in ("precision", "clip", "ema", "graph")}
+    return Run(objective, optimizer, scheduler, **chosen)
 
 
 class Stopped(Exception):

@@ -25,6 +25,7 @@ from fastunet.blocks import untouched
 from fastunet.checks import check_criterion, check_integer
 from fastunet.data import IGNORE_INDEX, Pair
 from fastunet.errors import UserError
+from fastunet.graphs import CapturedStep, key_of
 from fastunet.metrics import ConfusionMatrix
 from fastunet.models import PlainUNet, UNet
 
@@ -160,6 +161,12 @@ class Run:
         precision: "fp64", "fp32", "tf32", "bf16" or "fp16", a key of :data:`AUTOCAST`.
         clip: largest norm of the gradient, or None.
         ema: decay of a running average of the weights, which is then what is validated; None for none.
+        graph: compute the gradients in a CUDA graph, captured for batches like the first; others run without it, and
+            so do those of a step that accumulates.
+
+    Raises:
+        ValueError: a graph is asked for on a CPU or around DDP.
+        GraphError: by :meth:`update`, if the step cannot be captured.
     """
 
     def __init__(
@@ -171,6 +178,7 @@ class Run:
         precision: str = "fp32",
         clip: float | None = None,
         ema: float | None = None,
+        graph: bool = False,
     ) -> None:
         self.objective = objective
         inner = objective.module if isinstance(objective, DistributedDataParallel) else objective
@@ -180,10 +188,15 @@ class Run:
         self.scheduler = scheduler
         self.autocast = AUTOCAST[precision]
         self.device = _device(self.model)
+        if graph and (self.device.type != "cuda" or inner is not objective):
+            where = self.device if inner is objective else "several devices"
+            raise ValueError(f"expected a network on one CUDA GPU for graph=True, got one on {where}; leave it out")
         self.dtype = next(self.model.parameters()).dtype
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.clip = clip
         self.ema = ema
+        self.graph = graph
+        self._captured: CapturedStep | None = None
         self.average = None if ema is None else copy.deepcopy(self.model)
         self.epoch = 0  # epochs that are done
         self.step = 0  # steps done of the next one
@@ -202,15 +215,12 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches, 1):
-            images, labels, *weight = (self._moved(x) for x in batch)
-            images = images.contiguous(memory_format=torch.channels_last)
+            images, *others = (self._moved(x) for x in batch)
+            given = (images.contiguous(memory_format=torch.channels_last), *others)
             # Gradients of several processes are averaged once, with the last batch.
             waits = number < len(batches) and isinstance(self.objective, DistributedDataParallel)
             with self.objective.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                    loss = self.objective(images, labels, *weight) / len(batches)
-                self.scaler.scale(loss).backward()
-            total = total + loss.detach()
+                total = total + self._gradients(given, len(batches))
         if self.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
@@ -221,6 +231,21 @@ class Run:
         self.step += 1
         self.steps += 1
         return total
+
+    def _gradients(self, batch: Weighted, of: int) -> Tensor:
+        """The loss of ``batch``, one ``of`` several of the step, whose gradients are added to the parameters'."""
+
+        def backward(images: Tensor, labels: Tensor, *weight: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                loss: Tensor = self.objective(images, labels, *weight) / of
+            self.scaler.scale(loss).backward()
+            return loss.detach()
+
+        if not self.graph or of > 1:  # a replay writes gradients, and adds none
+            return backward(*batch)
+        if self._captured is None:
+            self._captured = CapturedStep(backward, self.objective, batch)
+        return self._captured(*batch) if self._captured.key == key_of(batch) else backward(*batch)
 
     def _moved(self, x: Tensor) -> Tensor:
         return x.to(self.device, self.dtype if x.is_floating_point() else None, non_blocking=True)

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, prune
 import fastunet
 from fastunet import blocks, reference
 from fastunet.activation import Config
+from fastunet.architecture import as_if_on
 
 Build = Callable[..., nn.Module]
 
@@ -779,6 +780,27 @@ def test_compiles_in_one_graph(name: str, training: bool) -> None:
     for name, gradient in gradients_plain.items():
         torch.testing.assert_close(gradients[f"_orig_mod.{name}"], gradient, **EXACT)
     assert_same_buffers(fast, plain)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiles_in_one_graph_for_a_gpu(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    """The way that tensors on a GPU take, traced on the meta device: nothing there that Dynamo cannot follow."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found = []
+
+    def operators(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        found.append({str(node.target).split(".")[1] for node in graph.graph.nodes if "fastunet" in str(node.target)})
+        return graph
+
+    with as_if_on("sm_90"), torch.device("meta"):
+        model = fastunet.UNet(3, 2, base_c=4)
+        model.get_submodule("up4.conv.double_conv")[1] = nn.GroupNorm(2, 4)
+        for training in (True, False):
+            y = torch.compile(model.train(training), fullgraph=True, backend=operators)(torch.randn(2, 3, 32, 48))
+            y.sum().backward()
+    usual = {"conv2d", "conv_transpose2d", "group_affine"}
+    assert found == [usual | {"bn_affine_running"}, usual | {"bn_affine"}]
+    assert not [str(warning.message) for warning in recwarn if "Dynamo" in str(warning.message)]
 
 
 @pytest.mark.usefixtures("fresh_compiler")
