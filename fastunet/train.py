@@ -84,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument("--seed", type=at_least(0), metavar="N", help="of weights, split, order and crops (0)")
     where = parser.add_argument_group("where and how")
     where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto, the default: cuda if there")
+    where.add_argument("--fsdp", action="store_true", help="each process keeps its share of the weights")
     where.add_argument("--workers", type=at_least(0), default=0, metavar="N", help="processes that read pictures (0)")
     where.add_argument(
         "--save-every", type=positive, default=10.0, metavar="MINUTES", help=f"between two {LAST} (%(default)g)"
@@ -111,6 +112,10 @@ def _run(args: argparse.Namespace) -> int:
     device = _device(args.device)
     saved = _saved(args)
     settings = _settings(args, saved, device)
+    if args.fsdp and settings["precision"] == "fp16":
+        raise UserError("--fsdp does not go with --precision fp16, whose scale is of all gradients: take bf16")
+    if args.fsdp and distributed.processes() == 1:
+        raise UserError("--fsdp shares the weights among processes, and there is one: start several by torchrun")
     recipe = _recipe(settings)
     _check_graph(settings, device)
     data = opened_data(args)
@@ -125,7 +130,7 @@ def _run(args: argparse.Namespace) -> int:
     if saved is not None:
         _check_same(saved, learnt, held_out, trained)
         trained.model.load_state_dict(read_checkpoint(args.output / LAST).state)
-    run = _training(trained.model, recipe, settings, data.ignore_index)
+    run = _training(trained.model, recipe, settings, data.ignore_index, args.fsdp)
     if distributed.rank() == 0:
         print(data.report())
         absent = unseen(learnt, held_out)
@@ -275,7 +280,7 @@ def _network(
     return Trained(model, recipe.preparation, data.classes, tuple(data.mask_values), recipe.colours)
 
 
-def _training(model: nn.Module, recipe: Recipe, settings: dict[str, Any], ignored: int | None) -> Run:
+def _training(model: nn.Module, recipe: Recipe, settings: dict[str, Any], ignored: int | None, fsdp: bool) -> Run:
     """Loss, optimiser and schedule around the network."""
     exact = "tf32" if settings["precision"] in ("tf32", "bf16", "fp16") else "ieee"
     torch.backends.cuda.matmul.fp32_precision = exact
@@ -286,7 +291,11 @@ def _training(model: nn.Module, recipe: Recipe, settings: dict[str, Any], ignore
     if distributed.processes() > 1:
         if isinstance(criterion, StatsLoss):
             objective = Objective(model, GlobalLoss(criterion))
-        objective = DistributedDataParallel(objective.to(device), [device] if device.type == "cuda" else None)
+        objective.to(device)
+        if fsdp:
+            distributed.shard(objective, device)
+        else:
+            objective = DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
     optimizer = recipe.optimizer(model.parameters(), settings["learning_rate"])
     scheduler = None if recipe.schedule is None else recipe.schedule(optimizer)
     chosen = {name: settings[name] for name in ("precision", "clip", "ema", "graph")}
@@ -554,6 +563,7 @@ class Session:
         self.loss = 0.0  # sum over the steps of this epoch
         self.signal = 0
         self.save_every = 60 * args.save_every
+        self.evaluated = trained  # what the scores are of
         self.scores: Scores | None = None
         self.writer_class = _summary_writer() if args.tensorboard and self.first else None
 
@@ -616,7 +626,8 @@ class Session:
 
     def validate(self, model: nn.Module) -> float:
         """The score of ``model`` on the pictures that are held out."""
-        self.scores = scored(dataclasses.replace(self.trained, model=model), self.held_out, self.ignored)
+        self.evaluated = dataclasses.replace(self.trained, model=model)
+        self.scores = scored(self.evaluated, self.held_out, self.ignored)
         return self.scores[self.recipe.score]
 
     def after_step(self, loss: Tensor) -> None:
@@ -652,7 +663,7 @@ class Session:
             _write_rows(self.output / "epochs.csv", self.rows)
             self._draw()
             if self.run.stale == 0:
-                self._checkpoint(BEST, self.run.evaluated)
+                self._checkpoint(BEST, self.evaluated.model)
             if self.writer is not None:
                 for name in ("loss", "dice", "miou", "learning_rate"):
                     self.writer.add_scalar(f"epoch/{name}", self.rows[-1][name], self.run.epoch)
@@ -669,9 +680,10 @@ class Session:
         """Write the checkpoint from which the run can go on."""
         self._write_losses()
         self.saved = time.monotonic()
+        model, state = distributed.whole_module(self.run.model), self.run.state_dict()
         if self.first:
             self._checkpoint(
-                LAST, self.run.model, run=self.run.state_dict(), settings=self.settings, rows=self.rows, loss=self.loss,
+                LAST, model, run=state, settings=self.settings, rows=self.rows, loss=self.loss,
                 pictures=_contents(self.samples.learnt, self.held_out),
             )  # fmt: skip
 
@@ -724,7 +736,7 @@ class Session:
     def _draw(self) -> None:
         """The picture of the epoch: the first that is held out."""
         assert self.scores is not None
-        trained = dataclasses.replace(self.trained, model=self.run.evaluated)
+        trained = self.evaluated
         sample = self.held_out[0]
         pixels, labels = sample.image.numpy(), sample.labels.numpy()
         prediction = trained.labels(trained.seen(pixels))

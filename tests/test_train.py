@@ -439,7 +439,7 @@ def test_crops_hold_something_that_counts(tmp_path: Path) -> None:
 WORKER = """
 import json, sys, torch, torch.distributed as dist, fastunet
 from torch.nn.parallel import DistributedDataParallel as DDP
-from fastunet import cli, distributed
+from fastunet import cli, distributed, train
 from fastunet.losses import DiceCELoss, GlobalLoss, unet_weight_map
 from fastunet.training import Objective
 
@@ -459,8 +459,12 @@ with distributed.joined():
         state = {**model.state_dict(), **{f"d {n}": p.grad for n, p in model.named_parameters()}}
         if distributed.rank() == 0:
             torch.save(state, sys.argv[1] + backend)
+    runs, training = [], train._training
+    train._training = lambda *how: runs.append(training(*how)) or runs[-1]
     for command in json.loads(sys.argv[2]):
         assert cli.main(command) == 0
+        shares = [p.to_local().numel() / p.numel() for p in runs[-1].model.parameters() if hasattr(p, "to_local")]
+        assert (0 < sum(shares) < 0.6 * len(list(runs[-1].model.parameters()))) == ("--fsdp" in command), shares
 """
 
 
@@ -491,10 +495,9 @@ def two_processes(pictures: list[str], tmp_path_factory: pytest.TempPathFactory)
     (folder / "worker.py").write_text(WORKER)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     start = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    commands = [
-        ["train", *pictures, "-o", str(folder / name), *options, *EXACT, "-b", "1"]
-        for name, options in ONE_OR_TWO.items()
-    ]
+    runs = [*ONE_OR_TWO.items(), ("sharded", [*ONE_OR_TWO["run"], "--fsdp"])]
+    runs += [("again", [*ONE_OR_TWO["run"], "-e", "1"]), ("again", ["--fsdp", "--resume", "-e", "2"])]
+    commands = [["train", *pictures, "-o", str(folder / name), *options, *EXACT, "-b", "1"] for name, options in runs]
     done = subprocess.run(
         [sys.executable, *start, str(folder / "worker.py"), str(folder / "state"), json.dumps(commands)],
         env=environment,
@@ -537,6 +540,19 @@ def test_two_processes_are_one_with_twice_the_batch(
     ):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     assert [row["miou"] for row in rows(two_processes / name)] == [row["miou"] for row in rows(tmp_path)]
+
+
+@pytest.mark.parametrize("name", ["sharded", "again"])
+def test_weights_in_shards_train_as_whole_ones(name: str, two_processes: Path) -> None:
+    """By FSDP2, from the first step or after an epoch of DDP; what is saved is ordinary."""
+    found, expected = (torch.load(two_processes / each / "last.pth", weights_only=True) for each in (name, "run"))
+    for part in ("average", "optimizer"):
+        torch.testing.assert_close(found["run"][part], expected["run"][part], rtol=0, atol=1e-10)
+    torch.testing.assert_close(found["state_dict"], expected["state_dict"], rtol=0, atol=1e-10)
+    torch.testing.assert_close(losses(two_processes / name), losses(two_processes / "run"), rtol=0, atol=1e-10)
+    assert same(found["settings"], expected["settings"])
+    best = [fastunet.load_checkpoint(two_processes / each / "best.pth").state_dict() for each in (name, "run")]
+    torch.testing.assert_close(*best, rtol=0, atol=1e-6)  # they load as float32
 
 
 def test_a_run_goes_on_with_as_many_processes(
