@@ -96,8 +96,8 @@ def predict(network: Trained, path: Path, output: Path, args: argparse.Namespace
     """Write what ``args`` ask for of the picture at ``path``."""
     pixels = trained.read(path, network.channels)
     _, height, width = pixels.shape
-    if network.preparation.resizes and not isinstance(pixels, np.ndarray):
-        raise UserError(f"{path} has {width}×{height} pixels, too many to resize: give --scale 1, or cut it")
+    if network.preparation.square and not isinstance(pixels, np.ndarray):
+        raise UserError(f"{path} has {width}×{height} pixels, too many for a square of one picture: cut it")
     colours = pictures.class_colours(network.classes)
     table = np.array(colours, np.uint8)
     row = 0

@@ -103,15 +103,12 @@ class Trained:
     ) -> Iterator[Tensor]:
         """Outputs (K, rows, W) for a picture (C, H, W) of any size, in bands from top to bottom.
 
-        Memory does not grow with the height, unless the preparation resizes; ``pixels`` may be a memory map, or, unless
-        it resizes, a :class:`~fastunet.large_tiff.LargeTiff`. Arguments as in :func:`fastunet.tiling.bands`;
-        ``symmetries`` averages over those of the square.
+        Memory does not grow with the height, unless the preparation makes squares; ``pixels`` may be a memory map, or a
+        :class:`~fastunet.large_tiff.LargeTiff`. Arguments as in :func:`fastunet.tiling.bands`; ``symmetries`` averages
+        over those of the square.
         """
         parts = self._seen(pixels, tile, overlap, symmetries)
-        if not self.preparation.resizes:
-            yield from parts
-        else:
-            yield self.preparation.restored(torch.cat(list(parts), 1), *pixels.shape[1:])
+        return self.preparation.restored(parts, *pixels.shape[1:])
 
     def seen(self, pixels: Pixels) -> Tensor:
         """Outputs (K, h, w) for a picture (C, H, W), of the size that the network sees."""
@@ -119,9 +116,10 @@ class Trained:
 
     def _seen(self, pixels: Pixels, tile: int, overlap: int, symmetries: bool) -> Iterator[Tensor]:
         levels = self.preparation.levels(pixels)  # of the file's pixels, as in training
-        if self.preparation.resizes:
-            assert isinstance(pixels, np.ndarray)
+        if isinstance(pixels, np.ndarray) and (self.preparation.square or not isinstance(pixels, np.memmap)):
             pixels = self.preparation.resized(pixels)
+        else:
+            pixels = self.preparation.in_parts(pixels)
         parameter = next(self.model.parameters())
 
         def read(rows: Array, columns: Array) -> Tensor:
@@ -182,7 +180,7 @@ def read(path: Path, channels: int) -> Pixels:
     else:
         pixels = large_tiff.opened(path, channels) or read_image(path)
     if isinstance(pixels, np.ndarray) and len(pixels) == 1 < channels:
-        pixels = np.broadcast_to(pixels, (channels, *pixels.shape[1:]))
+        pixels = np.broadcast_to(pixels, (channels, *pixels.shape[1:]), subok=True)
     if pixels.shape[0] != channels:
         raise UserError(f"{path} has {pixels.shape[0]} channels and the network takes {channels}: convert it")
     return pixels
