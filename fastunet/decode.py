@@ -362,6 +362,10 @@ def _tiff(path: Path) -> Decoded:
     compression, photometric, turned = (_tag(tags, tag, 1)[0] for tag in (259, 262, 274))
     _check_limits(path, width, height, channels, -(-max(bits) // 8))
     whole = _pillow_keeps(channels, bits, kinds, photometric, _tag(tags, 338, ()))
+    if compression != 1 and kinds[0] != 1 and tags.prefix == b"MM":
+        whole = False  # libtiff turns the bytes of unpacked numbers, and Pillow turns them again, but unsigned ones
+    if compression == 32773 and _tag(tags, 317, 1)[0] != 1:
+        whole = False  # libtiff does not add up the differences in what is packed so
     inverted = photometric == 0  # 0 is white: Pillow sees to that up to 8 bits
     if whole and compression in _KNOWN_TIFF:
         try:

@@ -65,13 +65,14 @@ class LargeTiff:
         height, width, samples = tags.imagelength, tags.imagewidth, tags.samplesperpixel
         self._size = height, width
         self._decode, self._tables = tags.decode, tags.jpegtables
-        self._offsets, self._counts = tags.dataoffsets, tags.databytecounts
+        self._offsets, self._counts, self._missing = tags.dataoffsets, tags.databytecounts, tags.nodata
         self._stored: np.dtype[Any] = np.dtype(byteorder + tags.dtype.char)
         self._inverted = tags.photometric == 0 and self._stored.kind == "u"
         self._palette = (np.asarray(tags.colormap).T >> 8).astype(np.uint8) if tags.photometric == 3 else None
         self.dtype: np.dtype[Any] = np.dtype(tags.dtype.char if self._palette is None else np.uint8)
         of_colour = 3 if tags.photometric in (2, 6) else 1
-        clear = samples == of_colour + 1 and (*tags.extrasamples, 0)[0] in (1, 2)
+        unnamed = samples == 4 and tags.bitspersample == 8 and not tags.extrasamples
+        clear = samples == of_colour + 1 and (unnamed or (*tags.extrasamples, 0)[0] == 2)  # or it is another channel
         self._channels = int(of_colour if clear else samples)
         if self._palette is not None and (self._palette != self._palette[:, :1]).any():
             self._channels = 3
@@ -94,6 +95,8 @@ class LargeTiff:
             raise self._refused(f"its numbers are of {bits} bits and type {tags.dtype}")
         if tags.axes not in ("YX", "YXS", "SYX"):
             raise self._refused(f"it has the axes {tags.axes}")
+        if 1 in tags.extrasamples:
+            raise self._refused("its colours are multiplied by their opacity")
         if (turned := tags.tags.valueof(274) or 1) != 1:
             raise self._refused(f"it is turned where it is shown, orientation {turned}")
 
@@ -117,7 +120,7 @@ class LargeTiff:
         file.seek(self._offsets[number])
         with silent("tifffile"):
             part, _, shape = self._decode(file.read(self._counts[number]) or None, number, jpegtables=self._tables)
-        return np.zeros(shape[1:], self._stored) if part is None else part[0]  # a file may leave black ones out
+        return np.full(shape[1:], self._missing, self._stored) if part is None else part[0]
 
     def _coloured(self, part: Array) -> Array:
         """(C, rows, columns) of the picture's channels."""

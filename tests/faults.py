@@ -730,6 +730,13 @@ FOUND = [
         "tests/test_dataset.py::test_without_the_extra_it_is_refused_by_name",
     ),
     Fault(
+        "packed numbers in the other order of bytes are turned twice",
+        "fastunet/decode.py",
+        'if compression != 1 and kinds[0] != 1 and tags.prefix == b"MM":',
+        "if False:",
+        "tests/test_dataset.py::test_packed_numbers_are_what_they_were",
+    ),
+    Fault(
         "overviews count as pictures",
         "fastunet/decode.py",
         "page for page, tags in enumerate(directories) if not _tag(tags, 254, 0)[0] & 5 and",

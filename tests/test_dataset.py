@@ -145,6 +145,17 @@ def test_what_pillow_narrows_is_read_whole(tmp_path: Path, suffix: str, content:
     assert data.standardised()[0].image.std(correction=0) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", ["u1", "u2", "i2", "i4", "f4"])
+def test_packed_numbers_are_what_they_were(tmp_path: Path, kind: str, order: str) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="part of pip install 'fastunet[pictures]'")
+    pixels = (NOISE / 3).astype(kind)
+    for compression in ("zlib", "lzw", "packbits"):
+        for predictor in (False, True):
+            tifffile.imwrite(tmp_path / "a.tif", pixels, compression=compression, predictor=predictor, byteorder=order)
+            assert np.array_equal(decode(tmp_path / "a.tif").pixels, pixels), (compression, predictor)
+
+
 @pytest.mark.parametrize(("suffix", "content"), [row[:2] for row in WIDE.values()], ids=WIDE)
 def test_without_the_extra_it_is_refused_by_name(
     tmp_path: Path, suffix: str, content: bytes, monkeypatch: pytest.MonkeyPatch

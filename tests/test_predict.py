@@ -257,6 +257,7 @@ LARGE: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
     "alpha": (_COLOUR, {**_STRIPS, "compression": "lzw", "photometric": "rgb", "extrasamples": ["unassalpha"]}),
     "planes": (_COLOUR.transpose(2, 0, 1)[:3].copy(), {**_TILES, "photometric": "rgb", "planarconfig": "separate"}),
     "plane-after-plane": (_COLOUR.transpose(2, 0, 1)[:3].copy(), {"photometric": "rgb", "planarconfig": "separate"}),
+    "float-of-another-order": (_GREY / np.float32(3), {**_TILES, "compression": 8, "predictor": 3, "byteorder": ">"}),
     "jpeg": (_COLOUR[..., :3], {"tile": (32, 48), "compression": "jpeg", "photometric": "rgb"}),
     "16-bit-of-another-order": (_GREY.astype(">u2") * 257, {**_TILES, "compression": "zstd", "byteorder": ">"}),
     "0-is-white": (_GREY, {**_STRIPS, "photometric": "miniswhite"}),
@@ -327,11 +328,15 @@ def test_a_large_tiff_is_predicted_as_any_picture(
     (tmp_path / "squares.pth").unlink()
     assert sorted(os.listdir(tmp_path)) == before
     turned = tmp_path / "turned.tif"
-    tifffile.imwrite(turned, _GREY, extratags=[(274, 3, 1, 6, True)])
-    with pytest.raises(
-        fastunet.data.DataError, match="in parts it cannot be, it is turned where it is shown, orientation 6"
+    for why, pixels, options in (
+        ("it is turned where it is shown, orientation 6", _GREY, {"extratags": [(274, 3, 1, 6, True)]}),
+        ("its colours are multiplied by their opacity", _COLOUR, {"extrasamples": ["assocalpha"]}),
+        ("its colours are of kind 5", _COLOUR, {"photometric": "separated"}),
+        ("its numbers are of 1 bits and type bool", _GREY > 99, {}),
     ):
-        large_tiff.opened(turned, 1)
+        tifffile.imwrite(turned, pixels, **{"photometric": "rgb" if pixels.ndim == 3 else None, **options})
+        with pytest.raises(fastunet.data.DataError, match=f"in parts it cannot be, {why}"):
+            large_tiff.opened(turned, 1)
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(fastunet.data.DataError, match=r"has to be read in parts: pip install 'fastunet\[pictures\]'"):
         large_tiff.opened(path, 3)
