@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,14 @@ class Found:
     """The different pixels of one mask: ``{code: how many}``.
 
     ``mode`` is "grey", "palette" (codes are indices, ``colours`` what the palette shows for them) or "rgb" (codes are
-    colours); ``hidden`` counts transparent pixels, which are taken for 0, or black.
+    colours); ``hidden`` is the code that transparent pixels are taken for, None where there are none.
     """
 
     mode: str
     counts: Mapping[int, int]
     colours: Mapping[int, int]
     wide: bool
-    hidden: int
+    hidden: int | None
     what: str
 
 
@@ -170,7 +170,7 @@ def found_in(path: Path, mask: Decoded, numbered: bool) -> Found:
             "save masks as PNG"
         )
     colours = {value: int(reader.colours[value]) for value in counts} if reader.mode == "palette" else {}
-    hidden = 0 if mask.opaque is None else int((~mask.opaque).sum())
+    hidden = None if mask.opaque is None else reader.hidden
     return Found(reader.mode, counts, colours, mask.pixels.dtype.itemsize > 1, hidden, mask.what)
 
 
@@ -212,16 +212,22 @@ def code_masks(
     """
     kind = _kind(paths, found, rows)
     codes = [_counted(each, kind) for each in found]
-    if rows is not None:
-        return _by_table(paths, codes, kind, rows, ignore, source)
+    unscored: set[int] = set()
     odd = []
+    for value in ignore:
+        meant = _meant(value, kind, found, rows or ())
+        unscored |= meant
+        if not any(meant & each.keys() for each in codes):
+            shown = "{},{},{}".format(*value) if isinstance(value, tuple) else value
+            odd.append(f"{shown}, to be ignored: in no mask")
+    if rows is not None:
+        return _by_table(paths, codes, kind, rows, unscored, source, odd)
     seen: set[int] = set()
     for path, each in zip(paths, codes, strict=True):
         _check_blur(path, each, kind)
         seen |= each.keys()
         if len(seen) > MAX_CLASSES:
             raise _too_many(path)
-    unscored = {_code(value, kind) for value in ignore}
     values = sorted(seen - unscored)
     twins = kind != "colours" and {1, 255} <= seen <= {0, 1, 255} and not unscored
     twins = twins and not any({1, 255} <= each.keys() for each in codes)
@@ -258,10 +264,26 @@ def code_cells(paths: Sequence[Path], found: Sequence[Found]) -> Coded:
     return Coded(coding, ("background", "cell"), (None, None), (0, 1), odd)
 
 
-def _code(value: int | Colour, kind: str) -> int:
+def _meant(value: int | Colour, kind: str, found: Sequence[Found], rows: Sequence[Row]) -> set[int]:
+    """The codes of pixels that a user calls ``value``: a colour, or a grey value, or an index of a palette.
+
+    Whichever of them the masks are read by, a table and the palettes tell what it is called otherwise.
+    """
+    palettes = [each.colours for each in found if each.mode == "palette"]
     if isinstance(value, tuple):
-        return code_of(value)
-    return value * _GREY if kind == "colours" else value
+        colour = code_of(value)
+        if kind == "colours":
+            return {colour}
+        meant = {row.value for row in rows if row.colour == value and row.value is not None}
+        if kind == "values":
+            meant |= {index for colours in palettes for index, shown in colours.items() if shown == colour}
+        greys = len(set(value)) == 1 and (kind == "greys" or len(palettes) < len(found))
+        return meant | {value[0]} if greys else meant
+    if kind != "colours":
+        return {value}
+    meant = {code_of(row.colour) for row in rows if row.value == value and row.colour is not None}
+    meant |= {colours[value] for colours in palettes if value in colours}
+    return meant | {value * _GREY} if len(palettes) < len(found) else meant
 
 
 def _named(code: int, kind: str) -> str:
@@ -363,11 +385,12 @@ def _by_table(
     codes: Sequence[Mapping[int, int]],
     kind: str,
     rows: Sequence[Row],
-    ignore: Sequence[int | Colour],
+    unscored: Iterable[int],
     source: str,
+    odd: Sequence[str],
 ) -> Coded:
     in_colour = kind == "colours"
-    label: dict[int, int] = {_code(value, kind): IGNORE_INDEX for value in ignore}
+    label: dict[int, int] = dict.fromkeys(unscored, IGNORE_INDEX)
     for row in rows:
         code = (None if row.colour is None else code_of(row.colour)) if in_colour else row.value
         if code is not None:
@@ -379,6 +402,8 @@ def _by_table(
                 f"mask {path} holds {_named(strange[0], kind)}, which is not in {source}: add it there, or as ignore "
                 "if such pixels do not count"
             )
+    if all(label[code] == IGNORE_INDEX for each in codes for code in each):
+        raise DataError(f"no pixel of the masks counts, by {source} and what is ignored: check --masks")
     ordered = sorted(label)
     coding = Coding(kind, np.array(ordered, np.int64), np.array([label[code] for code in ordered], np.uint8))
     firsts: dict[int, Row] = {}
@@ -392,5 +417,5 @@ def _by_table(
         tuple(row.name for row in classes),
         tuple(row.colour for row in classes),
         stands,
-        (),
+        tuple(odd),
     )

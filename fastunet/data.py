@@ -392,8 +392,8 @@ def open_dataset(
 
     Images may be grey, in colour or of many bands, of 8, 16 or 32 bits or floating-point. Masks hold one value a class:
     grey values, palette indices or colours, which become 0 … K−1 in sorted order over the whole set, or by ``table``.
-    Transparent pixels of a mask are 0, or black. Where a viewer would turn an image (EXIF), its mask is turned along if
-    its size says that it is not yet.
+    Transparent pixels of a mask are 0, or black, or the lowest of a palette's transparent indices. Where a viewer would
+    turn an image (EXIF), its mask is turned along if its size says that it is not yet.
 
     Args:
         images: the folder of the images; or, without ``masks``, one that holds VOC2012's folders, or a folder of images
@@ -405,7 +405,8 @@ def open_dataset(
         table: a text file of the classes, see :func:`fastunet.layouts.read_table`.
         split: a text file that lists the pictures to take, in this order; or the name of a list of the layout, "train",
             "val", or a .txt file beside the images.
-        ignore: values or colours of the masks that do not count, besides those of the layout and the table.
+        ignore: values or colours of the masks that do not count, besides those of the layout and the table; where masks
+            have a palette or a table, by any of their names.
         options: what ``images`` and ``masks`` are called in messages, for example ("--images", "--masks").
 
     Raises:
@@ -583,9 +584,15 @@ def _common_channels(pairs: Pairs, facts: Sequence[_Facts]) -> int:
 def _oddities(data: Dataset) -> Iterator[str]:
     """What is worth a look in a data set, one sentence each."""
     names, counts = data.names, data.counts
-    hidden = [name for name, each in zip(names, data.facts, strict=True) if each.found.hidden]
-    if hidden:
-        yield f"{_some(hidden)}: the mask has transparent pixels, taken for value 0, or black"
+    hidden: dict[str, list[str]] = {}
+    for name, each in zip(names, data.facts, strict=True):
+        if each.found.hidden is not None:
+            taken = "black" if data.coding.kind == "colours" else "value 0"
+            if each.found.mode == "palette" and data.coding.kind == "values":
+                taken = f"index {each.found.hidden}"
+            hidden.setdefault(taken, []).append(name)
+    for taken, several in hidden.items():
+        yield f"{_some(several)}: the mask has transparent pixels, taken for {taken}"
     turned = [name for name, each in zip(names, data.facts, strict=True) if each.turned]
     if turned:
         yield f"{_some(turned)}: of image and mask one is turned where it is shown (EXIF); the other was turned along"

@@ -28,6 +28,8 @@ MAX_PIXELS = 1 << 26  # of a picture: decoded 200 MB in colour, 800 MB in float3
 MAX_BYTES = 1 << 30  # of a decoded picture of many bands or wide numbers
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "GIF", "WEBP", "PPM")  # what the suffixes of pictures stand for
 
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such files begin
+
 Array = npt.NDArray[Any]
 
 
@@ -83,12 +85,12 @@ def decode(path: Path) -> Decoded:
         DataError: the file cannot be read, is damaged, or holds several pictures; is larger than 2²⁶ pixels or, of many
             bands or wide numbers, 1 GiB; or a package is needed to read it whole.
     """
-    with _explained(path):
+    with explained(path):
         with open(path, "rb") as file:
             start = file.read(4)
             if re.match(rb"P[2356]\s", start):
                 return _pnm(path, file)
-        if start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        if start in TIFF:
             return _tiff(path)
         if start[:3] == b"\xff\xd8\xff" and (frame := _jpeg_frame(path)) is not None and frame[0] != 8:
             return _wide_jpeg(path, *frame)
@@ -96,7 +98,7 @@ def decode(path: Path) -> Decoded:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """What decoders raise, as a sentence."""
     try:
         yield
@@ -261,7 +263,7 @@ def _wide_png(path: Path, file: Image.Image) -> Decoded:
 
 
 @contextmanager
-def _silent(name: str) -> Iterator[None]:
+def silent(name: str) -> Iterator[None]:
     """Without a package's log, which says of damaged files what an error says too."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True
@@ -332,7 +334,8 @@ def _tag(tags: ImageFileDirectory_v2, tag: int, usual: int | tuple[()]) -> tuple
     return tuple(int(value) for value in np.ravel(tags.get(tag, usual)))
 
 
-def _tiff(path: Path) -> Decoded:
+def _page(path: Path) -> tuple[int, ImageFileDirectory_v2]:
+    """Which page of a TIFF is its picture, and its tags."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of what it stumbles on
         directories = _directories(path)
@@ -342,12 +345,27 @@ def _tiff(path: Path) -> Decoded:
     ]
     full = full or list(range(len(directories)))
     _check_single(path, len(full))
-    page = full[0]
-    tags = directories[page]
+    return full[0], directories[full[0]]
+
+
+def large_page(path: Path) -> int | None:
+    """Which page of a TIFF is its picture, if that is larger than :func:`decode` takes."""
+    page, tags = _page(path)
+    width, height, channels = (_tag(tags, tag, 1)[0] for tag in (256, 257, 277))
+    pixels = width * height
+    return page if pixels > MAX_PIXELS or pixels * channels * -(-max(_tag(tags, 258, 1)) // 8) > MAX_BYTES else None
+
+
+def _tiff(path: Path) -> Decoded:
+    page, tags = _page(path)
     (width, *_), (height, *_), (channels, *_), bits, kinds = (_tag(tags, tag, 1) for tag in (256, 257, 277, 258, 339))
     compression, photometric, turned = (_tag(tags, tag, 1)[0] for tag in (259, 262, 274))
     _check_limits(path, width, height, channels, -(-max(bits) // 8))
     whole = _pillow_keeps(channels, bits, kinds, photometric, _tag(tags, 338, ()))
+    if compression != 1 and kinds[0] != 1 and tags.prefix == b"MM":
+        whole = False  # libtiff turns the bytes of unpacked numbers, and Pillow turns them again, but unsigned ones
+    if compression == 32773 and _tag(tags, 317, 1)[0] != 1:
+        whole = False  # libtiff does not add up the differences in what is packed so
     inverted = photometric == 0  # 0 is white: Pillow sees to that up to 8 bits
     if whole and compression in _KNOWN_TIFF:
         try:
@@ -361,7 +379,7 @@ def _tiff(path: Path) -> Decoded:
     named = {1: "uint", 2: "int", 3: "float"}.get(kinds[0], "complex ")
     why = f"{channels} channel{'s' * (channels != 1)} of {named}{max(bits)}"
     tifffile = _needed("tifffile", path, f"compression {compression}, which Pillow may not know" if whole else why)
-    with _silent("tifffile"), tifffile.TiffFile(path) as file:
+    with silent("tifffile"), tifffile.TiffFile(path) as file:
         series = file.pages[page]
         pixels = series.asarray()
         axes, extra = series.axes, tuple(map(int, series.extrasamples))

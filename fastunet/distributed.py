@@ -6,6 +6,7 @@ gradient of one process with all the batches.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,13 +41,23 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def largest(number: int) -> int:
-    """The largest ``number`` of all processes; each has to ask."""
+def largest(*numbers: int) -> list[int]:
+    """Of each of ``numbers`` the largest of all processes; each has to ask."""
     if processes() == 1:
-        return number
-    numbers = torch.tensor(number)
-    dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return int(numbers)
+        return [*numbers]
+    everywhere = torch.tensor(numbers)
+    dist.all_reduce(everywhere, dist.ReduceOp.MAX)
+    largest: list[int] = everywhere.tolist()
+    return largest
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of the x of all processes, which have to be of one shape; each has to ask."""
+    if processes() == 1:
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total / processes()
 
 
 class _Gather(torch.autograd.Function):
@@ -122,3 +133,50 @@ def synchronise(model: nn.Module) -> nn.Module:
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm
     return model
+
+
+# ---- parameters in shards ----------------------------------------------------------------------------------------
+
+
+def shard(module: nn.Module, device: torch.device) -> None:
+    """Leave each process its share of the parameters, and so of the optimiser's state (FSDP2), in place.
+
+    A call of ``module`` gathers them for its time; modules inside it are called as ever.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(module, mesh=init_device_mesh(device.type, (processes(),)))
+
+
+def whole(state: Any) -> Any:
+    """``state``, of tensors in dicts and lists, without shards: with the whole tensors; each process has to ask."""
+    if isinstance(state, dict):
+        return {name: whole(value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(whole, state))
+    return state.full_tensor() if _in_shards(state) else state
+
+
+def whole_module(module: nn.Module) -> nn.Module:
+    """``module``, or where its parameters are in shards a copy with whole ones; each process has to ask."""
+    if not any(map(_in_shards, module.parameters())):
+        return module
+    copies: dict[int, Any] = {id(p): nn.Parameter(whole(p.detach()), p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, copies)
+
+
+def shared_out(state: Any, like: Tensor) -> Any:
+    """``state``, a dict of tensors or one, with the share of this process of what has the shape of ``like``, if that is
+    in shards."""
+    if isinstance(state, dict):
+        return {name: shared_out(value, like) for name, value in state.items()}
+    if not _in_shards(like) or not isinstance(state, Tensor) or state.shape != like.shape:
+        return state
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(state.to(like.device), like.device_mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def _in_shards(value: Any) -> bool:
+    return processes() > 1 and hasattr(value, "full_tensor")

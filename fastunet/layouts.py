@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from fastunet.decode import DataError
@@ -289,15 +290,12 @@ def _entry(text: str) -> tuple[int | Colour | None, str]:
     words: list[str] = []
     for part in filter(None, (part.strip() for part in re.split(r"[,;:\t]", text))):
         pieces = part.split()
-        digits = [piece for piece in pieces if re.fullmatch(r"[0-9]{1,10}", piece)]
-        if len(digits) == len(pieces):
+        digits = [*takewhile(re.compile(r"[0-9]{1,10}").fullmatch, pieces)]
+        # A name may stand behind a space; in "7, 3 cells" it has the number.
+        if len(digits) == len(pieces) or not (words or len(numbers) == len(digits) == 1):
             numbers += map(int, digits)
-        elif not numbers and len(pieces) > 1 and pieces[0] in digits:  # numbers first, then a name, between spaces
-            ahead = next(i for i, piece in enumerate(pieces) if piece not in digits)
-            numbers += map(int, pieces[:ahead])
-            words.append(" ".join(pieces[ahead:]))
-        else:
-            words.append(part)
+            pieces = pieces[len(digits) :]
+        words += [" ".join(pieces)] * bool(pieces)
     name = " ".join(words)
     if len(numbers) == 3 and max(numbers) < 256:
         return (numbers[0], numbers[1], numbers[2]), name

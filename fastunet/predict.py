@@ -19,7 +19,7 @@ from fastunet.files import written_whole
 from fastunet.layouts import OUTPUT_ENDINGS
 from fastunet.options import at_least, chosen_device, factor, share
 from fastunet.png import PngWriter
-from fastunet.preparation import Array, Preparation
+from fastunet.preparation import Array, Pixels, Preparation
 from fastunet.trained import Trained
 
 KINDS = ("index", "colour", "probability")
@@ -96,6 +96,8 @@ def predict(network: Trained, path: Path, output: Path, args: argparse.Namespace
     """Write what ``args`` ask for of the picture at ``path``."""
     pixels = trained.read(path, network.channels)
     _, height, width = pixels.shape
+    if network.preparation.square and not isinstance(pixels, np.ndarray):
+        raise UserError(f"{path} has {width}×{height} pixels, too many for a square of one picture: cut it")
     colours = pictures.class_colours(network.classes)
     table = np.array(colours, np.uint8)
     row = 0
@@ -134,7 +136,7 @@ def predict(network: Trained, path: Path, output: Path, args: argparse.Namespace
         raise UserError(f"{output} cannot be written ({error.strerror or error}): choose another --output") from error
 
 
-def _contrast(pixels: Array) -> tuple[float, float]:
+def _contrast(pixels: Pixels) -> tuple[float, float]:
     """What is drawn black, and the span up to white: of 8-bit pixels all, else two deviations around the mean."""
     if pixels.dtype == np.uint8:
         return 0.0, 255.0

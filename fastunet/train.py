@@ -84,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     more.add_argument("--seed", type=at_least(0), metavar="N", help="of weights, split, order and crops (0)")
     where = parser.add_argument_group("where and how")
     where.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 …; auto, the default: cuda if there")
+    where.add_argument("--fsdp", action="store_true", help="each process keeps its share of the weights")
     where.add_argument("--workers", type=at_least(0), default=0, metavar="N", help="processes that read pictures (0)")
     where.add_argument(
         "--save-every", type=positive, default=10.0, metavar="MINUTES", help=f"between two {LAST} (%(default)g)"
@@ -111,12 +112,17 @@ def _run(args: argparse.Namespace) -> int:
     device = _device(args.device)
     saved = _saved(args)
     settings = _settings(args, saved, device)
+    if args.fsdp and settings["precision"] == "fp16":
+        raise UserError("--fsdp does not go with --precision fp16, whose scale is of all gradients: take bf16")
+    if args.fsdp and distributed.processes() == 1:
+        raise UserError("--fsdp shares the weights among processes, and there is one: start several by torchrun")
     recipe = _recipe(settings)
     _check_graph(settings, device)
     data = opened_data(args)
     learnt, held_out = data.split(settings["validation"] / 100, np.random.default_rng(settings["seed"]))
     full = white(data.value_range[1])
     recipe = dataclasses.replace(recipe, preparation=dataclasses.replace(recipe.preparation, full=full))
+    _check_scored(held_out)
     samples = Samples(learnt, recipe, settings["seed"])
     samples.check(settings["batch_size"])
     torch.manual_seed(settings["seed"])
@@ -124,7 +130,7 @@ def _run(args: argparse.Namespace) -> int:
     if saved is not None:
         _check_same(saved, learnt, held_out, trained)
         trained.model.load_state_dict(read_checkpoint(args.output / LAST).state)
-    run = _training(trained.model, recipe, settings, data.ignore_index)
+    run = _training(trained.model, recipe, settings, data.ignore_index, args.fsdp)
     if distributed.rank() == 0:
         print(data.report())
         absent = unseen(learnt, held_out)
@@ -173,6 +179,13 @@ def _check_same(saved: dict[str, Any], learnt: Dataset, held_out: Dataset, train
         )
 
 
+def _check_scored(held_out: Dataset) -> None:
+    """Refuse pictures to be held out by which nothing can be scored."""
+    if not held_out.counts.any():
+        several = f"the masks of {len(held_out)} pictures" if len(held_out) > 1 else f"the mask of {held_out.names[0]},"
+        raise UserError(f"no pixel counts in {several} held out: hold out more by --validation, or others by --seed")
+
+
 def _contents(*data: Dataset) -> list[list[Any]]:
     """Name and pixels of each class, of every picture."""
     return [
@@ -187,13 +200,18 @@ def _settings(args: argparse.Namespace, saved: dict[str, Any] | None, device: to
     given = {name: getattr(args, name) for name in SETTINGS}
     if saved is not None:
         before: dict[str, Any] = dict.fromkeys(SETTINGS) | saved["settings"]  # which an older fastunet may not have had
+        began, started = before.get("processes", 1), distributed.processes()
+        if began != started:
+            raise UserError(
+                f"--resume found the batches of {began} processes, and {started} were started: start {began}"
+            )
         for name, value in given.items():
             if value is not None and value != before[name] and name not in CHANGEABLE:
                 raise UserError(
                     f"--{name.replace('_', '-')} was {before[name]} when the run began and cannot become {value}: "
                     "leave it out, or begin another run"
                 )
-        return {name: before[name] if value is None else value for name, value in given.items()}
+        return {**before, **{name: value for name, value in given.items() if value is not None}}
     recipe = RECIPES[given["recipe"] or "milesial"]
     usual = {
         "recipe": "milesial", "scale": recipe.preparation.scale, "validation": 10.0, "bilinear": False, "base_c": 64,
@@ -201,7 +219,8 @@ def _settings(args: argparse.Namespace, saved: dict[str, Any] | None, device: to
         **{name: getattr(recipe, name) for name in ("epochs", "batch_size", "learning_rate", "loss", "crop", "clip")},
         "augment": recipe.augment,
     }  # fmt: skip
-    return {name: usual.get(name) if value is None else value for name, value in given.items()}
+    settings = {name: usual.get(name) if value is None else value for name, value in given.items()}
+    return {**settings, "processes": distributed.processes()}
 
 
 def _check_graph(settings: dict[str, Any], device: torch.device) -> None:
@@ -261,7 +280,7 @@ def _network(
     return Trained(model, recipe.preparation, data.classes, tuple(data.mask_values), recipe.colours)
 
 
-def _training(model: nn.Module, recipe: Recipe, settings: dict[str, Any], ignored: int | None) -> Run:
+def _training(model: nn.Module, recipe: Recipe, settings: dict[str, Any], ignored: int | None, fsdp: bool) -> Run:
     """Loss, optimiser and schedule around the network."""
     exact = "tf32" if settings["precision"] in ("tf32", "bf16", "fp16") else "ieee"
     torch.backends.cuda.matmul.fp32_precision = exact
@@ -272,7 +291,11 @@ def _training(model: nn.Module, recipe: Recipe, settings: dict[str, Any], ignore
     if distributed.processes() > 1:
         if isinstance(criterion, StatsLoss):
             objective = Objective(model, GlobalLoss(criterion))
-        objective = DistributedDataParallel(objective.to(device), [device] if device.type == "cuda" else None)
+        objective.to(device)
+        if fsdp:
+            distributed.shard(objective, device)
+        else:
+            objective = DistributedDataParallel(objective, [device] if device.type == "cuda" else None)
     optimizer = recipe.optimizer(model.parameters(), settings["learning_rate"])
     scheduler = None if recipe.schedule is None else recipe.schedule(optimizer)
     chosen = {name: settings[name] for name in ("precision", "clip", "ema", "graph")}
@@ -296,7 +319,7 @@ class Samples(loading.Dataset[Weighted]):
         self.recipe = recipe
         self.learnt = learnt
         self.seed = seed
-        self.pictures = self._large_enough(learnt) if recipe.drop_small and recipe.crop else learnt
+        self.pictures = self._useful(learnt)
         self._augment = Augmentation() if recipe.augment == "elastic" else None
         self._colours = _colours(learnt.classes) if recipe.colours else None
         self._balance = self._class_weights() if recipe.border_weights else None
@@ -325,7 +348,7 @@ class Samples(loading.Dataset[Weighted]):
                 self._weights[index] = self._border_weights(sample, self._balance)
             planes.append(self._weights[index])
         if crop is not None:
-            rows, columns = (_window(length, crop, rng) for length in planes[1].shape)
+            rows, columns = _square(planes[1], crop, rng)
             planes = [x[..., rows[:, None], columns] for x in planes]
         if self.recipe.augment == "symmetries":
             turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
@@ -358,9 +381,14 @@ class Samples(loading.Dataset[Weighted]):
         """(h, w) that the network would see of each."""
         return [self.recipe.preparation.size(height, width) for width, height in (each.size for each in learnt.facts)]
 
-    def _large_enough(self, learnt: Dataset) -> Dataset:
-        crop = self.recipe.crop or 0
-        fitting = [i for i, size in enumerate(self._sizes(learnt)) if min(size) >= crop]
+    def _useful(self, learnt: Dataset) -> Dataset:
+        """Those in which something counts, or the mean over nothing would be no number, and that are large enough."""
+        counted = [index for index, row in enumerate(learnt.counts) if row.any() or self.recipe.colours]
+        if not counted:
+            raise UserError("no pixel counts in the masks that would be learnt: hold out less, or others by --seed")
+        crop = self.recipe.crop if self.recipe.drop_small else None
+        sizes = self._sizes(learnt)
+        fitting = [index for index in counted if crop is None or min(sizes[index]) >= crop]
         if not fitting:
             raise UserError(f"no picture is as large as a crop of {crop}×{crop}: give a smaller --crop")
         return learnt.select(fitting)
@@ -383,10 +411,23 @@ class Samples(loading.Dataset[Weighted]):
         return unet_weight_map(cells, class_weight=(0, 0)) + base
 
 
-def _window(length: int, size: int, rng: np.random.Generator) -> Tensor:
-    """``size`` neighbours on an axis, at a random place, reflected where the picture ends."""
-    slack = length - size
-    start = int(rng.integers(abs(slack) + 1)) * (1 if slack >= 0 else -1)
+def _square(labels: Tensor, size: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """(rows, columns) of a random square in which something counts, where there is anything."""
+    rows, columns = (_window(length, size, rng) for length in labels.shape)
+    if (labels[rows[:, None], columns] == IGNORE_INDEX).all():
+        counted = (labels != IGNORE_INDEX).nonzero()
+        if len(counted):
+            place = counted[int(rng.integers(len(counted)))].tolist()
+            rows, columns = (_window(length, size, rng, at) for length, at in zip(labels.shape, place, strict=True))
+    return rows, columns
+
+
+def _window(length: int, size: int, rng: np.random.Generator, at: int | None = None) -> Tensor:
+    """``size`` neighbours on an axis, at a random place or around ``at``, reflected where the picture ends."""
+    first, last = sorted((0, length - size))
+    if at is not None and last > 0:
+        first, last = max(at - size + 1, 0), min(at, last)
+    start = first + int(rng.integers(last - first + 1))
     return torch.from_numpy(tiling.mirrored(start, start + size, length))
 
 
@@ -395,6 +436,28 @@ def _colours(classes: Sequence[ClassName]) -> Array:
     table = np.full((256, 3), voc_colour(IGNORE_INDEX), np.uint8)
     table[: len(classes)] = pictures.class_colours(classes)
     return table
+
+
+class _Told(loading.Dataset[Any]):
+    """``samples``, of which what is wrong is an item: of an exception a worker would send its traceback as a text."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, key: tuple[int, int]) -> Weighted | UserError:
+        try:
+            return self.samples[key]
+        except UserError as error:
+            return error
+
+
+def _collated(items: list[Any]) -> Any:
+    return next((item for item in items if isinstance(item, UserError)), None) or loading.default_collate(items)
+
+
+def _deaf(_: int) -> None:
+    """Let a worker go on after Ctrl-C, which reaches all processes: the training ends it after the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Batches:
@@ -423,10 +486,17 @@ class Batches:
     def __call__(self, epoch: int, step: int) -> Iterator[list[Weighted]]:
         steps = self._keys(epoch)[step:]
         loader = iter(
-            loading.DataLoader(self.samples, batch_sampler=[*chain.from_iterable(steps)], num_workers=self.workers)
-        )
+            loading.DataLoader(
+                _Told(self.samples), batch_sampler=[*chain.from_iterable(steps)], num_workers=self.workers,
+                collate_fn=_collated, worker_init_fn=_deaf,
+            )
+        )  # fmt: skip
         for several in steps:
-            yield [tuple(next(loader)) for _ in several]
+            batches = [next(loader) for _ in several]
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+            yield [tuple(batch) for batch in batches]
 
 
 # ---- a run -------------------------------------------------------------------------------------------------------
@@ -493,6 +563,7 @@ class Session:
         self.loss = 0.0  # sum over the steps of this epoch
         self.signal = 0
         self.save_every = 60 * args.save_every
+        self.evaluated = trained  # what the scores are of
         self.scores: Scores | None = None
         self.writer_class = _summary_writer() if args.tensorboard and self.first else None
 
@@ -538,6 +609,11 @@ class Session:
             ) from error
         except torch.OutOfMemoryError as error:
             raise UserError("the device ran out of memory: lower --batch-size, --crop or --scale") from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            why = str(error).partition(". ")[0].rstrip(".")
+            raise UserError(f"a process that reads pictures ended ({why}): give fewer --workers") from error
         finally:
             self.bar.close()
             for number, handler in kept.items():
@@ -550,7 +626,8 @@ class Session:
 
     def validate(self, model: nn.Module) -> float:
         """The score of ``model`` on the pictures that are held out."""
-        self.scores = scored(dataclasses.replace(self.trained, model=model), self.held_out, self.ignored)
+        self.evaluated = dataclasses.replace(self.trained, model=model)
+        self.scores = scored(self.evaluated, self.held_out, self.ignored)
         return self.scores[self.recipe.score]
 
     def after_step(self, loss: Tensor) -> None:
@@ -559,10 +636,11 @@ class Session:
         if len(self.losses) == 10:
             self._write_losses()
         self.bar.update()
-        self.signal = distributed.largest(self.signal)
+        # All processes do the same: their clocks differ.
+        self.signal, due = distributed.largest(self.signal, int(time.monotonic() - self.saved > self.save_every))
         if self.signal:
             raise Stopped
-        if time.monotonic() - self.saved > self.save_every:
+        if due:
             self.save()
 
     def after_epoch(self, score: float) -> None:
@@ -585,7 +663,7 @@ class Session:
             _write_rows(self.output / "epochs.csv", self.rows)
             self._draw()
             if self.run.stale == 0:
-                self._checkpoint(BEST, self.run.evaluated)
+                self._checkpoint(BEST, self.evaluated.model)
             if self.writer is not None:
                 for name in ("loss", "dice", "miou", "learning_rate"):
                     self.writer.add_scalar(f"epoch/{name}", self.rows[-1][name], self.run.epoch)
@@ -594,7 +672,7 @@ class Session:
         if self.run.epoch < self.settings["epochs"]:
             self.bar = self._new_bar()
         patience = self.settings["patience"]
-        self.signal = distributed.largest(self.signal)
+        (self.signal,) = distributed.largest(self.signal)
         if self.signal or (patience is not None and self.run.stale >= patience):
             raise Stopped
 
@@ -602,9 +680,10 @@ class Session:
         """Write the checkpoint from which the run can go on."""
         self._write_losses()
         self.saved = time.monotonic()
+        model, state = distributed.whole_module(self.run.model), self.run.state_dict()
         if self.first:
             self._checkpoint(
-                LAST, self.run.model, run=self.run.state_dict(), settings=self.settings, rows=self.rows, loss=self.loss,
+                LAST, model, run=state, settings=self.settings, rows=self.rows, loss=self.loss,
                 pictures=_contents(self.samples.learnt, self.held_out),
             )  # fmt: skip
 
@@ -614,8 +693,9 @@ class Session:
         )
 
     def _write_losses(self) -> None:
-        """Bring steps.csv up to date, and look whether the losses are numbers."""
-        rows = [(step, float(loss)) for step, loss in self.losses]
+        """Bring steps.csv up to date with the mean over the processes, and look whether the losses are numbers."""
+        steps, losses = [step for step, _ in self.losses], [loss for _, loss in self.losses]
+        rows = [*zip(steps, distributed.mean(torch.stack(losses)).tolist(), strict=True)] if losses else []
         self.losses = []
         self.loss += sum(loss for _, loss in rows)
         wrong = next((row for row in rows if not math.isfinite(row[1])), None)
@@ -656,7 +736,7 @@ class Session:
     def _draw(self) -> None:
         """The picture of the epoch: the first that is held out."""
         assert self.scores is not None
-        trained = dataclasses.replace(self.trained, model=self.run.evaluated)
+        trained = self.evaluated
         sample = self.held_out[0]
         pixels, labels = sample.image.numpy(), sample.labels.numpy()
         prediction = trained.labels(trained.seen(pixels))

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastunet import pictures, tiling
+from fastunet import large_tiff, pictures, tiling
 from fastunet.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
 from fastunet.data import ClassName, read_image
 from fastunet.errors import UserError
 from fastunet.models import BrainUNet, PlainUNet, UNet
-from fastunet.preparation import Array, Preparation
+from fastunet.preparation import Array, Pixels, Preparation
 
 ENTRY = "fastunet"  # of a checkpoint
 
@@ -95,7 +95,7 @@ class Trained:
 
     def bands(
         self,
-        pixels: Array,
+        pixels: Pixels,
         *,
         tile: int = tiling.TILE,
         overlap: int = tiling.OVERLAP,
@@ -103,22 +103,23 @@ class Trained:
     ) -> Iterator[Tensor]:
         """Outputs (K, rows, W) for a picture (C, H, W) of any size, in bands from top to bottom.
 
-        Memory does not grow with the height, unless the preparation resizes; ``pixels`` may be a memory map. Arguments
-        as in :func:`fastunet.tiling.bands`; ``symmetries`` averages over those of the square.
+        Memory does not grow with the height, unless the preparation makes squares; ``pixels`` may be a memory map, or a
+        :class:`~fastunet.large_tiff.LargeTiff`. Arguments as in :func:`fastunet.tiling.bands`; ``symmetries`` averages
+        over those of the square.
         """
         parts = self._seen(pixels, tile, overlap, symmetries)
-        if not self.preparation.resizes:
-            yield from parts
-        else:
-            yield self.preparation.restored(torch.cat(list(parts), 1), *pixels.shape[1:])
+        return self.preparation.restored(parts, *pixels.shape[1:])
 
-    def seen(self, pixels: Array) -> Tensor:
+    def seen(self, pixels: Pixels) -> Tensor:
         """Outputs (K, h, w) for a picture (C, H, W), of the size that the network sees."""
         return torch.cat(list(self._seen(pixels, tiling.TILE, tiling.OVERLAP, False)), 1)
 
-    def _seen(self, pixels: Array, tile: int, overlap: int, symmetries: bool) -> Iterator[Tensor]:
+    def _seen(self, pixels: Pixels, tile: int, overlap: int, symmetries: bool) -> Iterator[Tensor]:
         levels = self.preparation.levels(pixels)  # of the file's pixels, as in training
-        pixels = self.preparation.resized(pixels)
+        if isinstance(pixels, np.ndarray) and (self.preparation.square or not isinstance(pixels, np.memmap)):
+            pixels = self.preparation.resized(pixels)
+        else:
+            pixels = self.preparation.in_parts(pixels)
         parameter = next(self.model.parameters())
 
         def read(rows: Array, columns: Array) -> Tensor:
@@ -159,12 +160,13 @@ def _named(value: Any) -> ClassName:
     return ClassName(f"colour {red},{green},{blue}", (red, green, blue))
 
 
-def read(path: Path, channels: int) -> Array:
-    """The pixels (C, H, W) of a picture, or of an array in a .npy file, which is not read into memory.
+def read(path: Path, channels: int) -> Pixels:
+    """The pixels (C, H, W) of a picture; an array in a .npy file, and a TIFF beyond a limit, are read in parts later.
 
     Raises:
         UserError: it cannot be read, or has other channels.
     """
+    pixels: Pixels
     if path.suffix.lower() == ".npy":
         try:
             loaded = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -172,14 +174,13 @@ def read(path: Path, channels: int) -> Array:
             raise UserError(f"cannot read {path} (damaged, or no array of numbers): replace it") from error
         if not isinstance(loaded, np.ndarray):
             raise UserError(f"{path} holds several arrays, or none: save one by np.save")
-        pixels: Array = loaded
-        pixels = pixels[None] if pixels.ndim == 2 else pixels
-        if pixels.ndim != 3 or pixels.dtype.kind not in "iuf" or 0 in pixels.shape:
-            raise UserError(f"{path} holds {pixels.dtype} {pixels.shape}: save numbers as (C, H, W)")
+        pixels = array = loaded[None] if loaded.ndim == 2 else loaded
+        if array.ndim != 3 or array.dtype.kind not in "iuf" or 0 in array.shape:
+            raise UserError(f"{path} holds {array.dtype} {array.shape}: save numbers as (C, H, W)")
     else:
-        pixels = read_image(path)
-    if len(pixels) == 1 < channels:
-        pixels = np.broadcast_to(pixels, (channels, *pixels.shape[1:]))
-    if len(pixels) != channels:
-        raise UserError(f"{path} has {len(pixels)} channels and the network takes {channels}: convert it")
+        pixels = large_tiff.opened(path, channels) or read_image(path)
+    if isinstance(pixels, np.ndarray) and len(pixels) == 1 < channels:
+        pixels = np.broadcast_to(pixels, (channels, *pixels.shape[1:]), subok=True)
+    if pixels.shape[0] != channels:
+        raise UserError(f"{path} has {pixels.shape[0]} channels and the network takes {channels}: convert it")
     return pixels

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from fastunet import distributed
 from fastunet.blocks import untouched
 from fastunet.checks import check_criterion, check_integer
 from fastunet.data import IGNORE_INDEX, Pair
@@ -155,7 +156,7 @@ class Run:
     """Everything that changes while a network is trained: what has to be saved to go on with the same bits.
 
     Args:
-        objective: an :class:`Objective`, or DDP around one.
+        objective: an :class:`Objective`, DDP around one, or one that FSDP2 shards.
         optimizer: of the network's parameters.
         scheduler: stepped at the end of each epoch; a ReduceLROnPlateau at each validation instead.
         precision: "fp64", "fp32", "tf32", "bf16" or "fp16", a key of :data:`AUTOCAST`.
@@ -206,8 +207,8 @@ class Run:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network to validate and to keep: the average, if there is one."""
-        return self.model if self.average is None else self.average
+        """The network to validate and to keep: the average, if there is one; whole, for which each process asks."""
+        return distributed.whole_module(self.model if self.average is None else self.average)
 
     def update(self, batches: Sequence[Weighted]) -> Tensor:
         """One step of the optimiser by the mean loss of ``batches``, which is returned; they move to the device."""
@@ -251,23 +252,28 @@ class Run:
         return x.to(self.device, self.dtype if x.is_floating_point() else None, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it but the model's weights, to be saved with them."""
-        return {
+        """All of it but the model's weights, to be saved with them; each process has to ask, if they are in shards."""
+        state = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             **{name: getattr(self, name) for name in _COUNTERS},
         }
+        whole: dict[str, Any] = distributed.whole(state)
+        return whole
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was saved."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        kept = {i: distributed.shared_out(of, parameters[i]) for i, of in state["optimizer"]["state"].items()}
+        self.optimizer.load_state_dict({**state["optimizer"], "state": kept})
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
-            self.average.load_state_dict(state["average"])
+            own = self.average.state_dict()
+            self.average.load_state_dict({k: distributed.shared_out(v, own[k]) for k, v in state["average"].items()})
         for name in _COUNTERS:
             setattr(self, name, state[name])
 

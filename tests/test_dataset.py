@@ -145,6 +145,17 @@ def test_what_pillow_narrows_is_read_whole(tmp_path: Path, suffix: str, content:
     assert data.standardised()[0].image.std(correction=0) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", ["u1", "u2", "i2", "i4", "f4"])
+def test_packed_numbers_are_what_they_were(tmp_path: Path, kind: str, order: str) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="part of pip install 'fastunet[pictures]'")
+    pixels = (NOISE / 3).astype(kind)
+    for compression in ("zlib", "lzw", "packbits"):
+        for predictor in (False, True):
+            tifffile.imwrite(tmp_path / "a.tif", pixels, compression=compression, predictor=predictor, byteorder=order)
+            assert np.array_equal(decode(tmp_path / "a.tif").pixels, pixels), (compression, predictor)
+
+
 @pytest.mark.parametrize(("suffix", "content"), [row[:2] for row in WIDE.values()], ids=WIDE)
 def test_without_the_extra_it_is_refused_by_name(
     tmp_path: Path, suffix: str, content: bytes, monkeypatch: pytest.MonkeyPatch
@@ -300,12 +311,45 @@ def test_what_was_decided_is_told(tmp_path: Path) -> None:
     data = opened(tmp_path, masks={"a.png": stripes(0, 1), "b.png": stripes(0, 255)})
     assert "1 of 2 masks hold 1 where others hold 255: taken for the same class" in data.odd
     data = opened(tmp_path / "hidden", masks={"a.png": hidden(stripes(_RED, _BLUE), _LEFT)})
-    assert "a.png: the mask has transparent pixels, taken for value 0, or black" in data.odd
+    assert "a.png: the mask has transparent pixels, taken for black" in data.odd
+    clear = palette(stripes(1, 5, 7), *[(9 * i, 0, 0) for i in range(8)])
+    clear.info["transparency"] = bytes([255] * 5 + [0, 255, 0])  # of the indices 5 and 7
+    masks: dict[str, File] = {
+        "a.png": clear,
+        "b.png": stripes(1, 5),
+        "c.png": hidden(stripes((5,) * 3, (1,) * 3), _LEFT),
+    }
+    data = opened(tmp_path / "clear", masks=masks)
+    assert [row(data, index) for index in range(3)] == [[1, 2], [1, 2], [0, 1]]
+    for name, taken in (("a.png", "index 5"), ("c.png", "value 0")):
+        assert f"{name}: the mask has transparent pixels, taken for {taken}" in data.odd
     data = opened(tmp_path / "void", masks={"a.png": stripes(0, 1, 2, 255)})
     assert any(odd.startswith("value 255 beside 0 to 2 is taken for a class") for odd in data.odd)
     data = opened(tmp_path / "void", masks={"a.png": stripes(0, 1, 2, 255)}, ignore=[255])
     assert classes(data) == ["value 0", "value 1", "value 2"]
     assert row(data) == [0, 1, 2, 255]
+
+
+_VOID = (224, 224, 192)
+_INDICES = palette(stripes(0, 2, 1), _BLACK, _VOID, _RED)
+IGNORED: dict[str, tuple[list[File], list[Any], list[int]]] = {
+    "a-palettes-colour": ([_INDICES], [_VOID], [0, 1, 255]),
+    "a-palettes-index": ([_INDICES], [1], [0, 1, 255]),
+    "an-index-read-by-its-colour": ([_INDICES, palette(stripes(0, 1), _BLACK, _RED)], [2], [0, 255, 1]),
+    "a-colour-of-grey-masks": ([stripes(0, 7, 9)], [(9, 9, 9)], [0, 1, 255]),
+    "a-colour-of-a-grey-palette": ([palette(stripes(0, 1, 2), _BLACK, (7,) * 3, _WHITE)], [_WHITE], [0, 1, 255]),
+    "a-value-of-masks-in-colour": ([stripes(_BLACK, _RED, _WHITE)], [255], [0, 1, 255]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("masks", "ignore", "labels"), IGNORED.values(), ids=IGNORED)
+def test_what_is_ignored_goes_by_any_of_its_names(
+    tmp_path: Path, masks: list[File], ignore: list[Any], labels: list[int]
+) -> None:
+    data = opened(tmp_path, masks=dict(zip(("a.png", "b.png"), masks, strict=False)), ignore=[*ignore, (3, 4, 5)])
+    assert row(data) == labels
+    assert "3,4,5, to be ignored: in no mask" in data.odd
+    assert not any("to be ignored" in odd and "3,4,5" not in odd for odd in data.odd)
 
 
 LOSSY = {
@@ -421,9 +465,13 @@ def test_voc(tmp_path: Path) -> None:
     assert row(data, 1) == [0, 15, 255, 1]
     assert data.mask_values == list(range(21))
     assert open_dataset(tmp_path, split="train", layout="voc").names == ("b.jpg", "a.jpg")
+    assert row(open_dataset(tmp_path, ignore=[voc_colour(15)]), 1) == [0, 255, 1]
     as_colours = Image.open(tmp_path / "SegmentationClass" / "b.png").convert("RGB")
     write(tmp_path / "SegmentationClass" / "b.png", as_colours)
     assert row(open_dataset(tmp_path), 1) == [0, 15, 255, 1]
+    assert row(open_dataset(tmp_path, ignore=[15]), 1) == [0, 255, 1]
+    with pytest.raises(DataError, match="no pixel of the masks counts, by VOC2012's table and what is ignored"):
+        open_dataset(tmp_path, ignore=range(21))
     with pytest.raises(DataError, match="holds no JPEGImages and SegmentationClass"):
         open_dataset(tmp_path / "JPEGImages", layout="voc")
 
@@ -474,6 +522,7 @@ TABLES = {
     "spaces": "# colours\n200 0 0 road\n0 0 200 sky\n0 0 0 void\n",
     "labelmap": "# label:color_rgb:parts:actions\nroad:200,0,0::\nsky:0,0,200::\nvoid:0,0,0::\n",
     "hex": "#c80000 road\n#0000C8;sky\nvoid #000000\n",
+    "spaces-before-names": "200,0,0 road\n0,0,200 sky\n0,0 0 void\n",
 }
 
 
@@ -492,6 +541,8 @@ def test_values_by_a_table(tmp_path: Path) -> None:
     data = opened(tmp_path, masks={"a.png": stripes(0, 9, 255)}, table=tmp_path / "table.txt")
     assert (classes(data), row(data), data.mask_values) == (["cell", "ground"], [1, 0, 255], [9, 0])
     assert any("do not count" in line for line in data.report().splitlines())
+    (tmp_path / "table.txt").write_text("9, 2 cells\n0 ground\n")
+    assert [each.name for each in read_table(tmp_path / "table.txt")] == ["2 cells", "ground"]
 
 
 @pytest.mark.parametrize(
@@ -503,6 +554,7 @@ def test_values_by_a_table(tmp_path: Path) -> None:
         ("1, sky\n", "has 1 classes: expected 2 to 255"),
         ("\x80", "no UTF-8"),
         ("9" * 5000, "expected a value or a colour"),
+        ("0,0,0,255 sky\n", "line 1, is '0,0,0,255 sky': expected a value or a colour"),
     ],
 )
 def test_tables_that_are_none(tmp_path: Path, content: str, refusal: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import python
 from sources import as_users_run
 from torch import Tensor
 
 import fastunet
-from fastunet import cli, tiling
+from fastunet import cli, large_tiff, tiling
+from fastunet.data import read_image
 from fastunet.metrics import ConfusionMatrix
 from fastunet.png import PngWriter
 from fastunet.preparation import Preparation, white
@@ -208,7 +211,13 @@ def test_a_resized_picture_is_restored() -> None:
     for preparation in (Preparation("unit", scale=0.5), Preparation("unit", square=64), Preparation("unit")):
         wide = preparation.image(pixels.astype(np.int32))  # whose resizing is another path
         torch.testing.assert_close(preparation.image(pixels), wide, rtol=0, atol=1.01 / 255)
-        back = preparation.restored(preparation.image(pixels), 60, 40)
+        image = preparation.image(pixels)
+        bands = list(preparation.restored([image[:, :3], image[:, 3:4], image[:, 4:20], image[:, 20:]], 60, 40))
+        back = torch.cat(bands, 1)
+        torch.testing.assert_close(back, torch.cat(list(preparation.restored([image], 60, 40)), 1))
+        if preparation.square is None:
+            assert len(bands) > 1 or not preparation.resizes
+            torch.testing.assert_close(back, torch.nn.functional.interpolate(image[None], (60, 40), mode="bilinear")[0])
         torch.testing.assert_close(
             back[0, 4:-4, 4:-4], torch.from_numpy(pixels[0, 4:-4, 4:-4] / np.float32(255)), rtol=0, atol=0.02
         )
@@ -217,6 +226,152 @@ def test_a_resized_picture_is_restored() -> None:
     assert standard.mean().abs() < 1e-5
     assert standard.std(correction=0) == pytest.approx(1, abs=1e-5)
     assert [white(x) for x in (0.5, 200, 4095, 1e6)] == [1, 255, 65535, 1e6]
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.37, 0.9])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_parts_are_resized_as_the_whole(scale: float, channels: int) -> None:
+    rng = np.random.default_rng(0)
+    for pixels in (rng.integers(0, 256, (channels, 211, 150), np.uint8), rng.random((channels, 90, 121), np.float32)):
+        preparation = Preparation("unit", scale=scale)
+        whole, parts = preparation.resized(pixels), preparation.in_parts(pixels)
+        assert (parts.shape, parts.dtype) == (whole.shape, whole.dtype)
+        rows, columns = (
+            tiling.mirrored(start, start + 45, n) for start, n in zip((-7, 20), whole.shape[1:], strict=True)
+        )
+        found, expected = (each[:, rows[:, None], columns].astype(np.float64) for each in (parts, whole))
+        # Pillow rounds its weights of 8-bit pixels, and where a box begins to float32.
+        atol = 1e-3 if pixels.dtype == np.float32 else 0 if scale == 0.5 else 1
+        np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+        assert (found != expected).mean() < 0.05 or pixels.dtype == np.float32
+
+
+# ---- TIFFs that are read in parts --------------------------------------------------------------------------------
+
+_TILES, _STRIPS = {"tile": (32, 48)}, {"rowsperstrip": 7}
+_GREY = np.random.default_rng(0).integers(0, 256, (90, 130), np.uint8)
+_COLOUR = np.random.default_rng(1).integers(0, 256, (90, 130, 4), np.uint8)
+LARGE: dict[str, tuple[np.ndarray, dict[str, Any]]] = {
+    "one-strip": (_GREY, {}),
+    "packed-tiles": (_COLOUR[..., :3], {**_TILES, "compression": "zlib", "predictor": True, "photometric": "rgb"}),
+    "alpha": (_COLOUR, {**_STRIPS, "compression": "lzw", "photometric": "rgb", "extrasamples": ["unassalpha"]}),
+    "planes": (_COLOUR.transpose(2, 0, 1)[:3].copy(), {**_TILES, "photometric": "rgb", "planarconfig": "separate"}),
+    "plane-after-plane": (_COLOUR.transpose(2, 0, 1)[:3].copy(), {"photometric": "rgb", "planarconfig": "separate"}),
+    "float-of-another-order": (_GREY / np.float32(3), {**_TILES, "compression": 8, "predictor": 3, "byteorder": ">"}),
+    "jpeg": (_COLOUR[..., :3], {"tile": (32, 48), "compression": "jpeg", "photometric": "rgb"}),
+    "16-bit-of-another-order": (_GREY.astype(">u2") * 257, {**_TILES, "compression": "zstd", "byteorder": ">"}),
+    "0-is-white": (_GREY, {**_STRIPS, "photometric": "miniswhite"}),
+    "float": (_GREY / np.float32(3), {**_TILES, "compression": "deflate", "predictor": True}),
+    "palette": (_GREY, {"photometric": "palette", "colormap": np.arange(768, dtype=np.uint16).reshape(3, 256) * 85}),
+    "overview": (_GREY, {**_TILES, "bigtiff": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_is_read_in_parts_is_the_picture(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="part of pip install 'fastunet[pictures]'")
+    pixels, options = LARGE[name]
+    path, order = tmp_path / "large.tif", {k: options[k] for k in ("bigtiff", "byteorder") if k in options}
+    with tifffile.TiffWriter(path, **order) as writer:
+        writer.write(pixels, **{k: v for k, v in options.items() if k not in order}, metadata=None)
+        if name == "overview":
+            writer.write(pixels[::2, ::2], subfiletype=1, metadata=None)
+    assert large_tiff.opened(path, 1) is None
+    whole = read_image(path)
+    channels = max(len(whole), 3)
+    monkeypatch.setattr("fastunet.decode.MAX_PIXELS", 1000)
+    large = large_tiff.opened(path, channels)
+    assert large is not None
+    assert large.shape == (channels, *whole.shape[1:])
+    assert large.dtype == whole.dtype
+    levels = [Preparation("standard").levels(each) for each in (large, whole)]
+    assert levels[0] == pytest.approx(levels[1])
+    rows, columns = tiling.mirrored(-20, 60, 90), tiling.mirrored(70, 150, 130)
+    for _ in range(2):  # forwards and back again
+        for key in ((slice(None), slice(5, 40)), (slice(None), rows[:, None], columns), (slice(None), slice(60, 90))):
+            assert np.array_equal(large[key], np.broadcast_to(whole, large.shape)[key])
+
+
+def test_a_large_tiff_is_predicted_as_any_picture(
+    colours: tuple[Path, fastunet.UNet],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="part of pip install 'fastunet[pictures]'")
+    folder, model = colours
+    path, damaged = tmp_path / "large.tif", tmp_path / "damaged.tif"
+    tifffile.imwrite(path, _COLOUR[..., :3], tile=(32, 48), compression="zlib", photometric="rgb")
+    damaged.write_bytes(path.read_bytes()[:-5000])
+    asked = ["predict", "-m", str(folder / "model.pth"), "-v", "--tile", "64", "--overlap", "32", *CPU, "-i"]
+    for kind, scale in (("index", "1"), ("probability", "0.5")):
+        written = []
+        for most in (1 << 26, 1000):
+            monkeypatch.setattr("fastunet.decode.MAX_PIXELS", most)
+            assert cli.main([*asked, str(path), "--kind", kind, "-s", scale]) == 0
+            written.append({file.name: file.read_bytes() for file in tmp_path.glob("large_*")})
+        assert written[0] == written[1]
+    before = sorted(os.listdir(tmp_path))
+    squares = fastunet.trained.Trained(model, Preparation("unit", square=64), (), (0, 100, 200)).facts()
+    fastunet.save_checkpoint(tmp_path / "squares.pth", model, mask_values=[0, 100, 200], fastunet=squares)
+    for file, other, refusal in (
+        (damaged, "model.pth", f"cannot read {damaged} (damaged, or not a picture): replace it"),
+        (
+            path,
+            str(tmp_path / "squares.pth"),
+            "large.tif has 130×90 pixels, too many for a square of one picture: cut it",
+        ),
+    ):
+        capsys.readouterr()
+        assert cli.main([*asked, str(file), "-m", str(folder / other)]) == 2
+        assert refusal in capsys.readouterr().err
+    (tmp_path / "squares.pth").unlink()
+    assert sorted(os.listdir(tmp_path)) == before
+    turned = tmp_path / "turned.tif"
+    for why, pixels, options in (
+        ("it is turned where it is shown, orientation 6", _GREY, {"extratags": [(274, 3, 1, 6, True)]}),
+        ("its colours are multiplied by their opacity", _COLOUR, {"extrasamples": ["assocalpha"]}),
+        ("its colours are of kind 5", _COLOUR, {"photometric": "separated"}),
+        ("its numbers are of 1 bits and type bool", _GREY > 99, {}),
+    ):
+        tifffile.imwrite(turned, pixels, **{"photometric": "rgb" if pixels.ndim == 3 else None, **options})
+        with pytest.raises(fastunet.data.DataError, match=f"in parts it cannot be, {why}"):
+            large_tiff.opened(turned, 1)
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(fastunet.data.DataError, match=r"has to be read in parts: pip install 'fastunet\[pictures\]'"):
+        large_tiff.opened(path, 3)
+
+
+# A picture of 24000×6000 in colours, 432 MB, in tiles that are packed: what is added to the memory by reading it in
+# windows, at half its size, and making rows of its own size again.
+STREAMED = """
+import resource, sys, numpy as np, tifffile, torch
+from pathlib import Path
+from fastunet import large_tiff, preparation, tiling
+
+path, height, width = Path(sys.argv[1]), 24_000, 6000
+tile = np.add.outer(np.arange(256), np.arange(256)).astype(np.uint8)[..., None] // np.array([1, 2, 3], np.uint8)
+count = (height // 256 + 1) * (width // 256 + 1)
+tifffile.imwrite(path, (tile for _ in range(count)), shape=(height, width, 3), dtype=np.uint8, tile=(256, 256),
+    compression="zlib", photometric="rgb")
+prepare = preparation.Preparation("unit", scale=0.5)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+large = prepare.in_parts(large_tiff.opened(path, 3))
+read = lambda rows, columns: prepare.normalised(large[:, rows[:, None], columns], 0, 255)
+bands = prepare.restored(tiling.bands(lambda x: x[:, :1], read, height // 2, width // 2), height, width)
+print(sum(band.shape[1] for band in bands), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_is_that_of_a_window(tmp_path: Path) -> None:
+    for package in ("tifffile", "resource"):
+        pytest.importorskip(package, reason="tifffile is part of pip install 'fastunet[pictures]', resource of Unix")
+    done = python("-c", STREAMED, str(tmp_path / "large.tif"))
+    assert done.returncode == 0, done.stderr
+    rows, kilobytes = map(int, done.stdout.split())
+    assert rows == 24_000
+    # Tiles of 2048 rows and more, 46 MB; a band of float32 with what it is blended with, and 256 rows of the result
+    assert kilobytes * (1 if sys.platform == "darwin" else 1024) < 300e6, done.stdout
 
 
 # ---- evaluate ----------------------------------------------------------------------------------------------------
