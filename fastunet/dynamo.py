@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +23,15 @@ from fastunet.activation import Config
 Bound = tuple[dict[str, Any], str, int]  # where a module keeps a tensor, its name there, and which of the inputs it is
 
 
-def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """What runs in place of ``graph_module``; the package's entry point among torch.compile's backends."""
+def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+    """What runs in place of ``graph_module``; the package's entry point among torch.compile's backends.
+
+    Raises:
+        TypeError: torch.compile was given a mode or options, which are Inductor's.
+    """
+    if options:
+        what = " and no ".join(options)
+        raise TypeError(f"expected no {what} for torch.compile's backend fastunet, which has none; leave it out")
     model, bound, kept = _with_modules(graph_module, example_inputs)
     try:
         check_model(model)
@@ -32,11 +40,19 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Call
     if not any(isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) for module in model.children()):
         return graph_module.forward
     model.__dict__["forward"] = Accelerated(model, Config())
+    lock = threading.RLock()
 
     def run(*inputs: Any) -> Any:
-        for owner, name, i in bound:  # the parameters of this call: they may be others than before
-            owner[name] = inputs[i]
-        return model(*(inputs[i] for i in kept))
+        # The parameters are those of this call: Dynamo takes one graph for all models of a kind, and for all threads.
+        # Afterwards they are let go: what Dynamo has compiled outlives the models.
+        with lock:
+            try:
+                for owner, name, i in bound:
+                    owner[name] = inputs[i]
+                return model(*(inputs[i] for i in kept))
+            finally:
+                for owner, name, _ in bound:
+                    owner[name] = None
 
     return run
 
@@ -48,6 +64,8 @@ def _with_modules(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[
     places = [node for node in graph.nodes if node.op == "placeholder"]
     position = {node: i for i, node in enumerate(places)}
     values = {node: node.meta.get("example_value") for node in graph.nodes}
+    made: dict[Any, nn.Module] = {}  # of which one serves all calls with the same tensors, as it did in the model
+    names: dict[nn.Module, str] = {}
 
     def bind(owner: dict[str, Any], name: str, i: int) -> None:
         owner[name] = inputs[i]
@@ -60,18 +78,23 @@ def _with_modules(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[
         call = inspect.signature(make).bind(*node.args, **node.kwargs).arguments
         x = values.get(call["input"])
         own = {name: position.get(y) for name, y in call.items() if isinstance(y, fx.Node) and name != "input"}
-        tensors = {name: i for name, i in own.items() if i is not None and _lasts(inputs[i])}
+        tensors = {name: i for name, i in own.items() if i is not None and _fits(name, inputs[i])}
         plain = len(tensors) == len(own) == len(node.all_input_nodes) - 1  # nothing else is computed
         if not (plain and isinstance(x, Tensor) and x.dim() == 4):
             continue
-        module = make(**{**call, "input": x, **{name: inputs[i] for name, i in tensors.items()}})
+        constants = {name: y for name, y in call.items() if name not in own and name != "input"}
+        twin = make, repr(constants), *tensors.items()
+        module = made.get(twin) if tensors else None
         if module is None:
-            continue
-        for name, i in tensors.items():
-            bind(module._buffers if name.startswith("running_") else module._parameters, name, i)
-        model.add_submodule(f"fused_{n}", module)
+            module = make(x, **constants, **{name: inputs[i] for name, i in tensors.items()})
+            if module is None:
+                continue
+            made[twin], names[module] = module, f"fused_{n}"
+            model.add_submodule(names[module], module)
+            for name, i in tensors.items():
+                bind(module._buffers if name.startswith("running_") else module._parameters, name, i)
         with graph.inserting_before(node):
-            called = graph.call_module(f"fused_{n}", (call["input"],))
+            called = graph.call_module(names[module], (call["input"],))
         values[called] = values[node]
         node.replace_all_uses_with(called)
         graph.erase_node(node)
@@ -96,6 +119,11 @@ def _with_modules(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[
 def _lasts(x: Any) -> bool:
     """Whether an input is a parameter or a buffer, which Dynamo marks."""
     return isinstance(x, nn.Parameter) or getattr(x, "_dynamo_static_input_type", None) is not None
+
+
+def _fits(name: str, x: Any) -> bool:
+    """Whether an input may be what a module calls ``name``: torch.export takes no other tensor for a parameter."""
+    return _lasts(x) if name.startswith("running_") else isinstance(x, nn.Parameter)
 
 
 # ---- functions as modules: arguments as PyTorch names them, tensors to be bound; None where no module does it -------

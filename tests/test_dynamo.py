@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -119,6 +121,46 @@ def test_what_it_cannot_serve_runs_as_the_graph_has_it(doubled: bool, graphs: li
     assert bool(said) == doubled
     # Without gradients Dynamo looks into a Function, as into any other.
     assert [bool(graph._programs) for graph in graphs] == 2 * [not doubled, True]
+
+
+class Again(nn.Module):
+    """One block twice, as recurrent networks have it, and a convolution by a buffer."""
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.PReLU())
+        self.register_buffer("kernel", torch.randn(4, 3, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.block(nn.functional.conv2d(x, self.kernel)))  # type: ignore[no-any-return]
+
+
+def test_modules_that_serve_twice_are_one_and_no_parameter_is_kept(graphs: list[Accelerated]) -> None:
+    """As two, one of which is fused, they would change the statistics that the other's gradient reads."""
+    models = [Again().double() for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fastunet.accelerate")
+        for plain in models:
+            agree(compiled(plain), plain, torch.randn(2, 3, 12, 10, dtype=torch.float64))
+    assert len(graphs) == 2  # for both models, in training and in evaluation
+    assert all(shares(graph)[0] > 0.5 for graph in graphs)
+    ours = compiled(models[0])
+    ours(torch.randn(2, 3, 12, 10, dtype=torch.float64)).sum().backward()
+    gone = [weakref.ref(tensor) for tensor in (*ours.parameters(), *ours.buffers())]
+    del ours
+    gc.collect()
+    assert len(graphs) == 2
+    assert not any(there() is not None for there in gone)
+
+
+def test_modes_and_options_are_refused() -> None:
+    torch._dynamo.reset()
+    ours = Again()
+    ours.compile(backend=dynamo.backend, mode="reduce-overhead")
+    with pytest.raises(Exception, match=r"expected no mode for torch.compile.s backend fastunet, which has none; leave"):
+        ours(torch.randn(2, 3, 12, 10))
 
 
 class Called(nn.Sequential):
