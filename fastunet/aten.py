@@ -396,21 +396,22 @@ def _form_dy(dy: Tensor | None, dmean: Tensor | None, dvar: Tensor | None, y: Te
     if dy is not None:
         total += dy
         if y.dtype.itemsize == 2:
-            _dither(total, y.dtype)
+            total = _dither(total, y.dtype)
     return total.to(y.dtype)
 
 
-def _dither(x: Tensor, dtype: torch.dtype) -> None:
-    """Move float32 x (N, C, H, W) by less than half of the last digit of a 16-bit ``dtype``, in place, before it is
-    rounded to that: as :func:`fastunet.kernels.common.dither`, for what is added to numbers of that dtype."""
+def _dither(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 x (N, C, H, W), moved by less than half of the last digit of a 16-bit ``dtype``, to be rounded to that:
+    as :func:`fastunet.kernels.common.dither`, for what is added to numbers of that dtype. x itself is written over."""
     about = torch.finfo(dtype)
     batch, channels, height, width = x.shape
-    pixel = torch.arange(batch * height * width, device=x.device).mul_(2654435769 * channels).bitwise_and_(0xFFFFFFFF)
-    channel = torch.arange(channels, device=x.device).mul_(2654435769).bitwise_and_(0xFFFFFFFF)
-    turn = pixel.float().view(batch, 1, height, width) * 0.5**32 + channel.float().view(1, channels, 1, 1) * 0.5**32
-    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
-    power.clamp_(about.smallest_normal, about.max / 2)  # infinity stays what it is
-    x.addcmul_(turn.frac_().sub_(0.5), power, value=about.eps)
+    pixel, channel = (torch.arange(n, device=x.device) for n in (batch * height * width, channels))
+    turns = (pixel * channels * 2654435769).int().view(batch, height, width, 1), (channel * 2654435769).int()
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)  # the largest below |x|
+    digit = power.clamp(about.smallest_normal, about.max / 2)  # infinity stays what it is
+    x.addcmul_(torch.add(*turns).movedim(3, 1), digit, value=about.eps * 0.5**32)
+    # Below a power of two digits are half as large: what would come to lie there goes up to it.
+    return torch.maximum(x.abs(), power, out=power).copysign_(x)
 
 
 def _beside(weight: Tensor, z: Tensor) -> torch.memory_format:

@@ -175,12 +175,14 @@ def dither(x, turn, DTYPE: tl.constexpr):
     times :data:`GOLDEN` in uint32, as many are rounded up as it takes.
     """
     if DTYPE.primitive_bitwidth == 16:
-        power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # the largest below |x|
+        least = (x.to(tl.int32, bitcast=True) & -0x800000).to(tl.float32, bitcast=True)  # x's sign and power of two
+        power = tl.abs(least)
         if DTYPE.is_bf16():
             digit = tl.minimum(power, 2.0**120) * 0.5**39  # infinity stays what it is
         else:
             digit = tl.minimum(tl.maximum(power, 0.5**14), 2.0**15) * 0.5**42
-        x += turn.to(tl.int32, bitcast=True).to(tl.float32) * digit
+        moved = x + turn.to(tl.int32, bitcast=True).to(tl.float32) * digit
+        x = tl.where(tl.abs(moved) < power, least, moved)  # below a power of two a digit is half as large
     return x
 
 

@@ -572,9 +572,13 @@ def test_a_program_of_many_tiles(name: str, device: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("pool", [False, True], ids=["", "pool"])
-def test_what_statistics_add_is_not_lost_in_16_bits(pool: bool, dtype: torch.dtype, backend: str, device: str) -> None:
+@pytest.mark.parametrize("ones", [False, True], ids=["", "ones"])
+def test_what_statistics_add_is_not_lost_in_16_bits(
+    ones: bool, pool: bool, dtype: torch.dtype, backend: str, device: str
+) -> None:
     """A gradient of the mean gives each pixel a fifth of the last digit of the pixel's own gradient. Rounded to the
-    nearest, none of it would be left; over all pixels, which the gradient of the bias adds up, it must be all there."""
+    nearest, none of it would be left; over all pixels, which the gradient of the bias adds up, it must be all there,
+    also where below the gradient digits are half as large as above it."""
     skip_if_unsupported(backend, dtype, device)
     x = torch.ones(1, 1, 64, 48, device=device, dtype=dtype)
     weight = torch.full((2, 1, 1, 1), 0.5, device=device, dtype=dtype, requires_grad=True)
@@ -582,7 +586,7 @@ def test_what_statistics_add_is_not_lost_in_16_bits(pool: bool, dtype: torch.dty
     y, mean, _, _, p = ops.conv2d(
         x, None, 1.0, None, None, 1.0, weight, None, 1, (64, 48), (0, 0, 0, 0), 1, True, pool, pools, backend
     )  # fmt: skip
-    half = torch.rand(1, 2, 32, 48, device=device).add(1).to(dtype)  # from 1 to 2: one last digit
+    half = torch.rand(1, 2, 32, 48, device=device).mul(not ones).add(1).to(dtype)  # from 1 to 2: one last digit
     dy = torch.cat((half, -half), 2)
     digit = torch.finfo(dtype).eps
     share = torch.tensor([0.2, -0.2], device=device) * digit

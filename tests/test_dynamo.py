@@ -159,7 +159,9 @@ def test_modes_and_options_are_refused() -> None:
     torch._dynamo.reset()
     ours = Again()
     ours.compile(backend=dynamo.backend, mode="reduce-overhead")
-    with pytest.raises(Exception, match=r"expected no mode for torch.compile.s backend fastunet, which has none; leave"):
+    with pytest.raises(
+        Exception, match=r"expected no mode for torch.compile.s backend fastunet, which has none; leave"
+    ):
         ours(torch.randn(2, 3, 12, 10))
 
 
