@@ -38,32 +38,41 @@ class CapturedStep:
 
     def __init__(self, backward: Callable[..., Tensor], module: nn.Module, batch: Sequence[Tensor]) -> None:
         self.key = key_of(batch)
-        self._batch = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in batch]
-        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._batch = [x.detach().clone() for x in batch]
+        everything = [*module.parameters()]
+        self._parameters = [p for p in everything if p.requires_grad]
+        self._found = [(p, p.requires_grad, p.data_ptr()) for p in everything]
         self._graph = torch.cuda.CUDAGraph()
-        for mine, given in zip(self._batch, batch, strict=True):
-            mine.copy_(given)
         buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what goes wrong here would without a graph
+            for _ in range(WARM_UP):
+                self._forget()
+                backward(*self._batch)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._forget()
         try:
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    self._forget()
-                    backward(*self._batch)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._forget()
-            with torch.cuda.graph(self._graph):
+            # Other threads may allocate meanwhile, as one that pins batches does.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._loss = backward(*self._batch)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise GraphError(
-                f"expected a step that a CUDA graph can hold, got one that it cannot ({str(error).splitlines()[0]}); "
-                "train without a graph"
+                "expected a step that a CUDA graph can hold, got one that it cannot "
+                f"({str(error).partition(chr(10))[0]}); train without a graph"
             ) from error
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
         self._gradients = [p.grad for p in self._parameters]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the same parameters want gradients as when it was captured, and lie where they lay."""
+        return all(p.requires_grad == wanted and p.data_ptr() == place for p, wanted, place in self._found)
 
     def __call__(self, *batch: Tensor) -> Tensor:
         """The loss of ``batch``, whose gradients the parameters then have, in place of those they had."""

@@ -163,10 +163,10 @@ class Run:
         clip: largest norm of the gradient, or None.
         ema: decay of a running average of the weights, which is then what is validated; None for none.
         graph: compute the gradients in a CUDA graph, captured for batches like the first; others run without it, and
-            so do those of a step that accumulates.
+            so do those of a step that accumulates. What a loss or a network decides in Python, it decides once.
 
     Raises:
-        ValueError: a graph is asked for on a CPU or around DDP.
+        ValueError: a graph is asked for on a CPU, around DDP or in one of several processes.
         GraphError: by :meth:`update`, if the step cannot be captured.
     """
 
@@ -189,8 +189,9 @@ class Run:
         self.scheduler = scheduler
         self.autocast = AUTOCAST[precision]
         self.device = _device(self.model)
-        if graph and (self.device.type != "cuda" or inner is not objective):
-            where = self.device if inner is objective else "several devices"
+        several = inner is not objective or distributed.processes() > 1
+        if graph and (self.device.type != "cuda" or several):
+            where = "several devices" if several else self.device
             raise ValueError(f"expected a network on one CUDA GPU for graph=True, got one on {where}; leave it out")
         self.dtype = next(self.model.parameters()).dtype
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -244,7 +245,8 @@ class Run:
 
         if not self.graph or of > 1:  # a replay writes gradients, and adds none
             return backward(*batch)
-        if self._captured is None:
+        if self._captured is None or (self._captured.key == key_of(batch) and not self._captured.holds):
+            self._captured = None  # whose memory the next one can have
             self._captured = CapturedStep(backward, self.objective, batch)
         return self._captured(*batch) if self._captured.key == key_of(batch) else backward(*batch)
 

@@ -55,7 +55,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, what in {"CUDAGraph": Graph, "Stream": Stream, "current_stream": Stream}.items():
         monkeypatch.setattr(torch.cuda, name, what)
     for name in ("graph", "stream"):
-        monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: contextlib.nullcontext())
     capture = graphs.CapturedStep.__init__
 
     def watched(self: Any, backward: Any, *rest: Any) -> None:
@@ -117,6 +117,35 @@ def test_gradients_are_there_for_whoever_reads_them() -> None:
     run.update([batch])
     assert run._captured is captured
     assert any(not torch.equal(p.grad, old) for p, old in zip(run.model.parameters(), before, strict=True))
+
+
+def test_a_parameter_that_is_frozen_or_moved_is_captured_anew() -> None:
+    model = MODELS["unet"]()
+    runs = without, run = [trained(model, "fp32", graph)[1] for graph in (False, True)]
+    captured = run._captured
+    images, labels = torch.randn(2, 3, 32, 48), torch.randint(0, 3, (2, 32, 48))
+    for change in (
+        lambda model: model.outc.requires_grad_(False),
+        lambda model: model.outc.requires_grad_(True),
+        lambda model: setattr(model.outc.conv.bias, "data", model.outc.conv.bias.data.clone()),
+    ):
+        for each in runs:
+            change(each.model)
+            each.update([(images, labels)])
+        assert run._captured is not captured
+        captured = run._captured
+        for ours, theirs in zip(run.model.parameters(), without.model.parameters(), strict=True):
+            if DEVICE == "cpu":
+                assert_equal(ours, theirs)
+            assert (ours.grad is None) == (theirs.grad is None)
+    run._captured = None
+    run.update([(images, labels[:1, :1, :1].expand_as(labels))])  # one number in all places: none to write to
+
+
+def test_what_goes_wrong_in_any_step_is_said_as_without_a_graph() -> None:
+    with pytest.raises(RuntimeError, match="to have 4 channels") as caught:
+        trained(nn.Conv2d(4, 3, 1), "fp32", graph=True)
+    assert not isinstance(caught.value, graphs.GraphError)
 
 
 @on_gpu
