@@ -42,7 +42,10 @@ class LargeTiff:
 
     def __getitem__(self, key: tuple[Any, ...]) -> Array:
         _, *places = (*key, slice(None))[:3]
-        rows, columns = (np.arange(n)[index].ravel() for n, index in zip(self._size, places, strict=True))
+        rows, columns = (
+            np.arange(*index.indices(n)) if isinstance(index, slice) else index.ravel()
+            for n, index in zip(self._size, places, strict=True)
+        )
         (top, bottom), (left, right) = ((int(index.min()), int(index.max()) + 1) for index in (rows, columns))
         down = range(top // self._rows, -(-bottom // self._rows))
         across = range(left // self._columns, -(-right // self._columns))
@@ -82,7 +85,7 @@ class LargeTiff:
         self._free = bool(tags.is_final)  # row after row, not packed: may be cut where one likes
         self._rows: int = _ROWS if self._free else tags.tilelength if tags.is_tiled else tags.rowsperstrip
         self._columns: int = tags.tilewidth if tags.is_tiled and not self._free else width
-        size = self._rows * width * samples * self._stored.itemsize
+        size = self._rows * max(width, self._columns) * samples * self._stored.itemsize
         if size > MAX_BYTES:
             raise self._refused(f"its strips have {size:,} bytes, of at most {MAX_BYTES:,}")
 

@@ -337,6 +337,15 @@ def test_a_large_tiff_is_predicted_as_any_picture(
         tifffile.imwrite(turned, pixels, **{"photometric": "rgb" if pixels.ndim == 3 else None, **options})
         with pytest.raises(fastunet.data.DataError, match=f"in parts it cannot be, {why}"):
             large_tiff.opened(turned, 1)
+    for tag, value in ((322, 1 << 31), (257, 1 << 31)):  # of what a header says no memory is taken
+        tifffile.imwrite(turned, _GREY, tile=(32, 48))
+        with tifffile.TiffFile(turned, mode="r+b") as file:
+            file.pages[0].tags[tag].overwrite(value)
+        if tag == 322:
+            with pytest.raises(fastunet.data.DataError, match=r"its strips have [\d,]+ bytes, of at most"):
+                large_tiff.opened(turned, 1)
+        else:
+            assert np.array_equal(large_tiff.opened(turned, 1)[:, :40], _GREY[None, :40])
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(fastunet.data.DataError, match=r"has to be read in parts: pip install 'fastunet\[pictures\]'"):
         large_tiff.opened(path, 3)
