@@ -32,7 +32,9 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
     if options:
         what = " and no ".join(options)
         raise TypeError(f"expected no {what} for torch.compile's backend fastunet, which has none; leave it out")
-    model, bound, kept = _with_modules(graph_module, example_inputs)
+    model = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    _write_numbers(model.graph, example_inputs)
+    bound, kept = _with_modules(model, example_inputs)
     try:
         check_model(model)
     except (TypeError, ValueError):  # what accelerate refuses: several devices, shards
@@ -57,9 +59,29 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any], **optio
     return run
 
 
-def _with_modules(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[fx.GraphModule, list[Bound], list[int]]:
-    """The graph with modules in it, where the tensors in these come from, and which inputs are left."""
-    model = fx.GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+def _write_numbers(graph: fx.Graph, inputs: Sequence[Any]) -> None:
+    """Write into the graph the numbers that norms take of its inputs, of which torch.export would know nothing.
+
+    Where all is to be open, Dynamo makes tensors of epsilons and momenta. It traces again for others: operators that
+    take numbers fix them.
+    """
+    places = [node for node in graph.nodes if node.op == "placeholder"]
+    for place, x in zip(places, inputs, strict=True):
+        for item in [user for user in place.users if user.op == "call_method" and user.target == "item"]:
+            if type(x) is Tensor and x.dtype == torch.float64 and all(user.target in _MODULES for user in item.users):
+                for user in list(item.users):
+                    given = {name: float(x) if y is item else y for name, y in _arguments(user).items()}
+                    user.args, user.kwargs = (), given
+                graph.erase_node(item)
+
+
+def _arguments(call: fx.Node) -> dict[str, Any]:
+    """What a function of :data:`_MODULES` is called with, by names."""
+    return inspect.signature(_MODULES[call.target]).bind(*call.args, **call.kwargs).arguments
+
+
+def _with_modules(model: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[Bound], list[int]]:
+    """Put modules into the graph, and say where the tensors in these come from, and which inputs are left."""
     graph, bound = model.graph, list[Bound]()
     places = [node for node in graph.nodes if node.op == "placeholder"]
     position = {node: i for i, node in enumerate(places)}
@@ -75,7 +97,7 @@ def _with_modules(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[
         make = _MODULES.get(node.target) if node.op == "call_function" else None
         if make is None:
             continue
-        call = inspect.signature(make).bind(*node.args, **node.kwargs).arguments
+        call = _arguments(node)
         x = values.get(call["input"])
         own = {name: position.get(y) for name, y in call.items() if isinstance(y, fx.Node) and name != "input"}
         tensors = {name: i for name, i in own.items() if i is not None and _fits(name, inputs[i])}
@@ -113,7 +135,7 @@ def _with_modules(graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[
         if not node.users:
             graph.erase_node(node)
     model.recompile()
-    return model, bound, kept
+    return bound, kept
 
 
 def _lasts(x: Any) -> bool:

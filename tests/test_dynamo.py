@@ -155,6 +155,21 @@ def test_modules_that_serve_twice_are_one_and_no_parameter_is_kept(graphs: list[
     assert not any(there() is not None for there in gone)
 
 
+def test_numbers_of_norms_are_known_where_all_is_open(graphs: list[Accelerated]) -> None:
+    """``dynamic=True`` makes inputs of momenta and epsilons, and traces again for other ones."""
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, momentum=0.5), nn.ReLU()).double()
+    ours = copy.deepcopy(plain)
+    ours.forward = torch.compile(ours.forward, backend=dynamo.backend, dynamic=True)  # type: ignore[method-assign]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fastunet.accelerate")
+        for momentum in (0.5, 0.25, 0.5):
+            for model in (plain, ours):
+                model[1].momentum = momentum
+            agree(ours, plain, torch.randn(2, 3, 12, 10, dtype=torch.float64))
+    assert len(graphs) == 4  # for each of two momenta one in training and one in evaluation
+    assert all(shares(graph)[0] == 1 for graph in graphs)
+
+
 def test_modes_and_options_are_refused() -> None:
     torch._dynamo.reset()
     ours = Again()
