@@ -88,11 +88,11 @@ def _form_dy_kernel(
         if dvar_ptr is not None:
             d += slope[None, :] * (tl.load(y_ptr + index, mask=mask, other=0.0).to(ACC) - mean[None, :])
         d += level[None, :]
+        if sum_ptr is not None:
+            total += tl.sum(tl.where(mask, d, 0.0), 0)
         if out_ptr is not None:
             turn = ((first + m).to(tl.uint32) * golden * K)[:, None] + (k.to(tl.uint32) * golden)[None, :]
             tl.store(out_ptr + index, dither(d, turn, dtype).to(dtype), mask=mask)
-        if sum_ptr is not None:
-            total += tl.sum(tl.where(mask, d, 0.0), 0)
     if sum_ptr is not None:
         tl.store(sum_ptr + slab * K + k, total, mask=k < K)
 
