@@ -156,8 +156,7 @@ def test_same_bits_every_time(backend: str, device: str) -> None:
 def test_gradcheck(slope: float, backend: str, device: str) -> None:
     x = torch.randn(2, 3, 2, 3, dtype=torch.float64, device=device, requires_grad=True)
     affine = random_affine(3, device, torch.float64).requires_grad_()
-    if backend == "triton" and device == "cuda":
-        pytest.skip("the kernels take float64 in the interpreter only")
+    skip_if_unsupported(backend, torch.float64, device)
     assert torch.autograd.gradcheck(lambda *a: ops.affine_act(*a, slope, backend), (x, affine), fast_mode=True)
 
 
@@ -227,8 +226,7 @@ def test_bn_affine(channels: int, parameters: torch.dtype | None, backend: str, 
 
 
 def test_bn_affine_gradcheck(backend: str, device: str) -> None:
-    if backend == "triton" and device == "cuda":
-        pytest.skip("the kernels take float64 in the interpreter only")
+    skip_if_unsupported(backend, torch.float64, device)
     mean, weight, bias = (torch.randn(4, dtype=torch.float64, device=device, requires_grad=True) for _ in range(3))
     var = (torch.rand(4, dtype=torch.float64, device=device) + 0.5).requires_grad_()
     inputs = (mean, var, weight, bias)
