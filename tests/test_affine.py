@@ -279,20 +279,38 @@ def test_bn_affine_of_strided_vectors(backend: str, device: str) -> None:
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+class Backwards(TorchDispatchMode):
+    """The arguments of ATen's batch norm backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.native_batch_norm_backward.default:
+            self.seen.append(args)
+        return func(*args, **(kwargs or {}))
+
+
 def test_the_torch_backward_gives_cuda_the_statistics_that_it_insists_on() -> None:
     """CUDA's batch norm in eval mode fails on absent saved statistics, which a CPU's does not look at."""
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.aten.native_batch_norm_backward.default:
-                seen.append(args)
-            return func(*args, **(kwargs or {}))
-
     x, affine = torch.randn(2, 3, 4, 5), torch.randn(3, 3)
-    with Watch():
+    with Backwards() as calls:
         aten.affine_act_backward(torch.randn_like(x), x, affine, 0.0)
-    assert seen
-    for _, _, _, mean, var, saved_mean, saved_scale, *_ in seen:
+    assert calls.seen
+    for _, _, _, mean, var, saved_mean, saved_scale, *_ in calls.seen:
         assert torch.equal(saved_mean, mean)
         assert torch.equal(saved_scale, var)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_torch_backward_gives_cuda_memory_that_it_adds_up_in_float32(layout: str) -> None:
+    """Of contiguous 16-bit memory CUDA's batch norm adds up in 16 bits; the meta device is as much not a CPU."""
+    x, dz = (laid_out((2, 3, 4, 5), each, torch.float16, "cpu").to("meta") for each in (layout, "contiguous"))
+    with Backwards() as calls:
+        aten.affine_act_backward(dz, x, torch.randn(3, 3, device="meta"), 0.0)
+    ((g, operand, *_, wanted),) = calls.seen
+    assert wanted == [True] * 3
+    for t in (g, operand):
+        assert t.is_contiguous(memory_format=torch.channels_last)
+        assert t.stride(1) == 1
