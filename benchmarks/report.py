@@ -148,16 +148,17 @@ def _gpu_section(gpu: str, rows: Sequence[Row]) -> str:
 
     A case that was timed twice in one run, beside compilers and beside everybody else, is there twice.
     """
-    last = {row["case"]: row["time"] for row in rows}
-    chosen = [row for row in rows if row["kind"] != "op" and row["time"] == last[row["case"]]]
+    tells = [row for row in rows if row["kind"] != "op" and _tells(row)]
+    last = {row["case"]: row["time"] for row in tells}
+    chosen = [row for row in tells if row["time"] == last[row["case"]]]
     marks = {f"{(row['commit'] or row['sources'])[:10]}{' with changes' if row['dirty'] else ''}" for row in chosen}
     first, codes = rows[-1], sorted(marks)
     path = f"benchmarks/results/{slug(gpu)}.jsonl"
     versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("torch", "triton", "cuda"))
     text = [
         f"Measured on one {gpu} (driver {first['driver']}; {versions}; code at {', '.join(codes)}): milliseconds by "
-        "CUDA events with a cold L2 cache, providers in turn; the median, and the 20th and 80th percentile. Ids are "
-        f"those of [{path}]({path}).",
+        "CUDA events with a cold L2 cache, providers in turn, each step begun on an idle GPU; the median, and the 20th "
+        f"and 80th percentile. Ids are those of [{path}]({path}).",
         "| case | provider | ms | p20–p80 | × eager | peak GB | id |\n|---|---|---|---|---|---|---|",
     ]
     for row in chosen:
@@ -168,6 +169,12 @@ def _gpu_section(gpu: str, rows: Sequence[Row]) -> str:
     if wrong:
         text.append(f"Timed although their check objected: {'; '.join(wrong)}.")
     return "\n\n".join(text)
+
+
+def _tells(row: Row) -> bool:
+    """Whether a row tells what a step takes. Of the first networks' it does not: the host could issue a step while the
+    GPU was at another provider's, and only a graph's takes no time to issue."""
+    return row["kind"] != "net" or row.get("idle", False) or row["provider"].endswith("-graph")
 
 
 def with_section(readme: str, text: str) -> str:

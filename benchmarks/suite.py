@@ -257,6 +257,7 @@ def _prepared(
     found: dict[str, Any] = {
         "error": errors,
         "shift": shift,
+        "idle": case.kind == "net",  # the GPU is, when a step begins
         "wrong": wrong,
         "layouts": layouts,
         "peak_bytes": memory.peak(step, provider.memory),

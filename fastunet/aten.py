@@ -159,21 +159,21 @@ def _normalise_backward(
         return dx, torch.stack([dscale, dshift, -scale * dshift], 1)
     scale, _, centre = affine.contiguous().unbind(0)  # ATen's channels_last kernels assume dense rows
     one = torch.ones_like(centre)  # also passed as saved statistics, which CUDA requires
-    if adds_one_by_one(x):
-        dz = channels_last(dz)
-        dscale, dshift = _pixel_dots(x, dz, centre)
-        dx, _, _ = aten.native_batch_norm_backward(
-            dz, x, scale, centre, one, centre, one, False, 0.0, [True, False, False]
-        )
+    on_cpu = x.device.type == "cpu"
+    by_pixel = adds_one_by_one(x)
+    if by_pixel or not on_cpu:
+        # Of contiguous memory CUDA's batch norm rounds products and partial sums to 16 bits while it adds them up.
+        x, dz = channels_last(x), channels_last(dz)
     else:
         dz = dz.contiguous(memory_format=memory_format(x))  # a stride that means nothing, of one picture, misleads ATen
-        sums = x.device.type != "cpu"  # which adds up the pixels of a plane one by one too
-        dx, dscale, dshift = aten.native_batch_norm_backward(
-            dz, x, scale, centre, one, centre, one, False, 0.0, [True, sums, sums]
-        )
-        if not sums:
-            dscale = (dz * (x - _by_sample(centre))).sum((0, 2, 3))
-            dshift = dz.sum((0, 2, 3), dtype=affine.dtype)
+    dx, dscale, dshift = aten.native_batch_norm_backward(
+        dz, x, scale, centre, one, centre, one, False, 0.0, [True, not on_cpu, not on_cpu]
+    )
+    if by_pixel:
+        dscale, dshift = _pixel_dots(x, dz, centre)
+    elif on_cpu:  # where ATen's batch norm adds up the pixels of a plane one by one too
+        dscale = (dz * (x - _by_sample(centre))).sum((0, 2, 3))
+        dshift = dz.sum((0, 2, 3), dtype=affine.dtype)
     return dx, torch.stack([dscale, dshift, -scale * dshift])
 
 

@@ -8,6 +8,7 @@ takes 20 µs, where no mode, tracer or profiler has to see the call.
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,10 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.utils import get_layout_constraint_tag
 from torch.autograd import forward_ad
 
 from fastunet.backend import deciding, serving
 from fastunet.layout import activation, memory_format, no_stats
+from fastunet.versions import numbers
 
 Operator = Any  # torch._ops.OpOverload
 
@@ -117,6 +120,7 @@ def _define(
         return implementation(*args)
 
     def checked_fake(*args: Any) -> Any:
+        _introduce_to_inductor()
         _check_devices(names, like, args)
         if check is not None:
             check(args)
@@ -126,6 +130,18 @@ def _define(
     _LIBRARY.impl(name, dispatched, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastunet::{name}", checked_fake, lib=_LIBRARY)
     return operator
+
+
+def _introduce_to_inductor() -> None:
+    """Tell inductor, if somebody uses it, that our operators run as they are: what it finds out by itself too, but
+    before PyTorch 2.13 it makes a text first, of the operator's arguments and theirs and so on, which never ends."""
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is None or numbers(torch.__version__) >= (2, 13):
+        return
+    for operator in _IMPLEMENTATIONS:
+        if operator not in lowering.lowerings:
+            constraint = lowering.tag_to_layout_constraint(get_layout_constraint_tag(operator))
+            lowering.make_fallback(operator, constraint, warn=False)
 
 
 def _names(schema: Any) -> list[str]:

@@ -461,11 +461,11 @@ def _compare(case: Case, dtype: torch.dtype, device: torch.device, backend: str)
     exact: Tensors = {}
     for name, shape in case.inputs.items():
         scale = 1 / max(1, shape[1] * shape[2] * shape[3]) ** 0.5 if name == "weight" and len(shape) == 4 else 1.0
-        value = torch.randn(shape, dtype=torch.float64, device=device) * scale
+        value = torch.randn(shape, dtype=torch.float64).to(device) * scale  # the same numbers on every device
         # Affines and statistics are float32 beside 16-bit activations; truth starts from the same rounded values.
         exact[name] = value.to(_input_dtype(name, shape, dtype)).double().requires_grad_(name != "pixel_weight")
     if case.labels is not None:
-        exact["labels"] = torch.randint(case.labels[0], case.labels[1], device=device)
+        exact["labels"] = torch.randint(case.labels[0], case.labels[1]).to(device)
     parts = ("forward", "backward") if case.backward else ("forward",)
     truth = _outputs_and_gradients(case.truth, exact, case.backward)
     ours = _outputs_and_gradients(lambda t: case.ours(t, backend), _rounded(exact, dtype, None), case.backward)
@@ -579,10 +579,10 @@ def networks(device: torch.device, backend: str, quick: bool) -> Iterator[Row]:
 def _network(name: str, device: torch.device, backend: str, dtype: torch.dtype) -> Iterator[Row]:
     ours, theirs, settings, shape = NETWORKS[name]
     torch.manual_seed(0)
-    # Weights and input that the dtype holds exactly: truth and the others start from the same numbers.
+    # Weights and input that the dtype holds exactly: truth and the others start from the same numbers, on any device.
     truth_model = theirs(**settings).to(device, dtype).double()
     weights = copy.deepcopy(truth_model.state_dict())
-    x = torch.randn(shape, dtype=torch.float64, device=device).to(dtype)
+    x = torch.randn(shape, dtype=torch.float64).to(device, dtype)
 
     def step(build: Callable[..., nn.Module], form: torch.memory_format, x: Tensor = x, **more: Any) -> Results:
         model = build(**settings, **more).to(device, dtype)
@@ -594,7 +594,8 @@ def _network(name: str, device: torch.device, backend: str, dtype: torch.dtype) 
     found = step(ours, torch.contiguous_format, backend=backend)
     own: list[Results] = []
     if dtype != torch.float64:
-        moved = [x * (1 + torch.finfo(dtype).eps / 2 * torch.randn_like(x)) for _ in range(NEIGHBOURS)]
+        noise = [torch.randn(shape, dtype=dtype).to(device) for _ in range(NEIGHBOURS)]
+        moved = [x * (1 + torch.finfo(dtype).eps / 2 * each) for each in noise]
         forms = torch.contiguous_format, torch.channels_last
         own = [step(theirs, form, each) for each in (x, *moved) for form in forms]
     for part, tensors in truth.items():

@@ -430,8 +430,8 @@ FOUND = [
     Fault(
         "an affine's gradients of a CPU are added up one by one",
         "fastunet/aten.py",
-        "    if adds_one_by_one(x):\n        dz = channels_last(dz)",
-        "    if False:\n        dz = channels_last(dz)",
+        "    by_pixel = adds_one_by_one(x)",
+        "    by_pixel = False",
         "tests/test_properties.py::test_many_pixels",
     ),
     Fault(

@@ -156,8 +156,7 @@ def test_same_bits_every_time(backend: str, device: str) -> None:
 def test_gradcheck(slope: float, backend: str, device: str) -> None:
     x = torch.randn(2, 3, 2, 3, dtype=torch.float64, device=device, requires_grad=True)
     affine = random_affine(3, device, torch.float64).requires_grad_()
-    if backend == "triton" and device == "cuda":
-        pytest.skip("the kernels take float64 in the interpreter only")
+    skip_if_unsupported(backend, torch.float64, device)
     assert torch.autograd.gradcheck(lambda *a: ops.affine_act(*a, slope, backend), (x, affine), fast_mode=True)
 
 
@@ -227,8 +226,7 @@ def test_bn_affine(channels: int, parameters: torch.dtype | None, backend: str, 
 
 
 def test_bn_affine_gradcheck(backend: str, device: str) -> None:
-    if backend == "triton" and device == "cuda":
-        pytest.skip("the kernels take float64 in the interpreter only")
+    skip_if_unsupported(backend, torch.float64, device)
     mean, weight, bias = (torch.randn(4, dtype=torch.float64, device=device, requires_grad=True) for _ in range(3))
     var = (torch.rand(4, dtype=torch.float64, device=device) + 0.5).requires_grad_()
     inputs = (mean, var, weight, bias)
@@ -281,20 +279,38 @@ def test_bn_affine_of_strided_vectors(backend: str, device: str) -> None:
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+class Backwards(TorchDispatchMode):
+    """The arguments of ATen's batch norm backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.native_batch_norm_backward.default:
+            self.seen.append(args)
+        return func(*args, **(kwargs or {}))
+
+
 def test_the_torch_backward_gives_cuda_the_statistics_that_it_insists_on() -> None:
     """CUDA's batch norm in eval mode fails on absent saved statistics, which a CPU's does not look at."""
-    seen = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.aten.native_batch_norm_backward.default:
-                seen.append(args)
-            return func(*args, **(kwargs or {}))
-
     x, affine = torch.randn(2, 3, 4, 5), torch.randn(3, 3)
-    with Watch():
+    with Backwards() as calls:
         aten.affine_act_backward(torch.randn_like(x), x, affine, 0.0)
-    assert seen
-    for _, _, _, mean, var, saved_mean, saved_scale, *_ in seen:
+    assert calls.seen
+    for _, _, _, mean, var, saved_mean, saved_scale, *_ in calls.seen:
         assert torch.equal(saved_mean, mean)
         assert torch.equal(saved_scale, var)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_torch_backward_gives_cuda_memory_that_it_adds_up_in_float32(layout: str) -> None:
+    """Of contiguous 16-bit memory CUDA's batch norm adds up in 16 bits; the meta device is as much not a CPU."""
+    x, dz = (laid_out((2, 3, 4, 5), each, torch.float16, "cpu").to("meta") for each in (layout, "contiguous"))
+    with Backwards() as calls:
+        aten.affine_act_backward(dz, x, torch.randn(3, 3, device="meta"), 0.0)
+    ((g, operand, *_, wanted),) = calls.seen
+    assert wanted == [True] * 3
+    for t in (g, operand):
+        assert t.is_contiguous(memory_format=torch.channels_last)
+        assert t.stride(1) == 1

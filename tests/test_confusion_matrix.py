@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from sources import skip_if_unsupported
 from torch import Tensor
 
 from fastunet import ops
@@ -50,10 +51,7 @@ def test_counts(shape: tuple[int, int, int, int], backend: str, device: str) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_dtypes(dtype: torch.dtype, backend: str, device: str) -> None:
-    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly; this needs a GPU")
-    if backend == "triton" and device == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 kernels are for the interpreter")
+    skip_if_unsupported(backend, dtype, device)
     check(*make((2, 5, 6, 7), device, dtype), backend)
 
 

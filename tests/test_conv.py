@@ -161,8 +161,8 @@ def gradients(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tenso
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_forward_and_backward(case: Conv, dtype: torch.dtype, save: bool, backend: str, device: str) -> None:
     skip_if_unsupported(backend, dtype, device)
-    if backend == "triton" and (save or (dtype == torch.float64 and device == "cuda")):
-        pytest.skip("the kernels keep nothing normalised, and take float64 in the interpreter only")
+    if backend == "triton" and save:
+        pytest.skip("the kernels keep nothing normalised")
     inputs = draw(case, device, torch.float32 if dtype == torch.float64 else dtype)
     exact, inputs, plainly = inputs.to(torch.float64), inputs.to(dtype), inputs.to(dtype)
     truth, own, result = run(case, exact, None), run(case, plainly, None), run(case, inputs, backend, save)
@@ -204,8 +204,6 @@ def test_normalised_as_it_is_stored(
     case: Conv, with_affine: bool, dtype: torch.dtype, backend: str, device: str
 ) -> None:
     skip_if_unsupported(backend, dtype, device)
-    if backend == "triton" and dtype == torch.float64 and device == "cuda":
-        pytest.skip("the kernels take float64 in the interpreter only")
     inputs = draw(case, device, torch.float32 if dtype == torch.float64 else dtype)
     affine = random_affine(case.filters, device) if with_affine else None
     exact, inputs, plainly = inputs.to(torch.float64), inputs.to(dtype), inputs.to(dtype)
@@ -438,8 +436,7 @@ GRADCHECK = {
 
 @pytest.mark.parametrize("case", GRADCHECK.values(), ids=GRADCHECK)
 def test_gradcheck(case: Conv, backend: str, device: str) -> None:
-    if backend == "triton" and device == "cuda":
-        pytest.skip("the kernels take float64 in the interpreter only")
+    skip_if_unsupported(backend, torch.float64, device)
     inputs = draw(case, device).to(torch.float64)
     with torch.no_grad():  # away from the kink of ReLU
         for x, affine in ((inputs.x0, inputs.affine0), (inputs.x1, inputs.affine1)):

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from sources import assert_near
+from sources import assert_near, skip_if_unsupported
 from test_conv import CASES, Conv, Inputs, draw, gradients, run
 
 from fastunet.kernels import conv_aten, table
@@ -46,8 +46,7 @@ RUNS = [
 @pytest.mark.parametrize(("algorithm", "name", "dtype"), RUNS, ids=str)
 def test_forward_and_backward(name: str, dtype: torch.dtype, algorithm: str, device: str) -> None:
     case = SERVED[name]
-    if dtype == torch.float64 and device == "cuda":
-        pytest.skip("the kernels take float64 in the interpreter only")
+    skip_if_unsupported("triton", dtype, device)
     inputs = draw(case, device, torch.float32 if dtype == torch.float64 else dtype)
     exact, inputs, plainly = inputs.to(torch.float64), inputs.to(dtype), inputs.to(dtype)
     assert_near(outcome(case, inputs, algorithm), outcome(case, exact, None), outcome(case, plainly, None), dtype)

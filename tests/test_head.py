@@ -11,7 +11,7 @@ from torch import Tensor
 from fastunet import ops
 from fastunet.layout import stats_dtype
 from fastunet.reference import functional as reference
-from tests.sources import LAYOUTS, laid_out, random_affine, skip_if_unsupported
+from tests.sources import LAYOUTS, laid_out, random_affine, skip_if_unsupported, widest
 
 IGNORE = -100
 ALL = [True, True, True]
@@ -92,12 +92,10 @@ def check(operands: list[Any], backend: str, rtol: float, atol: float, wanted: l
 
 @case
 def test_equals_the_reference_in_float64(case: Case, backend: str, device: str) -> None:
-    operands = make(case, device)
-    if backend == "triton" and device == "cuda":
-        operands = [t.float() if isinstance(t, Tensor) and t.is_floating_point() else t for t in operands]
-        check(operands, backend, rtol=1e-4, atol=1e-5)  # float32, whose sums over channels and pixels these are
-    else:
-        check(operands, backend, rtol=1e-11, atol=1e-12)
+    dtype = widest(backend, device)
+    operands = [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in make(case, device)]
+    # Sums over channels and pixels.
+    check(operands, backend, *((1e-11, 1e-12) if dtype == torch.float64 else (1e-4, 1e-5)))
 
 
 @pytest.mark.parametrize("wanted", [[w == k for w in range(3)] for k in range(4)], ids=["p2", "ce", "smooth", "none"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sources import skip_if_unsupported
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -94,8 +95,7 @@ def test_equals_the_loss_of_the_logits(network: Callable[..., Any]) -> None:
 def test_the_kernel_in_the_networks_place(device: str) -> None:
     """The head alone by its kernel, in the interpreter: the rest by ATen, which is a thousand times as fast there."""
     pytest.importorskip("triton")
-    if device == "cuda":
-        pytest.skip("float64 kernels run in the interpreter alone")
+    skip_if_unsupported("triton", torch.float64, device)
     criterion = losses.DiceCELoss(backend="torch")
     x, labels = data(criterion)
     model = NETWORKS["unet"](backend="torch").double()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from sources import LAYOUTS, SLOPES, check_compiled, laid_out
+from sources import LAYOUTS, SLOPES, check_compiled, laid_out, skip_if_unsupported
 from torch import Tensor
 
 from fastunet import ops
@@ -47,8 +47,7 @@ def arguments(
 @pytest.fixture
 def float64(backend: str, device: str) -> str:
     """Each backend that takes float64."""
-    if backend == "triton" and device == "cuda":
-        pytest.skip("the kernels take float64 in the interpreter only")
+    skip_if_unsupported(backend, torch.float64, device)
     return backend
 
 

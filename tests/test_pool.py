@@ -139,8 +139,7 @@ def test_same_bits_every_time(backend: str, device: str) -> None:
 
 
 def test_gradcheck(backend: str, device: str) -> None:
-    if backend == "triton" and device == "cuda":
-        pytest.skip("the kernels take float64 in the interpreter only")
+    skip_if_unsupported(backend, torch.float64, device)
     # A shuffled grid: no two values are closer than the finite difference.
     x = torch.randperm(2 * 3 * 3 * 5, device=device).double().view(2, 3, 3, 5).requires_grad_()
     affine = random_affine(3, device, torch.float64)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from sources import skip_if_unsupported
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -139,8 +140,7 @@ def test_columns_not_wanted_are_zero_and_get_no_gradient(
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
 def test_dtypes(dtype: torch.dtype, mode: str, backend: str, device: str) -> None:
-    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter computes bfloat16 wrongly; this needs a GPU")
+    skip_if_unsupported(backend, dtype, device)
     check(*make(Case((2, 5, 4, 7), mode, weighted=True), device, dtype), mode, backend)
 
 
@@ -300,8 +300,7 @@ def test_empty(shape: tuple[int, int, int, int], backend: str, device: str) -> N
 
 @pytest.mark.parametrize("mode", ["softmax", "sigmoid"])
 def test_gradcheck(mode: str, backend: str, device: str) -> None:
-    if backend == "triton" and device == "cuda":
-        pytest.skip("float64 kernels are for the interpreter")
+    skip_if_unsupported(backend, torch.float64, device)
     x, labels, weight = make(Case((1, 3, 2, 2), mode, weighted=True), device, torch.float64)
     x.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: ops.softmax_stats(x, labels, weight, mode, IGNORE, ALL, backend), (x,))

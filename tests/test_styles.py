@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sources import as_users_run
+from sources import as_users_run, skip_if_unsupported
 from test_models import EXACT, assert_same_step
 from torch import Tensor, nn
 
@@ -177,8 +177,7 @@ def test_residual_blocks(norm: str | None, config: tuple[str, str]) -> None:
 
 
 def test_a_residual_block_through_the_kernels(device: str) -> None:
-    if device == "cuda":
-        pytest.skip("the kernels take float64 in the interpreter only")
+    skip_if_unsupported("triton", torch.float64, device)
     block = ResidualBlock(2, 3, 2, norm="instance", negative_slope=0.01).double()
     x = torch.randn(2, 2, 4, 6, dtype=torch.float64)
     assert_same(block, lazy_pass([block], ("triton", "memory")), lambda x: residual(block, x), x)

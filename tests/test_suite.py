@@ -490,6 +490,7 @@ def recorded(provider: str, ms: float, group: str = "g", **more: object) -> dict
         "sources": "s",
     }
     versions = {"torch": "2", "triton": "3", "cuda": "13"}
+    more.setdefault("idle", True)
     return {**row, "ms": times, "group": group, **about, "versions": versions, "roofs": None, **more}
 
 
@@ -512,6 +513,14 @@ def test_section_links_every_number_to_its_row():
     assert "`eager70.0`" not in text, "the last run of a case counts"
     assert "objected: `compile40.0`: gradient of a.weight." in text
     assert "(benchmarks/results/some-gpu.jsonl)" in text
+
+
+def test_steps_that_were_issued_ahead_are_left_out():
+    rows = [recorded("eager", 30.0, idle=False), recorded("fastunet", 20.0, idle=False)]
+    text = report.section([*rows, recorded("fastunet-graph", 10.0, idle=False)])
+    assert "| fastunet-graph | 10.000 | 9.000–11.000 | 3.00 |" in text
+    assert "fastunet20.0" not in text
+    assert "eager30.0" not in text
 
 
 def test_a_failure_is_reported_as_one():

@@ -223,8 +223,7 @@ def test_same_bits_every_time(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("align_corners", [False, True, None], ids=["half_pixel", "align_corners", "nearest"])
 def test_gradcheck(align_corners: bool | None, backend: str, device: str) -> None:
-    if backend == "triton" and device == "cuda":
-        pytest.skip("the kernels take float64 in the interpreter only")
+    skip_if_unsupported(backend, torch.float64, device)
     x, skip = (
         torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
         for shape in ((1, 2, 2, 1), (1, 1, 3, 1))
