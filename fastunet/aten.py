@@ -411,7 +411,7 @@ def _dither(x: Tensor, dtype: torch.dtype) -> Tensor:
     digit = power.clamp(about.smallest_normal, about.max / 2)  # infinity stays what it is
     x.addcmul_(torch.add(*turns).movedim(3, 1), digit, value=about.eps * 0.5**32)
     # Below a power of two digits are half as large: what would come to lie there goes up to it.
-    return torch.maximum(x.abs(), power, out=power).copysign_(x)
+    return torch.maximum(x.abs(), power).copysign_(x)
 
 
 def _beside(weight: Tensor, z: Tensor) -> torch.memory_format:

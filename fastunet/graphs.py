@@ -59,9 +59,9 @@ class CapturedStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            why = str(error).partition("\n")[0]
             raise GraphError(
-                "expected a step that a CUDA graph can hold, got one that it cannot "
-                f"({str(error).partition(chr(10))[0]}); train without a graph"
+                f"expected a step that a CUDA graph can hold, got one that it cannot ({why}); train without a graph"
             ) from error
         finally:
             with torch.no_grad():
