@@ -174,7 +174,7 @@ def _gpu_section(gpu: str, rows: Sequence[Row]) -> str:
 def _tells(row: Row) -> bool:
     """Whether a row tells what a step takes. Of the first networks' it does not: the host could issue a step while the
     GPU was at another provider's, and only a graph's takes no time to issue."""
-    return row["kind"] != "net" or row.get("idle", False) or row["provider"].endswith("-graph")
+    return bool(row["kind"] != "net" or row.get("idle", False) or row["provider"].endswith("-graph"))
 
 
 def with_section(readme: str, text: str) -> str:
