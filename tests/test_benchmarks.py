@@ -62,5 +62,5 @@ def test_benchmarks_run_on_a_cpu():
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "7 passed" in done.stdout
+    assert "8 passed" in done.stdout
     assert "needs a CUDA GPU" in done.stdout
