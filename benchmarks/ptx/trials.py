@@ -44,7 +44,7 @@ def quick(dtype: str) -> list[Case]:
     cases = [
         Case("conv2d", (1, 64, 3, 20), x, filters=32),
         Case("conv2d", (2, 5, 5, 7), x, filters=7, bias=True),
-        Case("conv2d", (1, 16, 4, 10), x, filters=16, skip=16, pool=True),
+        Case("conv2d", (1, 16, 6, 10), x, filters=16, skip=16, pool=True),
         Case("conv2d", (1, 3, 6, 20), x, filters=16, affine=False, image=True),
         Case("conv2d", (1, 32, 5, 6), x, filters=24, stride=2),
         # LeakyReLU, and products by ATen
