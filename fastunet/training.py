@@ -245,10 +245,11 @@ class Run:
 
         if not self.graph or of > 1:  # a replay writes gradients, and adds none
             return backward(*batch)
-        if self._captured is None or (self._captured.key == key_of(batch) and not self._captured.holds):
+        key = key_of(batch)
+        if self._captured is None or (self._captured.key == key and not self._captured.holds):
             self._captured = None  # whose memory the next one can have
             self._captured = CapturedStep(backward, self.objective, batch)
-        return self._captured(*batch) if self._captured.key == key_of(batch) else backward(*batch)
+        return self._captured(*batch) if self._captured.key == key else backward(*batch)
 
     def _moved(self, x: Tensor) -> Tensor:
         return x.to(self.device, self.dtype if x.is_floating_point() else None, non_blocking=True)
