@@ -30,6 +30,11 @@ def pretending() -> bool:
     return _pretended is not None
 
 
+def pretended() -> str | None:
+    """The architecture that is pretended, if one is."""
+    return _pretended
+
+
 def architecture(device: torch.device) -> str:
     """ "sm_90", "gfx942", …: of a GPU; the one pretended, else "sm_90", of what is none."""
     if device.type != "cuda":

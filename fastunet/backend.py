@@ -153,3 +153,13 @@ def serving(name: str, args: Sequence[Any]) -> tuple[str, Callable[..., Any]]:
     if resolved == "triton" and backend == "auto" and name in ("conv2d", "conv2d_act", "conv2d_backward"):
         function = functools.partial(function, mixed=True)
     return resolved, function
+
+
+@functools.cache
+def repeating(device_type: str, index: int) -> Callable[..., Any] | None:
+    """:func:`fastunet.kernels.replay.call`, for what Triton serves on this device; None where it runs nowhere."""
+    if triton_unavailable(device_type, index) is not None:
+        return None
+    from fastunet.kernels import replay
+
+    return replay.call

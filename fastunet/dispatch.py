@@ -20,7 +20,8 @@ from torch import Tensor
 from torch._library.utils import get_layout_constraint_tag
 from torch.autograd import forward_ad
 
-from fastunet.backend import deciding, serving
+from fastunet.architecture import pretended
+from fastunet.backend import deciding, repeating, requested, serving
 from fastunet.layout import activation, memory_format, no_stats
 from fastunet.versions import numbers
 
@@ -114,7 +115,19 @@ def _define(
                     return function(*args[:-1])
             return function(*args[:-1])
 
+    def repeated(*args: Any) -> Any:
+        x, chip, backend = args[like], pretended(), requested(args[-1])
+        if backend != "torch" and (x.is_cuda or chip is not None):
+            call, device = repeating("cuda", x.get_device()), x.get_device()
+            if call is not None and (chip is not None or device == torch.cuda.current_device()):
+                key = name, backend, device, chip, torch.backends.cudnn.conv.fp32_precision
+                with _C._DisableAutocast():
+                    return call(key, implementation, args, like)
+        return implementation(*args)
+
     def dispatched(*args: Any) -> Any:
+        if _unseen() and _ordinary(args):
+            return repeated(*args)
         _check_devices(names, like, args)
         _refuse_tangents(args)
         return implementation(*args)
@@ -126,7 +139,7 @@ def _define(
             check(args)
         return fake(args)
 
-    _IMPLEMENTATIONS[operator] = implementation  # for those who have made sure of what ``dispatched`` checks
+    _IMPLEMENTATIONS[operator] = repeated  # for those who have made sure of what ``dispatched`` checks
     _LIBRARY.impl(name, dispatched, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastunet::{name}", checked_fake, lib=_LIBRARY)
     return operator

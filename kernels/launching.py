@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import types
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastunet.architecture import architecture
 from fastunet.layout import stats_dtype
+
+from . import replay
 
 # Fused multiply-adds are counted on; Triton's default changes with its version.
 OPTIONS = {"enable_fp_fusion": True}
@@ -110,7 +112,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """
     # The interpreter's kernels; and those of AMD, whose addresses have 32 bits where a tensor is small.
     if not isinstance(kernel, JITFunction) or torch.version.hip is not None:
-        kernel[grid](*args, **OPTIONS, **options)
+        _by_triton(kernel, grid, args, options)
         return
     key: list[Any] = [kernel.fn, *options, *options.values()]
     address, device, last = 0, None, None
@@ -137,7 +139,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     known = (None if last is None else last.device, *key)
     remembered = None if address % 16 else _compiled.get(known)
     if remembered is None:
-        compiled = kernel[grid](*args, **OPTIONS, **options)
+        compiled = _by_triton(kernel, grid, args, options)
         if compiled is not None and address % 16 == 0:
             if len(_compiled) >= MOST_REMEMBERED:
                 _compiled.clear()
@@ -145,20 +147,45 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         return
     compiled, constants, call, between, tupled = remembered
     three = (*grid, 1, 1)[:3]  # a grid of three dimensions
-    if call is None or _hooked():
-        compiled[three](*args, *constants)
+    said = (*args, *constants)
+    recorder = replay.recorder()
+    if recorder is not None:
+        ending = None if call is None or device is None else _ending(call, tupled)
+        if ending is None:
+            recorder.launched(compiled[three], said)
+        else:
+            recorder.told(ending, three, device, between, said)
+    if call is None or replay.hooked():
+        compiled[three](*said)
         return
     stream = driver.active.get_current_stream(device)
     if tupled:
-        call(*three, stream, *between, (*args, *constants))
+        call(*three, stream, *between, said)
     else:
-        call(*three, stream, *between, *args, *constants)
+        call(*three, stream, *between, *said)
 
 
-def _hooked() -> bool:
-    """Whether somebody has Triton call him at launches, as its profiler does."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+def _ending(call: Any, tupled: bool) -> replay.Ending | None:
+    """What ``call`` ends in: itself, or where it has descriptors written out first, what it hands them to."""
+    if not isinstance(call, types.FunctionType):
+        return replay.Ending(call, None, tupled)
+    cells = dict(zip(call.__code__.co_freevars, call.__closure__ or (), strict=True))
+    if "launcher" not in cells:  # another Triton
+        return None
+    launcher, cells["launcher"] = cells["launcher"].cell_contents, types.CellType(lambda *said: said)
+    expand = types.FunctionType(call.__code__, call.__globals__, closure=tuple(cells.values()))
+    return replay.Ending(launcher, expand, tupled)
+
+
+def _by_triton(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """A launch in Triton's own way; the kernel as it was compiled."""
+    fire = functools.partial(kernel[grid], **OPTIONS, **options)
+    recorder = replay.recorder()
+    if recorder is None:
+        return fire(*args)
+    recorder.launched(fire, args)
+    with recorder.away():  # what Triton has PyTorch do is Triton's
+        return fire(*args)
 
 
 def _remember(compiled: Any, constants: tuple[Any, ...]) -> _Remembered:
@@ -190,6 +217,9 @@ def real_word(device: torch.device) -> Tensor:
         # In a thread of its own, where no mode, graph or memory pool of the caller's owns it.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(_keep_real_word, device).result()
+    recorder = replay.recorder()
+    if recorder is not None:
+        recorder.constant(_real_words[device])
     return _real_words[device]
 
 

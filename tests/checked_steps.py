@@ -17,7 +17,8 @@ from triton.backends.nvidia import driver
 from triton.runtime.jit import JITFunction
 
 from fastunet import UNet, backend, ops
-from fastunet.kernels import launching
+from fastunet.architecture import as_if_on
+from fastunet.kernels import launching, replay
 
 
 class Driver(driver.CudaDriver):  # type: ignore[misc]
@@ -96,16 +97,20 @@ def main() -> None:
     network = UNet(3, 2, base_c=16).to(memory_format=form)
     x = torch.zeros(2, 3, 64, 64).contiguous(memory_format=form)
     features = torch.zeros(2, 16, 32, 32, requires_grad=True)
-    found = {
-        "UNet": [step(network, x) for _ in range(2)],
-        "strided": [step(down_and_up, features) for _ in range(2)],
-    }
+    with as_if_on("sm_90"):
+        found = {
+            "UNet": [step(network, x) for _ in range(4)],
+            "strided": [step(down_and_up, features) for _ in range(4)],
+        }
+    found["replayed"] = len([known for known in replay._known.values() if type(known) is replay.Recording])
+    found["unfit"] = list(replay._known.values()).count(replay._UNFIT)
     found["short"] = all(remembered.call is not None for remembered in launching._compiled.values())
     hooked: list[str] = []
     knobs.runtime.launch_enter_hook.add(lambda about: hooked.append(about.get()["name"]))
     told, _ = step(down_and_up, features)
     found["hooked"] = hooked, [line.split()[1] for line in told if line.startswith("launch")]
     knobs.runtime.launch_enter_hook.calls.clear()
+    replay.forget()
     for about in launching._described.values():
         about["strides"][0] += 4  # 8 bytes more than there are
     try:

@@ -1,0 +1,472 @@
+"""Calls that were made before, made again without their Python.
+
+What a launcher does around its launches takes Python longer than many a launch takes the GPU: it looks at shapes, finds
+a tile, allocates, slices, packs some sixty arguments. For arguments of the same shapes it does the same each time, with
+other memory. So the second such call is recorded, as a list of what it allocates, which of ATen's functions it calls
+and what it launches; from the third on that list is worked off. Values are never looked at. What is not known to be the
+same the next time (a tensor from elsewhere, a number read from a tensor) makes a call one that is not recorded.
+
+Nothing is kept of a call's tensors, and what a call needed for itself is dropped where it was needed last.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+MOST_RECORDED = 4096  # calls: a network has a hundred, each step the same
+LARGE = 1 << 16  # bytes of what is dropped before the call ends
+MOST_MAPS = 64  # of a launch: layers of the same sizes share its recording
+
+Call = Callable[..., Any]
+Step = Callable[[list[Any]], None]
+
+_aten = torch.ops.aten
+_ALLOCATIONS = {
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+    _aten.empty.memory_format,
+    _aten.empty_like.default,
+    _aten.empty_strided.default,
+}
+
+
+class _Thread(threading.local):
+    recorder: Recorder | None = None
+
+
+_thread = _Thread()
+_UNSEEN, _SEEN, _UNFIT = "unseen", "seen", "unfit"
+_known: dict[tuple[Any, ...], Recording | str] = {}
+
+
+def forget() -> None:
+    """Forget what was recorded: from now on tiles or algorithms are chosen otherwise."""
+    _known.clear()
+
+
+def call(key: tuple[Any, ...], function: Call, args: Sequence[Any], like: int) -> Any:
+    """``function(*args)``, by what it did before, where that is known; ``args[like]`` tells where new tensors lie.
+
+    Whatever decides what is done, but for the arguments, is part of ``key``.
+    """
+    said = list(key)
+    for x in args:
+        if isinstance(x, Tensor):
+            said += x.shape, x.stride(), x.dtype, x.data_ptr() % 16
+        else:
+            said.append(tuple(x) if type(x) is list else x)
+    full = tuple(said)
+    known = _known.get(full, _UNSEEN)
+    if type(known) is Recording:
+        return function(*args) if hooked() else known.play(args)
+    if known is _UNSEEN:  # kernels are compiled now, and what is made once is made
+        if len(_known) >= MOST_RECORDED:
+            _known.clear()
+        _known[full] = _SEEN
+    elif known is _SEEN and not (args[like].is_cuda and torch.cuda.is_current_stream_capturing()):
+        return _recorded(full, function, args, like)
+    return function(*args)
+
+
+def _recorded(full: tuple[Any, ...], function: Call, args: Sequence[Any], like: int) -> Any:
+    recorder = Recorder(args, like)
+    _thread.recorder = recorder
+    try:
+        with recorder:
+            result = function(*args)
+    finally:
+        _thread.recorder = None
+    _known[full] = recorder.recording(result) or _UNFIT
+    return result
+
+
+def hooked() -> bool:
+    """Whether somebody has Triton call him at launches, as its profiler does."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def recorder() -> Recorder | None:
+    """Who records this thread's launches."""
+    return _thread.recorder
+
+
+class Ending(NamedTuple):
+    """Where a launch in Triton ends: the ``launcher`` that tells the driver, its arguments one tuple if ``tupled``; and
+    what gives it those, with descriptors as the driver takes them: None if there are none."""
+
+    launcher: Call
+    expand: Call | None
+    tupled: bool
+
+    def expanded(self, before: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        """Arguments as the launcher gets them."""
+        assert self.expand is not None
+        if self.tupled:
+            return list(self.expand(*before, tuple(args))[-1])
+        return list(self.expand(*before, *args)[len(before) :])
+
+
+# ---- recording ---------------------------------------------------------------------------------------------------
+
+
+class _Number(int):
+    """Where a value is found."""
+
+
+class Recorder(TorchDispatchMode):
+    """Collects what a call does as steps on a list of values: its arguments, and what is made or given by number."""
+
+    def __init__(self, args: Sequence[Any], like: int):
+        super().__init__()
+        self.count, self.like = len(args), like
+        self.made: list[Any] = []  # the values behind the arguments, as they are in the beginning
+        self.steps: list[tuple[Step, Sequence[int]]] = []  # and the numbers that each uses
+        self.numbers: dict[int, int] = {}  # by id
+        self.tensors: dict[int, Any] = {}  # by number; so that ids stay what they are
+        self.views: dict[int, int] = {}  # by the number of a view which was not needed yet, that of its base
+        self.streams: dict[int, int] = {}  # by device, the number of its current stream
+        self.addresses: dict[int, int] = {}  # by a tensor's number, that of its address
+        self.deterministic = torch.backends.cudnn.deterministic
+        self.listens = True
+        self.failed = any(type(x) is list and any(isinstance(y, Tensor) for y in x) for x in args)
+        for i, x in enumerate(args):
+            if isinstance(x, Tensor):
+                self._is(x, i)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if self.listens and not self.failed:
+            self._called(function, args, kwargs or {}, result)
+        return result
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Inside, what is called is not recorded."""
+        self.listens = False
+        try:
+            yield
+        finally:
+            self.listens = True
+
+    def _new(self, value: Any = None) -> int:
+        """A number for a value; None: a step makes it."""
+        self.made.append(value)
+        return self.count + len(self.made) - 1
+
+    def _is(self, x: Any, number: int) -> int:
+        self.numbers[id(x)], self.tensors[number] = number, x
+        return number
+
+    def constant(self, x: Any) -> int:
+        """The number of what is the same in each call."""
+        return self._is(x, self._new(x)) if isinstance(x, Tensor) else self._new(x)
+
+    def _value(self, x: Tensor, memory: bool = False) -> int:
+        """The number of a tensor; or, if only its ``memory`` matters, of one that begins where it begins."""
+        number = self.numbers.get(id(x))
+        if number is None:  # from elsewhere
+            self.failed = True
+            return 0
+        base = self.views.get(number)
+        if base is None:
+            return number
+        if memory and x.storage_offset() == self.tensors[base].storage_offset():
+            return base
+        del self.views[number]
+        self.steps.append((_view(number, base, x, self.tensors[base]), (number, base)))
+        return number
+
+    def _called(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+        several = isinstance(result, tuple | list)
+        results = result if several else (result,)
+        if not all(x is None or isinstance(x, Tensor) for x in results):  # a number that was read from a tensor, say
+            self.failed = True
+        elif function in _ALLOCATIONS:
+            number = self._is(result, self._new())
+            same = result.dtype == self.tensors[self.like].dtype
+            self.steps.append((_allocation(number, self.like, result, same), (number,)))
+        elif args and not several and self._shows(result, args[0]):
+            number = self.numbers[id(args[0])]
+            self.views[self._is(result, self._new())] = self.views.get(number, number)
+        else:
+            numbers: list[int] = []
+
+            def template(x: Any) -> Any:
+                if isinstance(x, Tensor):
+                    numbers.append(self._value(x))
+                    return _Number(numbers[-1])
+                return [template(y) for y in x] if isinstance(x, list | tuple) else x
+
+            given, named = template(args), {name: template(x) for name, x in kwargs.items()}
+            # What is none of the arguments, changed in place, is new.
+            to = [None if x is None or id(x) in self.numbers else self._is(x, self._new()) for x in results]
+            now = torch.backends.cudnn.deterministic
+            step = _function(function, given, named, to, several, None if now == self.deterministic else now)
+            self.steps.append((step, [*numbers, *(i for i in to if i is not None)]))
+
+    def _shows(self, view: Any, x: Any) -> bool:
+        """Whether ``view`` is a view of ``x``, which is known, by other sizes and strides."""
+        return (
+            isinstance(x, Tensor)
+            and isinstance(view, Tensor)
+            and id(x) in self.numbers
+            and id(view) not in self.numbers
+            and view.dtype == x.dtype
+            and view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() != 0
+        )
+
+    def launched(self, fire: Call, args: Sequence[Any]) -> None:
+        """A launch by Triton: ``fire(*args)``, with tensors and descriptors."""
+        if self.failed:
+            return
+        numbers = [self._operand(x) for x in args]
+        pick = itemgetter(*numbers)
+        self.steps.append((lambda values: fire(*pick(values)), numbers))
+
+    def _operand(self, x: Any) -> int:
+        if isinstance(x, Tensor):
+            return self._value(x, memory=True)
+        if type(x) is not TensorDescriptor:
+            return self.constant(x)
+        number, base = self._new(), self._value(x.base, memory=True)
+        self.steps.append((_descriptor(number, base, vars(x)), (number, base)))
+        return number
+
+    def told(self, ending: Ending, grid: Sequence[int], device: int, between: Sequence[Any], args: Sequence[Any]) -> None:
+        """A launch as the driver is told it: addresses stand for tensors, and what it makes of descriptors for those."""
+        if self.failed:
+            return
+        if device not in self.streams:
+            number = self.streams[device] = self._new()
+            self.steps.append((_stream(number, device), (number,)))
+        before = [*map(self.constant, grid), self.streams[device], *map(self.constant, between)]
+        described = [x for x in args if type(x) is TensorDescriptor]
+        used = [self._value(x, memory=True) for x in args if isinstance(x, Tensor)]
+        used += [self._value(x.base, memory=True) for x in described]
+        marked = [
+            x if type(x) is TensorDescriptor else _Number(self._address(x) if isinstance(x, Tensor) else self.constant(x))
+            for x in args
+        ]
+        if described:
+            addresses = [self._address(x.base) for x in described]
+            expanded = ending.expanded(before, marked)
+            places = [i for i, x in enumerate(expanded) if type(x) not in (_Number, int)]
+            maps = [self._new() for _ in places]
+            self.steps.append((_maps(ending, before, marked, places, addresses, maps), [*used, *maps]))
+            made = dict(zip(places, maps, strict=True))
+            operands = [
+                made[i] if i in made else x if type(x) is _Number else self.constant(x) for i, x in enumerate(expanded)
+            ]
+        else:
+            operands = list(marked)
+        self.steps.append((_launch(ending, before, operands), used))
+
+    def _address(self, x: Tensor) -> int:
+        """The number of a tensor's address."""
+        number = self.numbers.get(id(x))
+        if number is None:
+            self.failed = True
+            return 0
+        base = self.views.get(number, number)
+        if base not in self.addresses:
+            made = self.addresses[base] = self._new()
+            self.steps.append((_address(made, base), (base,)))
+        further = (x.storage_offset() - self.tensors[base].storage_offset()) * x.element_size()
+        if base == number or further == 0:
+            return self.addresses[base]
+        made = self._new()
+        self.steps.append((_further(made, self.addresses[base], further), ()))
+        return made
+
+    def recording(self, result: Any) -> Recording | None:
+        """What was recorded of a call with this ``result``; None: it is not to be made again this way."""
+        several = isinstance(result, tuple | list)
+        results = [self._value(x) if isinstance(x, Tensor) else self.constant(x) for x in (result if several else [result])]
+        if self.failed:
+            return None
+        last = {number: i for i, (_, numbers) in enumerate(self.steps) for number in numbers}
+        steps: list[Step] = []
+        for i, (step, numbers) in enumerate(self.steps):
+            steps.append(step)
+            dropped = {number for number in numbers if last[number] == i and self._drops(number, results)}
+            if dropped and i + 1 < len(self.steps):
+                steps.append(_drop(list(dropped)))
+        return Recording(steps, self.made, results, several)
+
+    def _drops(self, number: int, results: list[int]) -> bool:
+        """Whether a value is memory of the call's own that matters."""
+        x = self.tensors.get(number)
+        made = number >= self.count and self.made[number - self.count] is None
+        return made and x is not None and number not in results and x.numel() * x.element_size() >= LARGE
+
+
+class Recording:
+    """What a call does: steps on a list of its arguments and of what is ``made``; and which of these are its results."""
+
+    def __init__(self, steps: list[Step], made: list[Any], results: list[int], several: bool):
+        self.steps, self.made = tuple(steps), tuple(made)
+        one = results[0]
+        pick: Call = itemgetter(*results)
+        self.results: Call = (lambda values: (values[one],)) if several and len(results) == 1 else pick
+
+    def play(self, args: Sequence[Any]) -> Any:
+        """The call with other arguments of the same kind."""
+        values = [*args, *self.made]
+        for step in self.steps:
+            step(values)
+        return self.results(values)
+
+
+# ---- steps -------------------------------------------------------------------------------------------------------
+
+
+def _allocation(number: int, like: int, x: Tensor, same: bool) -> Step:
+    size, strides, dtype = x.shape, x.stride(), x.dtype
+
+    def step(values: list[Any]) -> None:
+        values[number] = values[like].new_empty_strided(size, strides)
+
+    def converted(values: list[Any]) -> None:
+        values[number] = values[like].new_empty_strided(size, strides, dtype=dtype)
+
+    return step if same else converted
+
+
+def _view(number: int, base: int, view: Tensor, x: Tensor) -> Step:
+    size, strides, further = view.shape, view.stride(), view.storage_offset() - x.storage_offset()
+
+    def step(values: list[Any]) -> None:
+        x = values[base]
+        values[number] = x.as_strided(size, strides, x.storage_offset() + further)
+
+    return step
+
+
+def _descriptor(number: int, base: int, about: dict[str, Any]) -> Step:
+    about = {name: value for name, value in about.items() if name != "base"}
+
+    def step(values: list[Any]) -> None:
+        values[number] = descriptor = object.__new__(TensorDescriptor)
+        vars(descriptor).update(about, base=values[base])
+
+    return step
+
+
+def _stream(number: int, device: int) -> Step:
+    def step(values: list[Any]) -> None:
+        values[number] = driver.active.get_current_stream(device)
+
+    return step
+
+
+def _address(number: int, of: int) -> Step:
+    def step(values: list[Any]) -> None:
+        values[number] = values[of].data_ptr()
+
+    return step
+
+
+def _further(number: int, address: int, further: int) -> Step:
+    def step(values: list[Any]) -> None:
+        values[number] = values[address] + further
+
+    return step
+
+
+class _At:
+    """Memory of which only the address is known."""
+
+    def __init__(self, address: int):
+        self.address = address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _maps(
+    ending: Ending, before: Sequence[int], marked: Sequence[Any], places: Sequence[int], addresses: Sequence[int],
+    maps: Sequence[int],
+) -> Step:  # fmt: skip
+    """What the driver makes of a launch's descriptors: allocators give the same addresses again and again."""
+    about = [vars(x) | {"base": None} if type(x) is TensorDescriptor else x for x in marked]
+    known: dict[Any, list[Any]] = {}
+    at, one = itemgetter(*addresses), len(addresses) == 1
+
+    def made(found: Sequence[int]) -> list[Any]:
+        left, given = iter(found), []
+        for x in about:
+            if type(x) is dict:
+                descriptor = object.__new__(TensorDescriptor)
+                vars(descriptor).update(x, base=_At(next(left)))
+                given.append(descriptor)
+            else:
+                given.append(x)
+        expanded = ending.expanded(before, given)
+        return [expanded[i] for i in places]
+
+    def step(values: list[Any]) -> None:
+        found = at(values)
+        items = known.get(found)
+        if items is None:
+            if len(known) >= MOST_MAPS:
+                known.clear()
+            items = known[found] = made((found,) if one else found)
+        for number, item in zip(maps, items, strict=True):
+            values[number] = item
+
+    return step
+
+
+def _launch(ending: Ending, before: Sequence[int], operands: Sequence[int]) -> Step:
+    fire = ending.launcher
+    if ending.tupled:
+        first, rest = itemgetter(*before), itemgetter(*operands)
+        return lambda values: fire(*first(values), rest(values))
+    pick = itemgetter(*before, *operands)
+    return lambda values: fire(*pick(values))
+
+
+def _function(
+    function: Any, args: Any, kwargs: dict[str, Any], to: list[int | None], several: bool, deterministic: bool | None
+) -> Step:
+    def step(values: list[Any]) -> None:
+        result = function(*_filled(args, values), **{name: _filled(x, values) for name, x in kwargs.items()})
+        for number, x in zip(to, result if several else (result,), strict=True):
+            if number is not None:
+                values[number] = x
+
+    def as_then(values: list[Any]) -> None:
+        kept = torch.backends.cudnn.deterministic
+        torch.backends.cudnn.deterministic = deterministic
+        try:
+            step(values)
+        finally:
+            torch.backends.cudnn.deterministic = kept
+
+    return step if deterministic is None else as_then
+
+
+def _filled(template: Any, values: list[Any]) -> Any:
+    if type(template) is _Number:
+        return values[template]
+    return [_filled(x, values) for x in template] if type(template) is list else template
+
+
+def _drop(numbers: list[int]) -> Step:
+    def step(values: list[Any]) -> None:
+        for number in numbers:
+            values[number] = None
+
+    return step
