@@ -155,11 +155,16 @@ def serving(name: str, args: Sequence[Any]) -> tuple[str, Callable[..., Any]]:
     return resolved, function
 
 
-@functools.cache
-def repeating(device_type: str, index: int) -> Callable[..., Any] | None:
+_repeat: Callable[..., Any] | None = None
+
+
+def repeating(device_type: str, index: int | None) -> Callable[..., Any] | None:
     """:func:`fastunet.kernels.replay.call`, for what Triton serves on this device; None where it runs nowhere."""
+    global _repeat
     if triton_unavailable(device_type, index) is not None:
         return None
-    from fastunet.kernels import replay
+    if _repeat is None:
+        from fastunet.kernels import replay
 
-    return replay.call
+        _repeat = replay.call
+    return _repeat

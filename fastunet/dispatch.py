@@ -116,13 +116,15 @@ def _define(
             return function(*args[:-1])
 
     def repeated(*args: Any) -> Any:
+        """The same, by what an earlier call did where Triton may be asked."""
         x, chip, backend = args[like], pretended(), requested(args[-1])
         if backend != "torch" and (x.is_cuda or chip is not None):
-            call, device = repeating("cuda", x.get_device()), x.get_device()
-            if call is not None and (chip is not None or device == torch.cuda.current_device()):
-                key = name, backend, device, chip, torch.backends.cudnn.conv.fp32_precision
+            device = x.get_device()
+            again = repeating("cuda", device) if x.is_cuda else repeating("cpu", None)
+            if again is not None and (not x.is_cuda or device == torch.cuda.current_device()):
+                key = name, backend, device, chip, torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
                 with _C._DisableAutocast():
-                    return call(key, implementation, args, like)
+                    return again(key, implementation, args, like)
         return implementation(*args)
 
     def dispatched(*args: Any) -> Any:

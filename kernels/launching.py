@@ -150,10 +150,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     said = (*args, *constants)
     recorder = replay.recorder()
     if recorder is not None:
-        ending = None if call is None or device is None else _ending(call, tupled)
-        if ending is None:
+        ending = None if call is None else _ending(call, tupled)
+        if ending is None or device is None:
             recorder.launched(compiled[three], said)
         else:
+            recorder.constant(compiled)  # which is kept
             recorder.told(ending, three, device, between, said)
     if call is None or replay.hooked():
         compiled[three](*said)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fastunet.architecture import architecture
 
+from . import replay
 from .common import power_of_2
 from .launching import MOST_REMEMBERED, precision
 
@@ -84,10 +85,12 @@ def observed() -> Iterator[dict[str, tuple[Key, Any]]]:
     """Collect, by kind, under what key a tile is looked for and what the rule gives: for the tuner."""
     global _asked
     kept, _asked = _asked, {}
+    replay.forget()  # calls made again ask for nothing
     try:
         yield _asked
     finally:
         _asked = kept
+        replay.forget()
 
 
 @contextmanager
@@ -96,11 +99,13 @@ def forced(choices: Mapping[str, Any]) -> Iterator[None]:
     both as a :class:`Choice` says."""
     kept = dict(_forced)
     _forced.update(choices)
+    replay.forget()
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(kept)
+        replay.forget()
 
 
 def key(kind: str, sources: Sequence[int], filters: int, width: int, batch: int, how: Arithmetic) -> Key:
@@ -191,5 +196,6 @@ _REMEMBERED: list[Any] = [entries, algorithm]
 
 def forget() -> None:
     """Read ``tiles.json`` again."""
+    replay.forget()
     for function in _REMEMBERED:
         function.cache_clear()

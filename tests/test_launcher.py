@@ -24,7 +24,10 @@ KNOWN = ("3.6", "3.8", "3.9")
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Of each four steps, the third and fourth replayed: (what the driver was told, which kernels went through Triton's binding of arguments)."""
+    """Of each four steps: (what the driver was told, which kernels went through Triton's binding of arguments).
+
+    The second is recorded, the third and the fourth are by that record.
+    """
     version = ".".join(triton.__version__.split(".")[:2])
     if version not in KNOWN:
         pytest.skip(
@@ -72,7 +75,7 @@ def test_the_shorter_way_tells_the_driver_the_same(of: str, steps: dict[str, Any
         assert {line for line in again if not line.startswith("launch")} <= descriptors
     # The second is recorded too, and the third makes its descriptors, which the fourth finds made.
     assert descriptors == set(later[0][0]) - set(launches) == set(later[1][0]) - set(launches)
-    assert len(later[2][0]) < len(later[1][0]) <= len(first)
+    assert max(len(told) for told, _ in later[1:]) <= len(first)
     assert steps["replayed"] > 50
     assert steps["unfit"] == 0
 
