@@ -180,20 +180,21 @@ def check_weight(x: Tensor, weight: Tensor) -> None:
         )
 
 
-def _operands(
-    act: Activation, weight: Tensor, bias: Tensor | None, backend: str
-) -> tuple[Activation, Tensor, Tensor | None]:
+def _operands(act: Activation, weight: Tensor, bias: Tensor | None) -> tuple[Activation, Tensor, Tensor | None]:
     check_weight(act.x, weight)
     dtype = compute_dtype(act.x)
-    x = act.x.to(dtype)
-    if resolve_backend(backend, x.device, dtype) == "triton":
-        weight = weight.to(dtype, memory_format=torch.channels_last)  # one copy serves forward and backward
-    return act._replace(x=x), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return act._replace(x=act.x.to(dtype)), in_either(weight, dtype), None if bias is None else in_either(bias, dtype)
 
 
-def _convolved(placed: Placed, conv: nn.Conv2d, backend: str) -> tuple[Tensor, tuple[Any, ...]]:
+def in_either(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight or bias in a dtype that operators on sources of ``dtype`` take: the copy that they multiply needs no
+    derivative then, and its gradient is not rounded."""
+    return parameter if parameter.dtype == stats_dtype(dtype) else parameter.to(dtype)
+
+
+def _convolved(placed: Placed, conv: nn.Conv2d) -> tuple[Tensor, tuple[Any, ...]]:
     """The first source's tensor; and both sources, the weight and the bias, as operators take them."""
-    first, weight, bias = _operands(placed.first, conv.weight, conv.bias, backend)
+    first, weight, bias = _operands(placed.first, conv.weight, conv.bias)
     second: tuple[Any, ...] = (None, None, 1.0)
     if placed.second is not None:
         second = placed.second._replace(x=placed.second.x.to(first.x.dtype)).source
@@ -214,7 +215,7 @@ def conv2d(placed: Placed, conv: nn.Conv2d, norm: Norm | None, pool: bool, conte
 
     With the statistics that ``norm`` needs; if ``pool``, also pooled for a normalisation by it.
     """
-    x, operands = _convolved(placed, conv, context.backend)
+    x, operands = _convolved(placed, conv)
     stats = needed_stats(norm)
     y, mean, var, _, pooled = call(
         ops.conv2d, *operands, conv.stride[0], placed.size, placed.offset, stats, context.stores(x),
@@ -233,12 +234,12 @@ def conv2d_act(
 ) -> Activation:
     """A 3×3 convolution of stride 1, and behind it a normalisation by running statistics and act: without gradients,
     the value itself, so that whoever reads it multiplies what is stored; or what the head after it makes of it."""
-    x, operands = _convolved(placed, conv, backend)
+    x, operands = _convolved(placed, conv)
     affine = None if norm is None else _running_affine(norm, x, backend)
     pool, head = after
     head_weight, head_bias = None, None
     if head is not None:
-        _, head_weight, head_bias = _operands(Activation(x), head.weight, head.bias, backend)
+        _, head_weight, head_bias = _operands(Activation(x), head.weight, head.bias)
     z, pooled = call(
         ops.conv2d_act, *operands, placed.size, placed.offset, affine, slope, pool, head_weight, head_bias, backend
     )
@@ -247,7 +248,7 @@ def conv2d_act(
 
 def conv_transpose2d(act: Activation, conv: nn.ConvTranspose2d, norm: Norm | None, backend: str) -> Raw:
     """A stride-2 transposed convolution to twice the size, with its bias and the statistics that ``norm`` needs."""
-    act, weight, bias = _operands(act, conv.weight, conv.bias, backend)
+    act, weight, bias = _operands(act, conv.weight, conv.bias)
     stats = needed_stats(norm)
     return Raw(*call(ops.conv_transpose2d, *act.source, weight, bias, stats, backend))
 
@@ -264,7 +265,7 @@ def head_stats(
     backend: str,
 ) -> Tensor:
     """The statistics (N, K, 7) of a 1×1 convolution's output, which is not stored; see :mod:`fastunet.losses`."""
-    act, weight, bias = _operands(act, weight, bias, backend)
+    act, weight, bias = _operands(act, weight, bias)
     stats: Tensor = call(
         ops.head_stats, *act.source, weight, bias, labels, pixel_weight, mode, ignore_index, wanted, backend
     )
@@ -275,7 +276,7 @@ def head_predict(
     act: Activation, conv: nn.Conv2d, output: str, threshold: float, dtype: torch.dtype, backend: str
 ) -> Tensor:
     """Classes, masks or probabilities of a 1×1 convolution's output, which is not stored: :mod:`fastunet.aten`."""
-    act, weight, bias = _operands(act, conv.weight, conv.bias, backend)
+    act, weight, bias = _operands(act, conv.weight, conv.bias)
     y: Tensor = call(ops.head_predict, *act.source, weight, bias, output, threshold, dtype, backend)
     return y
 

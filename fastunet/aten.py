@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastunet.layout import NOTHING, SAMPLES, channels_last, frame, memory_format, no_stats, stats_dtype
+from fastunet.layout import NOTHING, SAMPLES, channels_last, frame, lowered, memory_format, no_stats, stats_dtype
 from fastunet.softmax_stats import softmax_stats, softmax_stats_backward
 
 aten = torch.ops.aten
@@ -456,10 +456,10 @@ def _placed(sources: list[_Source], size: Sequence[int]) -> Tensor:
 
 
 def _filter_gradients(dweight: Tensor, dbias: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """The gradients of a weight, in its layout, and of its bias; empty where they are not ``wanted``."""
+    """The gradients of a weight, in its dtype and layout, and of its bias; empty where they are not ``wanted``."""
     return (
-        dweight.contiguous(memory_format=memory_format(weight)) if wanted[0] else weight.new_empty(0),
-        dbias if wanted[1] else weight.new_empty(0),
+        dweight.to(weight.dtype).contiguous(memory_format=memory_format(weight)) if wanted[0] else weight.new_empty(0),
+        dbias.to(weight.dtype) if wanted[1] else weight.new_empty(0),
     )
 
 
@@ -486,6 +486,7 @@ def conv2d(
     normalised operand if ``save`` asks for it; and if ``pool`` what is 2×2-pooled from y for a normalisation by a scale
     with the signs of ``pool_scale`` (None: positive; see :func:`max_pool2x2`). What was not asked for is empty.
     """
+    weight, bias = lowered(x0, weight), lowered(x0, bias)
     z = _placed(_sources(x0, affine0, slope0, x1, affine1, slope1, offset), size)
     y = channels_last(
         F.conv2d(z.contiguous(memory_format=_beside(weight, z)), weight, bias, stride, weight.shape[-1] // 2)
@@ -524,7 +525,9 @@ def conv2d_act(
     y, *_ = conv2d(x0, affine0, slope0, x1, affine1, slope1, weight, bias, 1, size, offset, NOTHING, False, False, None)
     z = channels_last(_normalise(y, affine, slope))
     pooled = max_pool2x2(z, None) if pool else z.new_empty(0)
-    return z if head_weight is None else channels_last(F.conv2d(z, head_weight, head_bias)), pooled
+    if head_weight is not None:
+        z = channels_last(F.conv2d(z, lowered(z, head_weight), lowered(z, head_bias)))
+    return z, pooled
 
 
 def pool_affine(scale: Tensor | None, y: Tensor) -> Tensor | None:
@@ -570,7 +573,7 @@ def conv2d_backward(
     dz, dweight, dbias = aten.convolution_backward(
         dy.contiguous(memory_format=form),
         z.contiguous(memory_format=form),
-        _unambiguous(weight),
+        _unambiguous(lowered(x0, weight)),
         [weight.shape[0]],
         [stride] * 2,
         [pad] * 2,
@@ -612,6 +615,7 @@ def conv_transpose2d(
     x: Tensor, affine: Tensor | None, slope: float, weight: Tensor, bias: Tensor | None, stats: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stride-2 transposed convolution of one source to twice its size; weight is (C, K, 2, 2) or (C, K, 3, 3)."""
+    weight, bias = lowered(x, weight), lowered(x, bias)
     padding, output_padding = _transpose_geometry(weight)
     z = _normalise(channels_last(x), affine, slope)
     y = channels_last(
@@ -641,7 +645,7 @@ def conv_transpose2d_backward(
     dz, dweight, dbias = aten.convolution_backward(
         dy.contiguous(memory_format=form),
         z.contiguous(memory_format=form),
-        _unambiguous(weight),
+        _unambiguous(lowered(x, weight)),
         [weight.shape[1]],
         [2, 2],
         padding,
@@ -825,7 +829,7 @@ def _head_runs(
     """
     batch, channels, height, width = x.shape
     rows = channels_last(x).permute(0, 2, 3, 1).reshape(batch, height * width, channels)
-    filters = weight.flatten(1).to(stats_dtype(x.dtype))
+    filters, bias = lowered(x, weight).flatten(1).to(stats_dtype(x.dtype)), lowered(x, bias)
     step = max(1, (1 << 18 if x.device.type == "cpu" else 1 << 23) // max(channels, weight.shape[0]))
     flat, weights = (None if t is None else t.flatten(-2) for t in (labels, pixel_weight))
     for n in range(batch):
@@ -886,7 +890,7 @@ def head_stats_backward(
     mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, daffine, dweight, dbias); those not asked for in ``mask`` (source, weight, bias) are empty."""
-    filters = weight.flatten(1).to(dstats.dtype)
+    filters = lowered(x, weight).flatten(1).to(dstats.dtype)
     dfilters, dbias = torch.zeros_like(filters), filters.new_zeros(filters.shape[0])
     dx = torch.empty_like(x, memory_format=torch.channels_last) if mask[0] else x.new_empty(0)
     daffine = no_stats(x) if affine is None or not mask[0] else torch.zeros_like(affine)
@@ -904,8 +908,7 @@ def head_stats_backward(
             rows[n, pixels] = dpart[0, :, 0].t()
             if affine is not None:
                 (daffine if affine.dim() == 2 else daffine[n : n + 1]).add_(share)
-    dweight, dbias = dfilters.view(weight.shape).to(weight.dtype), dbias.to(weight.dtype)
-    return dx, daffine, *_filter_gradients(dweight, dbias, weight, mask[1:])
+    return dx, daffine, *_filter_gradients(dfilters.view(weight.shape), dbias, weight, mask[1:])
 
 
 def predict(logits: Tensor, output: str, threshold: float, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastunet import ops
-from fastunet.activation import Activation, Placed, compute_dtype
+from fastunet.activation import Activation, Placed, compute_dtype, in_either
 from fastunet.backend import check_backend
 from fastunet.checks import check_criterion, check_flags, check_integer, check_number, check_tensor
 from fastunet.dispatch import call
@@ -127,7 +127,8 @@ def conv_bn_relu(
         raise TypeError(f"expected x and weight of one dtype, got {x.dtype} and {weight.dtype}; convert one of them")
     placed = Placed.of(Activation(x.to(dtype)))
     y, mean, var, *_ = call(
-        ops.conv2d, *placed.first.source, None, None, 1.0, weight.to(dtype), None if bias is None else bias.to(dtype),
+        ops.conv2d, *placed.first.source, None, None, 1.0,
+        in_either(weight, dtype), None if bias is None else in_either(bias, dtype),
         stride, placed.size, placed.offset, training, True, False, None, backend,
     )  # fmt: skip
     count = y.numel() // filters

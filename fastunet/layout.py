@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,13 @@ def frame(z: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
 def activation(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Memory for what operators return activations in: channels_last, whatever came in."""
     return like.new_empty(shape).contiguous(memory_format=torch.channels_last)
+
+
+def lowered(x: Tensor, parameter: Tensor | None, form: torch.memory_format = torch.preserve_format) -> Any:
+    """A weight or bias as what multiplies ``x``, in its dtype: itself, or a copy of one that is wider."""
+    if parameter is None or parameter.dtype == x.dtype:
+        return parameter
+    return parameter.to(x.dtype, memory_format=form)
 
 
 def no_stats(like: Tensor) -> Tensor:

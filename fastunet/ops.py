@@ -54,8 +54,10 @@ def _check_kind(name: str, x: Tensor, like: Tensor) -> None:
 def _check_filters(
     weight: Tensor, bias: Tensor | None, x: Tensor, axis: int, channels: int, sides: Sequence[int]
 ) -> None:
-    """Weights whose dimension ``axis`` reads ``channels`` channels, square with a side in ``sides``; and their bias."""
-    _check_kind("weight", weight, x)
+    """Weights whose dimension ``axis`` reads ``channels`` channels, square with a side in ``sides``; and their bias:
+    in the source's dtype or in that of its statistics."""
+    if weight.dtype != stats_dtype(x.dtype):
+        _check_kind("weight", weight, x)
     square = weight.dim() == 4 and weight.shape[2] == weight.shape[3] and weight.shape[2] in sides
     if not square or weight.shape[axis] != channels:
         pair = f"({channels}, K" if axis == 0 else f"(K, {channels}"
@@ -65,7 +67,8 @@ def _check_filters(
             "of them"
         )
     if bias is not None:
-        _check_kind("bias", bias, x)
+        if bias.dtype != stats_dtype(x.dtype):
+            _check_kind("bias", bias, x)
         if bias.dim() != 1 or bias.shape[0] != weight.shape[1 - axis]:
             raise ValueError(
                 f"expected a bias of shape ({weight.shape[1 - axis]},), got {_shape(bias)}; pass one value per filter"

@@ -20,9 +20,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastunet.layout import NOTHING, no_stats
+from fastunet.layout import NOTHING, lowered, no_stats
 
 from . import conv_aten
 from .affine import affine_act
@@ -105,6 +106,7 @@ def conv2d(
     ``mixed`` allows other algorithms than Triton's where the table says that they are faster.
     """
     sources = placed(x0, affine0, slope0, x1, affine1, slope1, offset)
+    weight, bias = multiplying(x0, weight), lowered(x0, bias)
     pooled: Tensor | None = None
     if len(sources) == 1 and stride == 1 and serves(sources[0], size, weight):
         y, mean, var = conv_image(sources[0], weight, bias, stats)
@@ -145,7 +147,8 @@ def conv2d_act(
     """See :func:`fastunet.aten.conv2d_act`, and for ``mixed`` :func:`conv2d`."""
     sources = placed(x0, affine0, slope0, x1, affine1, slope1, offset)
     pooled: Tensor | None = None
-    head = None if head_weight is None else (head_weight, head_bias)
+    weight, bias = multiplying(x0, weight), lowered(x0, bias)
+    head = None if head_weight is None else (multiplying(x0, head_weight), lowered(x0, head_bias))
     if len(sources) == 1 and serves(sources[0], size, weight):
         z, _, _ = conv_image(sources[0], weight, bias, NOTHING, affine, slope)
     else:
@@ -162,6 +165,12 @@ def conv2d_act(
         source = Source(z, None, 1.0)
         z = conv_few(source, *head) if few(head[0]) else conv_down(source, *head, NOTHING, 1)[0]
     return z, pooled
+
+
+def multiplying(x: Tensor, weight: Tensor) -> Tensor:
+    """``weight`` in x's dtype; where that is a copy, in the layout in which kernels read it."""
+    found: Tensor = lowered(x, weight, torch.channels_last)
+    return found
 
 
 def placed(
@@ -182,4 +191,4 @@ def conv_transpose2d(
     x: Tensor, affine: Tensor | None, slope: float, weight: Tensor, bias: Tensor | None, stats: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastunet.aten.conv_transpose2d`."""
-    return conv_up(Source(x, affine, slope), weight, bias, stats)
+    return conv_up(Source(x, affine, slope), multiplying(x, weight), lowered(x, bias), stats)

@@ -31,7 +31,7 @@ from fastunet.layout import frame, memory_format, stats_dtype
 from . import conv_aten
 from .affine import affine_act_backward, no_gradients
 from .common import GOLDEN, Source, block, cdiv, dense, dither, empty_nhwc, nhwc, sum_slabs
-from .conv import chosen, computing, joined, placed
+from .conv import chosen, computing, joined, multiplying, placed
 from .conv_down import conv_down_dgrad
 from .conv_few import conv_few_backward
 from .conv_few import serves as few
@@ -210,6 +210,7 @@ def conv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastunet.aten.conv2d_backward`, and for ``mixed`` :func:`fastunet.kernels.conv.conv2d`."""
     sources = placed(x0, affine0, slope0, x1, affine1, slope1, offset)
+    filters = multiplying(x0, weight)
     if dp is not None:
         stats = None if dmean is None or dvar is None else (dmean, dvar, mean)
         dy = pool_backward(y, pool_scale, dp, dy, stats)
@@ -217,10 +218,10 @@ def conv2d_backward(
             dmean, dvar = None, None
     dy, dbias = _form_dy(dy, dmean, dvar, y, mean, mask[3] and not few(weight))
     if weight.shape[-1] == 3 and stride == 1:
-        pairs, dweight = _backward3x3(dy, weight, sources, size, mask, mixed)
+        pairs, dweight = _backward3x3(dy, filters, sources, size, mask, mixed)
         grads = [gradient for pair in pairs for gradient in pair]
     else:
-        grads, dweight, dbias = _down_backward(dy, dbias, weight, sources, size, stride, mask)
+        grads, dweight, dbias = _down_backward(dy, dbias, filters, sources, size, stride, mask)
     if x1 is None:
         grads += no_gradients(x0)
     return grads[0], grads[1], grads[2], grads[3], _like(dweight, weight, mask[2]), dbias.to(weight.dtype)
@@ -239,8 +240,8 @@ def conv_transpose2d_backward(
     mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastunet.aten.conv_transpose2d_backward`."""
-    source = Source(x, affine, slope)
+    source, filters = Source(x, affine, slope), multiplying(x, weight)
     dy, dbias = _form_dy(dy, dmean, dvar, y, mean, mask[2])
-    dx, daffine = conv_down_dgrad(dy, weight, source, 2) if mask[0] else no_gradients(x)
-    dweight = conv_strided_wgrad(dy, weight, source, True) if mask[1] and dy.numel() else weight.new_empty(0)
+    dx, daffine = conv_down_dgrad(dy, filters, source, 2) if mask[0] else no_gradients(x)
+    dweight = conv_strided_wgrad(dy, filters, source, True) if mask[1] and dy.numel() else weight.new_empty(0)
     return dx, daffine, _like(dweight, weight, mask[1]), dbias.to(weight.dtype)

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastunet.architecture import architecture
-from fastunet.layout import memory_format, stats_dtype
+from fastunet.layout import lowered, memory_format, stats_dtype
 
 from .affine import affine_gradient, affine_slabs, source_backward, store_affine_gradient
 from .common import Source, affine_of, block, cdiv, dense, load_affine, normalise, sum_products, sum_slabs
@@ -257,7 +257,8 @@ def _statistics(
 
 
 def _operands(source: Source, weight: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
-    return source.x, source.affine, weight.reshape(weight.shape[:2]).contiguous(), dense(bias)
+    w, b = lowered(source.x, weight), lowered(source.x, bias)
+    return source.x, source.affine, w.reshape(w.shape[:2]).contiguous(), dense(b)
 
 
 def head_stats(
