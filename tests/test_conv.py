@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -605,3 +605,20 @@ def test_float32_follows_pytorchs_convolutions(allowed: bool, monkeypatch: pytes
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
     assert conv.precision(torch.float32) == ("tf32" if allowed else "ieee")
     assert conv.precision(torch.bfloat16) == "ieee"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["padded-on-all-sides", "transposed-2x2", "1x1-head"])
+def test_wide_weights_beside_narrow_sources(name: str, dtype: torch.dtype, backend: str, device: str) -> None:
+    """The same sums as of weights in the sources' dtype, whose gradients are rounded but once: to float32."""
+    skip_if_unsupported(backend, dtype, device)
+    case = CASES[name]
+    narrow = draw(case, device).to(dtype)
+    wide = replace(narrow, weight=narrow.weight.detach().float(), bias=narrow.bias.detach().float())
+    outputs, expected = run(case, wide, backend), run(case, narrow, backend)
+    assert all(map(torch.equal, outputs, expected))
+    found, rounded = gradients(outputs, wide.leaves), gradients(expected, narrow.leaves)
+    assert [g.dtype for g in found[-2:]] == [torch.float32] * 2
+    assert all(torch.equal(a.to(b.dtype), b) for a, b in zip(found, rounded, strict=True))
+    if backend == "triton":
+        assert not torch.equal(found[-2], rounded[-2].float())
