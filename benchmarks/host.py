@@ -1,6 +1,6 @@
 """What a step costs the process that issues it, all but the GPU's part: it bounds small pictures and small batches.
 
-``python -m benchmarks.host`` needs no GPU: it times steps of a U-Net of few channels on tiny pictures on the CPU, with
+``python -m benchmarks.host`` needs no GPU: it times steps of networks of few channels on tiny pictures on the CPU, with
 launches that do nothing. What the driver adds to each launch is not in it; what ATen computes on the tiny tensors is.
 """
 
@@ -18,12 +18,12 @@ import torch
 from triton.runtime.jit import JITFunction
 
 import fastunet
-from benchmarks import traffic
+from benchmarks import nnunet, traffic
 from fastunet.architecture import as_if_on
 from fastunet.backend import interpreting
 from fastunet.kernels import launching
 
-BASE, SIZE, BATCH = 8, 64, 2
+BASE, SIZE, BATCH = 8, 128, 2
 
 
 class _Nothing:
@@ -65,23 +65,33 @@ def milliseconds(step: Callable[[], Any], seconds: float) -> tuple[float, int]:
     times: list[float] = []
     begun = time.perf_counter()
     while len(times) < 5 or time.perf_counter() - begun < seconds:
-        start = time.perf_counter()
+        start = time.thread_time()  # which stands still while another process has the core
         step()
-        times.append(time.perf_counter() - start)
+        times.append(time.thread_time() - start)
     return 1e3 * min(times), launches
 
 
-def steps(bilinear: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """A training step and an inference, by name."""
-    model = fastunet.UNet(3, 2, bilinear, BASE).bfloat16().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x = torch.randn(BATCH, 3, SIZE, SIZE, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+NETWORKS = "transposed", "bilinear", "nnunet"
+
+
+def _network(name: str) -> torch.nn.Module:
+    if name == "nnunet":  # seven stages
+        return nnunet.FastNnUNet(3, 2, [BASE * factor for factor in (1, 2, 4, 8, 8, 8, 8)])
+    return fastunet.UNet(3, 2, name == "bilinear", BASE)
+
+
+def steps(name: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A training step and an inference of a network, under autocast, by name."""
+    model = _network(name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(BATCH, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
 
     def train() -> None:
-        y = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
         torch.autograd.grad(y, list(model.parameters()), torch.ones_like(y))
 
     def infer() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             model(x)
 
     yield "training", train
@@ -97,13 +107,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if interpreting():
         parser.error("expected compiled kernels, got TRITON_INTERPRET=1: unset it")
     torch.set_num_threads(1)
-    lines = [("step", "up", "ms", "launches")]
+    lines = [("network", "step", "ms", "recorded", "launches")]
     with launching_nothing():
-        for bilinear in (False, True):
-            for name, step in steps(bilinear):
-                took, launches = milliseconds(step, options.seconds)
-                lines.append((name, "bilinear" if bilinear else "transposed", f"{took:.2f}", str(launches)))
-    print(f"UNet, base {BASE}, {BATCH}×3×{SIZE}×{SIZE}, bf16, on one CPU core, launches that do nothing")
+        for network in NETWORKS:
+            for name, step in steps(network):
+                with mock.patch("fastunet.dispatch.repeating", return_value=None):
+                    first, launches = milliseconds(step, options.seconds)
+                again, same = milliseconds(step, options.seconds)
+                assert same == launches
+                lines.append((network, name, f"{first:.2f}", f"{again:.2f}", str(launches)))
+    print(
+        f"networks of {BASE} channels on {BATCH}×3×{SIZE}×{SIZE}, bf16 by autocast, on one CPU core, launches that do "
+        "nothing; recorded: as from the third step of a shape on"
+    )
     print(traffic.aligned(lines))
     return 0
 

@@ -106,9 +106,9 @@ def test_the_host_time_of_steps_is_told():
     said = printed("-m", "benchmarks.host", "--seconds", "0").splitlines()
     rows = [line.split() for line in said[2:]]
     assert [row[:2] for row in rows] == [
-        [step, up] for up in ("transposed", "bilinear") for step in ("training", "inference")
+        [network, step] for network in ("transposed", "bilinear", "nnunet") for step in ("training", "inference")
     ]
-    assert all(float(row[2]) > 0 and int(row[3]) > 30 for row in rows)
+    assert all(float(row[2]) > 0 and float(row[3]) > 0 and int(row[4]) > 30 for row in rows)
 
 
 # ---- operators ---------------------------------------------------------------------------------------------------
