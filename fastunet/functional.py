@@ -128,7 +128,7 @@ def conv_bn_relu(
     placed = Placed.of(Activation(x.to(dtype)))
     y, mean, var, *_ = call(
         ops.conv2d, *placed.first.source, None, None, 1.0, weight.to(dtype), None if bias is None else bias.to(dtype),
-        stride, placed.size, placed.offset, training, True, False, None, backend,
+        stride, placed.size, placed.offset, placed.doubled, training, True, False, None, backend,
     )  # fmt: skip
     count = y.numel() // filters
     if training and count == 1:

@@ -80,7 +80,23 @@ def down_and_up(x):
     down, up = (torch.zeros(shape, requires_grad=True) for shape in ((32, 16, 3, 3), (32, 16, 3, 3)))
     affine = torch.zeros(3, x.shape[1], dtype=torch.float32)
     y, *_ = ops.conv2d(
-        x, affine, True, None, None, False, down, None, 2, x.shape[2:], [0] * 4, True, False, False, None, "auto"
+        x,
+        affine,
+        True,
+        None,
+        None,
+        False,
+        down,
+        None,
+        2,
+        x.shape[2:],
+        [0] * 4,
+        [False] * 2,
+        True,
+        False,
+        False,
+        None,
+        "auto",
     )
     z, *_ = ops.conv_transpose2d(y, torch.zeros(3, 32, dtype=torch.float32), True, up, None, True, "auto")
     return z
