@@ -157,8 +157,8 @@ class Case:
 _SUFFIXES = {
     "filters": "k{}", "kernel": "f{}", "stride": "s{}", "skip": "skip{}", "affine": "plain", "stats": "nostats",
     "bias": "bias", "pool": "pooled", "head": "head{}", "image": "image", "loss": "{}", "labels": "{}",
-    "weighted": "weighted", "nearest": "nearest", "doubled": "doubled", "samples": "samples", "output": "{}", "wanted": "wanted{}",
-    "layout": "{}", "algorithm": "{}",
+    "weighted": "weighted", "nearest": "nearest", "doubled": "doubled", "samples": "samples", "output": "{}",
+    "wanted": "wanted{}", "layout": "{}", "algorithm": "{}",
 }  # fmt: skip
 
 

@@ -131,8 +131,8 @@ def _extent(act: Activation, doubled: bool) -> tuple[int, int]:
 class Placed(NamedTuple):
     """One or two activations, concatenated along the channels in a frame of ``size`` (H, W) that is zero elsewhere.
 
-    ``offset`` is (top, left) of the first, then of the second; negative offsets crop. What is ``doubled`` lies there with
-    each pixel twice in both directions, the nearest ×2, and is stored so only for those who cannot read it as it is.
+    ``offset`` is (top, left) of the first, then of the second; negative offsets crop. What is ``doubled`` lies there
+    with each pixel twice in both directions, the nearest ×2, and is stored so for those who cannot read it as it is.
     """
 
     first: Activation
@@ -148,8 +148,7 @@ class Placed(NamedTuple):
 
     @classmethod
     def with_skip(cls, up: Placed, skip: Activation, skip_first: bool) -> Placed:
-        """The activation ``up``, doubled or not, centred in ``skip``'s size by F.pad(diff // 2, diff − diff // 2), beside
-        it."""
+        """``up``, one activation, centred in ``skip``'s size by F.pad(diff // 2, diff − diff // 2), beside it."""
         height, width = size = _extent(skip, False)
         top, left = (height - up.size[0]) // 2, (width - up.size[1]) // 2
         if skip_first:
@@ -162,7 +161,7 @@ class Placed(NamedTuple):
         return _extent(self.first, self.doubled[0])
 
     def whole(self, context: Context) -> Activation:
-        """All of it as one activation: the first itself if it is alone, not doubled, and fills the frame; else stored."""
+        """All of it as one activation: stored, unless it is one that fills the frame and is not doubled."""
         if self.second is None and self.size == self.extent and self.offset[:2] == (0, 0):
             return upsample(self.first, None, context.backend) if self.doubled[0] else self.first
         return Activation(self.tensor(context))

@@ -496,8 +496,8 @@ def conv2d(
     pool: bool,
     pool_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Convolution of one or two sources, concatenated along the channels in a zero frame. Those that are ``doubled`` lie
-    there with each pixel twice in both directions (nearest ×2).
+    """Convolution of one or two sources, concatenated along the channels in a zero frame; of a ``doubled`` one its
+    nearest ×2 lies there.
 
     Returns y; its mean and variance, of the batch (C,) if ``stats`` is 1, of each sample (N, C) if it is 2; the
     normalised operand if ``save`` asks for it; and if ``pool`` what is 2×2-pooled from y for a normalisation by a scale

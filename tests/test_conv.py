@@ -71,13 +71,7 @@ CASES = {
         (1, 3, 4, 9), 4, x1=(1, 2, 2, 5), size=(7, 9), offset=(-1, 0, 2, -1), doubled=(True, True), bias=True
     ),
     "doubled-plain-cropped-to-itself": Conv(
-        (1, 3, 4, 6),
-        2,
-        size=(4, 6),
-        offset=(-2, -4, 0, 0),
-        doubled=(True, False),
-        affine=(False, False),
-        slope=(1.0, 1.0),
+        (1, 3, 4, 6), 2, None, 3, 1, (4, 6), (-2, -4, 0, 0), (False, False), (1.0, 1.0), doubled=(True, False)
     ),
     "pooled": Conv((2, 8, 4, 6), 8, pool="all"),
     "pooled-by-sign-odd": Conv((1, 8, 7, 5), 9, pool="by sign"),
@@ -531,25 +525,8 @@ def test_compiles_to_one_graph(backend: str, device: str) -> None:
     inputs = draw(case, device)
 
     def function(x: Tensor, affine: Tensor, weight: Tensor) -> Tensor:
-        y, mean, var, *_ = ops.conv2d(
-            x,
-            affine,
-            0.0,
-            None,
-            None,
-            1.0,
-            weight,
-            None,
-            1,
-            (4, 3),
-            (0, 0, 0, 0),
-            NONE,
-            True,
-            False,
-            False,
-            None,
-            backend,
-        )
+        source, settings = (x, affine, 0.0), ((4, 3), (0, 0, 0, 0), NONE, True, False, False, None)
+        y, mean, var, *_ = ops.conv2d(*source, None, None, 1.0, weight, None, 1, *settings, backend)
         return (y.sum() + mean.sum() + var.sum()) * 2
 
     check_compiled(function, inputs.x0, inputs.affine0, inputs.weight)
@@ -563,10 +540,7 @@ MISFITS = {
     "batch": ({"x1": (1, 2, 4, 4), "weight": (4, 5, 3, 3)}, "one batch size, got 2 and 1"),
     "stride": ({"stride": 3}, "stride 1, or 2 for a 3×3 weight, got 3"),
     "doubled": ({"doubled": [True]}, "doubled to be 2 booleans, one for each source, got 1"),
-    "doubled-stride-2": (
-        {"doubled": [True, False], "stride": 2},
-        "doubled sources under a 3×3 weight with stride 1, got .* 2;",
-    ),
+    "doubled-stride-2": ({"doubled": [True, False], "stride": 2}, "under a 3×3 weight with stride 1, got .* stride 2;"),
 }
 
 

@@ -109,7 +109,7 @@ def conv2d(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Convolution, padded by half its odd kernel, of one source or of the concatenation of two.
 
-    Each source, those ``doubled`` after nearest ×2, lies at its offset (top0, left0, top1, left1) in a frame of zeros of
+    Each source, if ``doubled`` its nearest ×2, lies at its offset (top0, left0, top1, left1) in a frame of zeros of
     ``size`` (H, W). Returns (y, mean, var), the last two being :func:`statistics` of y, or empty without ``stats``.
     """
     z = _frame(_nearest(affine_act(x0, affine0, slope0), doubled[0]), size, offset[0], offset[1])
