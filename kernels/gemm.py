@@ -170,16 +170,16 @@ def load_pixels(
         x = image.x
         if image.ZOOM is None:
             row = ((n.to(tl.int64) * image.H + at.h) * image.W + w) * image.C
-        elif TILE.images == 1:
+        else:
             # Registers are scarce: by pixel only its place in the row, or in the tile if that begins at a pixel of x.
             first = (at.n.to(tl.int64) * (image.H >> 1) + (at.h >> 1)) * (image.W >> 1)
             if AXIS == 0:  # of a weight gradient
                 first += at.w >> 1
-                w = pixel
+                w = pixel % TILE.columns
             x += first * image.C
             row = (w >> 1) * image.C
-        else:
-            row = ((n.to(tl.int64) * (image.H >> 1) + (at.h >> 1)) * (image.W >> 1) + (w >> 1)) * image.C
+            if TILE.images > 1:
+                row += (pixel // TILE.columns) * ((image.H >> 1).to(tl.int64) * (image.W >> 1) * image.C)
         index = tl.expand_dims(row, AXIS) + tl.expand_dims(channel, 1 - AXIS)
         z = tl.load(x + index, mask=mask, other=0.0)
     if len(affine) > 0 or image.SLOPE is not None:
