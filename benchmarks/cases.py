@@ -46,6 +46,7 @@ class Case:
     labels: torch.dtype = torch.int64
     weighted: bool = False  # softmax_stats: weights per pixel
     nearest: bool = False  # upsample_concat
+    doubled: bool = False  # convolutions: the last source has half of this size, and its value is the nearest ×2 of it
     samples: bool = False  # affines and statistics are of each sample
     output: str = "argmax"  # head_predict
     algorithm: str = ""  # 3×3 convolutions: another one than the Triton backend's (see fastunet.kernels.table)
@@ -156,8 +157,8 @@ class Case:
 _SUFFIXES = {
     "filters": "k{}", "kernel": "f{}", "stride": "s{}", "skip": "skip{}", "affine": "plain", "stats": "nostats",
     "bias": "bias", "pool": "pooled", "head": "head{}", "image": "image", "loss": "{}", "labels": "{}",
-    "weighted": "weighted", "nearest": "nearest", "samples": "samples", "output": "{}", "wanted": "wanted{}",
-    "layout": "{}", "algorithm": "{}",
+    "weighted": "weighted", "nearest": "nearest", "doubled": "doubled", "samples": "samples", "output": "{}",
+    "wanted": "wanted{}", "layout": "{}", "algorithm": "{}",
 }  # fmt: skip
 
 
@@ -237,20 +238,22 @@ def _conv2d(case: Case, device: Any) -> Operands:
     channels = case.shape[1] + case.skip
     weight = case.random_weight((case.filters, channels, case.kernel, case.kernel), channels, device)
     bias = torch.randn(case.filters, dtype=case.dtype, device=device) if case.bias else None
-    second = case.source(case.skip, device) if case.skip else (None, None, 1.0)
-    size = list(case.shape[2:])
+    half = replace(case, shape=(*case.shape[:2], case.shape[2] // 2, case.shape[3] // 2)) if case.doubled else case
+    first = (case if case.skip else half).source(case.shape[1], device)
+    second = half.source(case.skip, device) if case.skip else (None, None, 1.0)
+    size, doubled = list(case.shape[2:]), [case.doubled and not case.skip, case.doubled and case.skip > 0]
     settings = (_stats(case), False, case.pool, case.random_affine(case.filters, device)[0] if case.pool else None)
-    return *case.source(case.shape[1], device), *second, weight, bias, case.stride, size, [0] * 4, *settings
+    return *first, *second, weight, bias, case.stride, size, [0] * 4, doubled, *settings
 
 
 def _conv2d_act(case: Case, device: Any) -> Operands:
-    *sources, weight, bias, _, size, offset, _, _, pool, _ = _conv2d(case, device)
+    *sources, weight, bias, _, size, offset, doubled, _, _, pool, _ = _conv2d(case, device)
     affine = case.random_affine(case.filters, device)
     head, head_bias = None, None
     if case.head:
         head = case.random_weight((case.head, case.filters, 1, 1), case.filters, device)
         head_bias = torch.randn(case.head, dtype=case.dtype, device=device) if case.bias else None
-    return *sources, weight, bias, size, offset, affine, 0.0, pool, head, head_bias
+    return *sources, weight, bias, size, offset, doubled, affine, 0.0, pool, head, head_bias
 
 
 def _gradients(y: Tensor, mean: Tensor, var: Tensor) -> list[Tensor | None]:
@@ -258,13 +261,13 @@ def _gradients(y: Tensor, mean: Tensor, var: Tensor) -> list[Tensor | None]:
 
 
 def _conv2d_backward(case: Case, operands: Operands, results: Operands) -> Operands:
-    *sources, weight, bias, stride, size, offset, _, _, _, scale = operands
+    *sources, weight, bias, stride, size, offset, doubled, _, _, _, scale = operands
     y, mean, var, z, pooled = results
     gradients = _gradients(y, mean, var)
     gradients.append(torch.randn_like(pooled) if pooled.numel() else None)
     inputs, weights = case.mode != "wgrad", case.mode != "dgrad"
     mask = [inputs and not case.image, inputs and case.skip > 0, weights, weights and bias is not None]
-    return *gradients, y, mean, scale, *sources, weight, z, stride, size, offset, mask
+    return *gradients, y, mean, scale, *sources, weight, z, stride, size, offset, doubled, mask
 
 
 def _conv_transpose2d(case: Case, device: Any) -> Operands:
@@ -374,6 +377,7 @@ CASES = [
     Case("conv2d", (8, 128, 256, 256), filters=128, pool=True),
     Case("conv2d", (8, 512, 32, 32), filters=1024),
     Case("conv2d", (8, 64, 512, 512), filters=64, skip=64),
+    Case("conv2d", (8, 64, 512, 512), filters=64, skip=64, doubled=True),
     Case("conv2d", (8, 512, 64, 64), filters=512, skip=512, algorithm="cudnn"),
     Case("conv2d", (8, 64, 512, 512), filters=22, kernel=1, stats=False, bias=True),
     Case("conv2d", (8, 64, 512, 512), filters=64, mode="inference", stats=False, bias=True),
@@ -475,6 +479,10 @@ def _everything(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterato
     yield replace(two, changes=(("size", (height - 2, width - 1)), ("offset", (-1, 0, -1, -1))))
     placed = replace(two, changes=(("size", (height + 1, width + 2)), ("offset", (0, 1, 1, 2))))
     yield from (placed, replace(placed, algorithm="cudnn"), replace(placed, algorithm="cudnn", samples=True))
+    doubled = replace(two, doubled=True)
+    yield from (replace(form, doubled=True) for form in (conv, two, act, replace(act, skip=0), placed))
+    yield from (replace(doubled, samples=True), replace(doubled, algorithm="cudnn"))
+    yield replace(doubled, algorithm="cudnn", samples=True)
     for form in (conv, two):
         yield from (replace(form, stride=2, pool=True), replace(form, kernel=1, pool=True))
     up = Case("conv_transpose2d", shape, dtype, filters=shape[1], bias=True)

@@ -120,7 +120,10 @@ def _serves(provider: Provider, case: AnyCase) -> bool:
     if case.algorithm and provider.backend == "auto":
         return False  # the case names its algorithm, where "auto" would choose one
     if provider.engine:
-        plain = not (case.skip or case.bias or case.pool or case.algorithm) and case.layout == "channels_last"
+        plain = (
+            not (case.skip or case.bias or case.pool or case.algorithm or case.doubled)
+            and case.layout == "channels_last"
+        )
         fused = case.op == "conv2d" and case.mode == "inference" and case.affine and case.stats
         return plain and fused and case.dtype.itemsize == 2
     if provider.compiled:
@@ -640,9 +643,12 @@ def _modules(case: Case, normalise: bool) -> Callable[..., list[Tensor]]:
         return F.relu(z) if act else z
 
     def conv2d(**operands: Any) -> list[Tensor]:
-        z = source("x0", operands)
-        if operands["x1"] is not None:
-            z = torch.cat([z, source("x1", operands)], 1)
+        names = ["x0"] if operands["x1"] is None else ["x0", "x1"]
+        parts = [
+            F.interpolate(source(name, operands), scale_factor=2) if doubled else source(name, operands)
+            for name, doubled in zip(names, operands["doubled"], strict=False)
+        ]
+        z = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         weight = operands["weight"]
         y = F.conv2d(z, weight, operands["bias"], operands["stride"], weight.shape[-1] // 2)
         return [y, F.max_pool2d(y, 2)] if operands["pool"] else [y]

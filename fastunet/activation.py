@@ -122,36 +122,58 @@ class Activation(NamedTuple):
         return self if self.plain else Activation(call(ops.affine_act, *self.source, context.backend))
 
 
+def _extent(act: Activation, doubled: bool) -> tuple[int, int]:
+    """Height and width of an activation, or of its nearest ×2."""
+    height, width = act.x.shape[-2], act.x.shape[-1]
+    return (2 * height, 2 * width) if doubled else (height, width)
+
+
 class Placed(NamedTuple):
     """One or two activations, concatenated along the channels in a frame of ``size`` (H, W) that is zero elsewhere.
 
-    ``offset`` is (top, left) of the first, then of the second; negative offsets crop.
+    ``offset`` is (top, left) of the first, then of the second; negative offsets crop. What is ``doubled`` lies there
+    with each pixel twice in both directions, the nearest ×2, and is stored so for those who cannot read it as it is.
     """
 
     first: Activation
     second: Activation | None
     size: tuple[int, int]
     offset: tuple[int, int, int, int]
+    doubled: tuple[bool, bool] = (False, False)
 
     @classmethod
-    def of(cls, act: Activation) -> Placed:
-        return cls(act, None, (act.x.shape[-2], act.x.shape[-1]), (0, 0, 0, 0))
+    def of(cls, act: Activation, doubled: bool = False) -> Placed:
+        """The activation, or its nearest ×2, in a frame of that size."""
+        return cls(act, None, _extent(act, doubled), (0, 0, 0, 0), (doubled, False))
 
     @classmethod
-    def with_skip(cls, up: Activation, skip: Activation, skip_first: bool) -> Placed:
-        """``up`` centred in ``skip``'s size by F.pad(diff // 2, diff − diff // 2), beside it."""
-        height, width = skip.x.shape[-2], skip.x.shape[-1]
-        top, left = (height - up.x.shape[-2]) // 2, (width - up.x.shape[-1]) // 2
+    def with_skip(cls, up: Placed, skip: Activation, skip_first: bool) -> Placed:
+        """``up``, one activation, centred in ``skip``'s size by F.pad(diff // 2, diff − diff // 2), beside it."""
+        height, width = size = _extent(skip, False)
+        top, left = (height - up.size[0]) // 2, (width - up.size[1]) // 2
         if skip_first:
-            return cls(skip, up, (height, width), (0, 0, top, left))
-        return cls(up, skip, (height, width), (top, left, 0, 0))
+            return cls(skip, up.first, size, (0, 0, top, left), (False, up.doubled[0]))
+        return cls(up.first, skip, size, (top, left, 0, 0), (up.doubled[0], False))
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Height and width of the first alone."""
+        return _extent(self.first, self.doubled[0])
+
+    def whole(self, context: Context) -> Activation:
+        """All of it as one activation: stored, unless it is one that fills the frame and is not doubled."""
+        if self.second is None and self.size == self.extent and self.offset[:2] == (0, 0):
+            return upsample(self.first, None, context.backend) if self.doubled[0] else self.first
+        return Activation(self.tensor(context))
 
     def tensor(self, context: Context) -> Tensor:
         """The concatenated values (N, C0 + C1, H, W), stored."""
-        z = frame(self.first.tensor(context), self.size, *self.offset[:2])
-        if self.second is None:
-            return z
-        return torch.cat([z, frame(self.second.tensor(context), self.size, *self.offset[2:])], 1)
+        acts = [self.first] if self.second is None else [self.first, self.second]
+        parts = []
+        for act, doubled, *corner in zip(acts, self.doubled, self.offset[::2], self.offset[1::2], strict=False):
+            stored = upsample(act, None, context.backend) if doubled else act
+            parts.append(frame(stored.tensor(context), self.size, *corner))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def parts(self) -> list[Tensor]:
         """What is concatenated, of plain activations in the layout in which they are: one tensor or two."""
@@ -211,14 +233,15 @@ class Raw(NamedTuple):
 
 
 def conv2d(placed: Placed, conv: nn.Conv2d, norm: Norm | None, pool: bool, context: Context) -> Raw:
-    """A 3×3 (padding 1, stride 1 or 2) or 1×1 convolution of what is placed, with its bias.
+    """A 3×3 (padding 1, stride 1 or 2) or 1×1 convolution of what is placed, with its bias; of what is doubled, 3×3 of
+    stride 1.
 
     With the statistics that ``norm`` needs; if ``pool``, also pooled for a normalisation by it.
     """
     x, operands = _convolved(placed, conv)
     stats = needed_stats(norm)
     y, mean, var, _, pooled = call(
-        ops.conv2d, *operands, conv.stride[0], placed.size, placed.offset, stats, context.stores(x),
+        ops.conv2d, *operands, conv.stride[0], placed.size, placed.offset, placed.doubled, stats, context.stores(x),
         pool, norm.weight if pool and norm is not None else None, context.backend,
     )  # fmt: skip
     return Raw(y, mean, var, pooled if pool else None)
@@ -241,8 +264,9 @@ def conv2d_act(
     if head is not None:
         _, head_weight, head_bias = _operands(Activation(x), head.weight, head.bias)
     z, pooled = call(
-        ops.conv2d_act, *operands, placed.size, placed.offset, affine, slope, pool, head_weight, head_bias, backend
-    )
+        ops.conv2d_act, *operands, placed.size, placed.offset, placed.doubled, affine, slope, pool, head_weight,
+        head_bias, backend,
+    )  # fmt: skip
     return Activation(z, pooled=pooled if pool else None, headed=head is not None)
 
 

@@ -433,7 +433,7 @@ def _unframe(g: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
     return frame(g, size, -top, -left)
 
 
-_Source = tuple[Tensor, Tensor | None, float, int, int]  # x, affine, slope, and (top, left) in the frame
+_Source = tuple[Tensor, Tensor | None, float, bool, int, int]  # x, affine, slope, doubled, (top, left) in the frame
 
 
 def _sources(
@@ -444,14 +444,29 @@ def _sources(
     affine1: Tensor | None,
     slope1: float,
     offset: Sequence[int],
+    doubled: Sequence[bool],
 ) -> list[_Source]:
-    first = (x0, affine0, slope0, offset[0], offset[1])
-    return [first] if x1 is None else [first, (x1, affine1, slope1, offset[2], offset[3])]
+    first = (x0, affine0, slope0, doubled[0], offset[0], offset[1])
+    return [first] if x1 is None else [first, (x1, affine1, slope1, doubled[1], offset[2], offset[3])]
+
+
+def _twice(z: Tensor) -> Tensor:
+    """z with each of its pixels twice in both directions."""
+    return F.interpolate(z, scale_factor=2.0, mode="nearest")
+
+
+def _twice_backward(g: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of z, of that ``shape``, from that of :func:`_twice`."""
+    dz: Tensor = aten.upsample_nearest2d_backward(channels_last(g), list(g.shape[2:]), list(shape), None, None)
+    return dz
 
 
 def _placed(sources: list[_Source], size: Sequence[int]) -> Tensor:
     """The sources' values, concatenated along the channels in a zero frame of ``size``."""
-    parts = [frame(_normalise(channels_last(x), affine, slope), size, *corner) for x, affine, slope, *corner in sources]
+    parts = []
+    for x, affine, slope, doubled, *corner in sources:
+        z = _normalise(channels_last(x), affine, slope)
+        parts.append(frame(_twice(z) if doubled else z, size, *corner))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -475,24 +490,27 @@ def conv2d(
     stride: int,
     size: Sequence[int],
     offset: Sequence[int],
+    doubled: Sequence[bool],
     stats: int,
     save: bool,
     pool: bool,
     pool_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Convolution of one or two sources, concatenated along the channels in a zero frame.
+    """Convolution of one or two sources, concatenated along the channels in a zero frame; of a ``doubled`` one its
+    nearest ×2 lies there.
 
     Returns y; its mean and variance, of the batch (C,) if ``stats`` is 1, of each sample (N, C) if it is 2; the
     normalised operand if ``save`` asks for it; and if ``pool`` what is 2×2-pooled from y for a normalisation by a scale
     with the signs of ``pool_scale`` (None: positive; see :func:`max_pool2x2`). What was not asked for is empty.
     """
     weight, bias = lowered(x0, weight), lowered(x0, bias)
-    z = _placed(_sources(x0, affine0, slope0, x1, affine1, slope1, offset), size)
+    z = _placed(_sources(x0, affine0, slope0, x1, affine1, slope1, offset, doubled), size)
     y = channels_last(
         F.conv2d(z.contiguous(memory_format=_beside(weight, z)), weight, bias, stride, weight.shape[-1] // 2)
     )
     mean, var = _stats(y, stats)
-    plain = affine0 is None and slope0 == 1 and x1 is None and list(size) == list(x0.shape[-2:])
+    itself = affine0 is None and slope0 == 1 and x1 is None and not doubled[0]
+    plain = itself and list(size) == list(x0.shape[-2:])
     kept = x0.new_empty(0) if plain or not save else channels_last(z)
     pooled = max_pool2x2(y, pool_affine(pool_scale, y)) if pool else x0.new_empty(0)
     return y, mean, var, kept, pooled
@@ -509,6 +527,7 @@ def conv2d_act(
     bias: Tensor | None,
     size: Sequence[int],
     offset: Sequence[int],
+    doubled: Sequence[bool],
     affine: Tensor | None,
     slope: float,
     pool: bool,
@@ -522,7 +541,9 @@ def conv2d_act(
     (J, K, 1, 1) and ``head_bias``, for which z need not be stored; and if ``pool``, without a head, z 2×2-pooled, else
     an empty tensor.
     """
-    y, *_ = conv2d(x0, affine0, slope0, x1, affine1, slope1, weight, bias, 1, size, offset, NOTHING, False, False, None)
+    y, *_ = conv2d(
+        x0, affine0, slope0, x1, affine1, slope1, weight, bias, 1, size, offset, doubled, NOTHING, False, False, None
+    )
     z = channels_last(_normalise(y, affine, slope))
     pooled = max_pool2x2(z, None) if pool else z.new_empty(0)
     if head_weight is not None:
@@ -557,11 +578,12 @@ def conv2d_backward(
     stride: int,
     size: Sequence[int],
     offset: Sequence[int],
+    doubled: Sequence[bool],
     mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx0, daffine0, dx1, daffine1, dweight, dbias); those not asked for in ``mask`` (source 0, source 1,
     weight, bias) are empty."""
-    sources = _sources(x0, affine0, slope0, x1, affine1, slope1, offset)
+    sources = _sources(x0, affine0, slope0, x1, affine1, slope1, offset, doubled)
     if dp is not None:
         dy = max_pool2x2_backward(y, pool_affine(pool_scale, y), dp, dy)
     dy = _form_dy(dy, dmean, dvar, y, mean)
@@ -585,9 +607,14 @@ def conv2d_backward(
     )
     grads: list[Tensor] = []
     start = 0
-    for (x, affine, slope, top, left), wanted in zip(sources, mask, strict=False):
+    for (x, affine, slope, twice, top, left), wanted in zip(sources, mask, strict=False):
         stop = start + x.shape[1]
-        if wanted:
+        if wanted and twice:
+            g = _unframe(dz[:, start:stop], [2 * n for n in x.shape[2:]], top, left)
+            # Not from z, where a crop may have left the first of a pixel's four out.
+            value = _normalise(channels_last(x), affine, slope)
+            grads += _normalise_backward(_twice_backward(g, x.shape), x, affine, slope, value)
+        elif wanted:
             g = _unframe(dz[:, start:stop], x.shape[-2:], top, left)
             normalised = _unframe(z[:, start:stop], x.shape[-2:], top, left)
             grads += _normalise_backward(g, x, affine, slope, normalised)
@@ -798,7 +825,7 @@ def upsample_concat_backward(
         _, top, left = _centred(skip, *doubled)
         dy = _unframe(dy, doubled, top, left)
     if align_corners is None:
-        dz = aten.upsample_nearest2d_backward(channels_last(dy), doubled, list(x.shape), None, None)
+        dz = _twice_backward(dy, x.shape)
     else:
         dz = aten.upsample_bilinear2d_backward(channels_last(dy), doubled, list(x.shape), align_corners, None, None)
     dx, daffine = affine_act_backward(dz, x, affine, slope)

@@ -246,8 +246,12 @@ def _split(modules: list[nn.Module]) -> tuple[list[Layer | nn.AvgPool2d], list[n
 def _normalises_at_once(conv: nn.Conv2d, norm: Norm | None) -> bool:
     """Whether a 3×3 convolution can normalise what it stores: statistics do not depend on the batch, and no backward
     needs the values before the normalisation."""
-    usual = conv.kernel_size == (3, 3) and conv.stride == (1, 1)
-    return usual and not torch.is_grad_enabled() and not needed_stats(norm)
+    return _is_usual(conv) and not torch.is_grad_enabled() and not needed_stats(norm)
+
+
+def _is_usual(conv: nn.Conv2d) -> bool:
+    """Whether it is 3×3 of stride 1."""
+    return conv.kernel_size == (3, 3) and conv.stride == (1, 1)
 
 
 def _apply(layer: Layer, placed: Placed, context: Context, after: Next) -> Activation:
@@ -260,6 +264,8 @@ def _apply(layer: Layer, placed: Placed, context: Context, after: Next) -> Activ
         act = _apply(layer._replace(prelu=None), placed, context, UNKNOWN)
         return prelu(act, behind.weight, context.backend)
     if isinstance(conv, nn.Conv2d):
+        if any(placed.doubled) and not _is_usual(conv):
+            placed = Placed.of(placed.whole(context))
         # The convolution pools what it writes, unless the value is stored first and pooled from there.
         fits = min(placed.size) >= 2 * conv.stride[0] and slope >= 0
         pool = after.pool and fits and not context.stores(placed.first.x)
@@ -267,8 +273,7 @@ def _apply(layer: Layer, placed: Placed, context: Context, after: Next) -> Activ
             return conv2d_act(placed, conv, norm, slope, Next(pool, after.head), context.backend)
         raw = conv2d(placed, conv, norm, pool, context)
     else:
-        source = placed.first if placed.second is None else Activation(placed.tensor(context))
-        raw = conv_transpose2d(source, conv, norm, context.backend)
+        raw = conv_transpose2d(placed.whole(context), conv, norm, context.backend)
     return Activation(raw.y, None, slope, raw.pooled) if norm is None else normalised(raw, norm, slope, context.backend)
 
 
@@ -327,8 +332,7 @@ def lazily(modules: list[nn.Module], placed: Placed, context: Context, after: Ne
     layers, rest = _split(modules)
     for number, layer in enumerate(layers, 1):
         if isinstance(layer, nn.AvgPool2d):
-            whole = placed.first if placed.second is None else Activation(placed.tensor(context))
-            placed = Placed.of(average(whole, context))
+            placed = Placed.of(average(placed.whole(context), context))
             continue
         try:
             act = _apply(layer, placed, context, after if number == len(layers) and not rest else UNKNOWN)
@@ -341,8 +345,8 @@ def lazily(modules: list[nn.Module], placed: Placed, context: Context, after: Ne
                 raise
             raise told from error
         placed = Placed.of(act)
-    if not rest and placed.second is None:
-        return placed.first
+    if not rest:
+        return placed.whole(context)
     z = placed.tensor(context)
     for module in rest:
         z = module(z)
@@ -567,8 +571,9 @@ class Up(LazyModule):
 
     def lazy(self, act: Activation, skip: Activation, context: Context, after: Next = UNKNOWN) -> Activation:
         up = enlarge(self.up, act, context)
-        if self.replicate:
-            up = replicated(up, (skip.x.shape[-2], skip.x.shape[-1]), context)
+        size = (skip.x.shape[-2], skip.x.shape[-1])
+        if self.replicate and up.size != size:
+            up = Placed.of(replicated(up.whole(context), size, context))
         return run(self.conv, Placed.with_skip(up, skip, skip_first=True), context, after)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
@@ -615,7 +620,7 @@ class ResidualBlock(LazyBlock):
         self.act = new_act(negative_slope)
 
     def lazy(self, placed: Placed, context: Context, after: Next = UNKNOWN) -> Activation:
-        source = placed.first if placed.second is None else Activation(placed.tensor(context))
+        source = placed.whole(context)
         act = run(self.conv, Placed.of(source), context)
         skip = _through(self.skip, Placed.of(source), context)
         if act.x.shape != skip.x.shape:
@@ -676,7 +681,7 @@ class StridedUp(LazyModule):
     def lazy(self, placed: Placed, skip: Activation, context: Context) -> Placed:
         act = run(self.Conv_BN_ReLU_2, placed, context)
         up = run(self.upsample, Placed.of(act), context)
-        return Placed.with_skip(up, skip, skip_first=False)
+        return Placed.with_skip(Placed.of(up), skip, skip_first=False)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         context = self._called(x, skip=skip)
@@ -712,15 +717,17 @@ def pool(module: nn.Module, act: Activation, context: Context) -> tuple[Activati
     return Activation(module(z)), Activation(z)
 
 
-def enlarge(module: nn.Module, act: Activation, context: Context) -> Activation:
+def enlarge(module: nn.Module, act: Activation, context: Context) -> Placed:
     """An upsampling ``module`` (nn.Upsample, nn.ConvTranspose2d, ConvSequence, …) applied to the activation."""
-    if _is_upsample(module):
-        assert isinstance(module, nn.Upsample)
-        if context.eager:
-            z = module(act.x)
-            return Activation(eager.dense(z) if context.tuned else z)
-        return upsample(act, None if module.mode == "nearest" else bool(module.align_corners), context.backend)
-    return _through(module, Placed.of(act), context)
+    if not _is_upsample(module):
+        return Placed.of(_through(module, Placed.of(act), context))
+    assert isinstance(module, nn.Upsample)
+    if context.eager:
+        z = module(act.x)
+        return Placed.of(Activation(eager.dense(z) if context.tuned else z))
+    if module.mode == "nearest":
+        return Placed.of(act, doubled=True)
+    return Placed.of(upsample(act, bool(module.align_corners), context.backend))
 
 
 def descend(

@@ -129,7 +129,7 @@ def conv_bn_relu(
     y, mean, var, *_ = call(
         ops.conv2d, *placed.first.source, None, None, 1.0,
         in_either(weight, dtype), None if bias is None else in_either(bias, dtype),
-        stride, placed.size, placed.offset, training, True, False, None, backend,
+        stride, placed.size, placed.offset, placed.doubled, training, True, False, None, backend,
     )  # fmt: skip
     count = y.numel() // filters
     if training and count == 1:

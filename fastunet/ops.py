@@ -280,6 +280,7 @@ def _conv2d_fake(
     weight: Tensor,
     stride: int,
     size: Sequence[int],
+    doubled: Sequence[bool],
     stats: int,
     save: bool,
     pool: bool,
@@ -287,7 +288,8 @@ def _conv2d_fake(
 ) -> tuple[Tensor, ...]:
     batch, filters = x0.shape[0], weight.shape[0]
     height, width = ((n - 1) // stride + 1 for n in size)
-    plain = affine0 is None and slope0 == 1 and x1 is None and list(size) == list(x0.shape[-2:])
+    itself = affine0 is None and slope0 == 1 and x1 is None and not doubled[0]
+    plain = itself and list(size) == list(x0.shape[-2:])
     kept = save and not plain and resolve_backend(backend, x0.device, x0.dtype) == "torch"
     return (
         activation(x0, (batch, filters, height, width)),
@@ -306,6 +308,7 @@ def _check_placed(
     bias: Tensor | None,
     size: Sequence[int],
     offset: Sequence[int],
+    doubled: Sequence[bool],
 ) -> None:
     """What a convolution of one or two sources in a frame reads."""
     _check_source(x0, affine0, x0)
@@ -314,6 +317,8 @@ def _check_placed(
     _check_filters(weight, bias, x0, 1, x0.shape[1] + (0 if x1 is None else x1.shape[1]), (3, 1))
     if len(size) != 2 or len(offset) != 4:
         raise ValueError(f"expected a size of 2 and an offset of 4 numbers, got {len(size)} and {len(offset)}")
+    if len(doubled) != 2:
+        raise ValueError(f"expected doubled to be 2 booleans, one for each source, got {len(doubled)}")
 
 
 def _check_conv2d(
@@ -326,11 +331,17 @@ def _check_conv2d(
     stride: int,
     size: Sequence[int],
     offset: Sequence[int],
+    doubled: Sequence[bool],
     pool_scale: Tensor | None,
 ) -> None:
-    _check_placed(x0, affine0, x1, affine1, weight, bias, size, offset)
+    _check_placed(x0, affine0, x1, affine1, weight, bias, size, offset, doubled)
     if stride not in (1, 2) or (stride == 2 and weight.shape[2] == 1):
         raise ValueError(f"expected stride 1, or 2 for a 3×3 weight, got {stride}")
+    if any(doubled) and (stride == 2 or weight.shape[2] == 1):
+        raise ValueError(
+            f"expected doubled sources under a 3×3 weight with stride 1, got one of shape {_shape(weight)} and stride "
+            f"{stride}; store what upsample_concat makes of them"
+        )
     if pool_scale is not None and tuple(pool_scale.shape) != (weight.shape[0],):
         raise ValueError(f"expected a pool_scale of shape ({weight.shape[0]},), got {_shape(pool_scale)}")
 
@@ -338,14 +349,14 @@ def _check_conv2d(
 conv2d_backward = register_backward(
     "conv2d_backward(Tensor? dy, Tensor? dmean, Tensor? dvar, Tensor? dp, Tensor y, Tensor mean, Tensor? pool_scale,"
     " Tensor x0, Tensor? affine0, float slope0, Tensor? x1, Tensor? affine1, float slope1, Tensor weight, Tensor z,"
-    " int stride, SymInt[] size, SymInt[] offset, bool[] mask, str backend)"
+    " int stride, SymInt[] size, SymInt[] offset, bool[] doubled, bool[] mask, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "x0 affine0, x1 affine1, weight, bias",
     bias=_filters,
 )
 conv2d = register(
     "conv2d(Tensor x0, Tensor? affine0, float slope0, Tensor? x1, Tensor? affine1, float slope1, Tensor weight,"
-    " Tensor? bias, int stride, SymInt[] size, SymInt[] offset, int stats, bool save, bool pool,"
+    " Tensor? bias, int stride, SymInt[] size, SymInt[] offset, bool[] doubled, int stats, bool save, bool pool,"
     " Tensor? pool_scale, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _conv2d_fake,
     _check_conv2d,
@@ -374,12 +385,13 @@ def _check_conv2d_act(
     bias: Tensor | None,
     size: Sequence[int],
     offset: Sequence[int],
+    doubled: Sequence[bool],
     affine: Tensor | None,
     pool: bool,
     head_weight: Tensor | None,
     head_bias: Tensor | None,
 ) -> None:
-    _check_placed(x0, affine0, x1, affine1, weight, bias, size, offset)
+    _check_placed(x0, affine0, x1, affine1, weight, bias, size, offset, doubled)
     if weight.shape[2] != 3:
         raise ValueError(f"expected a 3×3 weight, got one of shape {_shape(weight)}")
     if affine is not None and tuple(affine.shape) != (3, weight.shape[0]):
@@ -393,7 +405,7 @@ def _check_conv2d_act(
 # Has no derivative: training uses conv2d, which keeps y, and a backward can compute the rest from y again.
 conv2d_act = register(
     "conv2d_act(Tensor x0, Tensor? affine0, float slope0, Tensor? x1, Tensor? affine1, float slope1, Tensor weight,"
-    " Tensor? bias, SymInt[] size, SymInt[] offset, Tensor? affine, float slope, bool pool,"
+    " Tensor? bias, SymInt[] size, SymInt[] offset, bool[] doubled, Tensor? affine, float slope, bool pool,"
     " Tensor? head_weight, Tensor? head_bias, str backend) -> (Tensor, Tensor)",
     _conv2d_act_fake,
     _check_conv2d_act,

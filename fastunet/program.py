@@ -51,7 +51,12 @@ class Frame:
     def activation(self, name: str) -> Activation:
         """The same, stored if it is placed."""
         value = self.lazy(name)
-        return Activation(self.tensor(name)) if isinstance(value, Placed) else value
+        if not isinstance(value, Placed):
+            return value
+        if value.second is None and value.doubled[0]:  # once for all that reads it from now on
+            self.values[name] = value = value.whole(self.context)
+            return value
+        return Activation(self.tensor(name))
 
     def plain(self, name: str) -> Any:
         """What a step reads that runs as it was: a lazy value is stored, once for all such steps."""
@@ -169,7 +174,8 @@ def _run_upsample(frame: Frame, reads: str, writes: str, module: Any, op: _Op) -
         _run_as_it_was(frame, op, copied=False)
         return
     found = frame.modules[module] if isinstance(module, str) else module
-    frame.values[writes] = enlarge(found, frame.activation(reads), frame.context)
+    up = enlarge(found, frame.activation(reads), frame.context)
+    frame.values[writes] = up if up.doubled[0] else up.first
 
 
 def _run_average(frame: Frame, reads: str, writes: str) -> None:
@@ -201,8 +207,8 @@ def _run_cat(frame: Frame, reads: list[str], writes: str) -> None:
     if first.size != second.size or first.first.x.dtype != second.first.x.dtype:
         frame.values[writes] = torch.cat([frame.plain(name) for name in reads], 1)
         return
-    offset = (*first.offset[:2], *second.offset[:2])
-    frame.values[writes] = Placed(first.first, second.first, first.size, offset)
+    offset, doubled = (*first.offset[:2], *second.offset[:2]), (first.doubled[0], second.doubled[0])
+    frame.values[writes] = Placed(first.first, second.first, first.size, offset, doubled)
 
 
 def _run_frame(frame: Frame, reads: str, writes: str, sides: Callable[[Frame, Placed], Sequence[int]]) -> None:
@@ -211,13 +217,13 @@ def _run_frame(frame: Frame, reads: str, writes: str, sides: Callable[[Frame, Pl
     placed = value if isinstance(value, Placed) else Placed.of(value)
     left, right, top, bottom = sides(frame, placed)
     (height, width), (y, x) = placed.size, placed.offset[:2]
-    rows, columns = placed.first.x.shape[-2:]
+    rows, columns = placed.extent
     whole = 0 <= y <= height - rows and 0 <= x <= width - columns
     if placed.second is not None or not (whole or max(left, right, top, bottom) <= 0):
         # What was cropped is not what lies around it.
         placed, y, x = Placed.of(frame.activation(reads)), 0, 0
     size = (height + top + bottom, width + left + right)
-    frame.values[writes] = Placed(placed.first, None, size, (y + top, x + left, 0, 0))
+    frame.values[writes] = placed._replace(size=size, offset=(y + top, x + left, 0, 0))
 
 
 def _run_as_it_was(frame: Frame, op: _Op, copied: bool) -> None:
@@ -591,8 +597,10 @@ class _Lowering:
         for op in reversed(self._ops):
             kind = self._kinds[id(op)]
             readers = self._readers.get(op.writes[0], []) if op.writes else []
-            if kind in ("pool", "average", "upsample", "replicate", "dropout"):
+            if kind in ("pool", "average", "replicate", "dropout"):
                 self._fused.add(id(op))
+            elif kind == "upsample":  # which may be read, by a convolution, later than it was
+                self._take(op, True)
             elif kind == "sum":  # of what is lazy on one side at least
                 self._take(op, any(self._is(self._writer.get(x), "norm", "act", "average", "sum") for x in op.reads))
             elif kind == "cat":

@@ -151,14 +151,14 @@ def _source(inputs: Tensors, suffix: str = "") -> tuple[Any, Any]:
 
 def _conv(inputs: Tensors, function: Callable[..., Any], size: tuple[int, int], **settings: Any) -> Any:
     x1, affine1 = inputs.get("x1"), inputs.get("affine1")
-    offset = [0, 0, 0, 0]
+    offset, doubled = [0, 0, 0, 0], settings.get("doubled", False)
     if x1 is not None:
-        offset[2:] = [(size[0] - x1.shape[2]) // 2, (size[1] - x1.shape[3]) // 2]
+        offset[2:] = [(n - (2 * m if doubled else m)) // 2 for n, m in zip(size, x1.shape[2:], strict=True)]
     stats = settings.get("stats", True)
     result = function(
         *_source(inputs), 0.0 if "affine" in inputs else 1.0, x1, affine1, 1.0 if affine1 is None else 0.0,
         inputs["weight"], inputs.get("bias"),
-        settings.get("stride", 1), size, offset, stats,
+        settings.get("stride", 1), size, offset, (doubled and x1 is None, doubled and x1 is not None), stats,
     )  # fmt: skip
     return result[:3] if stats else result[:1]
 
@@ -174,7 +174,8 @@ def _conv_case(
         inputs |= {"x1": x1, "affine1": (3, x1[1])}
     if bias:
         inputs["bias"] = (weight[0],)
-    size = (x[2], x[3])
+    times = 2 if settings.get("doubled") and x1 is None else 1
+    size = (times * x[2], times * x[3])
 
     def ours(tensors: Tensors, backend: str) -> Any:
         return _conv(tensors, lambda *args: ops.conv2d(*args, False, False, None, backend), size, **settings)
@@ -188,7 +189,7 @@ def _act_case(x: tuple[int, ...], weight: tuple[int, ...], classes: int) -> Case
 
     def ours(inputs: Tensors, backend: str) -> Any:
         z, _ = ops.conv2d_act(
-            inputs["x"], None, 1.0, None, None, 1.0, inputs["weight"], None, x[2:], (0, 0, 0, 0),
+            inputs["x"], None, 1.0, None, None, 1.0, inputs["weight"], None, x[2:], (0, 0, 0, 0), (False, False),
             inputs["affine"], 0.0, False, inputs.get("head"), None, backend,
         )  # fmt: skip
         return z
@@ -197,7 +198,9 @@ def _act_case(x: tuple[int, ...], weight: tuple[int, ...], classes: int) -> Case
         source, filters = inputs["x"], inputs["weight"]
         assert source is not None
         assert filters is not None
-        y, *_ = plain.conv2d(source, None, 1.0, None, None, 1.0, filters, None, 1, x[2:], (0, 0, 0, 0), False)
+        y, *_ = plain.conv2d(
+            source, None, 1.0, None, None, 1.0, filters, None, 1, x[2:], (0, 0, 0, 0), (False, False), False
+        )
         z = plain.affine_act(y, inputs["affine"], 0.0)
         head = inputs.get("head")
         return z if head is None else torch.nn.functional.conv2d(z, head)
@@ -425,6 +428,8 @@ CASES = [
     _conv_case("conv2d", (2, 3, 7, 9), (5, 3, 3, 3), lazy=False),
     _conv_case("conv2d", (1, 17, 9, 11), (20, 25, 3, 3), (1, 8, 8, 10)),
     _conv_case("conv2d", (1, 6, 8, 7), (9, 11, 3, 3), (1, 5, 10, 10), quick=False),
+    _conv_case("conv2d doubled", (1, 17, 4, 3), (5, 17, 3, 3), doubled=True, quick=False),
+    _conv_case("conv2d doubled", (2, 9, 8, 7), (9, 14, 3, 3), (2, 5, 4, 3), doubled=True),
     _conv_case("conv2d stride 2", (2, 8, 9, 6), (7, 8, 3, 3), stride=2),
     _conv_case("conv2d 1×1", (2, 16, 5, 7), (3, 16, 1, 1), bias=True, stats=False),
     _conv_case("conv2d", (3, 70, 1, 1), (33, 70, 3, 3), quick=False),

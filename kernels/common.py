@@ -60,24 +60,36 @@ def by_sample(affine: Tensor | None) -> bool:
 
 
 class Source:
-    """One operand: memory, affine (dense, or None), activation, and where it lies in the frame of the outputs."""
+    """One operand: memory, affine (dense, or None), activation, and where it lies in the frame of the outputs.
 
-    def __init__(self, x: Tensor, affine: Tensor | None, slope: float, top: int = 0, left: int = 0):
+    ``doubled``: its value has each pixel of x twice in both directions, which is nowhere stored.
+    """
+
+    def __init__(
+        self, x: Tensor, affine: Tensor | None, slope: float, top: int = 0, left: int = 0, doubled: bool = False
+    ):
         self.x, self.affine, self.slope, self.top, self.left = nhwc(x), dense(affine), slope, top, left
         self.act = act(slope)
-        self.plain = affine is None and slope == 1  # the value is x itself
+        self.plain = affine is None and slope == 1  # the pixels are those of x
         self.samples = by_sample(affine)
         self.channels, self.height, self.width = x.shape[1:]
+        self.doubled, self.zoom = doubled, 2 if doubled else None  # the latter as the kernels' constant
+        if doubled:
+            self.height, self.width = 2 * self.height, 2 * self.width
         self.extent = self.height, self.width, top, left  # in the frame
 
     def fills(self, size: Sequence[int]) -> bool:
-        """Whether it is as large as a frame of ``size`` and lies in it."""
-        return [self.top, self.left, self.height, self.width] == [0, 0, *size]
+        """Whether its memory is as large as a frame of ``size`` and lies in it."""
+        return not self.doubled and [self.top, self.left, self.height, self.width] == [0, 0, *size]
 
     def sticks_out(self, size: Sequence[int]) -> bool:
-        """Whether part of it lies outside a frame of ``size``: TMA would read it, and it must count as zero."""
+        """Whether part of it lies outside a frame of ``size``."""
         beyond = self.top + self.height > size[0] or self.left + self.width > size[1]
         return beyond or min(self.top, self.left) < 0
+
+    def misread(self, size: Sequence[int]) -> bool:
+        """Whether TMA would read of it what must count as zero; a doubled one it does not read."""
+        return not self.doubled and self.sticks_out(size)
 
 
 class Affine(NamedTuple):

@@ -95,6 +95,7 @@ def conv2d(
     stride: int,
     size: Sequence[int],
     offset: Sequence[int],
+    doubled: Sequence[bool],
     stats: int,
     save: bool,
     pool: bool,
@@ -105,7 +106,7 @@ def conv2d(
 
     ``mixed`` allows other algorithms than Triton's where the table says that they are faster.
     """
-    sources = placed(x0, affine0, slope0, x1, affine1, slope1, offset)
+    sources = placed(x0, affine0, slope0, x1, affine1, slope1, offset, doubled)
     weight, bias = multiplying(x0, weight), lowered(x0, bias)
     pooled: Tensor | None = None
     if len(sources) == 1 and stride == 1 and serves(sources[0], size, weight):
@@ -137,6 +138,7 @@ def conv2d_act(
     bias: Tensor | None,
     size: Sequence[int],
     offset: Sequence[int],
+    doubled: Sequence[bool],
     affine: Tensor | None,
     slope: float,
     pool: bool,
@@ -145,7 +147,7 @@ def conv2d_act(
     mixed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fastunet.aten.conv2d_act`, and for ``mixed`` :func:`conv2d`."""
-    sources = placed(x0, affine0, slope0, x1, affine1, slope1, offset)
+    sources = placed(x0, affine0, slope0, x1, affine1, slope1, offset, doubled)
     pooled: Tensor | None = None
     weight, bias = multiplying(x0, weight), lowered(x0, bias)
     head = None if head_weight is None else (multiplying(x0, head_weight), lowered(x0, head_bias))
@@ -181,10 +183,11 @@ def placed(
     affine1: Tensor | None,
     slope1: float,
     offset: Sequence[int],
+    doubled: Sequence[bool],
 ) -> Sequence[Source]:
-    """One or two sources, each at its (top, left) of ``offset``."""
-    first = Source(x0, affine0, slope0, offset[0], offset[1])
-    return [first] if x1 is None else [first, Source(x1, affine1, slope1, offset[2], offset[3])]
+    """One or two sources, each at its (top, left) of ``offset``, and those ``doubled`` that are."""
+    first = Source(x0, affine0, slope0, offset[0], offset[1], doubled[0])
+    return [first] if x1 is None else [first, Source(x1, affine1, slope1, offset[2], offset[3], doubled[1])]
 
 
 def conv_transpose2d(

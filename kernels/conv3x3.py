@@ -17,6 +17,7 @@ the sources and writes dx. Accumulation: float32 (float64 for float64).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from fastunet.layout import NOTHING, SAMPLES, stats_dtype
 
+from . import doubled
 from .affine import affine_act, affine_gradient, affine_slabs, no_gradients, source_backward, store_affine_gradient
 from .common import (
     PROPAGATE_ALL,
@@ -266,7 +268,7 @@ def _conv3x3_fwd_kernel(
     y, mean_ptr, m2_ptr, count_ptr, pooled, pool_scale_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles_h, tiles_w, classes,
     SLOPE: tl.constexpr, SLOPE1: tl.constexpr, SLOPE_Y: tl.constexpr, BY: tl.constexpr, HEAD: tl.constexpr,
-    TILE: tl.constexpr, NUM: tl.constexpr,
+    ZOOM: tl.constexpr, ZOOM1: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     SHARED: tl.constexpr = TILE.shares > 1
     blocks = tl.cdiv(K, TILE.outputs)
@@ -278,14 +280,14 @@ def _conv3x3_fwd_kernel(
         affine_ptr = affine_of(affine_ptr, at.n, C)
     accs = zeros(TILE.images * TILE.columns, TILE.outputs, TILE.rows, NUM)
     accs = _add_source(
-        accs, Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr), frame, Filters(w, 0, C + C1, k, K, 9, True), at,
-        False, SHARED, TILE, NUM,
+        accs, Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr, ZOOM), frame,
+        Filters(w, 0, C + C1, k, K, 9, True), at, False, SHARED, TILE, NUM,
     )  # fmt: skip
     if x1 is not None:
         if BY.samples1:
             affine1_ptr = affine_of(affine1_ptr, at.n, C1)
         accs = _add_source(
-            accs, Image(x1, N, H1, W1, C1, affine1_ptr, SLOPE1, real_ptr), Frame(P, Q, top1, left1),
+            accs, Image(x1, N, H1, W1, C1, affine1_ptr, SLOPE1, real_ptr, ZOOM1), Frame(P, Q, top1, left1),
             Filters(w, C, C + C1, k, K, 9, True), at, False, SHARED, TILE, NUM,
         )  # fmt: skip
     for i in tl.static_range(len(accs)):
@@ -305,7 +307,7 @@ def _conv3x3_dgrad_kernel(
     dy, w, x, affine_ptr, dx, partial_ptr, x1, affine1_ptr, dx1, partial1_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, C_FIRST, C_TOTAL, K, tiles_h, tiles_w,
     SLOPE: tl.constexpr, SLOPE1: tl.constexpr, SAMPLES: tl.constexpr, SAMPLES1: tl.constexpr,
-    TILE: tl.constexpr, NUM: tl.constexpr,
+    ZOOM: tl.constexpr, ZOOM1: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """dx and daffine of one or two sources from dY (N,P,Q,K); tiles cover the frame, the first source's channels are
     the weights' from C_FIRST on. If they are SHARED, dx gets the programs' sums, for all sources together."""
@@ -339,7 +341,7 @@ def _conv3x3_dgrad_kernel(
         if SAMPLES1:
             affine1_ptr = affine_of(affine1_ptr, at.n, C1)
         _source_gradient(
-            accs, Image(x1, N, H1, W1, C1, affine1_ptr, SLOPE1, None),
+            accs, Image(x1, N, H1, W1, C1, affine1_ptr, SLOPE1, None, ZOOM1),
             dx1, partial1_ptr, slab_of(number, at.n, N, tiles_h * tiles_w, SAMPLES1).row,
             Frame(P, Q, top1, left1), at, (block - blocks0) * TILE.outputs, TILE, NUM,
         )  # fmt: skip
@@ -347,7 +349,7 @@ def _conv3x3_dgrad_kernel(
         if SAMPLES:
             affine_ptr = affine_of(affine_ptr, at.n, C)
         _source_gradient(
-            accs, Image(x, N, H, W, C, affine_ptr, SLOPE, None),
+            accs, Image(x, N, H, W, C, affine_ptr, SLOPE, None, ZOOM),
             dx, partial_ptr, slab_of(number, at.n, N, tiles_h * tiles_w, SAMPLES).row,
             Frame(P, Q, top, left), at, block * TILE.outputs, TILE, NUM,
         )  # fmt: skip
@@ -368,33 +370,60 @@ def _source_gradient(
 
 
 @triton.jit
+def _inside(acc, source, frame, at, i, TILE: tl.constexpr):
+    """The gradient of row ``i`` of a tile, 0 outside the source and the frame; and where it is inside."""
+    pixel = tl.arange(0, TILE.images * TILE.columns)
+    h = at.h + i - frame.top
+    w = at.w + pixel % TILE.columns - frame.left
+    exists = (at.h + i < frame.P) & (h >= 0) & (h < source.H)
+    w_stop = tl.where(exists, tl.minimum(source.W, frame.Q - frame.left), 0)
+    real = (at.n + pixel // TILE.columns < source.N) & (w >= 0) & (w < w_stop)
+    return tl.where(real[:, None], acc, 0.0), real
+
+
+@triton.jit
 def _narrow_gradient(
     accs, source, dx, partial_ptr, slab, frame, at, c,
     CHANNELS: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """The same for few channels."""
-    pixel = tl.arange(0, TILE.images * TILE.columns)
-    image = at.n + pixel // TILE.columns
-    w = at.w + pixel % TILE.columns - frame.left
+    zoom: tl.constexpr = 1 if source.ZOOM is None else source.ZOOM
+    columns: tl.constexpr = TILE.columns // zoom
+    pixel = tl.arange(0, TILE.images * columns)
+    image = at.n + pixel // columns
+    w_first = at.w
+    left = frame.left
+    height = source.H
+    width = source.W
+    if source.ZOOM is not None:  # which divides all of them
+        w_first = w_first // zoom
+        left = left // zoom
+        height = height // zoom
+        width = width // zoom
+    w = w_first + pixel % columns - left
     channel = c + tl.arange(0, CHANNELS)
     # Rows are added element by element, and over the warps once at the end: that goes through shared memory.
-    sum_gx = tl.full([TILE.images * TILE.columns, CHANNELS], 0.0, NUM.acc)
-    sum_g = tl.full([TILE.images * TILE.columns, CHANNELS], 0.0, NUM.acc)
-    for i in tl.static_range(len(accs)):
+    sum_gx = tl.full([TILE.images * columns, CHANNELS], 0.0, NUM.acc)
+    sum_g = tl.full([TILE.images * columns, CHANNELS], 0.0, NUM.acc)
+    for i in tl.static_range(0, len(accs), zoom):
         h = at.h + i - frame.top
-        exists = (at.h + i < frame.P) & (h >= 0) & (h < source.H)
-        w_stop = tl.where(exists, tl.minimum(source.W, frame.Q - frame.left), 0)
-        real = (image < source.N) & (w >= 0) & (w < w_stop)
-        g = tl.where(real[:, None], accs[i], 0.0)
+        g, real = _inside(accs[i], source, frame, at, i, TILE)
+        if source.ZOOM is not None:  # the four outputs of a pixel lie in one tile
+            below, _ = _inside(accs[i + 1], source, frame, at, i + 1, TILE)
+            g = tl.sum((g + below).reshape(TILE.images * columns, zoom, CHANNELS), 1)
+            h = h // zoom
+            h_stop = tl.minimum(height, (frame.P - frame.top + 1) // zoom)
+            w_stop = tl.minimum(width, (frame.Q - frame.left + 1) // zoom)
+            real = (image < source.N) & (w >= 0) & (w < tl.where((h >= 0) & (h < h_stop), w_stop, 0))
         if not isinstance(dx, tl.core.tensor_descriptor_base):
             mask = real[:, None] & (channel < source.C)[None, :]
-            index = ((image.to(tl.int64) * source.H + h) * source.W + w)[:, None] * source.C + channel[None, :]
+            index = ((image.to(tl.int64) * height + h) * width + w)[:, None] * source.C + channel[None, :]
         if source.affine is not None or source.SLOPE is not None:
             # Loaded for each row, because registers are scarce.
             affine = load_affine(source.affine, channel, source.C)
             if isinstance(source.x, tl.core.tensor_descriptor_base):
-                value = source.x.load([at.n, h, at.w - frame.left, c])
-                value = value.reshape(TILE.images * TILE.columns, CHANNELS)
+                value = source.x.load([at.n, h, w_first - left, c])
+                value = value.reshape(TILE.images * columns, CHANNELS)
             else:
                 value = tl.load(source.x + index, mask=mask, other=0.0)
             g, gx, masked = source_backward(g, value, affine, source.SLOPE, NUM.acc)
@@ -402,7 +431,7 @@ def _narrow_gradient(
                 sum_gx += gx
                 sum_g += masked
         if isinstance(dx, tl.core.tensor_descriptor_base):
-            dx.store([at.n, h, at.w - frame.left, c], g.to(NUM.dtype).reshape(TILE.images, 1, TILE.columns, CHANNELS))
+            dx.store([at.n, h, w_first - left, c], g.to(NUM.dtype).reshape(TILE.images, 1, columns, CHANNELS))
         else:
             tl.store(dx + index, g.to(NUM.dtype), mask=mask)
     if source.affine is not None:
@@ -450,7 +479,7 @@ def conv3x3(
     tile = choose(
         "conv3x3_fwd", batch, [source.channels for source in sources], filters, height, width,
         [*(source.x for source in sources), weight],
-        pointers=filters * x.element_size() % 16 != 0 or any(source.sticks_out(size) for source in sources),
+        pointers=filters * x.element_size() % 16 != 0 or any(source.misread(size) for source in sources),
         prologue=not all(source.plain for source in sources),
     )  # fmt: skip
     sources, merged = by_tile(tile, sources), tile_stats(tile, stats)
@@ -477,7 +506,7 @@ def conv3x3(
         first.channels, channels - first.channels, filters, tiles_h, tiles_w, classes,
         SLOPE=first.act, SLOPE1=None if second is None else second.act, SLOPE_Y=None if shared else act(slope),
         BY=BySample(first.samples, second is not None and second.samples, not shared and merged == SAMPLES),
-        HEAD=block(classes, 256) if heads else 0,
+        HEAD=block(classes, 256) if heads else 0, ZOOM=first.zoom, ZOOM1=None if second is None else second.zoom,
         **tile.constants(x, hold=not heads or classes <= 16),  # else there are no registers to spare
     )  # fmt: skip
     if shared:
@@ -514,32 +543,47 @@ def conv3x3_dgrad(
         ]
     total = sum(source.channels for source in wanted)
     sums = dy.new_empty((tile.shares, batch, height, width, total) if shared else 0, dtype=dtype)
+    # Of these the kernel gives the gradients of their values.
+    apart = [shared or (source.doubled and not doubled.sums(tile, source)) for source in wanted]
     gradients: list[tuple[Tensor, Tensor | None]] = []
-    for source in wanted:
-        dx = sums if shared else empty_nhwc(source.x, *source.x.shape)
+    for source, of_value in zip(wanted, apart, strict=True):
+        if shared:
+            dx = sums
+        elif of_value:
+            dx = empty_nhwc(source.x, batch, source.channels, source.height, source.width)
+        else:
+            dx = empty_nhwc(source.x, *source.x.shape)
         if source.sticks_out(size) and not shared:
             dx.zero_()  # what lies outside the frame
-        gradients.append((dx, None if shared else affine_slabs(source.x, source.affine, tiles)))
+        gradients.append((dx, None if of_value else affine_slabs(source.x, source.affine, tiles)))
     blocks = sum(cdiv(source.channels, tile.outputs) for source in wanted)
     if tiles * blocks:
-        part = tile.part
-        pointers = [
-            (operand(source.x, tile, part, tile.tma), None if shared else source.affine,
-             sums if shared else operand(dx, tile, part, tile.tma), partial)
-            for source, (dx, partial) in zip(wanted, gradients, strict=True)
-        ]  # fmt: skip
+        pointers, acts, zooms, samples = [], [], [], []
+        for source, of_value, (dx, partial) in zip(wanted, apart, gradients, strict=True):
+            zoom = None if of_value else source.zoom
+            moved = functools.partial(operand, tile=tile, channels=tile.part, tma=tile.tma, pooled=zoom or 1)
+            out = sums if shared else moved(dx)
+            # Where the gradient is the value's, x is not read: of a doubled one it has another size.
+            x = out if of_value and source.doubled else moved(source.x)
+            pointers.append((x, None if of_value else source.affine, out, partial))
+            acts.append(None if of_value else source.act)
+            zooms.append(zoom)
+            samples.append(source.samples and not of_value)
         launch(
             _conv3x3_dgrad_kernel, (tiles * blocks, tile.shares),
             operand(dy, tile, tile.reduction, tile.tma), _weights(weight, tile, tile.reduction, tile.outputs),
             *pointers[0], *(pointers[1] if second is not None else [None] * 4),
             batch, *first.extent, *(second or first).extent, height, width, first.channels, (second or first).channels,
             0 if mask[0] else sources[0].channels, weight.shape[1], filters, tiles_h, tiles_w,
-            SLOPE=None if shared else first.act, SLOPE1=None if shared or second is None else second.act,
-            SAMPLES=not shared and first.samples,
-            SAMPLES1=not shared and second is not None and second.samples, **tile.constants(dy),
+            SLOPE=acts[0], SLOPE1=acts[-1] if second is not None else None,
+            SAMPLES=samples[0], SAMPLES1=second is not None and samples[-1],
+            ZOOM=zooms[0], ZOOM1=zooms[-1] if second is not None else None, **tile.constants(dy),
         )  # fmt: skip
     if shared:
         g, _, _ = add_shares(sums, empty_nhwc(dy, batch, total, height, width), None, NOTHING)
         return split_gradient(g, sources, mask)
-    found = [(dx, affine_gradient(dx, partial)) for dx, partial in gradients]
+    found = [
+        doubled.gradient(dx, source.channels, dx.shape[2:], source) if of_value else (dx, affine_gradient(dx, partial))
+        for source, of_value, (dx, partial) in zip(wanted, apart, gradients, strict=True)
+    ]
     return [found.pop(0) if asked else no_gradients(dy) for _, asked in zip(sources, mask, strict=False)]

@@ -79,7 +79,7 @@ def _conv3x3_wgrad_kernel(
     x, affine_ptr, x1, affine1_ptr, real_ptr, dy, partial_ptr,
     N, H, W, top, left, H1, W1, top1, left1, P, Q, C, C1, K, tiles, tiles_h, tiles_w, tiles1, tiles1_h, tiles1_w, slabs,
     SLOPE: tl.constexpr, SLOPE1: tl.constexpr, SAMPLES: tl.constexpr, SAMPLES1: tl.constexpr, MASKED: tl.constexpr,
-    TILE: tl.constexpr, NUM: tl.constexpr,
+    ZOOM: tl.constexpr, ZOOM1: tl.constexpr, TILE: tl.constexpr, NUM: tl.constexpr,
 ):  # fmt: skip
     """partial[slab, k, r, s, c] over the slab's tiles, for the channels of one source and then of the other."""
     blocks_k = tl.cdiv(K, TILE.outputs)
@@ -102,7 +102,7 @@ def _conv3x3_wgrad_kernel(
         stop = tl.where(block < blocks0, stop, start)  # two loops, of which one is empty
     dy = Image(dy, N, P, Q, K, None, None, None)
     accs = _accumulate(
-        accs, Walk(start, stop, tiles_h, tiles_w), Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr),
+        accs, Walk(start, stop, tiles_h, tiles_w), Image(x, N, H, W, C, affine_ptr, SLOPE, real_ptr, ZOOM),
         Frame(P, Q, top, left), dy, s, c, k, SAMPLES, MASKED, TILE, NUM,
     )  # fmt: skip
     if x1 is not None:
@@ -110,7 +110,8 @@ def _conv3x3_wgrad_kernel(
         start = slab * per_slab
         stop = tl.where(block < blocks0, start, tl.minimum(start + per_slab, tiles1))
         accs = _accumulate(
-            accs, Walk(start, stop, tiles1_h, tiles1_w), Image(x1, N, H1, W1, C1, affine1_ptr, SLOPE1, real_ptr),
+            accs, Walk(start, stop, tiles1_h, tiles1_w),
+            Image(x1, N, H1, W1, C1, affine1_ptr, SLOPE1, real_ptr, ZOOM1),
             Frame(P, Q, top1, left1), dy, s, tl.maximum(c - blocks0 * TILE.reduction, 0), k, SAMPLES1, MASKED,
             TILE, NUM,
         )  # fmt: skip
@@ -131,14 +132,17 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
     sticks_out = any(source.sticks_out(size) for source in sources)
     tile = choose(
         "conv3x3_wgrad", batch, [source.channels for source in sources], filters, size[0], size[1],
-        [dy, *(source.x for source in sources)], pointers=sticks_out,
+        [dy, *(source.x for source in sources)],
+        pointers=any(source.misread(size) for source in sources),
     )  # fmt: skip
     sources = by_tile(tile, sources)
     first, second = sources[0], sources[1] if len(sources) == 2 else None
     grid, grid1 = (tile.grid(batch, source.height, source.width) for source in (first, second or first))
     exact = [tile.images, tile.rows, tile.columns]
     masked = sticks_out or any(
-        length % part for source in sources for length, part in zip((batch, *source.x.shape[2:]), exact, strict=True)
+        length % part
+        for source in sources
+        for length, part in zip((batch, source.height, source.width), exact, strict=True)
     )
     blocks = sum(cdiv(source.channels, tile.reduction) for source in sources) * cdiv(filters, tile.outputs)
     slabs = slabs_of(grid[0], 3 * blocks)
@@ -150,6 +154,7 @@ def conv3x3_wgrad(dy: Tensor, weight: Tensor, sources: Sequence[Source]) -> Tens
         batch, *first.extent, *(second or first).extent, *size,
         first.channels, channels - first.channels, filters, *grid, *grid1, slabs,
         SLOPE=first.act, SLOPE1=None if second is None else second.act,
-        SAMPLES=first.samples, SAMPLES1=second is not None and second.samples, MASKED=masked, **tile.constants(dy),
+        SAMPLES=first.samples, SAMPLES1=second is not None and second.samples, MASKED=masked,
+        ZOOM=first.zoom, ZOOM1=None if second is None else second.zoom, **tile.constants(dy),
     )  # fmt: skip
     return sum_slabs(partial).permute(0, 3, 1, 2)

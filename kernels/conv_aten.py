@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastunet.layout import frame
 
+from . import doubled
 from .affine import affine_gradient, flat_tile, no_gradients, source_gradient, store_value
 from .common import Source, affine_of, cdiv, empty_nhwc, load_affine, nhwc, normalise
 from .launching import accumulator, launch
@@ -34,13 +35,19 @@ aten = torch.ops.aten
 @triton.jit(do_not_specialize=["pixels", "H", "W", "top", "left", "P", "Q"])
 def _place_kernel(
     x_ptr, affine_ptr, z_ptr, pixels, H, W, top, left, P, Q, C, C_FIRST, C_TOTAL,
-    SLOPE: tl.constexpr, SAMPLES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+    SLOPE: tl.constexpr, SAMPLES: tl.constexpr, ZOOM: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Channels C_FIRST … of z in the frame (P, Q), from a source (H, W) placed at (top, left): of so many ``pixels`` of
-    the batch, or of each sample."""
+    the batch, or of each sample. With a ZOOM each pixel in memory is as many rows and columns of the source."""
+    memory_h = H
+    memory_w = W
+    if ZOOM is not None:
+        memory_h //= ZOOM
+        memory_w //= ZOOM
     if SAMPLES:
         n = tl.program_id(2).to(tl.int64)
-        x_ptr += n * H * W * C
+        x_ptr += n * memory_h * memory_w * C
         z_ptr += n * pixels * C_TOTAL
         affine_ptr = affine_of(affine_ptr, n, C)
     m = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -48,9 +55,12 @@ def _place_kernel(
     h = m // Q % P - top
     w = m % Q - left
     real = (m < pixels) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    if ZOOM is not None:
+        h = h // ZOOM
+        w = w // ZOOM
     mask = real[:, None] & (c < C)[None, :]
     affine = load_affine(affine_ptr, c, C)
-    x = tl.load(x_ptr + ((m // Q // P * H + h) * W + w)[:, None] * C + c[None, :], mask=mask, other=0.0)
+    x = tl.load(x_ptr + ((m // Q // P * memory_h + h) * memory_w + w)[:, None] * C + c[None, :], mask=mask, other=0.0)
     z = tl.where(mask, normalise(x, affine, SLOPE, ACC), 0.0)
     index = m[:, None] * C_TOTAL + (C_FIRST + c)[None, :]
     tl.store(z_ptr + index, z.to(x.dtype), mask=(m < pixels)[:, None] & (c < C)[None, :])
@@ -75,7 +85,7 @@ def values(sources: Sequence[Source], size: Sequence[int]) -> Tensor:
                 _place_kernel, (cdiv(pixels // apart, block_p), cdiv(source.channels, block_c), apart),
                 source.x, source.affine, z, pixels // apart, source.height, source.width, source.top, source.left,
                 *size, source.channels, start, total,
-                SLOPE=source.act, SAMPLES=source.samples,
+                SLOPE=source.act, SAMPLES=source.samples, ZOOM=source.zoom,
                 BLOCK_P=block_p, BLOCK_C=block_c, ACC=accumulator(z.dtype), num_warps=4,
             )  # fmt: skip
         start += source.channels
@@ -120,6 +130,8 @@ def split_gradient(
         start += source.channels
         if z is None and source.channels == total and source.plain and source.fills(size):
             gradients.append((g, affine_gradient(g, None)))
+        elif source.doubled:
+            gradients.append(doubled.gradient(part, total, size, source, source.top, source.left))
         elif source.fills(size):
             gradients.append(source_gradient(part, total, source.x, source.affine, source.slope, value))
         else:

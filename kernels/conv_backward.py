@@ -205,11 +205,12 @@ def conv2d_backward(
     stride: int,
     size: Sequence[int],
     offset: Sequence[int],
+    doubled: Sequence[bool],
     mask: Sequence[bool],
     mixed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastunet.aten.conv2d_backward`, and for ``mixed`` :func:`fastunet.kernels.conv.conv2d`."""
-    sources = placed(x0, affine0, slope0, x1, affine1, slope1, offset)
+    sources = placed(x0, affine0, slope0, x1, affine1, slope1, offset, doubled)
     filters = multiplying(x0, weight)
     if dp is not None:
         stats = None if dmean is None or dvar is None else (dmean, dvar, mean)

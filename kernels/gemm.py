@@ -24,8 +24,9 @@ from .tiles import Tile
 
 
 class Image(NamedTuple):
-    """An NHWC tensor: its memory x and sizes, the affine and activation that make its value, and the word that
-    :func:`normalise_real` reads."""
+    """An NHWC tensor: its memory x and the sizes of its value, the affine and activation that make that, the word that
+    :func:`normalise_real` reads, and its ZOOM: 2 where each pixel in memory, of H/2 rows and W/2 columns, is 2×2 of the
+    value's, else None."""
 
     x: Any
     N: Any
@@ -35,6 +36,7 @@ class Image(NamedTuple):
     affine: Any
     SLOPE: Any
     real: Any
+    ZOOM: Any = None
 
 
 class Pixel(NamedTuple):
@@ -165,9 +167,21 @@ def load_pixels(
         mask = tl.expand_dims(channel < image.C, 1 - AXIS)
         if MASKED:
             mask = mask & tl.expand_dims(real, AXIS)
-        row = ((n.to(tl.int64) * image.H + at.h) * image.W + w) * image.C
+        x = image.x
+        if image.ZOOM is None:
+            row = ((n.to(tl.int64) * image.H + at.h) * image.W + w) * image.C
+        else:
+            # Registers are scarce: by pixel only its place in the row, or in the tile if that begins at a pixel of x.
+            first = (at.n.to(tl.int64) * (image.H >> 1) + (at.h >> 1)) * (image.W >> 1)
+            if AXIS == 0:  # of a weight gradient
+                first += at.w >> 1
+                w = pixel % TILE.columns
+            x += first * image.C
+            row = (w >> 1) * image.C
+            if TILE.images > 1:
+                row += (pixel // TILE.columns) * ((image.H >> 1).to(tl.int64) * (image.W >> 1) * image.C)
         index = tl.expand_dims(row, AXIS) + tl.expand_dims(channel, 1 - AXIS)
-        z = tl.load(image.x + index, mask=mask, other=0.0)
+        z = tl.load(x + index, mask=mask, other=0.0)
     if len(affine) > 0 or image.SLOPE is not None:
         z = normalise_real(z, real, image.real, affine, image.SLOPE, MASKED, ACC, AXIS)
     return z
@@ -314,7 +328,9 @@ def _narrow_gradient(
 
 def side(source: Source | None, tile: Tile, channels: int) -> tuple[Any, Tensor | None]:
     """A source's memory and affine as the kernels take them; of no source None."""
-    return (None, None) if source is None else (operand(source.x, tile, channels, tile.tma), source.affine)
+    if source is None:
+        return None, None
+    return operand(source.x, tile, channels, tile.tma and source.zoom is None), source.affine
 
 
 def operand(x: Tensor, tile: Tile, channels: int, tma: bool, wide: int = 1, pooled: int = 1) -> Any:

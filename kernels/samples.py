@@ -28,7 +28,8 @@ def stored(source: Source) -> Source:
     """The source, normalised: itself if it is plain."""
     if source.plain:
         return source
-    return Source(affine_act(source.x, source.affine, source.slope), None, 1.0, source.top, source.left)
+    z = affine_act(source.x, source.affine, source.slope)
+    return Source(z, None, 1.0, source.top, source.left, source.doubled)
 
 
 def by_tile(tile: Tile, sources: Sequence[Source]) -> Sequence[Source]:
@@ -45,7 +46,7 @@ def tile_stats(tile: Tile, stats: int) -> int:
 
 def value(source: Source) -> Source:
     """What stands for a source's value, for a gradient with respect to that: the source without affine and act."""
-    return Source(source.x, None, 1.0, source.top, source.left)
+    return Source(source.x, None, 1.0, source.top, source.left, source.doubled)
 
 
 def through(dz: Tensor, source: Source) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,8 @@ Layout: NHWC. Bytes: forward reads x (four times, all but one from the caches) a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -283,25 +285,38 @@ def upsample_concat_backward(
     skip_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, daffine, dskip, dskip_affine) of :func:`upsample_concat`; those of what is None are empty."""
-    dy, x = nhwc(dy), nhwc(x)
-    batch, channels, height, width = x.shape
-    skip_channels = 0 if skip is None else skip.shape[1]
+    dy = nhwc(dy)
+    channels, skip_channels = x.shape[1], 0 if skip is None else skip.shape[1]
     y_height, y_width, top, left = _centred(x, skip)
+    dz = dy[:, skip_channels:] if skip_first else dy[:, :channels]
+    dx, daffine = upsample_gradient(
+        dz, dy.shape[1], (y_height, y_width), top, left, x, affine, slope, align_corners, skip_channels
+    )
+    if skip is None:
+        return dx, daffine, *no_gradients(x)
+    dz_skip = dy[:, :skip_channels] if skip_first else dy[:, channels:]
+    return dx, daffine, *source_gradient(dz_skip, dy.shape[1], skip, skip_affine, skip_slope)
+
+
+def upsample_gradient(
+    dz: Tensor, stride: int, size: Sequence[int], top: int, left: int, x: Tensor, affine: Tensor | None, slope: float,
+    align_corners: bool | None = None, beside: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(dx, daffine) of a source that lies, ×2, at (top, left) in a frame of ``size``, from the gradient ``dz`` of that:
+    some channels of an NHWC tensor whose pixels lie ``stride`` elements apart. ``beside``: how many channels of a skip
+    source are in it too."""
+    x = nhwc(x)
+    batch, channels, height, width = x.shape
     dx = torch.empty_like(x, memory_format=torch.channels_last)
-    block_w, block_c = _tile(x, channels, skip_channels)
+    block_w, block_c = _tile(x, channels, beside)
     segments = cdiv(width, block_w * _ROUNDS)
     slabs = batch * height * segments
     partial = affine_slabs(x, affine, slabs)
     if x.numel() > 0:
         launch(
             _upsample_bwd_kernel, (slabs, cdiv(channels, block_c)),
-            dy[:, skip_channels:] if skip_first else dy[:, :channels], x, dense(affine), dx, partial,
-            batch, channels, dy.shape[1], height, width, y_height, y_width, top, left, segments,
+            dz, x, dense(affine), dx, partial, batch, channels, stride, height, width, *size, top, left, segments,
             SLOPE=act(slope), SAMPLES=by_sample(affine), ALIGN_CORNERS=align_corners,
             ACC=accumulator(x.dtype), ROUNDS=_ROUNDS, BLOCK_W=block_w, BLOCK_C=block_c,
         )  # fmt: skip
-    daffine = affine_gradient(x, partial)
-    if skip is None:
-        return dx, daffine, *no_gradients(x)
-    dz_skip = dy[:, :skip_channels] if skip_first else dy[:, channels:]
-    return dx, daffine, *source_gradient(dz_skip, dy.shape[1], skip, skip_affine, skip_slope)
+    return dx, affine_gradient(x, partial)

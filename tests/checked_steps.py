@@ -80,9 +80,8 @@ def down_and_up(x):
     """What UNet has not: 3×3 convolutions of stride 2, plain and transposed."""
     down, up = (torch.zeros(shape, requires_grad=True) for shape in ((32, 16, 3, 3), (32, 16, 3, 3)))
     affine = torch.zeros(3, x.shape[1], dtype=torch.float32)
-    y, *_ = ops.conv2d(
-        x, affine, True, None, None, False, down, None, 2, x.shape[2:], [0] * 4, True, False, False, None, "auto"
-    )
+    settings = (2, x.shape[2:], [0] * 4, [False] * 2, True, False, False, None)
+    y, *_ = ops.conv2d(x, affine, True, None, None, False, down, None, *settings, "auto")
     z, *_ = ops.conv_transpose2d(y, torch.zeros(3, 32, dtype=torch.float32), True, up, None, True, "auto")
     return z
 

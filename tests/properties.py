@@ -123,6 +123,8 @@ def _conv2d(draw: Draw, size: Size) -> Case:
         changes += (("size", frame), ("offset", tuple(draw(st.integers(-1, 1)) for _ in range(4))))
     else:
         frame = case.shape[2:]
+    if (kernel, stride) == (3, 1):
+        changes += (("doubled", tuple(draw(st.booleans()) for _ in range(2))),)
     pooled = min((n - 1) // stride + 1 for n in frame) >= 2 and draw(st.booleans())
     return replace(case, pool=pooled, changes=changes)
 
@@ -589,7 +591,7 @@ def mirrored(problem: Problem, axis: int) -> Problem | None:
         corners = [*given["offset"]]
         for i, x in enumerate(given[name] for name in ("x0", "x1") if given.get(name) is not None):
             at = 2 * i + axis + 2
-            corners[at] = given["size"][axis] - corners[at] - x.shape[axis]
+            corners[at] = given["size"][axis] - corners[at] - x.shape[axis] * (2 if given["doubled"][i] else 1)
         given["offset"] = corners
     return replace(problem, operands=given)
 

@@ -33,11 +33,13 @@ class Conv:
     bias: bool = False
     stats: bool = True
     transposed: bool = False
+    doubled: tuple[bool, bool] = (False, False)  # whether nearest ×2 of a source lies in the frame
     pool: str = ""  # the output is also 2×2-pooled: "all" for scales above 0, "by sign" of random ones
 
     @property
     def frame(self) -> tuple[int, int]:
-        return self.size or (self.x0[2], self.x0[3])
+        times = 2 if self.doubled[0] else 1
+        return self.size or (times * self.x0[2], times * self.x0[3])
 
     @property
     def weight(self) -> tuple[int, ...]:
@@ -45,6 +47,8 @@ class Conv:
         pair = (channels, self.filters) if self.transposed else (self.filters, channels)
         return (*pair, self.kernel, self.kernel)
 
+
+NONE = (False, False)  # of two sources is doubled
 
 CASES = {
     "image": Conv((2, 3, 7, 9), 5, affine=(False, False), slope=(1.0, 1.0)),
@@ -61,6 +65,14 @@ CASES = {
     "padded-on-all-sides": Conv((1, 3, 9, 9), 4, x1=(1, 2, 6, 5), offset=(0, 0, 1, 2), bias=True),
     "up-then-skip-cropped": Conv((1, 4, 8, 9), 3, x1=(1, 5, 6, 5), size=(6, 5), offset=(-1, -2, 0, 0)),
     "many-channels-two-sources": Conv((1, 70, 3, 2), 33, x1=(1, 35, 2, 2), offset=(0, 0, 0, 0)),
+    "doubled": Conv((2, 17, 3, 4), 5, doubled=(True, False), pool="all"),
+    "doubled-pixel-beside-odd-skip": Conv((3, 2, 3, 3), 4, x1=(3, 3, 1, 1), doubled=(False, True), slope=(0.01, 0.0)),
+    "doubled-inside-and-cropped": Conv(
+        (1, 3, 4, 9), 4, x1=(1, 2, 2, 5), size=(7, 9), offset=(-1, 0, 2, -1), doubled=(True, True), bias=True
+    ),
+    "doubled-plain-cropped-to-itself": Conv(
+        (1, 3, 4, 6), 2, None, 3, 1, (4, 6), (-2, -4, 0, 0), (False, False), (1.0, 1.0), doubled=(True, False)
+    ),
     "pooled": Conv((2, 8, 4, 6), 8, pool="all"),
     "pooled-by-sign-odd": Conv((1, 8, 7, 5), 9, pool="by sign"),
     "pooled-image": Conv((1, 2, 5, 6), 4, affine=(False, False), slope=(1.0, 1.0), stats=False, pool="by sign"),
@@ -134,7 +146,7 @@ def run(case: Conv, inputs: Inputs, backend: str | None, save: bool = False) -> 
         rest = () if backend is None else (save, pool, scale, backend)
         outputs = function(
             *source, inputs.x1, inputs.affine1, case.slope[1], inputs.weight, inputs.bias,
-            case.stride, case.frame, case.offset, case.stats, *rest,
+            case.stride, case.frame, case.offset, case.doubled, case.stats, *rest,
         )  # fmt: skip
     found = list(outputs[:3] if case.stats else outputs[:1])
     if case.pool and backend is not None:
@@ -186,7 +198,7 @@ def run_act(
             x1 = (inputs.x1, inputs.affine1, case.slope[1])
             found = ops.conv2d_act(
                 inputs.x0, inputs.affine0, case.slope[0], *x1, inputs.weight, inputs.bias, case.frame, case.offset,
-                affine, 0.0, bool(case.pool), *head, backend,
+                case.doubled, affine, 0.0, bool(case.pool), *head, backend,
             )  # fmt: skip
             return list(found if case.pool else found[:1])
         z = plain.affine_act(run(case, inputs, None)[0], affine, 0.0)
@@ -235,7 +247,7 @@ def test_opcheck_conv2d_act(name: str, backend: str, device: str) -> None:
     affine0 = None if inputs.affine0 is None else inputs.affine0.detach()
     arguments = (
         inputs.x0.detach(), affine0, case.slope[0], *x1, inputs.weight.detach(), bias, case.frame, case.offset,
-        random_affine(case.filters, device), 0.0, bool(case.pool), None, None, backend,
+        case.doubled, random_affine(case.filters, device), 0.0, bool(case.pool), None, None, backend,
     )  # fmt: skip
     torch.library.opcheck(ops.conv2d_act, arguments)
 
@@ -245,6 +257,10 @@ EVEN = {
     "3x3": Conv((3, 4, 3, 5), 6, bias=True),
     "3x3-a-tile-inside": Conv((2, 2, 3, 130), 2),  # which needs no mask
     "3x3-two-sources": Conv((1, 4, 5, 4), 6, x1=(1, 2, 4, 4), offset=(0, 0, 1, -1)),
+    "doubled": Conv((3, 4, 2, 3), 6, doubled=(True, False), bias=True),
+    "doubled-a-tile-inside": Conv((2, 2, 2, 65), 2, doubled=(True, False)),
+    "doubled-cropped-beside": Conv((1, 4, 5, 3), 6, x1=(1, 2, 2, 3), offset=(0, 0, 0, -2), doubled=(False, True)),
+    "doubled-at-odd-places": Conv((1, 4, 5, 4), 2, x1=(1, 2, 2, 2), offset=(0, 0, 1, 1), doubled=(False, True)),
     "1x1": Conv((3, 4, 2, 5), 6, kernel=1, bias=True),
     "1x1-two-sources": Conv((2, 4, 3, 2), 2, x1=(2, 2, 2, 3), offset=(0, 0, 0, -1), kernel=1),
     "stride-2": Conv((3, 4, 5, 6), 6, stride=2, bias=True),
@@ -355,7 +371,7 @@ def test_statistics_are_centred(backend: str, device: str) -> None:
     weight = torch.zeros(2, 1, 3, 3, device=device)
     weight[:, :, 1, 1] = 1
     y, mean, var, *_ = ops.conv2d(
-        x, None, 1.0, None, None, 1.0, weight, None, 1, (33, 17), (0, 0, 0, 0), True, False, False, None, backend
+        x, None, 1.0, None, None, 1.0, weight, None, 1, (33, 17), (0, 0, 0, 0), NONE, True, False, False, None, backend
     )
     exact = y.double()
     torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-6, atol=0)  # float32's rounding of 1000
@@ -367,7 +383,7 @@ def test_statistics_are_of_the_rounded_output(backend: str, device: str) -> None
     x = torch.randn(2, 4, 9, 9, device=device).half()
     weight = torch.randn(3, 4, 3, 3, device=device).half() * 50
     y, mean, var, *_ = ops.conv2d(
-        x, None, 1.0, None, None, 1.0, weight, None, 1, (9, 9), (0, 0, 0, 0), True, False, False, None, backend
+        x, None, 1.0, None, None, 1.0, weight, None, 1, (9, 9), (0, 0, 0, 0), NONE, True, False, False, None, backend
     )
     exact = y.double()
     torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=1e-5, atol=1e-4)  # float32 sums
@@ -428,6 +444,7 @@ GRADCHECK = {
     "two-sources": Conv((1, 2, 3, 3), 2, x1=(1, 1, 2, 2), offset=(0, 0, 0, 1), bias=True),
     "leaky": Conv((1, 2, 3, 3), 2, x1=(1, 1, 2, 2), slope=(0.1, -0.5)),
     "stride-2": Conv((2, 1, 3, 2), 2, stride=2),
+    "doubled": Conv((1, 2, 1, 2), 2, x1=(1, 1, 3, 4), doubled=(True, False), slope=(0.1, 1.0)),
     "pooled": Conv((1, 1, 2, 3), 2, pool="all"),
     "transposed-2x2": Conv((1, 2, 2, 2), 1, kernel=2, bias=True, transposed=True),
     "transposed-3x3": Conv((1, 1, 2, 2), 2, transposed=True),
@@ -460,7 +477,7 @@ def test_gradcheck(case: Conv, backend: str, device: str) -> None:
 def conv2d_arguments(case: Conv, inputs: Inputs, backend: str, save: bool) -> tuple[Any, ...]:
     return (
         inputs.x0, inputs.affine0, case.slope[0], inputs.x1, inputs.affine1, case.slope[1], inputs.weight, inputs.bias,
-        case.stride, case.frame, case.offset, case.stats, save, *pooling(case, inputs.x0.device), backend,
+        case.stride, case.frame, case.offset, case.doubled, case.stats, save, *pooling(case, inputs.x0.device), backend,
     )  # fmt: skip
 
 
@@ -480,7 +497,8 @@ def test_opcheck_conv2d(save: bool, channels_last: bool, backend: str, device: s
             (
                 torch.randn_like(y), mean, var, torch.randn_like(pooled), y, mean, None, inputs.x0.detach(),
                 inputs.affine0.detach(), case.slope[0], inputs.x1.detach(), inputs.affine1.detach(), case.slope[1],
-                inputs.weight.detach(), z, case.stride, case.frame, case.offset, [True, False, True, True], backend,
+                inputs.weight.detach(), z, case.stride, case.frame, case.offset, case.doubled,
+                [True, False, True, True], backend,
             ),
         )  # fmt: skip
 
@@ -507,9 +525,8 @@ def test_compiles_to_one_graph(backend: str, device: str) -> None:
     inputs = draw(case, device)
 
     def function(x: Tensor, affine: Tensor, weight: Tensor) -> Tensor:
-        y, mean, var, *_ = ops.conv2d(
-            x, affine, 0.0, None, None, 1.0, weight, None, 1, (4, 3), (0, 0, 0, 0), True, False, False, None, backend
-        )
+        source, settings = (x, affine, 0.0), ((4, 3), (0, 0, 0, 0), NONE, True, False, False, None)
+        y, mean, var, *_ = ops.conv2d(*source, None, None, 1.0, weight, None, 1, *settings, backend)
         return (y.sum() + mean.sum() + var.sum()) * 2
 
     check_compiled(function, inputs.x0, inputs.affine0, inputs.weight)
@@ -522,6 +539,8 @@ MISFITS = {
     "affine": ({"affine0": (3, 2)}, r"affine of shape \(3, 3\) or \(2, 3, 3\) for a source of .*, got \(3, 2\)"),
     "batch": ({"x1": (1, 2, 4, 4), "weight": (4, 5, 3, 3)}, "one batch size, got 2 and 1"),
     "stride": ({"stride": 3}, "stride 1, or 2 for a 3×3 weight, got 3"),
+    "doubled": ({"doubled": [True]}, "doubled to be 2 booleans, one for each source, got 1"),
+    "doubled-stride-2": ({"doubled": [True, False], "stride": 2}, "under a 3×3 weight with stride 1, got .* stride 2;"),
 }
 
 
@@ -535,7 +554,7 @@ def test_operands_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
     with pytest.raises(ValueError, match=message) as caught:
         ops.conv2d(
             t["x0"], t["affine0"], 0.0, t["x1"], None, 1.0, t["weight"], t["bias"], t["stride"], (4, 4),
-            (0, 0, 0, 0), False, False, False, None, backend,
+            (0, 0, 0, 0), changes.get("doubled", NONE), False, False, False, None, backend,
         )  # fmt: skip
     assert "\n" not in str(caught.value)
 
@@ -581,7 +600,7 @@ def test_what_statistics_add_is_not_lost_in_16_bits(
     weight = torch.full((2, 1, 1, 1), 0.5, device=device, dtype=dtype, requires_grad=True)
     pools = torch.ones(2, device=device) if pool else None
     y, mean, _, _, p = ops.conv2d(
-        x, None, 1.0, None, None, 1.0, weight, None, 1, (64, 48), (0, 0, 0, 0), 1, True, pool, pools, backend
+        x, None, 1.0, None, None, 1.0, weight, None, 1, (64, 48), (0, 0, 0, 0), NONE, 1, True, pool, pools, backend
     )  # fmt: skip
     half = torch.rand(1, 2, 32, 48, device=device).mul(not ones).add(1).to(dtype)  # from 1 to 2: one last digit
     dy = torch.cat((half, -half), 2)

@@ -26,7 +26,7 @@ def calls() -> Iterator[tuple[str, list[Any]]]:
     labels, wanted = torch.zeros(1, 4, 4, dtype=torch.int64), [True, True, True]
     one, plane, stats = torch.randn(2, 2, 1, 1), torch.rand(1, 4, 4), torch.randn(1, 2, 7)
     source, second = [x, affine, 0.0], [skip, affine.clone(), 0.0]
-    place = [[4, 4], [0, 0, 0, 0]]
+    place = [[4, 4], [0, 0, 0, 0], [False, False]]
     up, big = torch.randn(2, 2, 2, 2), torch.randn(1, 2, 8, 8)
     half = torch.randn(1, 2, 2, 2)
     yield "affine_act", source

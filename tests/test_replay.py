@@ -81,7 +81,7 @@ def test_what_inference_recorded_serves_training(device: str) -> None:
     x, weight = torch.randn(1, 2, 4, 4, device=device), torch.randn(3, 2, 3, 3, device=device, requires_grad=True)
 
     def convolve() -> tuple[Tensor, ...]:
-        more = (None, None, 1.0, weight, None, 1, (4, 4), (0, 0, 0, 0), 0, False, False, None, "triton")
+        more = (None, None, 1.0, weight, None, 1, (4, 4), (0, 0, 0, 0), [False, False], 0, False, False, None, "triton")
         return ops.conv2d(x, None, 1.0, *more)
 
     with as_if_on("sm_80"), mock.patch.object(dispatch, "repeating", return_value=replay.call):

@@ -127,7 +127,9 @@ def calls(device: str) -> dict[str, tuple[Any, Any]]:
     labels = torch.randint(0, 3, (3, 3, 4), device=device)
     half = (*source, None, None, 1.0)
     two = (*other, *source)
-    down = ((3, 4), (0, 0, 0, 0), 2)
+    down = ((3, 4), (0, 0, 0, 0), (False, False), 2)
+    beside = ((7, 8), (0, 0, 2, 2), (False, False), 2)
+    doubled = ((8, 8), (0, 0, 1, 0), (False, True), 2)
     return {
         "affine_act": (source, lambda: plain.affine_act(*source)),
         "conv2d": (
@@ -135,8 +137,12 @@ def calls(device: str) -> dict[str, tuple[Any, Any]]:
             lambda: plain.conv2d(*half, w[5, 2, 3, 3], bias, 1, *down),
         ),
         "conv2d_two": (
-            (*two, w[5, 6, 3, 3], None, 2, (7, 8), (0, 0, 2, 2), 2, False, False, None),
-            lambda: plain.conv2d(*two, w[5, 6, 3, 3], None, 2, (7, 8), (0, 0, 2, 2), 2),
+            (*two, w[5, 6, 3, 3], None, 2, *beside, False, False, None),
+            lambda: plain.conv2d(*two, w[5, 6, 3, 3], None, 2, *beside),
+        ),
+        "conv2d_doubled": (
+            (*two, w[5, 6, 3, 3], None, 1, *doubled, False, False, None),
+            lambda: plain.conv2d(*two, w[5, 6, 3, 3], None, 1, *doubled),
         ),
         "conv_transpose2d": (
             (*source, w[2, 5, 2, 2], bias, 2),
@@ -159,9 +165,19 @@ def wide_calls(device: str) -> dict[str, tuple[Any, Any]]:
     source, none = (x, affine, 0.1), (None, None, 1.0)
     made = {}
     for kernel, stride, filters in ((3, 1, 5), (3, 2, 5), (1, 1, 5), (1, 1, 3)):
-        arguments = (*source, *none, leaf(filters, 2, kernel, kernel), None, stride, (3, 40), (0,) * 4, SAMPLES)
+        arguments = (
+            *source,
+            *none,
+            leaf(filters, 2, kernel, kernel),
+            None,
+            stride,
+            (3, 40),
+            (0,) * 4,
+            (False,) * 2,
+            SAMPLES,
+        )
         made[f"conv2d_{kernel}_{stride}_{filters}"] = arguments, functools.partial(plain.conv2d, *arguments)
-    arguments = (picture, *none[1:], *none, leaf(5, 3, 3, 3), bias, 1, (4, 8), (0,) * 4, SAMPLES)
+    arguments = (picture, *none[1:], *none, leaf(5, 3, 3, 3), bias, 1, (4, 8), (0,) * 4, (False,) * 2, SAMPLES)
     made["conv2d_picture"] = arguments, functools.partial(plain.conv2d, *arguments)
     found = {name: ((*arguments, False, False, None), truth) for name, (arguments, truth) in made.items()}
     for side in (2, 3):
@@ -173,7 +189,7 @@ def wide_calls(device: str) -> dict[str, tuple[Any, Any]]:
 @pytest.mark.parametrize(
     "name",
     [
-        *("affine_act", "conv2d", "conv2d_two", "conv_transpose2d", "upsample_concat", "head_stats"),
+        *("affine_act", "conv2d", "conv2d_two", "conv2d_doubled", "conv_transpose2d", "upsample_concat", "head_stats"),
         *("conv2d_3_1_5", "conv2d_3_2_5", "conv2d_1_1_5", "conv2d_1_1_3", "conv2d_picture"),
         *("conv_transpose2d_2", "conv_transpose2d_3"),
     ],

@@ -48,7 +48,7 @@ def possible(operator: str, argument: Any) -> list[str]:
     if kind in ("bool", "Optional[bool]"):
         return ["True", "False", "None"][: 2 if kind == "bool" else 3]
     if kind == "List[bool]":
-        count = 4 if name == "mask" and operator == "conv2d_backward" else 3
+        count = 2 if name == "doubled" else 4 if name == "mask" and operator == "conv2d_backward" else 3
         return [f"{i}: {wanted}" for i in range(count) for wanted in (True, False)]
     if kind == "str":
         return list(WORDS[name])
@@ -161,7 +161,7 @@ SAMPLED = {
     "bn_affine_running": "weight bias",
     "group_affine": "weight bias",
     "conv2d": "save pool pool_scale",
-    "conv2d_act": "affine0 x1 affine1 bias affine pool head_bias",
+    "conv2d_act": "affine0 x1 affine1 doubled bias affine pool head_bias",
     "conv_transpose2d": "affine bias",
     "head_predict": "affine bias output dtype",
     "head_stats": "affine bias labels pixel_weight wanted",

@@ -193,7 +193,9 @@ def test_an_upsample_module_runs_lazily(align_corners: bool | None, device: str)
     module.align_corners = align_corners
     x, affine = torch.randn(1, 3, 4, 5, device=device), random_affine(3, device)
     with trace() as calls:
-        up = enlarge(module, Activation(x, affine, 0.0), Context("torch"))
+        placed = enlarge(module, Activation(x, affine, 0.0), Context("torch"))
+        assert placed.doubled[0] == (align_corners is None and not calls)  # left to the convolution that reads it
+        up = placed.whole(Context("torch"))
     assert [call.name for call in calls] == ["fastunet.upsample_concat"]
     torch.testing.assert_close(up.x, module(truth(x, affine, 0.0)), rtol=1e-5, atol=1e-5)
 

@@ -45,6 +45,7 @@ def quick(dtype: str) -> list[Case]:
         Case("conv2d", (1, 64, 3, 20), x, filters=32),
         Case("conv2d", (2, 5, 5, 7), x, filters=7, bias=True),
         Case("conv2d", (1, 16, 6, 10), x, filters=16, skip=16, pool=True),
+        Case("conv2d", (1, 16, 5, 12), x, filters=16, skip=16, doubled=True),  # a skip of one row more
         Case("conv2d", (1, 3, 6, 20), x, filters=16, affine=False, image=True),
         Case("conv2d", (1, 32, 5, 6), x, filters=24, stride=2),
         # LeakyReLU, and products by ATen
@@ -81,6 +82,14 @@ def everything(dtype: str) -> list[Case]:
         replace(two, pool=True),
         replace(two, changes=(("slope0", 0.01), ("slope1", 0.01))),
         replace(two, changes=crop),
+        # Doubled: each of two, in tiles inside a picture, of several, and at odd places
+        replace(two, doubled=True, algorithm="triton"),
+        replace(two, doubled=True, algorithm="cudnn"),
+        Case("conv2d", (1, 64, 4, 132), x, filters=64, doubled=True),
+        Case("conv2d", (5, 64, 4, 6), x, filters=64, skip=32, doubled=True, samples=True),
+        Case("conv2d", (1, 512, 4, 6), x, filters=128, doubled=True),
+        replace(two, doubled=True, changes=placed),
+        replace(act, doubled=True, affine=True),
         replace(two, changes=placed),
         replace(two, changes=placed, algorithm="cudnn"),
         replace(two, algorithm="cudnn"),

@@ -82,6 +82,11 @@ def _frame(z: Tensor, size: Sequence[int], top: int, left: int) -> Tensor:
     return F.pad(z, [left, size[1] - width - left, top, size[0] - height - top])
 
 
+def _nearest(z: Tensor, doubled: bool) -> Tensor:
+    """z, or twice as large if it is to be ``doubled``: each pixel is then 2×2."""
+    return F.interpolate(z, scale_factor=2, mode="nearest") if doubled else z
+
+
 def _centre(z: Tensor, size: Sequence[int]) -> Tensor:
     """z in the middle of an image of zeros of ``size``; an odd difference leaves the larger part below and right."""
     return _frame(z, size, (size[0] - z.shape[2]) // 2, (size[1] - z.shape[3]) // 2)
@@ -99,16 +104,18 @@ def conv2d(
     stride: int,
     size: Sequence[int],
     offset: Sequence[int],
+    doubled: Sequence[bool],
     stats: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Convolution, padded by half its odd kernel, of one source or of the concatenation of two.
 
-    Each source lies at its offset (top0, left0, top1, left1) in a frame of zeros of ``size`` (H, W). Returns
-    (y, mean, var), the last two being :func:`statistics` of y, or empty without ``stats``.
+    Each source, if ``doubled`` its nearest ×2, lies at its offset (top0, left0, top1, left1) in a frame of zeros of
+    ``size`` (H, W). Returns (y, mean, var), the last two being :func:`statistics` of y, or empty without ``stats``.
     """
-    z = _frame(affine_act(x0, affine0, slope0), size, offset[0], offset[1])
+    z = _frame(_nearest(affine_act(x0, affine0, slope0), doubled[0]), size, offset[0], offset[1])
     if x1 is not None:
-        z = torch.cat([z, _frame(affine_act(x1, affine1, slope1), size, offset[2], offset[3])], 1)
+        second = _nearest(affine_act(x1, affine1, slope1), doubled[1])
+        z = torch.cat([z, _frame(second, size, offset[2], offset[3])], 1)
     y = F.conv2d(z, weight, bias, stride, weight.shape[-1] // 2)
     return y, *(statistics(y, stats) if stats else (y.new_empty(0), y.new_empty(0)))
 
