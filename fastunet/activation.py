@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastunet import ops
+from fastunet import folding, ops
 from fastunet.aten import MANY_PIXELS, activate, update_running_stats
 from fastunet.backend import check_backend, requested, resolve_backend
 from fastunet.dispatch import call, unwatched
@@ -56,7 +56,8 @@ class Config(NamedTuple):
         if not (x.device.type == "cpu" and requested(self.backend) == "auto" and context.stores(x)):
             return context
         tuned = unwatched()
-        return context._replace(eager=True, tuned=tuned, precise=tuned and x.numel() >= MANY_PIXELS * x.shape[1])
+        precise, kept = tuned and x.numel() >= MANY_PIXELS * x.shape[1], tuned and folding.allowed()
+        return context._replace(eager=True, tuned=tuned, precise=precise, kept=kept)
 
 
 class Context(NamedTuple):
@@ -68,6 +69,7 @@ class Context(NamedTuple):
     eager: bool = False  # blocks run as the modules they are, on stored tensors
     tuned: bool = False  # eager, and free to call something faster: no compiler, tracer or mode watches
     precise: bool = False  # tuned, and of so many pixels that ATen's batch norm loses digits
+    kept: bool = False  # tuned, and free to convolve by weights that were kept (fastunet.folding)
 
     def stores(self, x: Tensor) -> bool:
         """Whether the value of an activation like ``x`` is stored rather than normalised by each reader."""

@@ -383,8 +383,8 @@ TORCH = [
     ),
     Fault(
         "a folded bias is lost",
-        "fastunet/eager.py",
-        "centre = mean if conv.bias is None else mean - conv.bias",
+        "fastunet/folding.py",
+        "centre = mean if bias is None else mean - bias",
         "centre = mean",
         "tests/test_eager.py::test_folded_weights",
     ),
