@@ -36,7 +36,7 @@ def layer(
     if context.kept:
         found = folding.by_kept(parts, conv, norm)
         if found is not None:
-            return aten.activate(found, slope, inplace=True)
+            return found.relu_() if slope == 0 else aten.activate(found, slope, inplace=True)
     _check_devices(parts[0], conv, norm)
     if conv.weight.dtype != parts[0].dtype:
         check_weight(parts[0], conv.weight)

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastunet import aten
 from fastunet.dispatch import transformed
 
 _MANY = 2  # values that a layer must compute for each weight: below, to fold and to keep it costs more than it saves
@@ -67,7 +66,7 @@ class _Kept(NamedTuple):
     norm: type  # None's without
     numbers: tuple[Tensor | None, ...]  # copies of the tensors of which it was made: of a _Layer
     eps: float
-    geometry: tuple[Any, ...]  # padding and stride
+    settings: tuple[Any, ...]  # padding, stride, dilation and groups
     widths: tuple[int, ...]  # input channels of each weight
     weights: list[Tensor]
     bias: Tensor | None
@@ -97,7 +96,7 @@ def by_kept(parts: list[Tensor], conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.
             return None
         own, buffers = norm._parameters, norm._buffers
         numbers += buffers.get("running_mean"), buffers.get("running_var"), own.get("weight"), own.get("bias")
-    if (conv.padding, conv.stride) != kept.geometry or not _are_usual(parts, kept.widths):
+    if (conv.padding, conv.stride) != kept.settings[:2] or not _are_usual(parts, kept.widths):
         return None
     try:
         for before, now in zip(kept.numbers, numbers, strict=True):
@@ -110,10 +109,11 @@ def by_kept(parts: list[Tensor], conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.
 
 def _are_usual(parts: list[Tensor], widths: tuple[int, ...]) -> bool:
     """Whether ``parts`` are what oneDNN's operators take, which check less than ATen's; they may have to be joined."""
-    channels = 0
+    batch, channels = len(parts[0]), 0
     for z in parts:
-        # channels_last memory, of one batch size
-        if z.dtype != torch.float32 or not aten.adds_one_by_one(z) or z.shape[0] != parts[0].shape[0]:
+        if not (z.dtype == torch.float32 and z.is_cpu and z.stride(1) == 1):
+            return False
+        if not (z.is_contiguous(memory_format=torch.channels_last) and z.shape[0] == batch and z.numel()):
             return False
         channels += z.shape[1]
     return channels == sum(widths) and (len(widths) == 1 or (len(parts) == 2 and parts[0].shape[1] == widths[0]))
@@ -121,7 +121,7 @@ def _are_usual(parts: list[Tensor], widths: tuple[int, ...]) -> bool:
 
 def _run(parts: list[Tensor], kept: _Kept) -> Tensor:
     assert _ONEDNN is not None
-    weights, bias, settings = kept.weights, kept.bias, (*kept.geometry, (1, 1), 1)
+    weights, bias, settings = kept.weights, kept.bias, kept.settings
     if len(weights) == 1:
         y: Tensor = _ONEDNN.convolve(joined(parts), weights[0], bias, *settings, "none", [], "")
         return y
@@ -193,15 +193,15 @@ def _keep(parts: list[Tensor], conv: nn.Conv2d, layer: _Layer, norm: nn.Module |
     assert _ONEDNN is not None
     if len(parts) == 2 and 4 * (parts[0].numel() + parts[1].numel()) < _LARGE:
         parts = [joined(parts)]
-    widths, geometry = tuple(z.shape[1] for z in parts), (conv.padding, conv.stride)
+    widths, settings = tuple(z.shape[1] for z in parts), (conv.padding, conv.stride, (1, 1), 1)
     weight, bias = _folded(layer, 0)
     weights = [
-        _ONEDNN.reorder(w.contiguous().to_mkldnn(), *geometry, (1, 1), 1, z.shape)
+        _ONEDNN.reorder(w.contiguous().to_mkldnn(), *settings, z.shape)
         for w, z in zip(weight.split(widths, 1), parts, strict=True)
     ]
     given = layer[:2] if norm is None else layer[:-1]
     numbers = tuple(t.detach().clone() if isinstance(t, Tensor) else None for t in given)
-    key = id(conv)
-    gone = ref(conv, lambda _: _kept.pop(key, None))
-    kept = _kept[key] = _Kept(gone, type(norm), numbers, layer.eps, geometry, widths, weights, bias)
+    key, others = id(conv), _kept
+    reference = ref(conv, lambda _: others.pop(key, None))
+    kept = _kept[key] = _Kept(reference, type(norm), numbers, layer.eps, settings, widths, weights, bias)
     return kept
