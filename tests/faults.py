@@ -389,6 +389,13 @@ TORCH = [
         "tests/test_eager.py::test_folded_weights",
     ),
     Fault(
+        "weights that were kept are not compared",
+        "fastunet/folding.py",
+        "if before is not now and not torch.equal(before, now):",
+        "if before is not now and before is None:",
+        "tests/test_eager.py::test_weights_that_change_are_noticed",
+    ),
+    Fault(
         "batches are not counted",
         "fastunet/eager.py",
         "        norm.num_batches_tracked.add_(1)\n",
