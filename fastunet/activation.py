@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastunet import ops
+from fastunet import folding, ops
 from fastunet.aten import MANY_PIXELS, activate, update_running_stats
 from fastunet.backend import check_backend, requested, resolve_backend
 from fastunet.dispatch import call, unwatched
@@ -50,13 +50,25 @@ class Config(NamedTuple):
 
         On a CPU, where nobody chose a backend, nothing is gained by normalising when reading: blocks run as modules.
         """
-        # Strides of a weight with one input channel or one tap fit both formats: they do not tell which one it has.
-        weights = (p for p in module.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[3] > 1)
-        context = Context(*self, memory_format(x, next(weights, None)) == torch.channels_last)
+        context = Context(*self, memory_format(x, _telling_weight(module)) == torch.channels_last)
         if not (x.device.type == "cpu" and requested(self.backend) == "auto" and context.stores(x)):
             return context
         tuned = unwatched()
-        return context._replace(eager=True, tuned=tuned, precise=tuned and x.numel() >= MANY_PIXELS * x.shape[1])
+        precise, kept = tuned and x.numel() >= MANY_PIXELS * x.shape[1], tuned and folding.allowed()
+        return context._replace(eager=True, tuned=tuned, precise=precise, kept=kept)
+
+
+def _telling_weight(module: nn.Module) -> Tensor | None:
+    """The first parameter that tells in which memory format the weights are: the strides of one with one input channel
+    or one tap fit both. (module.parameters() would find it too, in ten times the time.)"""
+    for p in module._parameters.values():
+        if p is not None and p.dim() == 4 and p.shape[1] > 1 and p.shape[3] > 1:
+            return p
+    for child in module._modules.values():
+        found = None if child is None else _telling_weight(child)
+        if found is not None:
+            return found
+    return None
 
 
 class Context(NamedTuple):
@@ -68,6 +80,7 @@ class Context(NamedTuple):
     eager: bool = False  # blocks run as the modules they are, on stored tensors
     tuned: bool = False  # eager, and free to call something faster: no compiler, tracer or mode watches
     precise: bool = False  # tuned, and of so many pixels that ATen's batch norm loses digits
+    kept: bool = False  # tuned, and free to convolve by weights that were kept (fastunet.folding)
 
     def stores(self, x: Tensor) -> bool:
         """Whether the value of an activation like ``x`` is stored rather than normalised by each reader."""

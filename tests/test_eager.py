@@ -7,7 +7,8 @@ Elsewhere the tests ask for a backend, or the interpreter is the choice.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 import fastunet
-from fastunet import aten, eager, reference
+from fastunet import aten, eager, folding, reference
 from fastunet.layout import channels_last
 from tests import test_models
 from tests import test_surgery as surgery
@@ -170,27 +171,144 @@ def test_folded_weights(conv_bias: bool, affine: bool) -> None:
         assert torch.equal(value, before[name]), name
 
 
+def with_onednns_operators(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As this PyTorch has them, or as one without."""
+    if not known:
+        monkeypatch.setattr(folding, "_ONEDNN", None)
+    elif folding._ONEDNN is None:
+        pytest.skip("this PyTorch has no operators of oneDNN")
+    monkeypatch.setattr(folding, "_kept", {})
+
+
+@layouts
+@pytest.mark.parametrize("known", [True, False], ids=["onednn", "aten"])
 @pytest.mark.parametrize("bilinear", [False, True])
 @pytest.mark.parametrize("size", [(64, 96), (49, 70)])
-def test_a_large_concatenation_is_convolved_in_two_parts(
-    bilinear: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+def test_inference_by_kept_weights(
+    bilinear: bool, size: tuple[int, int], known: bool, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours, plain = (model.eval().to(memory_format=CL) for model in models(bilinear, base=8))
-    x = torch.randn(2, 3, *size)
-    apart, calls = eager._convolved_apart, []
-    monkeypatch.setattr(eager, "_convolved_apart", lambda *args: calls.append(None) or apart(*args))
+    """By oneDNN's operators and without them it errs as plain PyTorch does, a large concatenation convolved in its
+    parts or not; and a NaN stays one."""
+    with_onednns_operators(known, monkeypatch)
+    ours, plain = (model.eval().to(memory_format=layout) for model in models(bilinear, base=8))
+    x = torch.randn(2, 3, *size).contiguous(memory_format=layout)
+    truth = copy.deepcopy(plain).double()(x.double())
+    added: list[tuple[int, ...]] = []
+    run = folding._run
+    monkeypatch.setattr(folding, "_run", lambda parts, kept: added.append(kept.widths) or run(parts, kept))
     with torch.no_grad():
-        whole = ours(x)
-        assert not calls
-        monkeypatch.setattr(eager, "_FRESH", 4 * 2 * 16 * size[0] * size[1])
-        y = ours(x)
-        assert len(calls) == 1, "the uppermost level's"
-        truth = plain.double()(x.double())
-    assert (y - truth).norm() <= 2 * (whole - truth).norm()
-    x[0, 0, 5, 5] = torch.nan
-    with torch.no_grad():
+        allowed = 2 * (plain(x) - truth).norm()
+        for large in (4 * 2 * 16 * size[0] * size[1], 4 << 20):  # the uppermost level's concatenation, or none
+            monkeypatch.setattr(folding, "_LARGE", large)
+            folding._kept.clear()
+            for _ in range(2):  # to make what is kept, and by it
+                y = ours(x)
+                assert (y - truth).norm() <= allowed
+                assert y.stride() == plain(x).stride()
+            assert bool(added) == known
+            assert ((8, 8) in added) == (known and large < 4 << 20), "the uppermost level's"
+            added.clear()
+        x[0, 0, 5, 5] = torch.nan
         assert ours(x)[0].isnan().any()
-    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["onednn", "aten"])
+def test_weights_that_change_are_noticed(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they are written: most ways tell nobody."""
+    with_onednns_operators(known, monkeypatch)
+    pair = [model.eval() for model in models()]
+    x = torch.randn(2, 3, 64, 48)
+
+    def same() -> None:
+        with torch.no_grad():
+            torch.testing.assert_close(pair[0](x), pair[1](x), rtol=1e-4, atol=1e-4)
+
+    same()
+    assert bool(folding._kept) == known
+    names = [f"inc.double_conv.{n}" for n in (3, 4)]
+    writes: list[Callable[[nn.Module, nn.Module], object]] = [
+        lambda conv, norm: conv.weight.data.mul_(1.5),
+        lambda conv, norm: setattr(conv.weight, "data", conv.weight.data * 0.5),
+        lambda conv, norm: conv.weight.detach().numpy().__imul__(1.25),
+        lambda conv, norm: conv.weight.data[1, 2, 0, 1].add_(1),
+        lambda conv, norm: norm.running_mean.data.add_(0.5),
+        lambda conv, norm: norm.running_var.mul_(2),
+        lambda conv, norm: norm.weight.data.neg_(),
+        lambda conv, norm: norm.bias.data.add_(1),
+        lambda conv, norm: setattr(norm, "eps", 0.5),
+        lambda conv, norm: setattr(conv, "bias", nn.Parameter(torch.arange(4.0))),
+        lambda conv, norm: conv.bias.data.neg_(),
+        lambda conv, norm: setattr(conv, "weight", nn.Parameter(conv.weight.detach().flip(0))),
+        lambda conv, norm: setattr(norm, "weight", None),
+        lambda conv, norm: conv.__delattr__("weight") or setattr(conv, "weight", torch.ones(4, 4, 3, 3)),
+        lambda conv, norm: setattr(conv, "weight", nn.Parameter(torch.ones(4, 4, 3, 3))),
+    ]  # fmt: skip
+    for write in writes:
+        for model in pair:
+            write(*map(model.get_submodule, names))
+        same()
+        same()
+    changes: list[Callable[[nn.Module], nn.Module]] = [nn.Module.double, nn.Module.float, copy.deepcopy]
+    for change in changes:
+        pair[:] = map(change, pair)
+        x = x.to(next(pair[1].parameters()).dtype)
+        same()
+    for model in pair:
+        model.inc.double_conv[4] = nn.BatchNorm2d(4, affine=False).eval()
+        model.up1.conv.double_conv[1] = nn.Identity()
+    same()
+    del model, write
+    pair.clear()
+    gc.collect()
+    assert not folding._kept, "nothing is kept of what is gone"
+
+
+def test_what_onednn_would_not_refuse_is_refused() -> None:
+    """What was kept of a layer serves no input and no parameters that do not fit it."""
+    block = fastunet.blocks.ConvSequence(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        block(x)
+        for wrong in (x[:, :2], torch.cat([x, x], 1)):
+            with pytest.raises(ValueError, match="expected 3 channels"):
+                block(wrong)
+        assert block(x[:0]).shape == (0, 4, 32, 32)
+        up = fastunet.blocks.Up(8, 4, bilinear=True).eval()
+        up(torch.randn(2, 4, 16, 16), torch.randn(2, 4, 32, 32))
+        for name, part in (
+            ("0.bias", torch.zeros(1)),
+            ("0.bias", torch.zeros(4).double()),
+            ("1.weight", torch.ones(1)),
+        ):
+            owner, _, attribute = name.partition(".")
+            kept = getattr(block[int(owner)], attribute)
+            setattr(block[int(owner)], attribute, nn.Parameter(part))
+            with pytest.raises(RuntimeError):
+                block(x)
+            setattr(block[int(owner)], attribute, kept)
+
+
+def test_tangents_go_through_a_large_concatenation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without gradients too, where oneDNN's operators would drop those of a part."""
+    ours, plain = (model.eval().to(memory_format=CL) for model in models())
+    monkeypatch.setattr(folding, "_LARGE", 0)
+    x = torch.randn(1, 3, 32, 32)
+    found = []
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        for model in (ours, plain):
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            found.append(torch.autograd.forward_ad.unpack_dual(model(dual)).tangent)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_network_is_folded_too() -> None:
+    """With gradients enabled, where nothing needs one."""
+    ours, plain = (model.eval().requires_grad_(False) for model in models())
+    x = torch.randn(2, 3, 64, 48)
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-4)
+    leaf = x.clone().requires_grad_()
+    mine, theirs = (torch.autograd.grad(model(leaf).square().sum(), leaf)[0] for model in (ours, plain))
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_transforms_of_functions_see_plain_modules() -> None:
