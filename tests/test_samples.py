@@ -187,6 +187,18 @@ def wide_calls(device: str) -> dict[str, tuple[Any, Any]]:
     ],
 )
 def test_values_and_gradients(name: str, backend: str, device: str) -> None:
+    compare(name, backend, device)
+
+
+def test_products_by_aten(device: str) -> None:
+    """The pass that masks their gradient writes the values anew for the weights', each sample's by its own affine."""
+    table = pytest.importorskip("fastunet.kernels.table", reason="needs Triton", exc_type=ImportError)
+    with table.forced(dict.fromkeys(("conv3x3_fwd", "conv3x3_dgrad", "conv3x3_wgrad"), "cudnn")):
+        compare("conv2d_two_wide", "triton", device)
+
+
+def compare(name: str, backend: str, device: str) -> None:
+    """A call beside what it should give: results, and the gradients of a random sum of them."""
     skip_if_unsupported(backend, torch.float64, device)
     arguments, expected = (calls(device) | wide_calls(device))[name]
     operator = next(
