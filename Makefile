@@ -6,11 +6,12 @@
 # make gate     compile every kernel for every GPU, with no GPU, and read the machine code
 # make ptx      execute what the kernels compile to on this CPU: errors, races, accesses out of bounds
 # make faults   plant faults in the code, one at a time: do the tests notice?
+# make coverage which lines the tests run, and which they do not
 # make bench    time fastunet against plain PyTorch
 #
 # Each makes .venv if there is none and installs what it needs; the second time it starts at once.
 # Variables: PYTHON (3.10 or newer), VENV, JOBS (test processes), TORCH (what to ask pip for), ARGS (passed on to
-# demo, verify, gate, ptx, faults and bench: make demo ARGS="--images DIR --masks DIR").
+# demo, verify, gate, ptx, faults, coverage and bench: make demo ARGS="--images DIR --masks DIR").
 
 SUPPORTED := import sys; sys.exit(sys.version_info < (3, 10))
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -29,7 +30,7 @@ endif
 BIN := $(VENV)/bin
 TYPES := build/types
 
-.PHONY: demo test test-oldest test-newest test-versions lint types unit verify gate ptx faults bench clean
+.PHONY: demo test test-oldest test-newest test-versions lint types unit verify gate ptx faults coverage bench clean
 
 demo: $(VENV)/.fastunet
 	$(BIN)/python -m fastunet demo $(ARGS)
@@ -89,6 +90,9 @@ ptx: $(VENV)/.fastunet-test
 
 faults: $(VENV)/.fastunet-test
 	$(BIN)/python -m tests.faults $(ARGS)
+
+coverage: $(VENV)/.fastunet-test
+	$(BIN)/python -m tests.lines -n $(JOBS) $(ARGS)
 
 bench: $(VENV)/.fastunet-test
 	$(BIN)/pytest benchmarks $(ARGS)

@@ -29,10 +29,8 @@ _BN_BLOCK = 128
 
 @triton.jit
 def before_act(g, z, SLOPE: tl.constexpr):
-    """The gradient of z, before act, from that of act(z)."""
-    if SLOPE is None:
-        before = g
-    elif SLOPE == 0:
+    """The gradient of z, before act, from that of act(z), which is not the identity."""
+    if SLOPE == 0:
         before = tl.where(z <= 0, 0.0, g)
     else:
         before = tl.where(z > 0, g, g * SLOPE)

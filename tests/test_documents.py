@@ -154,6 +154,7 @@ TABLE: dict[str, Run | By | Not] = {
     ),
     "make faults": By("tests/test_faults.py::test_a_fault_is_where_it_is_planted", "all of them: half an hour"),
     'make faults ARGS="pool dY"': By("tests/test_faults.py::test_what_tests_do_not_see_is_said", "of one fault"),
+    "make coverage": By("tests/test_lines.py::test_the_lines_of_one_test_are_told", "of all: half an hour"),
     "make ptx": By("tests/test_ptx.py::test_kernels", "with --quick"),
     "python -m benchmarks.ptx": By("tests/test_ptx.py::test_kernels", "with --quick"),
     'make ptx ARGS="--chip sm_90 --dtype bf16 --only conv"': By("tests/test_ptx.py::test_kernels", "with --quick"),

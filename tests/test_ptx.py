@@ -45,6 +45,18 @@ def test_kernels(chip, dtype, cases):
     assert len(set().union(*(trial["launches"] for trial in trials))) >= 20
 
 
+@needs_triton
+def test_without_json_it_prints_a_line_a_case_and_a_table():
+    done = python("-m", "benchmarks.ptx", "--quick", "--chip", "sm_80", "--dtype", "bf16", "--only", "confusion")
+    assert done.returncode == 0, done.stderr
+    case, _, heading, row, _, last = done.stdout.splitlines()
+    assert case.startswith("ok     sm_80 confusion_matrix")
+    assert heading.split() == ["kernel", "chip", "dtype", "launches", "error", "PyTorch", "findings"]
+    assert row.split()[:4] == ["_confusion_matrix_kernel", "sm_80", "bf16", "1"]
+    assert row.endswith("none")
+    assert last == "1 cases, 1 kernels: all passed"
+
+
 RECORDED = """
 from benchmarks.ptx.trials import everything, missed, recorded
 

@@ -179,6 +179,13 @@ def wide_calls(device: str) -> dict[str, tuple[Any, Any]]:
         made[f"conv2d_{kernel}_{stride}_{filters}"] = arguments, functools.partial(plain.conv2d, *arguments)
     arguments = (picture, *none[1:], *none, leaf(5, 3, 3, 3), bias, 1, (4, 8), (0,) * 4, (False,) * 2, SAMPLES)
     made["conv2d_picture"] = arguments, functools.partial(plain.conv2d, *arguments)
+    both = leaf(2, 2, 1, 40), affine, 0.1, leaf(2, 4, 1, 40), leaf(2, 3, 4), 0.0
+    arguments = (*both, leaf(5, 6, 3, 3), None, 1, (1, 40), (0,) * 4, SAMPLES)
+    made["conv2d_two_wide"] = arguments, functools.partial(plain.conv2d, *arguments)
+    # So many channels in so small pictures that programs share a sum, forward and backward.
+    deep = leaf(2, 40, 1, 3), leaf(2, 3, 40), 0.1, leaf(2, 33, 1, 3), leaf(2, 3, 33), 0.0
+    arguments = (*deep, leaf(97, 73, 3, 3), leaf(97), 1, (1, 3), (0,) * 4, SAMPLES)
+    made["conv2d_shared"] = arguments, functools.partial(plain.conv2d, *arguments)
     found = {name: ((*arguments, False, False, None), truth) for name, (arguments, truth) in made.items()}
     for side in (2, 3):
         arguments = (*source, leaf(2, 5, side, side), bias, SAMPLES)
@@ -191,10 +198,23 @@ def wide_calls(device: str) -> dict[str, tuple[Any, Any]]:
     [
         *("affine_act", "conv2d", "conv2d_two", "conv2d_doubled", "conv_transpose2d", "upsample_concat", "head_stats"),
         *("conv2d_3_1_5", "conv2d_3_2_5", "conv2d_1_1_5", "conv2d_1_1_3", "conv2d_picture"),
+        *("conv2d_two_wide", "conv2d_shared"),
         *("conv_transpose2d_2", "conv_transpose2d_3"),
     ],
 )
 def test_values_and_gradients(name: str, backend: str, device: str) -> None:
+    compare(name, backend, device)
+
+
+def test_products_by_aten(device: str) -> None:
+    """The pass that masks their gradient writes the values anew for the weights', each sample's by its own affine."""
+    table = pytest.importorskip("fastunet.kernels.table", reason="needs Triton", exc_type=ImportError)
+    with table.forced(dict.fromkeys(("conv3x3_fwd", "conv3x3_dgrad", "conv3x3_wgrad"), "cudnn")):
+        compare("conv2d_two_wide", "triton", device)
+
+
+def compare(name: str, backend: str, device: str) -> None:
+    """A call beside what it should give: results, and the gradients of a random sum of them."""
     skip_if_unsupported(backend, torch.float64, device)
     arguments, expected = (calls(device) | wide_calls(device))[name]
     operator = next(
@@ -245,6 +265,14 @@ def test_tiles_of_one_sample_need_no_passes() -> None:
     pytest.importorskip("triton")
     done = python("-c", ONE_AND_SEVERAL)
     assert done.stdout.split("\n") == 2 * [*7 * ["[]"], "True"] + [""], done.stderr
+
+
+def test_classes_by_each_sample(backend: str, device: str) -> None:
+    t = operands(device)
+    weight = torch.randn(3, 2, 1, 1, dtype=torch.float64, device=device)
+    arguments = (t["x"].detach().float(), t["affine"].detach().float(), 0.1, weight.float(), None, "argmax", 0.5)
+    found = ops.head_predict(*arguments, torch.float32, backend)
+    assert torch.equal(found, plain.head_predict(*arguments, torch.float32))
 
 
 def test_pooling_by_each_samples_signs(backend: str, device: str) -> None:

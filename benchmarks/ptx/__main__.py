@@ -123,6 +123,7 @@ def _plain(trial: Trial) -> dict[str, object]:
         "dtype": trial.dtype,
         "passed": trial.passed,
         "launches": dict(trial.launches),
+        "lines": sorted(trial.lines),
         "said": _line(trial),
     }
 

@@ -231,6 +231,12 @@ class Trial:
     seconds: float = 0.0
 
     @property
+    def lines(self) -> set[str]:
+        """The lines of source, as file:line, of which some thread executed an instruction."""
+        ran = (kernel.machine.program.sources[line] for kernel in self.kernels for line in kernel.machine.ran)
+        return {place for places in ran for place in places.split(" in ") if place}
+
+    @property
     def errs(self) -> list[Error]:
         """The errors that are too large."""
         return [error for error in self.errors if not error.passed]
