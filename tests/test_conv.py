@@ -484,6 +484,8 @@ def conv2d_arguments(case: Conv, inputs: Inputs, backend: str, save: bool) -> tu
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("save", [False, True], ids=["recompute", "save"])
 def test_opcheck_conv2d(save: bool, channels_last: bool, backend: str, device: str) -> None:
+    if backend == "triton" and save:
+        pytest.skip("the kernels keep nothing normalised")
     case = Conv((2, 2, 4, 3), 3, x1=(2, 1, 3, 2), bias=True, pool="all")
     inputs = draw(case, device)
     if channels_last:

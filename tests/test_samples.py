@@ -46,8 +46,8 @@ def randomised(module: nn.Module) -> nn.Module:
     ("name", "batch", "mode", "policy", "kind"),
     [
         *itertools.product(NORMS, [1, 3], ["training", "eval", "inference"], ["speed", "memory"], ["torch"]),
-        *itertools.product(NORMS, [3], ["training", "inference"], ["speed"], ["auto"]),
-        *itertools.product(["tracking", "group"], [3], ["training", "inference"], ["speed"], ["triton"]),
+        *itertools.product(["batch", "instance", "tracking"], [3], ["training", "inference"], ["speed"], ["auto"]),
+        *itertools.product(["group"], [3], ["training", "inference"], ["speed"], ["triton"]),
     ],
 )
 def test_blocks_are_the_modules_that_they_hold(
