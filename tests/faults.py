@@ -289,14 +289,14 @@ KERNELS = [
         "kernels/conv3x3.py",
         "(g + below).reshape(",
         "g.reshape(",
-        "tests/test_conv.py::test_every_chip -k 'doubled-cropped-beside and sm_90'",
+        "tests/test_conv_algorithms.py::test_doubled_in_tiles_of_two_rows -k alone",
     ),
     Fault(
         "a tile adds up the gradients of doubled pixels that begin in another",
         "kernels/doubled.py",
         "(tile.rows, tile.columns, source.top, source.left)",
         "(tile.rows, tile.columns)",
-        "tests/test_conv.py::test_every_chip -k 'doubled-at-odd-places and sm_90'",
+        "tests/test_conv_algorithms.py::test_doubled_in_tiles_of_two_rows -k odd-places",
     ),
     Fault(
         "the act of a sum is that of one side",
