@@ -285,6 +285,20 @@ KERNELS = [
         "tests/test_samples.py::test_values_and_gradients -k 'triton and conv_transpose2d'",
     ),
     Fault(
+        "a doubled pixel has the gradients of two of its four",
+        "kernels/conv3x3.py",
+        "(g + below).reshape(",
+        "g.reshape(",
+        "tests/test_conv_algorithms.py::test_doubled_in_tiles_of_two_rows -k alone",
+    ),
+    Fault(
+        "a tile adds up the gradients of doubled pixels that begin in another",
+        "kernels/doubled.py",
+        "(tile.rows, tile.columns, source.top, source.left)",
+        "(tile.rows, tile.columns)",
+        "tests/test_conv_algorithms.py::test_doubled_in_tiles_of_two_rows -k odd-places",
+    ),
+    Fault(
         "the act of a sum is that of one side",
         "kernels/add.py",
         "g = before_act(g, s, SUM_SLOPE)",

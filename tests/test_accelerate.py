@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastunet
+from benchmarks.trace import trace
 from fastunet import reference
 from fastunet.accelerate import Accelerated
 from fastunet.activation import Config
@@ -349,6 +350,51 @@ class Counted(TorchDispatchMode):
         if kind is not None and not any(isinstance(x, FakeTensor) for x in pytree.tree_leaves(args)):
             self.seen[kind] += 1
         return func(*args, **(kwargs or {}))
+
+
+class Doubling(nn.Module):
+    """Nearest ×2 in front of all that may read it, and of what is changed before it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = conv_norm_act(3, 4, lambda: nn.BatchNorm2d(4), nn.ReLU)
+        self.both, self.alone, self.padded, self.acted, self.late = (
+            nn.Conv2d(channels, 2, 3, padding=1) for channels in (8, 4, 4, 4, 4)
+        )
+        self.one, self.strided, self.transposed = (
+            nn.Conv2d(4, 2, 1),
+            nn.Conv2d(4, 2, 3, 2, 1),
+            nn.ConvTranspose2d(4, 2, 2, 2),
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.first(x)
+        below = F.max_pool2d(x, 2)
+        up, changed = F.interpolate(below, scale_factor=2), torch.sin(below)
+        read_late = F.interpolate(changed, scale_factor=2)
+        changed.mul_(2)
+        return (
+            self.both(torch.cat([up, x], 1)),
+            self.alone(up),
+            self.padded(F.pad(up[..., 1:, :-1], (1, 0, 2, 1))),
+            self.acted(F.leaky_relu(F.interpolate(below, scale_factor=2), 0.1)),
+            self.late(read_late) + changed.sum(),
+            *(layer(F.interpolate(below, scale_factor=2)) for layer in (self.one, self.strided, self.transposed)),
+            F.max_pool2d(F.interpolate(below, scale_factor=2), 2),
+            self.alone(F.interpolate(F.interpolate(below, scale_factor=2), scale_factor=2)),
+            self.alone(F.interpolate(below, scale_factor=2) + x),
+        )
+
+
+def test_what_is_doubled_is_stored_for_those_alone_who_cannot_read_it_so() -> None:
+    torch.manual_seed(0)
+    plain = scramble(Doubling()).double()
+    ours = fastunet.accelerate(copy.deepcopy(plain), backend="torch")
+    agree(ours, plain, x := torch.randn(2, 3, 12, 16, dtype=torch.float64))
+    with trace() as calls:
+        ours(x)
+    # For the crop, the 1×1 and the strided, the transposed convolution, the pool, the second ×2 and the sum.
+    assert [call.name for call in calls].count("fastunet.upsample_concat") == 7
 
 
 LEFT = {"Conv": "conv", "Norm": "norm", "ReLU": "act", "relu": "act", "SiLU": "act", "sigmoid": "act", "cat": "cat"}

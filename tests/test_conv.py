@@ -257,10 +257,7 @@ EVEN = {
     "3x3": Conv((3, 4, 3, 5), 6, bias=True),
     "3x3-a-tile-inside": Conv((2, 2, 3, 130), 2),  # which needs no mask
     "3x3-two-sources": Conv((1, 4, 5, 4), 6, x1=(1, 2, 4, 4), offset=(0, 0, 1, -1)),
-    "doubled": Conv((3, 4, 2, 3), 6, doubled=(True, False), bias=True),
     "doubled-a-tile-inside": Conv((2, 2, 2, 65), 2, doubled=(True, False)),
-    "doubled-cropped-beside": Conv((1, 4, 5, 3), 6, x1=(1, 2, 2, 3), offset=(0, 0, 0, -2), doubled=(False, True)),
-    "doubled-at-odd-places": Conv((1, 4, 5, 4), 2, x1=(1, 2, 2, 2), offset=(0, 0, 1, 1), doubled=(False, True)),
     "1x1": Conv((3, 4, 2, 5), 6, kernel=1, bias=True),
     "1x1-two-sources": Conv((2, 4, 3, 2), 2, x1=(2, 2, 2, 3), offset=(0, 0, 0, -1), kernel=1),
     "stride-2": Conv((3, 4, 5, 6), 6, stride=2, bias=True),

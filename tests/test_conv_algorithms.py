@@ -15,6 +15,7 @@ from test_conv import CASES, Conv, Inputs, draw, gradients, run
 
 from fastunet.kernels import conv_aten, table
 from fastunet.kernels.conv import FUNCTIONS
+from fastunet.kernels.tiles import Tile
 
 KINDS = ("conv3x3_fwd", "conv3x3_dgrad", "conv3x3_wgrad")
 ALGORITHMS = {  # and the kinds of kernel for which there is one
@@ -50,6 +51,29 @@ def test_forward_and_backward(name: str, dtype: torch.dtype, algorithm: str, dev
     inputs = draw(case, device, torch.float32 if dtype == torch.float64 else dtype)
     exact, inputs, plainly = inputs.to(torch.float64), inputs.to(dtype), inputs.to(dtype)
     assert_near(outcome(case, inputs, algorithm), outcome(case, exact, None), outcome(case, plainly, None), dtype)
+
+
+DOUBLED = {
+    "alone": Conv((3, 4, 2, 9), 6, doubled=(True, False), pool="all"),
+    "beside-odd-skip": Conv((3, 2, 3, 7), 4, x1=(3, 2, 1, 3), slope=(0.0, 0.1), doubled=(False, True)),
+    "cropped": Conv((1, 2, 3, 5), 4, x1=(1, 2, 3, 9), size=(3, 8), offset=(-2, -2, 0, -1), doubled=(True, False)),
+    "at-odd-places": Conv((1, 2, 1, 3), 2, x1=(1, 2, 3, 5), size=(4, 9), offset=(1, 1, -1, 0), doubled=(True, True)),
+}
+
+
+@pytest.mark.parametrize(("images", "tma"), [(1, True), (2, False)], ids=["tma", "two-pictures"])
+@pytest.mark.parametrize("case", DOUBLED.values(), ids=DOUBLED)
+def test_doubled_in_tiles_of_two_rows(case: Conv, images: int, tma: bool) -> None:
+    """As in 16 bits, but in float64: a tile holds all four outputs of a pixel, or not, of one picture or of two."""
+    skip_if_unsupported("triton", torch.float64, "cuda" if torch.cuda.is_available() else "cpu")
+    tile = Tile(images, 2, 16, 16, 16, 4, 2, tma)
+    inputs = draw(case, "cpu").to(torch.float64)
+    exact = inputs.to(torch.float64)
+    with table.forced({"conv3x3_fwd": tile, "conv3x3_dgrad": tile, "conv3x3_wgrad": tile}):
+        found = outcome(case, inputs, "triton")
+    expected = outcome(case, exact, None)
+    for x, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, truth, rtol=1e-10, atol=1e-10)
 
 
 @BY_NAME

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +69,21 @@ def test_three_training_steps_and_a_prediction(config: tuple[str, str], style: d
     x = torch.randn(1, 2, 41, 32, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(x), plain.eval()(x), **EXACT)
+
+
+def test_nearest_stores_nothing_doubled() -> None:
+    """Neither in a step, where no upsampling is called, nor until its backward."""
+    kept = {}
+    for upsample in ("nearest", "bilinear"):
+        model = fastunet.UNet(2, 3, base_c=4, upsample=upsample, backend="torch", policy="memory")
+        found: dict[int, Tensor] = {}
+        keep = functools.partial(lambda found, x: found.setdefault(x.untyped_storage()._cdata, x), found)
+        with trace() as calls, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            model(torch.randn(2, 2, 16, 16)).sum().backward()
+        kept[upsample] = sum(x.untyped_storage().nbytes() for x in found.values())
+        assert any(call.name == "fastunet.upsample_concat" for call in calls) == (upsample == "bilinear")
+    # In float32 two doubled pictures of 4, 8, 16 and 32 channels, from 16² on downwards.
+    assert kept["bilinear"] - kept["nearest"] == 4 * 2 * sum((4 << i) * (16 >> i) ** 2 for i in range(4))
 
 
 @pytest.mark.parametrize("style", BY_NORM, ids=str)
