@@ -423,6 +423,13 @@ def _beside(weight: Tensor, z: Tensor) -> torch.memory_format:
     return torch.contiguous_format if few_pixels else torch.channels_last
 
 
+def _convolved(z: Tensor, form: torch.memory_format) -> Tensor:
+    """z in a layout, as a convolution's gradients read it. One channel gets the strides that PyTorch gives it: by one
+    that means nothing oneDNN chooses sums which lose a digit."""
+    z = z.contiguous(memory_format=form)
+    return z.view(z.shape) if z.shape[1] == 1 else z
+
+
 def _unambiguous(weight: Tensor) -> Tensor:
     """``weight``, whose gradient ATen would lay out by a stride that means nothing, of a single filter, and refuse."""
     return weight.contiguous() if weight.shape[0] == 1 else weight
@@ -594,7 +601,7 @@ def conv2d_backward(
     form = _beside(weight, z)
     dz, dweight, dbias = aten.convolution_backward(
         dy.contiguous(memory_format=form),
-        z.contiguous(memory_format=form),
+        _convolved(z, form),
         _unambiguous(lowered(x0, weight)),
         [weight.shape[0]],
         [stride] * 2,
@@ -671,7 +678,7 @@ def conv_transpose2d_backward(
     form = _beside(weight, z)
     dz, dweight, dbias = aten.convolution_backward(
         dy.contiguous(memory_format=form),
-        z.contiguous(memory_format=form),
+        _convolved(z, form),
         _unambiguous(lowered(x, weight)),
         [weight.shape[1]],
         [2, 2],

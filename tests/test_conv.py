@@ -351,6 +351,21 @@ def test_a_single_filter_in_any_memory(layout: str, device: str) -> None:
         torch.testing.assert_close(found, value)
 
 
+def test_the_gradient_of_one_channel_keeps_its_digits(device: str) -> None:
+    """The stride over it means nothing, but oneDNN took it for a reason to add up less exactly."""
+    case = Conv((2, 1, 256, 256), 22, kernel=1, affine=(False, False), slope=(1.0, 1.0), stats=False)
+    inputs = draw(case, device)
+    inputs.x0 = inputs.x0.detach().abs().requires_grad_()
+    inputs.leaves = [inputs.weight]
+
+    def gradient(inputs: Inputs, backend: str | None) -> list[Tensor]:
+        (y,) = run(case, inputs, backend)
+        return list(torch.autograd.grad(y.sum(), inputs.weight))
+
+    truth, own = gradient(inputs.to(torch.float64), None), gradient(inputs, None)
+    assert_near(gradient(inputs, "torch"), truth, own, torch.float32)
+
+
 @pytest.mark.parametrize("name", ["lazy-17-to-20", "transposed-2x2"])
 def test_empty_batch(name: str, backend: str, device: str) -> None:
     case = CASES[name]
