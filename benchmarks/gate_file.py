@@ -135,6 +135,7 @@ SPILLS = (
     Spill(r"^_batch_stats_kernel fp16 BLOCK_P=32 BLOCK_K=32 .* sm_90$", 16),
     Spill(r"^_conv_down_fwd_kernel fp32 KSIZE=3 STRIDE=2 images=1 rows=1 columns=32 .* precision=ieee .* sm_80$", 8),
     # Blackwell: odd channels, and float32 heads.
+    Spill(r"^_conv3x3_fwd_kernel fp16 HEAD=0 ZOOM1=2 .* outputs=32 reduction=32 .* stages=3 sm_100$", 80),
     Spill(r"^_conv3x3_fwd_kernel fp16 HEAD=16 .* outputs=32 reduction=32 .* stages=3 sm_100$", 40),
     Spill(r"^_head_stats_backward_kernel fp32 .*C=17 K=3 .* sm_100$", 24),
     Spill(r"^_conv_few_fwd_kernel bf16 K=2 BLOCK_P=128 BLOCK_C=32 .* sm_120$", 8),
