@@ -188,10 +188,11 @@ def _gradients_fake(
         found: list[Tensor] = []
         for (name, *affine), wanted in zip(groups, given.get("mask", [True] * len(groups)), strict=True):
             x = given.get(name)
-            if wanted and name in others:
-                found.append(others[name](args))
+            if name in others:
+                looks = others[name](args)
+                found.append(looks if wanted else looks.new_empty(0))
             elif not wanted or x is None:
-                found += [like.new_empty(0), *(no_stats(like) for _ in affine)]
+                found += [(like if x is None else x).new_empty(0), *(no_stats(like) for _ in affine)]
             elif affine:
                 rows = given[affine[0]]
                 found += [activation(x, x.shape), no_stats(x) if rows is None else rows.new_empty(rows.shape)]

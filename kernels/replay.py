@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -85,6 +85,7 @@ def call(key: tuple[Any, ...], function: Call, args: Sequence[Any], like: int) -
 
 
 def _recorded(full: tuple[Any, ...], function: Call, args: Sequence[Any], like: int) -> Any:
+    args = _apart(args)
     recorder = Recorder(args, like)
     _thread.recorder = recorder
     try:
@@ -94,6 +95,17 @@ def _recorded(full: tuple[Any, ...], function: Call, args: Sequence[Any], like: 
         _thread.recorder = None
     _known[full] = recorder.recording(result) or _UNFIT
     return result
+
+
+def _apart(args: Sequence[Any]) -> list[Any]:
+    """Arguments of which no two are one tensor: next time they may be two, and which one was used is told by id."""
+    seen: set[int] = set()
+    found = []
+    for x in args:
+        found.append(x.detach() if id(x) in seen else x)
+        if isinstance(x, Tensor):
+            seen.add(id(x))
+    return found
 
 
 def hooked() -> bool:
@@ -179,12 +191,24 @@ class Recorder(TorchDispatchMode):
         self.views: dict[int, int] = {}  # by the number of a view which was not needed yet, that of its base
         self.addresses: dict[int, int] = {}  # by a tensor's number, that of its address
         self.streams: dict[int, int] = {}  # by device, the number of its current stream
-        self.deterministic = torch.backends.cudnn.deterministic
         self.listens = True
         self.failed = any(type(x) is list and any(isinstance(y, Tensor) for y in x) for x in args)
         for i, x in enumerate(args):
             if isinstance(x, Tensor):
                 self._is(x, i)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: PyTorch imports Dynamo to keep it away, which takes seconds, and nothing here is compiled."""
+        return False
+
+    # A mode's own tell all threads by one flag, which two that record at the same time would leave set.
+    def __enter__(self) -> Recorder:
+        _push_mode(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _pop_mode()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -281,8 +305,7 @@ class Recorder(TorchDispatchMode):
             given, named = template(args), {name: template(x) for name, x in kwargs.items()}
             # What is none of the arguments, changed in place, is new.
             to = [None if x is None or id(x) in self.numbers else self._is(x, self._new()) for x in results]
-            now = torch.backends.cudnn.deterministic
-            action = _function(function, given, named, to, several, None if now == self.deterministic else now)
+            action = _function(function, given, named, to, several, torch.backends.cudnn.deterministic)
             self.steps.append(_Step(action, [*numbers, *(i for i in to if i is not None)]))
 
     def _shows(self, view: Any, x: Any) -> bool:
@@ -548,7 +571,7 @@ def _function(
     kwargs: dict[str, Any],
     to: list[int | None],
     several: bool,
-    deterministic: bool | None,
+    deterministic: bool,
 ) -> Action:
     def action(values: list[Any]) -> None:
         result = function(*_filled(args, values), **{name: _filled(x, values) for name, x in kwargs.items()})
@@ -556,15 +579,15 @@ def _function(
             if number is not None:
                 values[number] = x
 
-    def as_then(values: list[Any]) -> None:
+    def as_then(values: list[Any]) -> None:  # whoever asked for it, the call itself or somebody around the recording
         kept = torch.backends.cudnn.deterministic
-        torch.backends.cudnn.deterministic = bool(deterministic)
+        torch.backends.cudnn.deterministic = True
         try:
             action(values)
         finally:
             torch.backends.cudnn.deterministic = kept
 
-    return action if deterministic is None else as_then
+    return as_then if deterministic else action
 
 
 def _filled(template: Any, values: list[Any]) -> Any:

@@ -103,6 +103,7 @@ def main() -> None:
         }
     found["replayed"] = len([known for known in replay._known.values() if type(known) is replay.Recording])
     found["unfit"] = list(replay._known.values()).count(replay._UNFIT)
+    found["dynamo"] = "torch._dynamo" in sys.modules
     found["short"] = all(remembered.call is not None for remembered in launching._compiled.values())
     hooked: list[str] = []
     knobs.runtime.launch_enter_hook.add(lambda about: hooked.append(about.get()["name"]))

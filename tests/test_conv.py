@@ -655,3 +655,14 @@ def test_wide_weights_beside_narrow_sources(name: str, dtype: torch.dtype, backe
     assert all(torch.equal(a.to(b.dtype), b) for a, b in zip(found, rounded, strict=True))
     if backend == "triton":
         assert not torch.equal(found[-2], rounded[-2].float())
+
+
+def test_gradients_that_nobody_wants_are_promised_in_their_dtype(backend: str, device: str) -> None:
+    """What a compiler is told of them, as of others, is so: empty, in the weight's dtype, which is not the source's."""
+    skip_if_unsupported(backend, torch.float16, device)
+    x0, dy = (torch.randn(1, channels, 2, 3, device=device).half() for channels in (2, 3))
+    weight, nothing = torch.randn(3, 2, 3, 3, device=device), torch.empty(0, device=device)
+    source, given = (x0, None, 1.0, None, None, 1.0), (dy, None, None, None, dy, nothing, None)
+    for mask in ([True, False, False, False], [False, False, True, False]):
+        more = (weight, x0.new_empty(0), 1, (2, 3), (0, 0, 0, 0), mask, backend)
+        torch.library.opcheck(ops.conv2d_backward, (*given, *source, *more), test_utils="test_faketensor")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _python_dispatch
 
 from fastunet import dispatch, ops, verify
 from fastunet.architecture import as_if_on
@@ -214,6 +216,50 @@ def test_values_views_and_flags(function: Callable[..., Any]) -> None:
         flags.append(torch.backends.cudnn.deterministic)
     assert replay.Recording in kinds()
     assert flags == [False] * 5
+
+
+def test_what_was_deterministic_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever was the one to ask for it while the call was recorded, and whatever is asked for later."""
+    flags = []
+
+    class Watching(_python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            flags.append(torch.backends.cudnn.deterministic)
+            return function(*args, **(kwargs or {}))
+
+    x = torch.ones(3)
+    for turn in range(3):
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", turn < 2)
+        with Watching():
+            replay.call((), deterministic, (x, 3), 0)
+    assert kinds() == {replay.Recording}
+    assert flags == [True] * 3
+    assert not torch.backends.cudnn.deterministic
+
+
+def test_one_tensor_may_be_two_next_time() -> None:
+    for turn in range(4):
+        x, y = torch.randn(3), torch.randn(3)
+        again = x if turn < 2 else y
+        assert torch.equal(replay.call((), torch.sub, (x, again), 0), x - again)
+    assert kinds() == {replay.Recording}
+
+
+def test_two_threads_may_record_at_the_same_time() -> None:
+    inside, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with replay.Recorder([torch.ones(3)], 0):
+            inside.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=other)
+    with replay.Recorder([torch.ones(3)], 0):
+        thread.start()
+        assert inside.wait(10)
+    left.set()
+    thread.join()
+    assert not _python_dispatch.is_in_torch_dispatch_mode()
 
 
 @pytest.mark.parametrize(
