@@ -1,4 +1,4 @@
-"""Every operation, small, against float64, before anything is timed: each forward and backward, and twice.
+"""Every operation, small, against float64, before anything is timed: each forward and backward, and three times.
 
 The work of a process of its own; one that crashes or hangs costs the operation that it was checking, and the next
 process goes on behind it.
