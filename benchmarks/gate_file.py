@@ -130,6 +130,8 @@ SPILLS = (
     Spill(r"^_conv3x3_dgrad_kernel fp16 .* outputs=16 reduction=16 .* stages=3 sm_80$", 16),
     Spill(r"^_conv3x3_fwd_kernel fp32 HEAD=16 images=1 rows=1 columns=64 .* precision=tf32 .* sm_90$", 24),
     Spill(r"^_conv3x3_fwd_kernel fp32 HEAD=16 images=1 rows=1 columns=64 .* precision=tf32 .* sm_80$", 56),
+    Spill(r"^_conv3x3_wgrad_kernel fp16 ZOOM1=2 .* outputs=32 reduction=32 .* sm_80$", 8),
+    Spill(r"^_conv3x3_dgrad_kernel fp16 ZOOM1?=2 .* outputs=32 reduction=32 .* stages=3 sm_8[69]$", 24),
     Spill(r"^_head_stats_backward_kernel fp32 .*C=17 K=3 .* PRECISION=tf32 .* sm_90$", 24),
     Spill(r"^_conv3x3_wgrad_kernel fp32 images=1 rows=1 columns=32 .* precision=tf32 .* sm_90$", 8),
     Spill(r"^_batch_stats_kernel fp16 BLOCK_P=32 BLOCK_K=32 .* sm_90$", 16),

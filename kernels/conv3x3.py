@@ -9,7 +9,8 @@ A program computes a tile: some rows of images·columns pixels, for some outputs
 block of channels and each column s of the filter it loads rows + 2 rows of the source, normalises each once, in
 registers, and multiplies it with up to three rows r of the filter: 3·(rows + 2) operands, not 9·rows, come from the L2
 cache and through the prologue. z is zero outside its source: padding comes after normalisation. TMA (Hopper and later)
-fills zeros in by itself; act(shift) is masked only in tiles that touch the border.
+fills zeros in by itself; act(shift) is masked only in tiles that touch the border. Sources may be doubled: see
+:mod:`fastunet.kernels.doubled`.
 
 Layout: activations NHWC, weights (K,3,3,C). Bytes: forward reads each source and W and writes y; dgrad reads dY, W and
 the sources and writes dx. Accumulation: float32 (float64 for float64).
