@@ -498,7 +498,7 @@ def conv2d_arguments(case: Conv, inputs: Inputs, backend: str, save: bool) -> tu
 def test_opcheck_conv2d(save: bool, channels_last: bool, backend: str, device: str) -> None:
     if backend == "triton" and save:
         pytest.skip("the kernels keep nothing normalised")
-    case = Conv((2, 2, 4, 3), 3, x1=(2, 1, 3, 2), bias=True, pool="all")
+    case = Conv((2, 2, 4, 3), 3, x1=(2, 1, 2, 1), doubled=(False, True), bias=True, pool="all")
     inputs = draw(case, device)
     if channels_last:
         inputs.x0 = inputs.x0.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -534,12 +534,13 @@ def test_opcheck_conv_transpose2d(kernel: int, backend: str, device: str) -> Non
         )  # fmt: skip
 
 
-def test_compiles_to_one_graph(backend: str, device: str) -> None:
+@pytest.mark.parametrize("doubled", [False, True])
+def test_compiles_to_one_graph(doubled: bool, backend: str, device: str) -> None:
     case = Conv((1, 2, 4, 3), 3)
     inputs = draw(case, device)
 
     def function(x: Tensor, affine: Tensor, weight: Tensor) -> Tensor:
-        source, settings = (x, affine, 0.0), ((4, 3), (0, 0, 0, 0), NONE, True, False, False, None)
+        source, settings = (x, affine, 0.0), ((4, 3), (0, 0, 0, 0), [doubled, False], True, False, False, None)
         y, mean, var, *_ = ops.conv2d(*source, None, None, 1.0, weight, None, 1, *settings, backend)
         return (y.sum() + mean.sum() + var.sum()) * 2
 
@@ -664,5 +665,5 @@ def test_gradients_that_nobody_wants_are_promised_in_their_dtype(backend: str, d
     weight, nothing = torch.randn(3, 2, 3, 3, device=device), torch.empty(0, device=device)
     source, given = (x0, None, 1.0, None, None, 1.0), (dy, None, None, None, dy, nothing, None)
     for mask in ([True, False, False, False], [False, False, True, False]):
-        more = (weight, x0.new_empty(0), 1, (2, 3), (0, 0, 0, 0), mask, backend)
+        more = (weight, x0.new_empty(0), 1, (2, 3), (0, 0, 0, 0), [False, False], mask, backend)
         torch.library.opcheck(ops.conv2d_backward, (*given, *source, *more), test_utils="test_faketensor")

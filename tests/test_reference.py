@@ -118,9 +118,9 @@ CLOSE: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 
 def test_conv_with_lazy_batch_norm_is_conv_bn_relu_conv() -> None:
     x, first, second, gamma, beta = _rand(2, 3, 5, 7), _rand(4, 3, 3, 3), _rand(2, 4, 3, 3), _rand(4), _rand(4)
-    y, mean, var = RF.conv2d(x, None, 1.0, None, None, 1.0, first, None, 1, (5, 7), (0, 0, 0, 0), True)
+    y, mean, var = RF.conv2d(x, None, 1.0, None, None, 1.0, first, None, 1, (5, 7), (0, 0, 0, 0), (False, False), True)
     affine = RF.bn_affine(mean, var, gamma, beta, 1e-5)
-    z, *_ = RF.conv2d(y, affine, 0.0, None, None, 1.0, second, None, 2, (5, 7), (0, 0, 0, 0), False)
+    z, *_ = RF.conv2d(y, affine, 0.0, None, None, 1.0, second, None, 2, (5, 7), (0, 0, 0, 0), (False, False), False)
     plain = F.conv2d(RF.conv_bn_relu(x, first, gamma, beta, training=True), second, stride=2, padding=1)
     torch.testing.assert_close(z, plain, **CLOSE)
     operands, direction = (x, first, second, gamma, beta), torch.randn_like(z)
@@ -130,7 +130,7 @@ def test_conv_with_lazy_batch_norm_is_conv_bn_relu_conv() -> None:
 
 def test_conv_of_two_placed_sources_is_pad_cat_conv() -> None:
     skip, up, weight, bias = _rand(2, 3, 7, 5), _rand(2, 2, 6, 6), _rand(4, 5, 3, 3), _rand(4)
-    y, *_ = RF.conv2d(skip, None, 0.0, up, None, 1.0, weight, bias, 1, (7, 5), (0, 0, 0, -1), False)
+    y, *_ = RF.conv2d(skip, None, 0.0, up, None, 1.0, weight, bias, 1, (7, 5), (0, 0, 0, -1), (False, False), False)
     z = torch.cat([skip.relu(), F.pad(up[..., 1:], [0, 0, 0, 1])], 1)
     torch.testing.assert_close(y, F.conv2d(z, weight, bias, padding=1), **CLOSE)
 

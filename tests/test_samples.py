@@ -180,11 +180,11 @@ def wide_calls(device: str) -> dict[str, tuple[Any, Any]]:
     arguments = (picture, *none[1:], *none, leaf(5, 3, 3, 3), bias, 1, (4, 8), (0,) * 4, (False,) * 2, SAMPLES)
     made["conv2d_picture"] = arguments, functools.partial(plain.conv2d, *arguments)
     both = leaf(2, 2, 1, 40), affine, 0.1, leaf(2, 4, 1, 40), leaf(2, 3, 4), 0.0
-    arguments = (*both, leaf(5, 6, 3, 3), None, 1, (1, 40), (0,) * 4, SAMPLES)
+    arguments = (*both, leaf(5, 6, 3, 3), None, 1, (1, 40), (0,) * 4, (False,) * 2, SAMPLES)
     made["conv2d_two_wide"] = arguments, functools.partial(plain.conv2d, *arguments)
     # So many channels in so small pictures that programs share a sum, forward and backward.
     deep = leaf(2, 40, 1, 3), leaf(2, 3, 40), 0.1, leaf(2, 33, 1, 3), leaf(2, 3, 33), 0.0
-    arguments = (*deep, leaf(97, 73, 3, 3), leaf(97), 1, (1, 3), (0,) * 4, SAMPLES)
+    arguments = (*deep, leaf(97, 73, 3, 3), leaf(97), 1, (1, 3), (0,) * 4, (False,) * 2, SAMPLES)
     made["conv2d_shared"] = arguments, functools.partial(plain.conv2d, *arguments)
     found = {name: ((*arguments, False, False, None), truth) for name, (arguments, truth) in made.items()}
     for side in (2, 3):
