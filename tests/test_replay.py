@@ -54,8 +54,8 @@ def drawn(case: verify.Case, turn: int, device: str) -> verify.Tensors:
 
 SLOW = [  # in the interpreter
     "conv2d 1×17×9×11+8×8×10, 20×25×3×3", "conv2d 3×70×1×1, 33×70×3×3", "conv2d 1×6×8×7+5×10×10, 9×11×3×3",
-    "conv_transpose2d 1×17×4×5, 17×6×3×3", "upsample_concat 2×8×5×3, 2×4×11×6, nearest",
-    "upsample_concat 1×20×5×3, 1×4×9×6",
+    "conv2d doubled 2×9×8×7+5×4×3, 9×14×3×3", "conv_transpose2d 1×17×4×5, 17×6×3×3",
+    "upsample_concat 2×8×5×3, 2×4×11×6, nearest", "upsample_concat 1×20×5×3, 1×4×9×6",
 ]  # fmt: skip
 
 
