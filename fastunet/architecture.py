@@ -25,11 +25,6 @@ def as_if_on(architecture: str) -> Iterator[None]:
         _pretended = kept
 
 
-def pretending() -> bool:
-    """Whether an architecture is pretended."""
-    return _pretended is not None
-
-
 def pretended() -> str | None:
     """The architecture that is pretended, if one is."""
     return _pretended

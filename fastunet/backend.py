@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fastunet import aten
-from fastunet.architecture import pretending
+from fastunet.architecture import pretended
 from fastunet.versions import TRITON, numbers, refusal
 
 BACKENDS = ("auto", "torch", "triton")
@@ -106,7 +106,7 @@ def _resolved(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     if backend == "torch":
         return backend
     kind = device.type
-    reason = None if kind == "meta" and pretending() else _unavailable(kind, device.index)
+    reason = None if kind == "meta" and pretended() else _unavailable(kind, device.index)
     if reason is None and dtype.is_floating_point:
         interpreted = kind != "cuda" and interpreting()  # on a GPU, interpreting is a reason above
         if dtype not in _KERNEL_DTYPES[interpreted]:
