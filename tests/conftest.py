@@ -24,7 +24,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton") is not None:
+        import interpreter
+
         import fastunet.kernels  # noqa: F401 - before a test turns the interpreter off for itself
+
+        interpreter.quicken()
 
 # One thread a process, the tests' own processes too: the tensors are tiny, and `pytest -n` already fills the cores.
 # Threads without a core of their own wait for each other: a step of milliseconds then takes a second.
