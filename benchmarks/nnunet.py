@@ -92,8 +92,7 @@ class FastNnUNet(_LogitNetwork):
     _way_down = ("encoder",)
     _way_out = "head"
 
-    def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Context]:
-        act, context = self._enter(x)
+    def _body(self, act: Activation, context: Context, head: nn.Conv2d | None) -> Activation:
         skips = []
         for stage in self.encoder:
             act = self._stage(run, stage, Placed.of(act), context=context)
@@ -103,7 +102,7 @@ class FastNnUNet(_LogitNetwork):
             placed = Placed.with_skip(enlarge(up, act, context), skips.pop(), skip_first=False)
             after = Next(head=head) if number == len(self.decoder) else UNKNOWN
             act = run(stage, placed, context, after)
-        return act, context
+        return act
 
     @property
     def _head(self) -> nn.Module:

@@ -59,6 +59,7 @@ _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
         nn.PReLU,
         nn.ReLU,
         nn.Sequential,
+        nn.Sigmoid,
         nn.Upsample,
     )
 }
@@ -183,6 +184,12 @@ _ROLES: dict[str, Callable[[nn.Module], bool]] = {
 def _transparent(module: nn.Module) -> bool:
     """Whether ``module`` is known to run its children in turn and nothing else."""
     return untouched(module, nn.Sequential) or (isinstance(module, LazyModule) and module.is_lazy())
+
+
+def known(module: nn.Module) -> bool:
+    """Whether ``module`` is run without being called, or only runs its children, or is a sigmoid: what it computes
+    depends on nothing but its input, its attributes and its tensors."""
+    return role(module) is not None or _transparent(module) or untouched(module, nn.Sigmoid)
 
 
 def first_conv(module: nn.Module) -> nn.Conv2d | None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._library.utils import get_layout_constraint_tag
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastunet.architecture import pretended
 from fastunet.backend import deciding, repeating, requested, serving
@@ -393,10 +395,28 @@ def run(operator: Operator, *args: Any) -> Any:
             raise
 
 
-def _intercepted() -> object:
-    """Whether a mode, a transform or a tracer takes the place of what is called."""
+class _Noting(threading.local):
+    modes = 0
+
+
+_noting = _Noting()
+
+
+@contextmanager
+def noted_by(mode: TorchDispatchMode) -> Iterator[None]:
+    """Inside, ``mode`` sees what is called and changes nothing of it: to be :func:`unwatched` by others is enough."""
+    with mode:
+        _noting.modes += 1
+        try:
+            yield
+        finally:
+            _noting.modes -= 1
+
+
+def _intercepted(modes: int = 0) -> object:
+    """Whether a mode, beside so many, a transform or a tracer takes the place of what is called."""
     return (
-        _C._len_torch_dispatch_stack()
+        _C._len_torch_dispatch_stack() > modes
         or _C._dispatch_tls_is_dispatch_key_included(_C.DispatchKey.PreDispatch)
         or _C._are_functorch_transforms_active()
         or _C._get_tracing_state()
@@ -405,7 +425,7 @@ def _intercepted() -> object:
 
 def unwatched() -> bool:
     """Whether neither a compiler nor a tracer, a mode nor a transform of functions sees what is called."""
-    return not (torch.compiler.is_compiling() or _intercepted())
+    return not (torch.compiler.is_compiling() or _intercepted(_noting.modes))
 
 
 def transformed() -> bool:

@@ -10,6 +10,7 @@ but makes 0 of NaN.)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
@@ -73,6 +74,11 @@ class _Kept(NamedTuple):
 
 
 _kept: dict[int, _Kept] = {}  # by the convolution's id
+
+
+def everything() -> Iterator[Tensor | None]:
+    """All tensors that are kept."""
+    return (t for kept in [*_kept.values()] for t in (*kept.numbers, *kept.weights, kept.bias))
 
 
 def allowed() -> bool:

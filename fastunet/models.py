@@ -51,6 +51,7 @@ from fastunet.checks import check_criterion, check_flags, check_integer, check_n
 from fastunet.dispatch import refuse_scripting, refuse_tracing, refuse_transforms
 from fastunet.layout import stats_dtype
 from fastunet.losses import StatsLoss
+from fastunet.plan import followed
 
 
 class _Network(nn.Module):
@@ -135,6 +136,17 @@ class _Network(nn.Module):
             self._check_size(x)
         context = self.config.context(x, self)
         return Activation(eager.enter(x) if context.tuned else x), context
+
+    def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Context]:
+        """What the head reads, and the context of this forward; where a ``head`` is given, perhaps its result."""
+        act, context = self._enter(x)
+        if context.kept and not self.training:
+            return Activation(followed(self, act.x, context, lambda: self._body(act, context, None).x)), context
+        return self._body(act, context, head), context
+
+    def _body(self, act: Activation, context: Context, head: nn.Conv2d | None) -> Activation:
+        """All but the head, of the checked input; on a CPU where nobody chose a backend its result is stored."""
+        raise NotImplementedError
 
     def _check_channels(self, x: Tensor) -> None:
         """The channels of x, where a convolution that is known reads it."""
@@ -232,10 +244,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 class _LogitNetwork(_Network):
     """A network that ends in a 1×1 convolution to logits, which its loss and its predictions do without."""
-
-    def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Context]:
-        """What the head reads, and the context of this forward; where a ``head`` is given, perhaps its result."""
-        raise NotImplementedError
 
     @property
     def _head(self) -> nn.Module:
@@ -432,8 +440,7 @@ class UNet(_LogitNetwork):
     _way_down = ("inc", "down1", "down2", "down3", "down4")
     _way_out = "outc"
 
-    def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Context]:
-        act, context = self._enter(x)
+    def _body(self, act: Activation, context: Context, head: nn.Conv2d | None) -> Activation:
         downs = (self.down1, self.down2, self.down3, self.down4)
         # Each block's result is pooled by the next block.
         after = [Next(pool=isinstance(down, Down) and down.pools()) for down in downs]
@@ -444,7 +451,7 @@ class UNet(_LogitNetwork):
             skips.append(skip)
         for up in (self.up1, self.up2, self.up3):
             act = self._stage(ascend, up, act, skips.pop(), context=context)
-        return self._stage(ascend, self.up4, act, skips.pop(), context=context, after=Next(head=head)), context
+        return self._stage(ascend, self.up4, act, skips.pop(), context=context, after=Next(head=head))  # type: ignore[no-any-return]
 
     @property
     def _head(self) -> nn.Module:
@@ -503,7 +510,10 @@ class StridedUNet(_Network):
         return self._telling(self._forward, x)  # type: ignore[no-any-return]
 
     def _forward(self, x: Tensor) -> Tensor:
-        act, context = self._enter(x)
+        act, context = self._decode(x)
+        return act.tensor(context)
+
+    def _body(self, act: Activation, context: Context, head: nn.Conv2d | None) -> Activation:
         placed = Placed.of(act)
         skips = []
         for down in (self.d1, self.d2, self.d3, self.d4):
@@ -512,7 +522,7 @@ class StridedUNet(_Network):
             skips.append(skip)
         for up in (self.u1, self.u2, self.u3, self.u4):
             placed = self._stage(strided_ascend, up, placed, skips.pop(), context=context)
-        return run(self.o, placed, context).tensor(context)
+        return run(self.o, placed, context)
 
     def loss(self, *operands: Any) -> Tensor:
         """Not here: this network ends in a 3×3 convolution and a sigmoid, not in a 1×1 convolution to logits."""
@@ -565,8 +575,7 @@ class _HubNetwork(_LogitNetwork):
     def _pool(self, level: int) -> nn.Module:
         raise NotImplementedError
 
-    def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Context]:
-        act, context = self._enter(x)
+    def _body(self, act: Activation, context: Context, head: nn.Conv2d | None) -> Activation:
         skips = []
         for level in (1, 2, 3, 4):
             after = Next(pool=is_pool(self._pool(level)))
@@ -580,7 +589,7 @@ class _HubNetwork(_LogitNetwork):
             placed = Placed.with_skip(up, skips.pop(), skip_first=False)
             after = Next(head=head if level == 1 else None)
             act = self._stage(run, self.get_submodule(f"decoder{level}"), placed, context=context, after=after)
-        return act, context
+        return act
 
 
 class PlainUNet(_HubNetwork):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 import fastunet
-from fastunet import aten, eager, folding, reference
+from fastunet import aten, eager, folding, plan, reference
 from fastunet.layout import channels_last
 from tests import test_models
 from tests import test_surgery as surgery
@@ -28,11 +29,22 @@ CL = torch.channels_last
 layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, CL], ids=["contiguous", "channels_last"])
 
 
+def followed_thrice(network: nn.Module, x: Tensor, about: Hashable, function: Callable[[], Tensor]) -> Tensor:
+    """What comes of the list of operations that an inference makes at its second time, in the tests' first."""
+    if not plan._Network(network).known():
+        return plan.followed(network, x, about, function)
+    first, *others = (plan.followed(network, x, about, function) for _ in range(3))
+    for y in others:
+        torch.testing.assert_close(y, first, rtol=0, atol=0, equal_nan=True)
+    return others[-1]
+
+
 @pytest.fixture(autouse=True)
 def no_backend_chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine without a GPU where nobody set anything."""
     for module in (test_models, surgery):
         monkeypatch.setattr(module, "BACKEND", "auto")
+    monkeypatch.setattr(fastunet.models, "followed", followed_thrice)
     with as_users_run():
         yield
 
@@ -201,6 +213,7 @@ def test_inference_by_kept_weights(
         for large in (4 * 2 * 16 * size[0] * size[1], 4 << 20):  # the uppermost level's concatenation, or none
             monkeypatch.setattr(folding, "_LARGE", large)
             folding._kept.clear()
+            plan._entries.clear()
             for _ in range(2):  # to make what is kept, and by it
                 y = ours(x)
                 assert (y - truth).norm() <= allowed
@@ -412,3 +425,149 @@ def test_tangents_go_through_plain_modules_only() -> None:
                 continue
             with pytest.raises(RuntimeError, match="expected no forward-mode derivative, got a tensor with a tangent"):
                 model(dual)
+
+
+def listed(model: nn.Module) -> list[int]:
+    """How many operations there are of each of the model's lists."""
+    entries = plan._entries.get(model, {}).values()
+    return [len(entry.listed._steps) for entry in entries if entry.listed is not None]
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "UNet": lambda: fastunet.UNet(3, 2, base_c=4),
+    "bilinear": lambda: fastunet.UNet(3, 2, bilinear=True, base_c=4),
+    "nearest-leaky-instance": lambda: fastunet.UNet(
+        3, 2, base_c=4, norm="instance", negative_slope=0.01, upsample="nearest"
+    ),
+    "StridedUNet": lambda: fastunet.StridedUNet(3, 2, base_c=4),
+    "PlainUNet": lambda: fastunet.PlainUNet(3, 2, init_features=4),
+    "BrainUNet": lambda: fastunet.BrainUNet(3, 2, init_features=4),
+}
+
+
+@layouts
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_the_third_inference_is_a_list_of_operations(
+    make: Callable[[], nn.Module], layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits, of other pictures too, in the same layout; no block is run."""
+    monkeypatch.setattr(fastunet.models, "followed", plan.followed)
+    model = test_models.scramble(make()).eval().to(memory_format=layout)
+    first, second = (torch.randn(2, 3, 50, 67).contiguous(memory_format=layout) for _ in range(2))
+    with torch.no_grad():
+        expected = [model(first), model(second)]
+        assert len(listed(model)) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model), "_body", None)
+            found = [model(first), model(first)]
+            last = model(second)
+    for y in (*found, *expected[:1]):
+        assert torch.equal(y, expected[0])
+        assert y.stride() == expected[0].stride()
+    assert torch.equal(last, expected[1])
+    with torch.inference_mode():
+        assert torch.equal(model(second), expected[1])
+    assert model(first).requires_grad
+
+
+def test_a_network_that_is_another_is_not_taken_for_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each change a network that has a list does what a fresh copy of it does, and then has a list again, unless
+    something unknown is in it."""
+    monkeypatch.setattr(fastunet.models, "followed", plan.followed)
+    monkeypatch.setattr(plan, "_LONGEST", 1)
+    x = torch.randn(2, 3, 64, 48)
+    seen: list[str] = []
+    ran: list[nn.Module] = []
+    body = fastunet.UNet._body
+    monkeypatch.setattr(fastunet.UNet, "_body", lambda self, *rest: ran.append(self) or body(self, *rest))
+
+    def hook(module: nn.Module, *_: object) -> None:
+        seen.append(type(module).__name__)
+
+    def without_hooks(model: nn.Module) -> None:
+        for module in model.modules():
+            module._forward_hooks.clear()
+
+    conv, norm, relu, deep = "inc.double_conv.0", "inc.double_conv.1", "inc.double_conv.2", "down4.maxpool_conv.1"
+    changes: dict[str, tuple[Callable[[nn.Module], object], bool]] = {
+        "numbers of a kept weight": (lambda m: m.get_submodule(conv).weight.data.mul_(1.5), True),
+        "of one that is not": (lambda m: m.get_submodule(deep).double_conv[0].weight.data.mul_(1.5), True),
+        "of a running mean": (lambda m: m.get_submodule(norm).running_mean.add_(0.1), True),
+        "another parameter": (lambda m: setattr(m.get_submodule(norm), "bias", nn.Parameter(torch.ones(4))), True),
+        "another tensor in it": (lambda m: setattr(m.inc.double_conv[3].weight, "data", torch.ones(4, 4, 3, 3)), True),
+        "another layout": (lambda m: m.to(memory_format=CL), True),
+        "a bias more": (lambda m: setattr(m.up1.conv.double_conv[0], "bias", nn.Parameter(torch.ones(32))), True),
+        "a number": (lambda m: setattr(m.get_submodule(norm), "eps", 0.5), True),
+        "a module": (lambda m: setattr(m.inc.double_conv, "2", nn.LeakyReLU(0.2)), True),
+        "a slope": (lambda m: setattr(m.get_submodule(relu), "negative_slope", 0.4), True),
+        "a module less": (lambda m: m.down1.maxpool_conv[1].double_conv.__delitem__(5), True),
+        "a class": (lambda m: setattr(m.get_submodule(relu), "__class__", nn.ReLU), True),
+        "training in part": (lambda m: m.get_submodule(norm).train(), False),
+        "and not": (lambda m: m.eval(), True),
+        "a hook": (lambda m: m.get_submodule(relu).register_forward_hook(hook), False),
+        "none": (without_hooks, True),
+        "a patch": (lambda m: setattr(m.get_submodule(relu), "forward", lambda x: x * 0.5), False),
+        "removed": (lambda m: m.get_submodule(relu).__delattr__("forward"), True),
+        "one that writes to the picture": (
+            lambda m: setattr(m, "inc", nn.Sequential(nn.LeakyReLU(0.5, inplace=True), m.inc)),
+            False,
+        ),
+        "something unknown": (lambda m: m.down2.maxpool_conv.append(nn.Tanh()), False),
+    }
+    model = fastunet.UNet(3, 2, base_c=4).eval()
+    with torch.no_grad():
+        for name, (change, has_list) in changes.items():
+            for _ in range(4):
+                model(x.clone())
+            change(model)
+            ran.clear()
+            for _ in range(4):
+                seen.clear()
+                given, like = x.clone(), x.clone()
+                found, calls = model(given), len(seen)
+                expected = copy.deepcopy(model)(like)
+                torch.testing.assert_close(found, expected, rtol=0, atol=0, msg=name)
+                assert torch.equal(given, like), name
+                assert len(seen) == 2 * calls, name
+            assert (ran[:7].count(model) < 4) == has_list, name
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    with torch.no_grad():
+        model = models()[0].eval()
+        handle.remove()
+        for _ in range(3):
+            model(x)
+        handle = nn.modules.module.register_module_forward_hook(hook)
+        model(x)
+        handle.remove()
+        assert len(seen) > 60
+        monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: -x)
+        torch.testing.assert_close(model(x), copy.deepcopy(model)(x), rtol=0, atol=0)
+
+
+def test_lists_are_few_and_go_with_their_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And several threads make and follow them."""
+    monkeypatch.setattr(fastunet.models, "followed", plan.followed)
+    model = models()[0].eval()
+    pictures = [torch.randn(1, 3, 32, 32 + 8 * i) for i in range(12)]
+    expected = [model.predict(x) for x in pictures]
+    with ThreadPoolExecutor(4) as pool:
+        for x, y in zip(pictures * 5, pool.map(model.predict, pictures * 5), strict=True):
+            assert torch.equal(y, expected[x.shape[3] // 8 - 4])
+    for _ in range(3):
+        model.predict(pictures[0])
+    assert 1 <= len(listed(model)) <= plan._MOST
+    assert any(key is model for key in plan._entries)
+    count = len(plan._entries)
+    del model
+    gc.collect()
+    assert len(plan._entries) < count
+
+
+def test_a_network_that_keeps_changing_is_seldom_noted() -> None:
+    entry = plan._Entry()
+    waits = []
+    for _ in range(14):
+        entry.forget()
+        waits.append(entry.waiting)
+    assert waits[:4] == [1, 2, 4, 8]
+    assert max(waits) == plan._LONGEST

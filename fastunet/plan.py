@@ -1,0 +1,246 @@
+"""Inference on a CPU as the list of operations that it was.
+
+To decide layer by layer how to run costs a small network a tenth of its time, and what calls a layer holds the layer's
+input until it returns. So the second inference of a network on pictures of one shape is noted as it calls ATen, and
+from the third on that list is worked off, each tensor freed behind its last reader, as long as the network is what it
+was: the same modules with the same settings, parameters and buffers, and nobody listening. Numbers may change: where
+something made of weights was kept (:mod:`fastunet.folding`), the comparisons with them are in the list.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.nn.modules import module as _torch_module
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastunet import folding
+from fastunet.blocks import known
+from fastunet.dispatch import noted_by
+
+_MOST = 8  # lists of a network; for more shapes of pictures all are noted anew
+_LONGEST = 1024  # inferences until a network that changed is noted again
+_HELD = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def followed(network: nn.Module, x: Tensor, about: Hashable, function: Callable[[], Tensor]) -> Tensor:
+    """``function()``, which is ``network`` of ``x``, or what it does when called so.
+
+    Args:
+        about: what else the operations depend on, beside the network and the shape and strides of x.
+        function: without gradients, autocast, modes or transforms of functions.
+    """
+    of_network = _entries.setdefault(network, {})
+    key = (x.shape, x.stride(), x.dtype, about)
+    entry = of_network.get(key)
+    if entry is None:
+        if len(of_network) >= _MOST:
+            of_network.clear()
+        entry = of_network[key] = _Entry()
+    if (listed := entry.listed) is not None:
+        y = listed.run(x)
+        if y is not None:
+            return y
+        entry.forget()
+    elif entry.waiting:
+        entry.waiting -= 1
+    else:
+        return entry.note(network, x, function)
+    return function()
+
+
+class _Entry:
+    """What is known of a network and a shape."""
+
+    def __init__(self) -> None:
+        self.listed: _List | None = None
+        self.waiting = self._pause = 1  # inferences before one is noted, and after what was noted is of no use
+
+    def forget(self) -> None:
+        self.listed = None
+        self.waiting, self._pause = self._pause, min(2 * self._pause, _LONGEST)
+
+    def note(self, network: nn.Module, x: Tensor, function: Callable[[], Tensor]) -> Tensor:
+        was = _Network(network)
+        if not was.known():
+            self.forget()
+            return function()
+        recorder = _Recorder(x, was.held)
+        with noted_by(recorder):
+            y = function()
+        register = recorder.registers.get(y)
+        if recorder.sound and register is not None and was.unchanged():
+            self.listed = _List(was, recorder.steps, register)
+        else:
+            self.forget()
+        return y
+
+
+_entries: WeakKeyDictionary[nn.Module, dict[Hashable, _Entry]] = WeakKeyDictionary()
+
+
+class _Network:
+    """The modules of a network, and what they were and held."""
+
+    def __init__(self, network: nn.Module) -> None:
+        modules = [*network.modules()]
+        self._inner = modules[1:]  # hooks of the network itself run around all this
+        self._kinds: list[Any] = [*map(type, self._inner)]
+        self._attributes = [module.__dict__ for module in modules]
+        self._values = [{**own} for own in self._attributes]
+        self._hooks = [module.__dict__[name] for module in self._inner for name in _HOOKS]
+        self._calls = self._called()
+        self.held = self._holding()
+        self._tensors = [t for t in self.held if isinstance(t, Tensor)]
+
+    def known(self) -> bool:
+        """Whether nothing in it may do something else another time."""
+        plain = all(type(t) in (nn.Parameter, Tensor) for t in self._tensors)
+        lasting = not any(module.training and any(True for _ in module.buffers(False)) for module in self._inner)
+        return plain and lasting and all(map(known, self._inner))
+
+    def unchanged(self) -> bool:
+        """Whether it is what it was; numbers in its tensors may be others."""
+        held = self._holding()
+        try:
+            return (
+                len(held) == len(self.held)
+                and all(map(operator.is_, held, self.held))
+                and all(t.is_cpu for t in self._tensors)  # of others ATen makes numbers that nobody computed
+                and self._attributes == self._values
+                and not any(self._hooks)
+                and not _torch_module._has_any_global_hook()
+                and [*map(type, self._inner)] == self._kinds
+                and self._called() == self._calls
+            )
+        except (RuntimeError, ValueError):  # of a tensor or an array among the attributes
+            return False
+
+    def _holding(self) -> list[Any]:
+        return [value for own in self._attributes for name in _HELD for value in own[name].values()]
+
+    def _called(self) -> list[Any]:
+        """The methods that somebody may replace in their classes."""
+        return [nn.Conv2d._conv_forward, *(kind.forward for kind in dict.fromkeys(self._kinds))]
+
+
+class _Step(NamedTuple):
+    """An operation. Where its ``places`` are, arguments are read from registers."""
+
+    function: Any
+    arguments: list[Any]
+    places: list[tuple[int, int | list[int]]]  # of an argument: its register, or those of a list
+    options: dict[str, Any]
+    result: int | None  # the register of what comes out, or of the first of it; None for what has to be ``expected``
+    expected: Any
+
+    def read(self) -> set[int]:
+        return {register for _, at in self.places for register in ([at] if isinstance(at, int) else at)}
+
+    def writes(self) -> bool:
+        """Whether it changes an argument."""
+        return bool(self.function._schema.is_mutable)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the operations that are called inside."""
+
+    def __init__(self, x: Tensor, held: list[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.steps: list[_Step] = []
+        self.sound = True  # whether they depend on x and on tensors that last, and on nothing else
+        self.registers: Any = WeakTensorKeyDictionary()
+        self.registers[x] = 0
+        self._count = 1
+        self._given = {0}  # registers of x and of views of what lasts, which nothing may change
+        self._lasting = {id(t) for t in (*held, *folding.everything())}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        arguments, places = [*args], []
+        given = False
+        for i, value in enumerate(args):
+            if isinstance(value, Tensor):
+                register = self.registers.get(value)
+                if register is None:
+                    self.sound &= id(value) in self._lasting
+                else:
+                    places.append((i, register))
+                    arguments[i] = None
+                if register is None or register in self._given:
+                    given = True
+                    self.sound &= not _written(func._schema.arguments[i])
+            elif isinstance(value, list | tuple) and any(isinstance(t, Tensor) for t in value):
+                among = [self.registers.get(t) for t in value]
+                self.sound &= None not in among
+                places.append((i, among))
+                arguments[i] = None
+        options = dict(kwargs or {})
+        self.sound &= not any(isinstance(value, Tensor) for value in options.values())
+        found = func(*args, **options)
+        first = found[0] if isinstance(found, tuple) else found
+        result, expected = None, found
+        if isinstance(first, Tensor):
+            expected, result = None, self.registers.get(first)
+            if result is None:
+                result = self.registers[first] = self._count
+                self._count += 1
+                if given and func._schema.returns[0].alias_info is not None:
+                    self._given.add(result)
+        self.sound &= found is not False  # what was kept of weights is of no use
+        self.steps.append(_Step(func, arguments, places, options, result, expected))
+        return found
+
+
+def _written(argument: Any) -> bool:
+    """Whether an operation changes it, by its schema."""
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+class _List:
+    """The operations of a network, as long as it is what it was."""
+
+    def __init__(self, network: _Network, steps: list[_Step], result: int) -> None:
+        self._network, self._result = network, result
+        self._steps: list[tuple[_Step, list[int]]] = []  # and which registers nobody reads behind it
+        needed = {result}
+        for step in reversed(steps):
+            if step.result is None or step.result in needed or step.writes():
+                last = step.read() | {step.result} - {None}
+                self._steps.append((step, [*last - needed]))
+                needed |= last
+        self._steps.reverse()
+        self._count = 1 + max(needed)
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """What comes of x; None if the list is no longer true."""
+        if not self._network.unchanged():
+            return None
+        registers: list[Any] = [None] * self._count
+        registers[0] = x
+        try:
+            for (function, given, places, options, result, expected), done in self._steps:
+                arguments = given.copy()
+                for i, at in places:
+                    arguments[i] = registers[at] if isinstance(at, int) else [registers[j] for j in at]
+                found = function(*arguments, **options)
+                if result is not None:
+                    registers[result] = found[0] if type(found) is tuple else found
+                elif found != expected:
+                    return None
+                for register in done:
+                    registers[register] = None
+                del arguments, found
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            IndexError,
+        ):  # told better where it is called as usual
+            return None
+        return registers[self._result]  # type: ignore[no-any-return]
