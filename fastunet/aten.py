@@ -14,7 +14,8 @@ them a leaky ReLU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +38,13 @@ def activate(z: Tensor, slope: float, inplace: bool = False) -> Tensor:
     return F.relu(z, inplace) if slope == 0 else F.leaky_relu(z, slope, inplace and slope > 0)
 
 
-def activate_backward(dz: Tensor, z: Tensor, slope: float) -> Tensor:
+def activate_backward(dz: Tensor, z: Tensor, slope: float, out: Tensor | None = None) -> Tensor:
     """The gradient before act from that of its value ``z``, for slopes from 0 on; at NaN it is PyTorch's."""
-    dx: Tensor = aten.threshold_backward(dz, z, 0) if slope == 0 else aten.leaky_relu_backward(dz, z, slope, True)
+    given = {} if out is None else {"grad_input": out}
+    if slope == 0:
+        dx: Tensor = aten.threshold_backward(dz, z, 0, **given)
+    else:
+        dx = aten.leaky_relu_backward(dz, z, slope, True, **given)
     return dx
 
 
@@ -170,7 +175,7 @@ def _normalise_backward(
         dz, x, scale, centre, one, centre, one, False, 0.0, [True, not on_cpu, not on_cpu]
     )
     if by_pixel:
-        dscale, dshift = _pixel_dots(x, dz, centre)
+        dscale, dshift = _pixel_dots(_blocks(x), _blocks(dz), centre)
     elif on_cpu:  # where ATen's batch norm adds up the pixels of a plane one by one too
         dscale = (dz * (x - _by_sample(centre))).sum((0, 2, 3))
         dshift = dz.sum((0, 2, 3), dtype=affine.dtype)
@@ -179,7 +184,7 @@ def _normalise_backward(
 
 # ---- sums over pixels --------------------------------------------------------------------------------------------
 
-_COLUMNS, _ROWS = 1024, 256  # of a block: vectors long enough for a CPU, in its caches, and sums short enough
+_COLUMNS, _ROWS = 2048, 256  # of a block: vectors long enough for a CPU, in its caches, and sums short enough
 MANY_PIXELS = 1 << 17  # from here on, adding up one by one loses more than float32's other roundings
 
 
@@ -226,13 +231,13 @@ def _pixel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean.to(x.dtype), var.to(x.dtype)
 
 
-def _pixel_dots(x: Tensor, dz: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ dz·(x − centre) and Σ dz over the pixels, per channel, of two tensors in channels_last memory."""
-    channels, blocks = x.shape[1], _blocks(x)
+def _pixel_dots(blocks: list[Tensor], gradients: Iterable[Tensor], centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ dz·(x − centre) and Σ dz over the pixels, per channel, of the blocks of x and of dz."""
+    channels = centre.numel()
     centres = centre.repeat(blocks[0].shape[1] // channels)
     ones = torch.ones_like(centres)
     dots = []
-    for block, g in zip(blocks, _blocks(dz), strict=True):
+    for block, g in zip(blocks, gradients, strict=True):
         columns = block.shape[1]
         _, *sums = aten.native_batch_norm_backward(
             g, block, None, None, None, centres[:columns], ones[:columns], True, 0.0, [False, True, True]
@@ -242,14 +247,25 @@ def _pixel_dots(x: Tensor, dz: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     return dscale, dshift
 
 
+def _repeated(rows: list[Tensor], blocks: list[Tensor]) -> Tensor:
+    """Values of channels as those of a block's columns: (rows, columns, 1, 1)."""
+    return torch.stack(rows).repeat(1, blocks[0].shape[1] // rows[0].numel())[..., None, None]
+
+
 def batch_norm_act(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A batch norm in training and act, of a slope from 0 on, of float32 channels_last memory: (z, mean, biased
     variance)."""
     mean, var = _pixel_stats(x)
-    z = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
-    return activate(z, slope, inplace=True), mean, var
+    scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    z, blocks = torch.empty_like(x), _blocks(x)
+    repeated = _repeated([scale, shift], blocks)
+    for block, out in zip(blocks, _blocks(z), strict=True):  # both while a block is in the caches
+        scale, shift = repeated[:, : block.shape[1]]
+        activate(torch.addcmul(shift, block, scale, out=out), slope, inplace=True)
+    return z, mean, var
 
 
 def batch_norm_act_backward(
@@ -257,25 +273,26 @@ def batch_norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dx, dweight, dbias) of :func:`batch_norm_act`: dx = scale·(g − Σg/M − x̂·Σg·x̂/M), g that before act."""
     dz = channels_last(dz)
-    g = dz if slope == 1 else activate_backward(dz, z, slope)
     rstd = torch.rsqrt(var + eps)
     count = x.numel() // x.shape[1]
     if count < MANY_PIXELS:
+        g = dz if slope == 1 else activate_backward(dz, z, slope)
         dx, dweight, dbias = aten.native_batch_norm_backward(
             g, x, weight, None, None, mean, rstd, True, eps, [True, True, True]
         )
         return dx, dweight, dbias
-    dscale, dbias = _pixel_dots(x, g, mean)
+    dx, blocks, gradients = torch.empty_like(x), _blocks(x), _blocks(dz)
+    outs = _blocks(dx)
+    before = gradients if slope == 1 else map(activate_backward, gradients, _blocks(z), repeat(slope), outs)
+    dscale, dbias = _pixel_dots(blocks, before, mean)
     dweight = dscale * rstd
     scale = rstd if weight is None else rstd * weight
     rise = scale * dweight * rstd / -count
     level = scale * dbias / -count - rise * mean
-    dx = torch.empty_like(x) if slope == 1 else g
-    blocks = _blocks(x)
-    repeated = torch.stack([scale, rise, level]).repeat(1, blocks[0].shape[1] // x.shape[1])[..., None, None]
-    for block, g_block, out in zip(blocks, _blocks(g), _blocks(dx), strict=True):
+    repeated = _repeated([scale, rise, level], blocks)
+    for block, g, out in zip(blocks, gradients if slope == 1 else outs, outs, strict=True):
         scale, rise, level = repeated[:, : block.shape[1]]
-        torch.addcmul(level, g_block, scale, out=out).addcmul_(block, rise)
+        torch.addcmul(level, g, scale, out=out).addcmul_(block, rise)
     return dx, dweight, dbias
 
 
