@@ -351,7 +351,11 @@ TORCH = [
         _drawn("torch-conv2d"),
     ),
     Fault(
-        "dY lacks the mean's gradient", "fastunet/aten.py", "dmean / count", "dmean / count * 0", _drawn("torch-conv2d")
+        "dY lacks the mean's gradient",
+        "fastunet/aten.py",
+        "dmean / count",
+        "dmean / count * 0",
+        "tests/test_conv.py::test_gradient_of_one_output_alone -k torch",
     ),
     Fault(
         "the second source gets the first one's gradient",
@@ -493,8 +497,10 @@ FOUND = [
     Fault(
         "an affine's gradients of a CPU are added up one by one",
         "fastunet/aten.py",
-        "    by_pixel = adds_one_by_one(x)",
-        "    by_pixel = False",
+        "        dscale, dshift = _pixel_dots(_blocks(x), _blocks(dz), centre)\n",
+        "        _, dscale, dshift = aten.native_batch_norm_backward(\n"
+        "            dz, x, scale, centre, one, centre, one, False, 0.0, [False, True, True]\n"
+        "        )\n",
         "tests/test_properties.py::test_many_pixels",
     ),
     Fault(

@@ -321,22 +321,27 @@ def test_predictions_in_threads_leave_a_training_model_alone() -> None:
         assert torch.equal(before, after)
 
 
-def test_a_prediction_that_outlasts_another() -> None:
+@pytest.mark.parametrize("begins", ["thread", "main"])
+def test_a_prediction_that_outlasts_another(begins: str) -> None:
     """Two predictions that overlap: the first that leaves must not put the other into training mode."""
     model = made("UNet")
     entered, leave = threading.Event(), threading.Event()
+    x = torch.randn(2, 3, 16, 16)
+    thread = threading.Thread(target=model.predict, args=(x,))
 
     def wait(module: nn.Module, args: Any) -> None:
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is thread:
             entered.set()
             assert leave.wait(30)
+        elif begins == "main":
+            thread.start()
+            assert entered.wait(30)
 
     model.up1.register_forward_pre_hook(wait)
     before = [b.clone() for b in model.buffers()]
-    x = torch.randn(2, 3, 16, 16)
-    thread = threading.Thread(target=model.predict, args=(x,))
-    thread.start()
-    assert entered.wait(30)
+    if begins == "thread":
+        thread.start()
+        assert entered.wait(30)
     model.predict(x)
     leave.set()
     thread.join()
