@@ -116,36 +116,6 @@ class Limit:
     shared_stores: float = float("inf")  # instructions; 0: no round trip through shared memory
 
 
-@dataclass(frozen=True)
-class Spill:
-    """Bytes that a thread of some entries spills, of shapes that nobody hurries for."""
-
-    pattern: str
-    most: int
-
-
-SPILLS = (
-    # Odd channels: in float32 two sources under a head, every statistic of a head at once, exact products of stride 2,
-    # weight gradients over affines of each sample; in 16 bits statistics and gradients.
-    Spill(r"^_conv3x3_dgrad_kernel fp16 .* outputs=16 reduction=16 .* stages=3 sm_80$", 16),
-    Spill(r"^_conv3x3_fwd_kernel fp32 HEAD=16 images=1 rows=1 columns=64 .* precision=tf32 .* sm_90$", 24),
-    Spill(r"^_conv3x3_fwd_kernel fp32 HEAD=16 images=1 rows=1 columns=64 .* precision=tf32 .* sm_80$", 56),
-    Spill(r"^_conv3x3_wgrad_kernel fp16 ZOOM1=2 .* outputs=32 reduction=32 .* sm_80$", 8),
-    Spill(r"^_conv3x3_dgrad_kernel fp16 ZOOM1?=2 .* outputs=32 reduction=32 .* stages=3 sm_8[69]$", 24),
-    Spill(r"^_head_stats_backward_kernel fp32 .*C=17 K=3 .* PRECISION=tf32 .* sm_90$", 24),
-    Spill(r"^_conv3x3_wgrad_kernel fp32 images=1 rows=1 columns=32 .* precision=tf32 .* sm_90$", 8),
-    Spill(r"^_batch_stats_kernel fp16 BLOCK_P=32 BLOCK_K=32 .* sm_90$", 16),
-    Spill(r"^_conv_down_fwd_kernel fp32 KSIZE=3 STRIDE=2 images=1 rows=1 columns=32 .* precision=ieee .* sm_80$", 8),
-    # Blackwell: odd channels, and float32 heads.
-    Spill(r"^_conv3x3_fwd_kernel fp16 HEAD=0 ZOOM1=2 .* outputs=32 reduction=32 .* stages=3 sm_100$", 80),
-    Spill(r"^_conv3x3_fwd_kernel fp16 HEAD=16 .* outputs=32 reduction=32 .* stages=3 sm_100$", 40),
-    Spill(r"^_head_stats_backward_kernel fp32 .*C=17 K=3 .* sm_100$", 24),
-    Spill(r"^_conv_few_fwd_kernel bf16 K=2 BLOCK_P=128 BLOCK_C=32 .* sm_120$", 8),
-    Spill(r"^_affine_prelu_bwd_kernel fp16 .* BLOCK_P=16 BLOCK_C=32 .* sm_100$", 8),
-    Spill(r"^_upsample_bwd_kernel fp16 .* BLOCK_W=8 BLOCK_C=32 .* sm_100$", 8),
-)
-
-
 # The bounds of the convolutions: 1.3 slots with a prologue, 0.7 without, 1.9 for wgrad.
 LIMITS = (
     # On Hopper not of a source that is cropped: TMA cannot bring it, and a tile of its own loads it by pointers.

@@ -108,10 +108,10 @@ def _affine_act_bwd_kernel(
         value = p[:, None] * stride + c[None, :]
         dz = tl.load(dz_ptr + value, mask=inside, other=0.0)
         x = tl.load(x_ptr + index, mask=inside, other=0.0)
-        dx, gx, g = source_backward(dz, x, affine, SLOPE, ACC)
-        tl.store(dx_ptr + index, dx, mask=inside)
         if z_ptr is not None:
             tl.store(z_ptr + value, normalise(x, affine, SLOPE, ACC), mask=inside)
+        dx, gx, g = source_backward(dz, x, affine, SLOPE, ACC)
+        tl.store(dx_ptr + index, dx, mask=inside)
         if affine_ptr is not None:
             sum_gx += gx
             sum_g += g

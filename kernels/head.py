@@ -309,6 +309,8 @@ def head_stats_backward(
     batch, classes, pixels = x.shape[0], weight.shape[0], source.height * source.width
     dtype = stats_dtype(x.dtype)
     choices = _choices(source, classes, 8, 16, 64 if classes <= 64 else 32)
+    if source.channels % 8:  # with an address for each element the gradients leave no registers to prefetch further
+        choices["num_stages"] = min(choices["num_stages"], 2)
     programs = min(cdiv(pixels, choices["BLOCK_P"] * _TILES), max(1, _PROGRAMS // max(batch, 1)))
     need_source, need_filters = mask[0], mask[1] or mask[2]
     slabs = programs * batch if classes > 0 else 0

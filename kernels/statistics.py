@@ -174,7 +174,7 @@ def _batch_stats(y: Tensor, sums: Tensor | None, bias: Tensor | None, stats: int
     filters = y.shape[1]
     pixels = y.numel() // (filters * apart)
     block_k = block(filters, 64)
-    block_p = 64 // y.element_size()
+    block_p = (64 if filters % 16 == 0 else 32) // y.element_size()  # fewer of elements that have an address each
     # Programs enough for a large GPU, of a few pixels each; the same on every GPU, for the same bits.
     rounds = max(1, min(8, apart * pixels * cdiv(filters, block_k) // (2 * block_p * 2048)))
     tiles = cdiv(pixels, rounds * 2 * block_p)

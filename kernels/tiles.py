@@ -87,9 +87,12 @@ def _unshared(
         channels, outputs = outputs, channels
     narrow, exact, name = how.narrow, how.exact, how.architecture
     wgrad = kind == "conv3x3_wgrad"
+    # Of odd channels each element is loaded alone and takes registers for its address: fewer at a time leave enough.
+    odd = any(each % 16 for each in sources)
+    step = 16 if odd else 32
     # wgmma multiplies 64 rows; what lies outside the picture is left out. wgrad sums over pixels, 256 a step: with
     # fewer columns more rows share what lies above and below.
-    pixels = 32 if wgrad and name == "sm_90" else 64
+    pixels = 32 if (wgrad and name == "sm_90") or (odd and not narrow) else 64
     columns = block(width, pixels)
     images = min(pixels // columns, block(batch, pixels, 1))
     columns = pixels // images
@@ -98,14 +101,17 @@ def _unshared(
     if not narrow:
         if wgrad:
             return Tile(1, 1, block(width, 32), block(outputs, 32), block(channels, 32), 4, 2, tma)
-        return Tile(images, 1, columns, block(outputs, 32), block(channels, 16 if name == "sm_100" else 32), 8, 2, tma)
+        step = 16 if name == "sm_100" else step
+        return Tile(images, 1, columns, block(outputs, 32), block(channels, step), 8, 2, tma)
     if not tma:
         # CDNA prefetches into registers: it has none to spare for a second row or a third stage.
         rows, warps, stages = (1, 4, 2) if name.startswith("gfx") else (2, 8, 3)
+        if odd:
+            rows, warps = rows if kind == "conv3x3_fwd" else 1, 4
         if wgrad:
             both = 32 * rows  # narrower, several warps would load and normalise the same pixels
             return Tile(1, 2 * rows, block(width, 32), block(outputs, both), block(channels, both), 4, 2)
-        return Tile(images, rows, columns, block(outputs, 64), block(channels, 32), warps, stages)
+        return Tile(images, rows, columns, block(outputs, 64), block(channels, step), warps, stages)
     rows = 2 if name == "sm_90" else 1  # 128 accumulators a thread leave registers for the epilogue on Hopper only
     if wgrad:
         reduction = block(channels, 128, 64)
@@ -140,11 +146,12 @@ def _choose_strided(
     three, wgrad, dgrad = kind.startswith("conv3x3"), kind.endswith("wgrad"), kind.endswith("dgrad")
     # 128 accumulators a thread leave registers for the epilogue on Hopper only.
     large = tma and name == "sm_90"
-    pixels = 128 if narrow else 32
+    pixels, warps = 128 if narrow else 32, 8
     if narrow and not tma and (wgrad or kind == "conv3x3_up" or (dgrad and "1x1" not in kind)):
-        pixels = 64  # two accumulators and the epilogues of gradients take registers
-    if name.startswith("gfx") and kind == "conv3x3_down":
-        pixels = min(pixels, 64)  # masks take registers too
+        # Two accumulators and the epilogues of gradients take registers, and so do addresses of single elements.
+        pixels, warps = (32, 4) if (outputs if dgrad else channels) % 16 else (64, 8)
+    if kind == "conv3x3_down" and (exact or name.startswith("gfx")):
+        pixels, warps = (16, 4) if exact else (min(pixels, 64), warps)  # masks take registers too
     # Loading and normalising cost a warp the same for few outputs as for many: half as many warps do it half as often.
     # Beside the 2×2 transposed convolution and its gradient a second program of 4 warps hides loads and epilogue: 0.6
     # to 0.85 of the time on an H200.
@@ -157,14 +164,14 @@ def _choose_strided(
     images = min(pixels // columns, block(batch, pixels, 1))
     columns = pixels // images
     if exact:
-        return Tile(images, 1, columns, block(outputs, 32), block(channels, 16), 8, 2)
+        return Tile(images, 1, columns, block(outputs, 32), block(channels, 16), warps, 2)
     if not narrow:
         reduction = 16 if name == "sm_100" and not wgrad else 32
         return Tile(images, 1, columns, block(outputs, 32), block(channels, reduction), 4, 2, tma)
     if not tma:
         if wgrad:
             return Tile(images, 1, columns, block(outputs, 64), block(channels, 64), 4, 2)
-        return Tile(images, 1, columns, block(outputs, 128 if "1x1" in kind else 64), block(channels, 32), 8, 2)
+        return Tile(images, 1, columns, block(outputs, 128 if "1x1" in kind else 64), block(channels, 32), warps, 2)
     if wgrad:
         reduction = block(channels, 128, 64)
         return Tile(images, 1, columns, block(outputs, 64 if three else 128), reduction, reduction // 16, 2, True)

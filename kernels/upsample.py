@@ -221,10 +221,10 @@ def _upsample_bwd_kernel(
 
 
 def _tile(x: Tensor, *channels: int) -> tuple[int, int]:
-    """(pixels, channels) of a tile for tensors like ``x`` with these numbers of channels; a quarter of the pixels where
+    """(pixels, channels) of a tile for tensors like ``x`` with these numbers of channels; an eighth of the pixels where
     accesses are of single elements, as 16 taps with an address for each element do not fit into the registers."""
     block_w, block_c = flat_tile(max(channels), x.element_size(), _ACCESSES)
-    return block_w if all(c % 16 == 0 for c in channels) else block_w // 4, block_c
+    return block_w if all(c % 16 == 0 for c in channels) else max(block_w // 8, 1), block_c
 
 
 def _centred(x: Tensor, skip: Tensor | None) -> tuple[int, int, int, int]:
