@@ -100,7 +100,7 @@ def _unshared(
         return Tile(1, 1, block(width, 16), block(outputs, 32), block(channels, 32), 8, 2)
     if not narrow:
         if wgrad:
-            return Tile(1, 1, block(width, 32), block(outputs, 32), block(channels, 32), 4, 2, tma)
+            return Tile(1, 1, block(width, 32), block(outputs, 32), block(channels, step), 4, 2, tma)
         step = 16 if name == "sm_100" else step
         return Tile(images, 1, columns, block(outputs, 32), block(channels, step), 8, 2, tma)
     if not tma:
