@@ -438,14 +438,14 @@ def transformed() -> bool:
     )
 
 
+def replaced() -> bool:
+    """Whether a mode may replace functions of PyTorch's while they are called from Python."""
+    return bool(_C._len_torch_function_stack())
+
+
 def _unseen() -> bool:
     """Whether nobody sees an operator's call: no mode, transform, tracer, profiler or forward-mode derivative."""
-    return not (
-        _intercepted()
-        or _C._len_torch_function_stack()
-        or _C._autograd._profiler_enabled()
-        or forward_ad._current_level >= 0
-    )
+    return not (_intercepted() or replaced() or _C._autograd._profiler_enabled() or forward_ad._current_level >= 0)
 
 
 def _keys(device: str) -> set[int]:

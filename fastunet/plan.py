@@ -10,11 +10,13 @@ something made of weights was kept (:mod:`fastunet.folding`), the comparisons wi
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, dtype, nn
 from torch.nn.modules import module as _torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -27,31 +29,40 @@ _MOST = 8  # lists of a network; for more shapes of pictures all are noted anew
 _LONGEST = 1024  # inferences until a network that changed is noted again
 _HELD = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FORM = operator.attrgetter("shape", "dtype", "device")
+_STRIDES = operator.methodcaller("stride")
 
 
 def followed(network: nn.Module, x: Tensor, about: Hashable, function: Callable[[], Tensor]) -> Tensor:
-    """``function()``, which is ``network`` of ``x``, or what it does when called so.
+    """``function()``, which is ``network`` of ``x``, or what it did when called so.
 
     Args:
         about: what else the operations depend on, beside the network and the shape and strides of x.
         function: without gradients, autocast, modes or transforms of functions.
     """
-    of_network = _entries.setdefault(network, {})
+    entries = _entries.setdefault(network, {})
     key = (x.shape, x.stride(), x.dtype, about)
-    entry = of_network.get(key)
+    entry = entries.get(key)
     if entry is None:
-        if len(of_network) >= _MOST:
-            of_network.clear()
-        entry = of_network[key] = _Entry()
+        if len(entries) >= _MOST:
+            entries.clear()
+        entry = entries[key] = _Entry()
     if (listed := entry.listed) is not None:
         y = listed.run(x)
         if y is not None:
+            entry.pause = max(entry.pause - 1, 1)
             return y
-        entry.forget()
-    elif entry.waiting:
+        for each in [*entries.values()]:  # they are of the same network
+            if each.listed is not None:
+                each.forget()
+    elif entry.waiting > 0:
         entry.waiting -= 1
-    else:
-        return entry.note(network, x, function)
+    # A mode that is entered and left in one thread while it is in another leaves PyTorch's flags behind.
+    elif _one_at_a_time.acquire(blocking=False):
+        try:
+            return entry.note(network, x, function)
+        finally:
+            _one_at_a_time.release()
     return function()
 
 
@@ -60,14 +71,14 @@ class _Entry:
 
     def __init__(self) -> None:
         self.listed: _List | None = None
-        self.waiting = self._pause = 1  # inferences before one is noted, and after what was noted is of no use
+        self.waiting = self.pause = 1  # inferences before one is noted, and after what was noted is of no use
 
     def forget(self) -> None:
         self.listed = None
-        self.waiting, self._pause = self._pause, min(2 * self._pause, _LONGEST)
+        self.waiting, self.pause = self.pause, min(2 * self.pause, _LONGEST)
 
     def note(self, network: nn.Module, x: Tensor, function: Callable[[], Tensor]) -> Tensor:
-        was = _Network(network)
+        was = _State(network)
         if not was.known():
             self.forget()
             return function()
@@ -82,26 +93,33 @@ class _Entry:
         return y
 
 
+_one_at_a_time = threading.Lock()
 _entries: WeakKeyDictionary[nn.Module, dict[Hashable, _Entry]] = WeakKeyDictionary()
 
 
-class _Network:
-    """The modules of a network, and what they were and held."""
+class _State:
+    """The modules of a network, what they were and what they held: all but the network itself, which may go."""
 
     def __init__(self, network: nn.Module) -> None:
         modules = [*network.modules()]
         self._inner = modules[1:]  # hooks of the network itself run around all this
-        self._kinds: list[Any] = [*map(type, self._inner)]
         self._attributes = [module.__dict__ for module in modules]
-        self._values = [{**own} for own in self._attributes]
+        self._values = [
+            {name: [*value] if type(value) is list else value for name, value in own.items()}
+            for own in self._attributes
+        ]
         self._hooks = [module.__dict__[name] for module in self._inner for name in _HOOKS]
+        self._kinds: list[Any] = [*map(type, self._inner)]
         self._calls = self._called()
         self.held = self._holding()
         self._tensors = [t for t in self.held if isinstance(t, Tensor)]
+        self._forms = self._formed()
 
     def known(self) -> bool:
-        """Whether nothing in it may do something else another time."""
-        plain = all(type(t) in (nn.Parameter, Tensor) for t in self._tensors)
+        """Whether nothing in it may do something else another time, or refer to the network."""
+        plain = all(type(t) in (nn.Parameter, Tensor) for t in self._tensors) and all(
+            _is_plain(value) for own in self._values for name, value in own.items() if name not in _HELD
+        )
         lasting = not any(module.training and any(True for _ in module.buffers(False)) for module in self._inner)
         return plain and lasting and all(map(known, self._inner))
 
@@ -112,22 +130,38 @@ class _Network:
             return (
                 len(held) == len(self.held)
                 and all(map(operator.is_, held, self.held))
-                and all(t.is_cpu for t in self._tensors)  # of others ATen makes numbers that nobody computed
+                and self._formed() == self._forms
                 and self._attributes == self._values
+                and all(map(operator.is_, map(vars, self._inner), self._attributes[1:]))
                 and not any(self._hooks)
                 and not _torch_module._has_any_global_hook()
                 and [*map(type, self._inner)] == self._kinds
                 and self._called() == self._calls
             )
-        except (RuntimeError, ValueError):  # of a tensor or an array among the attributes
+        except (RuntimeError, TypeError, ValueError):  # of tensors or arrays that are compared
             return False
 
     def _holding(self) -> list[Any]:
         return [value for own in self._attributes for name in _HELD for value in own[name].values()]
 
+    def _formed(self) -> list[Any]:
+        """What a tensor may become where it is: ATen checks it in operations whose parts are listed."""
+        tensors = self._tensors
+        return [*map(type, tensors), *map(_FORM, tensors), *map(_STRIDES, tensors)]
+
     def _called(self) -> list[Any]:
         """The methods that somebody may replace in their classes."""
-        return [nn.Conv2d._conv_forward, *(kind.forward for kind in dict.fromkeys(self._kinds))]
+        forwards = (kind.forward for kind in dict.fromkeys(self._kinds))
+        return [nn.Conv2d._conv_forward, nn.Module.__call__, nn.Module._call_impl, *forwards]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an attribute is a number, a text or the like, or holds nothing else."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple | set):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str, dtype, Tensor)
 
 
 class _Step(NamedTuple):
@@ -192,7 +226,8 @@ class _Recorder(TorchDispatchMode):
                 self._count += 1
                 if given and func._schema.returns[0].alias_info is not None:
                     self._given.add(result)
-        self.sound &= found is not False  # what was kept of weights is of no use
+        # What was kept of weights is of no use, or they are being kept.
+        self.sound &= found is not False and func is not torch.ops.aten.to_mkldnn.default
         self.steps.append(_Step(func, arguments, places, options, result, expected))
         return found
 
@@ -205,8 +240,8 @@ def _written(argument: Any) -> bool:
 class _List:
     """The operations of a network, as long as it is what it was."""
 
-    def __init__(self, network: _Network, steps: list[_Step], result: int) -> None:
-        self._network, self._result = network, result
+    def __init__(self, state: _State, steps: list[_Step], result: int) -> None:
+        self._state, self._result = state, result
         self._steps: list[tuple[_Step, list[int]]] = []  # and which registers nobody reads behind it
         needed = {result}
         for step in reversed(steps):
@@ -219,7 +254,7 @@ class _List:
 
     def run(self, x: Tensor) -> Tensor | None:
         """What comes of x; None if the list is no longer true."""
-        if not self._network.unchanged():
+        if not self._state.unchanged():
             return None
         registers: list[Any] = [None] * self._count
         registers[0] = x
