@@ -25,12 +25,21 @@ from fastunet import folding
 from fastunet.blocks import known
 from fastunet.dispatch import noted_by
 
+aten = torch.ops.aten
 _MOST = 8  # lists of a network; for more shapes of pictures all are noted anew
 _LONGEST = 1024  # inferences until a network that changed is noted again
 _HELD = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_FORM = operator.attrgetter("shape", "dtype", "device")
+_FORM = operator.attrgetter("shape", "dtype", "is_cpu")
 _STRIDES = operator.methodcaller("stride")
+# Functions that call an operation in less time than it takes itself to read its arguments from Python.
+_SHORTER: dict[Any, Any] = {
+    aten.equal.default: torch.equal,
+    aten.convolution.default: torch.convolution,
+    aten.native_batch_norm.default: torch.native_batch_norm,
+    aten.relu_.default: torch.relu_,
+    aten.maximum.default: torch.maximum,
+}
 
 
 def followed(network: nn.Module, x: Tensor, about: Hashable, function: Callable[[], Tensor]) -> Tensor:
@@ -227,7 +236,7 @@ class _Recorder(TorchDispatchMode):
                 if given and func._schema.returns[0].alias_info is not None:
                     self._given.add(result)
         # What was kept of weights is of no use, or they are being kept.
-        self.sound &= found is not False and func is not torch.ops.aten.to_mkldnn.default
+        self.sound &= found is not False and func is not aten.to_mkldnn.default
         self.steps.append(_Step(func, arguments, places, options, result, expected))
         return found
 
@@ -247,7 +256,8 @@ class _List:
         for step in reversed(steps):
             if step.result is None or step.result in needed or step.writes():
                 last = step.read() | {step.result} - {None}
-                self._steps.append((step, [*last - needed]))
+                shorter = step._replace(function=_SHORTER.get(step.function, step.function))
+                self._steps.append((shorter, [*last - needed]))
                 needed |= last
         self._steps.reverse()
         self._count = 1 + max(needed)
