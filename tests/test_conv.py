@@ -59,6 +59,7 @@ CASES = {
     "relu-without-affine": Conv((1, 4, 3, 5), 6, affine=(False, False), slope=(0.0, 0.0), bias=True, stats=False),
     "stride-2-odd": Conv((2, 6, 7, 5), 9, stride=2, bias=True),
     "stride-2-even": Conv((1, 5, 4, 6), 3, stride=2),
+    "stride-2-many-channels": Conv((1, 70, 3, 4), 3, stride=2),
     "1x1-head": Conv((2, 20, 4, 3), 3, kernel=1, bias=True, stats=False),
     "1x1-many-channels": Conv((1, 70, 3, 5), 4, kernel=1, bias=True, stats=False),
     "skip-then-up-padded": Conv((2, 5, 7, 9), 6, x1=(2, 4, 6, 8), offset=(0, 0, 0, 0)),
