@@ -258,8 +258,8 @@ def batch_norm_act(
     """A batch norm in training and act, of a slope from 0 on, of float32 channels_last memory: (z, mean, biased
     variance)."""
     mean, var = _pixel_stats(x)
-    scale = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
+    scale, shift, centre = bn_affine(mean, var, weight, bias, eps)
+    shift = shift - centre * scale
     z, blocks = torch.empty_like(x), _blocks(x)
     repeated = _repeated([scale, shift], blocks)
     for block, out in zip(blocks, _blocks(z), strict=True):  # both while a block is in the caches

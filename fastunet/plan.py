@@ -35,11 +35,18 @@ _STRIDES = operator.methodcaller("stride")
 # Functions that call an operation in less time than it takes itself to read its arguments from Python.
 _SHORTER: dict[Any, Any] = {
     aten.equal.default: torch.equal,
-    aten.convolution.default: torch.convolution,
-    aten.native_batch_norm.default: torch.native_batch_norm,
-    aten.relu_.default: torch.relu_,
     aten.maximum.default: torch.maximum,
+    aten.relu_.default: torch.relu_,
+    # As no_grad lists them, and as inference_mode does.
+    aten.convolution.default: torch.convolution,
+    aten.conv2d.default: torch.conv2d,
+    aten.conv_transpose2d.input: torch.conv_transpose2d,
+    aten.native_batch_norm.default: torch.native_batch_norm,
+    aten.batch_norm.default: torch.batch_norm,
 }
+
+_one_at_a_time = threading.Lock()
+_entries: WeakKeyDictionary[nn.Module, dict[Hashable, _Entry]] = WeakKeyDictionary()
 
 
 def followed(network: nn.Module, x: Tensor, about: Hashable, function: Callable[[], Tensor]) -> Tensor:
@@ -100,10 +107,6 @@ class _Entry:
         else:
             self.forget()
         return y
-
-
-_one_at_a_time = threading.Lock()
-_entries: WeakKeyDictionary[nn.Module, dict[Hashable, _Entry]] = WeakKeyDictionary()
 
 
 class _State:
@@ -281,11 +284,6 @@ class _List:
                 for register in done:
                     registers[register] = None
                 del arguments, found
-        except (
-            RuntimeError,
-            TypeError,
-            ValueError,
-            IndexError,
-        ):  # told better where it is called as usual
+        except (RuntimeError, TypeError, ValueError, IndexError):  # the usual call tells it better
             return None
         return registers[self._result]  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Triton's interpreter without what it does again and again, so that the tests take a third of the time.
+"""Triton's interpreter without what it does again and again, so that kernels take a third of the time.
 
 The results are the same. Of a Triton that does these things otherwise nothing is changed.
 """
