@@ -7,6 +7,7 @@ gradient of one process with all the batches.
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,19 @@ def joined() -> Iterator[None]:
     if not started or dist.is_initialized():
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    with group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"):
+        yield
+
+
+@contextmanager
+def group(backend: str, **options: Any) -> Iterator[None]:
+    """Inside, there is the default group of processes; behind it none of gloo's threads, unless something holds it.
+
+    Such a thread may be about to free a tensor, for which it needs the interpreter: if that is ending just then, the
+    process is aborted. The threads end with the last reference to the group.
+    """
+    importlib.import_module("torch.distributed.nn")  # imported later, as DDP does, it would hold the group for good
+    dist.init_process_group(backend, **options)
     try:
         yield
     finally:
