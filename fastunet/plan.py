@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -34,7 +35,6 @@ _FORM = operator.attrgetter("shape", "dtype", "is_cpu")
 _STRIDES = operator.methodcaller("stride")
 # Functions that call an operation in less time than it takes itself to read its arguments from Python.
 _SHORTER: dict[Any, Any] = {
-    aten.equal.default: torch.equal,
     aten.maximum.default: torch.maximum,
     aten.relu_.default: torch.relu_,
     # As no_grad lists them, and as inference_mode does.
@@ -114,38 +114,40 @@ class _State:
 
     def __init__(self, network: nn.Module) -> None:
         modules = [*network.modules()]
+        self._own = network.__dict__
         self._inner = modules[1:]  # hooks of the network itself run around all this
-        self._attributes = [module.__dict__ for module in modules]
-        self._values = [
-            {name: [*value] if type(value) is list else value for name, value in own.items()}
-            for own in self._attributes
-        ]
-        self._hooks = [module.__dict__[name] for module in self._inner for name in _HOOKS]
+        self._values = [[*value] if type(value) is list else value for value in self._attributes()]
+        dicts: list[dict[str, Any]] = [module.__dict__[name] for module in modules for name in _HELD]
+        self._filled = [each for each in dicts if each]
+        self._empty = [each for each in dicts if not each]
+        self._empty += [module.__dict__[name] for module in self._inner for name in _HOOKS]
+        self._sizes = [*map(len, self._filled)]
         self._kinds: list[Any] = [*map(type, self._inner)]
         self._calls = self._called()
-        self.held = self._holding()
+        self.held = [*self._holding()]
         self._tensors = [t for t in self.held if isinstance(t, Tensor)]
         self._forms = self._formed()
 
     def known(self) -> bool:
         """Whether nothing in it may do something else another time, or refer to the network."""
         plain = all(type(t) in (nn.Parameter, Tensor) for t in self._tensors) and all(
-            _is_plain(value) for own in self._values for name, value in own.items() if name not in _HELD
+            _is_plain(value)
+            for own in (self._own, *map(vars, self._inner))
+            for name, value in own.items()
+            if name not in _HELD
         )
         lasting = not any(module.training and any(True for _ in module.buffers(False)) for module in self._inner)
         return plain and lasting and all(map(known, self._inner))
 
     def unchanged(self) -> bool:
         """Whether it is what it was; numbers in its tensors may be others."""
-        held = self._holding()
         try:
             return (
-                len(held) == len(self.held)
-                and all(map(operator.is_, held, self.held))
+                [*map(len, self._filled)] == self._sizes
+                and all(map(operator.is_, self._holding(), self.held))
+                and not any(self._empty)
+                and self._attributes() == self._values
                 and self._formed() == self._forms
-                and self._attributes == self._values
-                and all(map(operator.is_, map(vars, self._inner), self._attributes[1:]))
-                and not any(self._hooks)
                 and not _torch_module._has_any_global_hook()
                 and [*map(type, self._inner)] == self._kinds
                 and self._called() == self._calls
@@ -153,8 +155,12 @@ class _State:
         except (RuntimeError, TypeError, ValueError):  # of tensors or arrays that are compared
             return False
 
-    def _holding(self) -> list[Any]:
-        return [value for own in self._attributes for name in _HELD for value in own[name].values()]
+    def _attributes(self) -> list[Any]:
+        """The attributes of all modules in turn: much is looked at here that no cache holds, so it is kept little."""
+        return [*chain.from_iterable(map(dict.values, (self._own, *map(vars, self._inner))))]
+
+    def _holding(self) -> Iterator[Any]:
+        return chain.from_iterable(map(dict.values, self._filled))
 
     def _formed(self) -> list[Any]:
         """What a tensor may become where it is: ATen checks it in operations whose parts are listed."""
@@ -192,6 +198,10 @@ class _Step(NamedTuple):
     def writes(self) -> bool:
         """Whether it changes an argument."""
         return bool(self.function._schema.is_mutable)
+
+    def compares(self) -> bool:
+        """Whether it compares what was kept with what lasts: it may as well be done before all others."""
+        return self.function is aten.equal.default and not self.places
 
 
 class _Recorder(TorchDispatchMode):
@@ -249,15 +259,31 @@ def _written(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
 
+class _Kept:
+    """Copies of numbers by which a network was noted, and the tensors that are to be equal to them still."""
+
+    def __init__(self, pairs: list[list[Tensor]]) -> None:
+        vectors = [pair for pair in pairs if pair[0].dim() == 1]
+        self._pairs = [pair for pair in pairs if pair[0].dim() != 1]
+        self._vectors = [now for _, now in vectors]  # so many and so small that to join them takes less time
+        self._joined = torch.cat([kept for kept, _ in vectors]) if vectors else None
+
+    def unchanged(self) -> bool:
+        """Whether they are, where their forms are what they were."""
+        same = self._joined is None or torch.equal(self._joined, torch.cat(self._vectors))
+        return same and all(torch.equal(kept, now) for kept, now in self._pairs)
+
+
 class _List:
     """The operations of a network, as long as it is what it was."""
 
     def __init__(self, state: _State, steps: list[_Step], result: int) -> None:
         self._state, self._result = state, result
+        self._kept = _Kept([step.arguments for step in steps if step.compares()])
         self._steps: list[tuple[_Step, list[int]]] = []  # and which registers nobody reads behind it
         needed = {result}
         for step in reversed(steps):
-            if step.result is None or step.result in needed or step.writes():
+            if not step.compares() and (step.result is None or step.result in needed or step.writes()):
                 last = step.read() | {step.result} - {None}
                 shorter = step._replace(function=_SHORTER.get(step.function, step.function))
                 self._steps.append((shorter, [*last - needed]))
@@ -267,11 +293,11 @@ class _List:
 
     def run(self, x: Tensor) -> Tensor | None:
         """What comes of x; None if the list is no longer true."""
-        if not self._state.unchanged():
-            return None
         registers: list[Any] = [None] * self._count
         registers[0] = x
         try:
+            if not (self._state.unchanged() and self._kept.unchanged()):
+                return None
             for (function, given, places, options, result, expected), done in self._steps:
                 arguments = given.copy()
                 for i, at in places:

@@ -34,7 +34,9 @@ def test_both_give_the_same(bilinear: bool, layout: str) -> None:
 
 def test_there_is_a_row_for_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "SIZES", ((2, 16),))
-    assert sum("2×16×16" in row[0] for row in cpu.rows(2, 0)) == 2 * len(cpu.LAYOUTS) * len(cpu.GOALS)
+    rows = [*cpu.rows(2, 0, 1)]
+    assert sum("2×16×16" in row.name for row in rows) == len(rows) == 2 * len(cpu.LAYOUTS) * len(cpu.GOALS)
+    assert all(ms > 0 for _, ms in cpu.measured(rows[0]))
 
 
 def test_the_command_prints_the_rows_that_are_asked_for() -> None:
