@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +174,7 @@ def _normalise_backward(
         dz, x, scale, centre, one, centre, one, False, 0.0, [True, not on_cpu, not on_cpu]
     )
     if by_pixel:
-        dscale, dshift = _pixel_dots(_blocks(x), _blocks(dz), centre)
+        dscale, dshift = _pixel_dots(_blocks(x, _LONG), _blocks(dz, _LONG), centre)
     elif on_cpu:  # where ATen's batch norm adds up the pixels of a plane one by one too
         dscale = (dz * (x - _by_sample(centre))).sum((0, 2, 3))
         dshift = dz.sum((0, 2, 3), dtype=affine.dtype)
@@ -184,7 +183,8 @@ def _normalise_backward(
 
 # ---- sums over pixels --------------------------------------------------------------------------------------------
 
-_COLUMNS, _ROWS = 2048, 256  # of a block: vectors long enough for a CPU, in its caches, and sums short enough
+_COLUMNS = 2048  # long enough for a CPU, in its caches
+_SHORT, _LONG = 256, 512  # pixels in a sum: of values and their squares, of products
 MANY_PIXELS = 1 << 17  # from here on, adding up one by one loses more than float32's other roundings
 
 
@@ -199,33 +199,38 @@ def adds_one_by_one(x: Tensor) -> bool:
     )
 
 
-def _blocks(x: Tensor) -> list[Tensor]:
-    """channels_last memory as blocks (rows, pixels · C, 1, 1): several pixels to a row, and one in what is left over.
+def _blocks(x: Tensor, rows: int) -> list[Tensor]:
+    """channels_last memory as blocks (rows, pixels · C, 1, 1): many pixels to a row, and one in what is left over.
 
     A batch norm of a block, with every pixel of a row as channels of its own, has short sums and long vectors.
     """
-    channels, flat = x.shape[1], x.permute(0, 2, 3, 1).reshape(-1)
+    channels, start = x.shape[1], x.storage_offset()
+    pixels = x.numel() // channels
     # Of few pixels no more to a row than there are rows: what is left over is added up one by one.
-    columns = channels * max(1, min(_COLUMNS // channels, math.isqrt(flat.numel() // channels)))
-    whole = flat.numel() // columns * columns
-    rows = _ROWS if columns >= 8 * channels else _ROWS // 2
-    blocks = [*flat[:whole].view(-1, columns, 1, 1).split(rows), flat[whole:].view(-1, channels, 1, 1)]
-    return [block for block in blocks if block.numel()]
+    a_row = max(1, min(_COLUMNS // channels, math.isqrt(pixels)))
+    if a_row < 8:
+        rows //= 2
+    at_once = [(begin, min(rows, pixels // a_row - begin), a_row) for begin in range(0, pixels // a_row, rows)]
+    if pixels % a_row:
+        at_once.append((pixels // a_row, pixels % a_row, 1))
+    return [
+        x.as_strided((n, k * channels, 1, 1), (k * channels, 1, 1, 1), start + begin * a_row * channels)
+        for begin, n, k in at_once
+    ]
 
 
 def _pixel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel of channels_last memory, merged from those of short sums."""
-    channels = x.shape[1]
-    found, shares = [], []
-    for block in _blocks(x):
-        means, variances = torch.batch_norm_update_stats(block, None, None, 0.0)
-        between, mean = torch.var_mean(means.view(-1, channels), 0, correction=0)
-        found.append((mean, between.add_(variances.view(-1, channels).mean(0))))
-        shares.append([block.numel() / x.numel()])
-    if len(found) == 1:
-        return found[0]
-    means, variances = (torch.stack(each).to(torch.float64) for each in zip(*found, strict=True))
-    share = means.new_tensor(shares)
+    channels, blocks = x.shape[1], _blocks(x, _SHORT)
+    found = [torch.batch_norm_update_stats(block, None, None, 0.0) for block in blocks]
+    joined = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+    means, variances = (each.view(-1, channels) for each in joined)
+    if len({len(block) for block in blocks}) == 1:  # sums of as many pixels
+        mean = means.mean(0)
+        between = means.sub_(mean)
+        return mean, variances.addcmul_(between, between).mean(0)
+    shares = [means.new_full((block.shape[1] // channels, 1), len(block) * channels / x.numel()) for block in blocks]
+    share, means, variances = torch.cat(shares).double(), means.double(), variances.double()
     mean = (means * share).sum(0)
     var = ((variances + (means - mean).square()) * share).sum(0)
     return mean.to(x.dtype), var.to(x.dtype)
@@ -247,25 +252,14 @@ def _pixel_dots(blocks: list[Tensor], gradients: Iterable[Tensor], centre: Tenso
     return dscale, dshift
 
 
-def _repeated(rows: list[Tensor], blocks: list[Tensor]) -> Tensor:
-    """Values of channels as those of a block's columns: (rows, columns, 1, 1)."""
-    return torch.stack(rows).repeat(1, blocks[0].shape[1] // rows[0].numel())[..., None, None]
-
-
 def batch_norm_act(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, slope: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A batch norm in training and act, of a slope from 0 on, of float32 channels_last memory: (z, mean, biased
     variance)."""
     mean, var = _pixel_stats(x)
-    scale, shift, centre = bn_affine(mean, var, weight, bias, eps)
-    shift = shift - centre * scale
-    z, blocks = torch.empty_like(x), _blocks(x)
-    repeated = _repeated([scale, shift], blocks)
-    for block, out in zip(blocks, _blocks(z), strict=True):  # both while a block is in the caches
-        scale, shift = repeated[:, : block.shape[1]]
-        activate(torch.addcmul(shift, block, scale, out=out), slope, inplace=True)
-    return z, mean, var
+    z, _, _ = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)
+    return activate(z, slope, inplace=True), mean, var
 
 
 def batch_norm_act_backward(
@@ -275,22 +269,21 @@ def batch_norm_act_backward(
     dz = channels_last(dz)
     rstd = torch.rsqrt(var + eps)
     count = x.numel() // x.shape[1]
+    g = dz if slope == 1 else activate_backward(dz, z, slope)
     if count < MANY_PIXELS:
-        g = dz if slope == 1 else activate_backward(dz, z, slope)
         dx, dweight, dbias = aten.native_batch_norm_backward(
             g, x, weight, None, None, mean, rstd, True, eps, [True, True, True]
         )
         return dx, dweight, dbias
-    dx, blocks, gradients = torch.empty_like(x), _blocks(x), _blocks(dz)
-    outs = _blocks(dx)
-    before = gradients if slope == 1 else map(activate_backward, gradients, _blocks(z), repeat(slope), outs)
-    dscale, dbias = _pixel_dots(blocks, before, mean)
+    blocks, gradients = _blocks(x, _LONG), _blocks(g, _LONG)
+    dscale, dbias = _pixel_dots(blocks, gradients, mean)
     dweight = dscale * rstd
     scale = rstd if weight is None else rstd * weight
     rise = scale * dweight * rstd / -count
     level = scale * dbias / -count - rise * mean
-    repeated = _repeated([scale, rise, level], blocks)
-    for block, g, out in zip(blocks, gradients if slope == 1 else outs, outs, strict=True):
+    repeated = torch.stack([scale, rise, level]).repeat(1, blocks[0].shape[1] // mean.numel())[..., None, None]
+    dx = torch.empty_like(x) if slope == 1 else g
+    for block, g, out in zip(blocks, gradients, _blocks(dx, _LONG), strict=True):  # while a block is in the caches
         scale, rise, level = repeated[:, : block.shape[1]]
         torch.addcmul(level, g, scale, out=out).addcmul_(block, rise)
     return dx, dweight, dbias

@@ -497,7 +497,7 @@ FOUND = [
     Fault(
         "an affine's gradients of a CPU are added up one by one",
         "fastunet/aten.py",
-        "        dscale, dshift = _pixel_dots(_blocks(x), _blocks(dz), centre)\n",
+        "        dscale, dshift = _pixel_dots(_blocks(x, _LONG), _blocks(dz, _LONG), centre)\n",
         "        _, dscale, dshift = aten.native_batch_norm_backward(\n"
         "            dz, x, scale, centre, one, centre, one, False, 0.0, [False, True, True]\n"
         "        )\n",
