@@ -37,13 +37,12 @@ def activate(z: Tensor, slope: float, inplace: bool = False) -> Tensor:
     return F.relu(z, inplace) if slope == 0 else F.leaky_relu(z, slope, inplace and slope > 0)
 
 
-def activate_backward(dz: Tensor, z: Tensor, slope: float, out: Tensor | None = None) -> Tensor:
+def activate_backward(dz: Tensor, z: Tensor, slope: float) -> Tensor:
     """The gradient before act from that of its value ``z``, for slopes from 0 on; at NaN it is PyTorch's."""
-    given = {} if out is None else {"grad_input": out}
     if slope == 0:
-        dx: Tensor = aten.threshold_backward(dz, z, 0, **given)
+        dx: Tensor = aten.threshold_backward(dz, z, 0)
     else:
-        dx = aten.leaky_relu_backward(dz, z, slope, True, **given)
+        dx = aten.leaky_relu_backward(dz, z, slope, True)
     return dx
 
 

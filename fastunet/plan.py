@@ -4,7 +4,7 @@ To decide layer by layer how to run costs a small network a tenth of its time, a
 input until it returns. So the second inference of a network on pictures of one shape is noted as it calls ATen, and
 from the third on that list is worked off, each tensor freed behind its last reader, as long as the network is what it
 was: the same modules with the same settings, parameters and buffers, and nobody listening. Numbers may change: where
-something made of weights was kept (:mod:`fastunet.folding`), the comparisons with them are in the list.
+something made of weights was kept (:mod:`fastunet.folding`), it is compared with them first.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class _Entry:
             y = function()
         register = recorder.registers.get(y)
         if recorder.sound and register is not None and was.unchanged():
-            self.listed = _List(was, recorder.steps, register)
+            self.listed = _List(was, _Kept(recorder.compared), recorder.steps, register)
         else:
             self.forget()
         return y
@@ -189,8 +189,7 @@ class _Step(NamedTuple):
     arguments: list[Any]
     places: list[tuple[int, int | list[int]]]  # of an argument: its register, or those of a list
     options: dict[str, Any]
-    result: int | None  # the register of what comes out, or of the first of it; None for what has to be ``expected``
-    expected: Any
+    result: int  # the register of what comes out, or of the first of it
 
     def read(self) -> set[int]:
         return {register for _, at in self.places for register in ([at] if isinstance(at, int) else at)}
@@ -199,10 +198,6 @@ class _Step(NamedTuple):
         """Whether it changes an argument."""
         return bool(self.function._schema.is_mutable)
 
-    def compares(self) -> bool:
-        """Whether it compares what was kept with what lasts: it may as well be done before all others."""
-        return self.function is aten.equal.default and not self.places
-
 
 class _Recorder(TorchDispatchMode):
     """Notes the operations that are called inside."""
@@ -210,6 +205,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, x: Tensor, held: list[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[_Step] = []
+        self.compared: list[tuple[Tensor, Tensor]] = []  # what was kept, and what it was equal to
         self.sound = True  # whether they depend on x and on tensors that last, and on nothing else
         self.registers: Any = WeakTensorKeyDictionary()
         self.registers[x] = 0
@@ -240,17 +236,20 @@ class _Recorder(TorchDispatchMode):
         self.sound &= not any(isinstance(value, Tensor) for value in options.values())
         found = func(*args, **options)
         first = found[0] if isinstance(found, tuple) else found
-        result, expected = None, found
-        if isinstance(first, Tensor):
-            expected, result = None, self.registers.get(first)
+        if func is aten.equal.default and not places:
+            self.compared.append((args[0], args[1]))
+        elif isinstance(first, Tensor):
+            result = self.registers.get(first)
             if result is None:
                 result = self.registers[first] = self._count
                 self._count += 1
                 if given and func._schema.returns[0].alias_info is not None:
                     self._given.add(result)
+            self.steps.append(_Step(func, arguments, places, options, result))
+        else:  # something was decided by numbers
+            self.sound = False
         # What was kept of weights is of no use, or they are being kept.
         self.sound &= found is not False and func is not aten.to_mkldnn.default
-        self.steps.append(_Step(func, arguments, places, options, result, expected))
         return found
 
 
@@ -262,7 +261,7 @@ def _written(argument: Any) -> bool:
 class _Kept:
     """Copies of numbers by which a network was noted, and the tensors that are to be equal to them still."""
 
-    def __init__(self, pairs: list[list[Tensor]]) -> None:
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         vectors = [pair for pair in pairs if pair[0].dim() == 1]
         self._pairs = [pair for pair in pairs if pair[0].dim() != 1]
         self._vectors = [now for _, now in vectors]  # so many and so small that to join them takes less time
@@ -277,14 +276,13 @@ class _Kept:
 class _List:
     """The operations of a network, as long as it is what it was."""
 
-    def __init__(self, state: _State, steps: list[_Step], result: int) -> None:
-        self._state, self._result = state, result
-        self._kept = _Kept([step.arguments for step in steps if step.compares()])
+    def __init__(self, state: _State, kept: _Kept, steps: list[_Step], result: int) -> None:
+        self._state, self._kept, self._result = state, kept, result
         self._steps: list[tuple[_Step, list[int]]] = []  # and which registers nobody reads behind it
         needed = {result}
         for step in reversed(steps):
-            if not step.compares() and (step.result is None or step.result in needed or step.writes()):
-                last = step.read() | {step.result} - {None}
+            if step.result in needed or step.writes():
+                last = step.read() | {step.result}
                 shorter = step._replace(function=_SHORTER.get(step.function, step.function))
                 self._steps.append((shorter, [*last - needed]))
                 needed |= last
@@ -298,15 +296,12 @@ class _List:
         try:
             if not (self._state.unchanged() and self._kept.unchanged()):
                 return None
-            for (function, given, places, options, result, expected), done in self._steps:
+            for (function, given, places, options, result), done in self._steps:
                 arguments = given.copy()
                 for i, at in places:
                     arguments[i] = registers[at] if isinstance(at, int) else [registers[j] for j in at]
                 found = function(*arguments, **options)
-                if result is not None:
-                    registers[result] = found[0] if type(found) is tuple else found
-                elif found != expected:
-                    return None
+                registers[result] = found[0] if type(found) is tuple else found
                 for register in done:
                     registers[register] = None
                 del arguments, found
