@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import gc
+import platform
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from processes import python
 from sources import as_users_run
 from torch import Tensor, nn
 from torch.func import functional_call, grad
@@ -444,6 +446,27 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "PlainUNet": lambda: fastunet.PlainUNet(3, 2, init_features=4),
     "BrainUNet": lambda: fastunet.BrainUNet(3, 2, init_features=4),
 }
+
+
+FAULTS = """
+import resource, torch, fastunet
+model = fastunet.UNet(3, 2, base_c=8).eval()
+x = torch.zeros(2, 3, 128, 128)
+after = 0
+for _ in range(20):
+    with torch.no_grad():
+        model(x)
+    before, after = after, resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(after - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has its own way with memory")
+def test_the_next_call_finds_its_memory() -> None:
+    """It stays with the process: pages that come anew from the system are counted, a thousand a call without."""
+    done = python("-c", FAULTS)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 100
 
 
 @layouts
