@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastunet import folding, ops
 from fastunet.aten import MANY_PIXELS, activate, update_running_stats
 from fastunet.backend import check_backend, requested, resolve_backend
-from fastunet.dispatch import call, unwatched
+from fastunet.dispatch import call, replaced, transformed, unwatched
 from fastunet.distributed import SyncBatchNorm, merged
 from fastunet.layout import BATCH, NOTHING, SAMPLES, frame, memory_format, stats_dtype
 
@@ -51,11 +51,11 @@ class Config(NamedTuple):
         On a CPU, where nobody chose a backend, nothing is gained by normalising when reading: blocks run as modules.
         """
         context = Context(*self, memory_format(x, _telling_weight(module)) == torch.channels_last)
-        if not (x.device.type == "cpu" and requested(self.backend) == "auto" and context.stores(x)):
-            return context
         tuned = unwatched()
+        if not (x.device.type == "cpu" and requested(self.backend) == "auto" and context.stores(x)):
+            return context._replace(listed=tuned and not (torch.is_grad_enabled() or transformed() or replaced()))
         precise, kept = tuned and x.numel() >= MANY_PIXELS * x.shape[1], tuned and folding.allowed()
-        return context._replace(eager=True, tuned=tuned, precise=precise, kept=kept)
+        return context._replace(eager=True, tuned=tuned, precise=precise, kept=kept, listed=kept)
 
 
 def _telling_weight(module: nn.Module) -> Tensor | None:
@@ -81,6 +81,7 @@ class Context(NamedTuple):
     tuned: bool = False  # eager, and free to call something faster: no compiler, tracer or mode watches
     precise: bool = False  # tuned, and of so many pixels that ATen's batch norm loses digits
     kept: bool = False  # tuned, and free to convolve by weights that were kept (fastunet.folding)
+    listed: bool = False  # free to call again what an earlier inference called (fastunet.plan)
 
     def stores(self, x: Tensor) -> bool:
         """Whether the value of an activation like ``x`` is stored rather than normalised by each reader."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastunet import eager
-from fastunet.activation import Activation, Config, Context, Next, Placed, head_predict
+from fastunet.activation import Activation, Config, Context, Next, Placed, compute_dtype, head_predict
 from fastunet.aten import predict
 from fastunet.blocks import (
     ConvSequence,
@@ -140,9 +140,12 @@ class _Network(nn.Module):
     def _decode(self, x: Tensor, head: nn.Conv2d | None = None) -> tuple[Activation, Context]:
         """What the head reads, and the context of this forward; where a ``head`` is given, perhaps its result."""
         act, context = self._enter(x)
-        if context.kept and not self.training:
-            return Activation(followed(self, act.x, context, lambda: self._body(act, context, None).x)), context
-        return self._body(act, context, head), context
+        if context.eager:
+            head = None
+        if not context.listed or self.training:
+            return self._body(act, context, head), context
+        about = context, compute_dtype(act.x), head is None
+        return followed(self, act.x, about, lambda: self._body(act, context, head)), context
 
     def _body(self, act: Activation, context: Context, head: nn.Conv2d | None) -> Activation:
         """All but the head, of the checked input; on a CPU where nobody chose a backend its result is stored."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -23,14 +24,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastunet import folding
+from fastunet.activation import Activation
 from fastunet.blocks import known
-from fastunet.dispatch import noted_by
+from fastunet.dispatch import noted_by, run
 
 aten = torch.ops.aten
 _MOST = 8  # lists of a network; for more shapes of pictures all are noted anew
 _LONGEST = 1024  # inferences until a network that changed is noted again
 _HELD = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_NAMESPACES = ("aten", "fastunet", "mkldnn")  # what is called in others may know of more than its arguments
 _FORM = operator.attrgetter("shape", "dtype", "is_cpu")
 _STRIDES = operator.methodcaller("stride")
 # Functions that call an operation in less time than it takes itself to read its arguments from Python.
@@ -49,15 +52,15 @@ _one_at_a_time = threading.Lock()
 _entries: WeakKeyDictionary[nn.Module, dict[Hashable, _Entry]] = WeakKeyDictionary()
 
 
-def followed(network: nn.Module, x: Tensor, about: Hashable, function: Callable[[], Tensor]) -> Tensor:
+def followed(network: nn.Module, x: Tensor, about: Hashable, function: Callable[[], Activation]) -> Activation:
     """``function()``, which is ``network`` of ``x``, or what it did when called so.
 
     Args:
-        about: what else the operations depend on, beside the network and the shape and strides of x.
-        function: without gradients, autocast, modes or transforms of functions.
+        about: what else the operations depend on, beside the network, the device, the shape and the strides of x.
+        function: without gradients, modes or transforms of functions.
     """
     entries = _entries.setdefault(network, {})
-    key = (x.shape, x.stride(), x.dtype, about)
+    key = (x.shape, x.stride(), x.dtype, x.device, about)
     entry = entries.get(key)
     if entry is None:
         if len(entries) >= _MOST:
@@ -93,7 +96,7 @@ class _Entry:
         self.listed = None
         self.waiting, self.pause = self.pause, min(2 * self.pause, _LONGEST)
 
-    def note(self, network: nn.Module, x: Tensor, function: Callable[[], Tensor]) -> Tensor:
+    def note(self, network: nn.Module, x: Tensor, function: Callable[[], Activation]) -> Activation:
         was = _State(network)
         if not was.known():
             self.forget()
@@ -101,9 +104,11 @@ class _Entry:
         recorder = _Recorder(x, was.held)
         with noted_by(recorder):
             y = function()
-        register = recorder.registers.get(y)
-        if recorder.sound and register is not None and was.unchanged():
-            self.listed = _List(was, _Kept(recorder.compared), recorder.steps, register)
+        x_at: int = recorder.registers.get(y.x, -1)
+        affine_at: int | None = None if y.affine is None else recorder.registers.get(y.affine, -1)
+        if recorder.sound and -1 not in (x_at, affine_at) and was.unchanged():
+            result = _Result(x_at, affine_at, y.slope, y.headed)
+            self.listed = _List(was, _Kept(recorder.compared), recorder.steps, result)
         else:
             self.forget()
         return y
@@ -137,7 +142,7 @@ class _State:
             if name not in _HELD
         )
         lasting = not any(module.training and any(True for _ in module.buffers(False)) for module in self._inner)
-        return plain and lasting and all(map(known, self._inner))
+        return plain and lasting and all(type(m) is nn.ModuleList or known(m) for m in self._inner)
 
     def unchanged(self) -> bool:
         """Whether it is what it was; numbers in its tensors may be others."""
@@ -189,7 +194,8 @@ class _Step(NamedTuple):
     arguments: list[Any]
     places: list[tuple[int, int | list[int]]]  # of an argument: its register, or those of a list
     options: dict[str, Any]
-    result: int  # the register of what comes out, or of the first of it
+    results: list[int]  # the registers of what comes out
+    several: bool  # whether that is a tuple
 
     def read(self) -> set[int]:
         return {register for _, at in self.places for register in ([at] if isinstance(at, int) else at)}
@@ -197,6 +203,15 @@ class _Step(NamedTuple):
     def writes(self) -> bool:
         """Whether it changes an argument."""
         return bool(self.function._schema.is_mutable)
+
+
+class _Result(NamedTuple):
+    """An :class:`Activation` whose tensors are in registers."""
+
+    x: int
+    affine: int | None
+    slope: float
+    headed: bool
 
 
 class _Recorder(TorchDispatchMode):
@@ -235,22 +250,34 @@ class _Recorder(TorchDispatchMode):
         options = dict(kwargs or {})
         self.sound &= not any(isinstance(value, Tensor) for value in options.values())
         found = func(*args, **options)
-        first = found[0] if isinstance(found, tuple) else found
+        several = isinstance(found, tuple)
+        results = found if several else (found,)
         if func is aten.equal.default and not places:
             self.compared.append((args[0], args[1]))
-        elif isinstance(first, Tensor):
-            result = self.registers.get(first)
-            if result is None:
-                result = self.registers[first] = self._count
-                self._count += 1
-                if given and func._schema.returns[0].alias_info is not None:
-                    self._given.add(result)
-            self.steps.append(_Step(func, arguments, places, options, result))
+        elif all(isinstance(t, Tensor) for t in results):
+            registers = [self._register(t, given and _is_part(func, i)) for i, t in enumerate(results)]
+            self.steps.append(_Step(func, arguments, places, options, registers, several))
         else:  # something was decided by numbers
             self.sound = False
         # What was kept of weights is of no use, or they are being kept.
         self.sound &= found is not False and func is not aten.to_mkldnn.default
+        self.sound &= func.namespace in _NAMESPACES
         return found
+
+    def _register(self, t: Tensor, given: bool) -> int:
+        """That of a result, which is perhaps a view of what was given."""
+        register: int | None = self.registers.get(t)
+        if register is None:
+            register = self.registers[t] = self._count
+            self._count += 1
+            if given:
+                self._given.add(register)
+        return register
+
+
+def _is_part(func: Any, i: int) -> bool:
+    """Whether the i-th result shares memory with an argument, by an operation's schema."""
+    return func._schema.returns[i].alias_info is not None
 
 
 def _written(argument: Any) -> bool:
@@ -276,35 +303,47 @@ class _Kept:
 class _List:
     """The operations of a network, as long as it is what it was."""
 
-    def __init__(self, state: _State, kept: _Kept, steps: list[_Step], result: int) -> None:
+    def __init__(self, state: _State, kept: _Kept, steps: list[_Step], result: _Result) -> None:
         self._state, self._kept, self._result = state, kept, result
         self._steps: list[tuple[_Step, list[int]]] = []  # and which registers nobody reads behind it
-        needed = {result}
+        needed = {register for register in result[:2] if register is not None}
         for step in reversed(steps):
-            if step.result in needed or step.writes():
-                last = step.read() | {step.result}
-                shorter = step._replace(function=_SHORTER.get(step.function, step.function))
-                self._steps.append((shorter, [*last - needed]))
+            if not needed.isdisjoint(step.results) or step.writes():
+                last = step.read().union(step.results)
+                self._steps.append((step._replace(function=_called(step.function)), [*last - needed]))
                 needed |= last
         self._steps.reverse()
         self._count = 1 + max(needed)
 
-    def run(self, x: Tensor) -> Tensor | None:
+    def run(self, x: Tensor) -> Activation | None:
         """What comes of x; None if the list is no longer true."""
         registers: list[Any] = [None] * self._count
         registers[0] = x
         try:
             if not (self._state.unchanged() and self._kept.unchanged()):
                 return None
-            for (function, given, places, options, result), done in self._steps:
+            for (function, given, places, options, results, several), done in self._steps:
                 arguments = given.copy()
                 for i, at in places:
                     arguments[i] = registers[at] if isinstance(at, int) else [registers[j] for j in at]
                 found = function(*arguments, **options)
-                registers[result] = found[0] if type(found) is tuple else found
+                if several:
+                    for register, t in zip(results, found, strict=True):
+                        registers[register] = t
+                    del t
+                else:
+                    registers[results[0]] = found
                 for register in done:
                     registers[register] = None
                 del arguments, found
         except (RuntimeError, TypeError, ValueError, IndexError):  # the usual call tells it better
             return None
-        return registers[self._result]  # type: ignore[no-any-return]
+        y, affine, slope, headed = self._result
+        return Activation(registers[y], None if affine is None else registers[affine], slope, headed=headed)
+
+
+def _called(operation: Any) -> Callable[..., Any]:
+    """What calls an operation soonest."""
+    if operation.namespace == "fastunet":
+        return partial(run, operation)
+    return _SHORTER.get(operation, operation)  # type: ignore[no-any-return]

@@ -22,6 +22,7 @@ from torch.func import functional_call, grad
 
 import fastunet
 from fastunet import aten, eager, folding, plan, reference
+from fastunet.activation import Activation, Config
 from fastunet.layout import channels_last
 from tests import test_models
 from tests import test_surgery as surgery
@@ -32,7 +33,7 @@ CL = torch.channels_last
 layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, CL], ids=["contiguous", "channels_last"])
 
 
-def followed_thrice(network: nn.Module, x: Tensor, about: Hashable, function: Callable[[], Tensor]) -> Tensor:
+def followed_thrice(network: nn.Module, x: Tensor, about: Hashable, function: Callable[[], Activation]) -> Activation:
     """What comes of the list of operations that an inference makes at its second time, in the tests' first."""
     if not plan._State(network).known():
         return plan.followed(network, x, about, function)
@@ -469,14 +470,23 @@ def test_the_next_call_finds_its_memory() -> None:
     assert int(done.stdout) < 100
 
 
+def by(backend: str, model: nn.Module) -> nn.Module:
+    """The model, told which backend to run by."""
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config = Config(backend)
+    return model
+
+
 @layouts
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
 def test_the_third_inference_is_a_list_of_operations(
-    make: Callable[[], nn.Module], layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], nn.Module], backend: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bits, of other pictures too, in the same layout; no block is run."""
     monkeypatch.setattr(fastunet.models, "followed", plan.followed)
-    model = test_models.scramble(make()).eval().to(memory_format=layout)
+    model = by(backend, test_models.scramble(make()).eval().to(memory_format=layout))
     first, second = (torch.randn(2, 3, 50, 67).contiguous(memory_format=layout) for _ in range(2))
     with torch.no_grad():
         expected = [model(first), model(second)]
@@ -485,16 +495,23 @@ def test_the_third_inference_is_a_list_of_operations(
             patch.setattr(type(model), "_body", None)
             found = [model(first), model(first)]
             last = model(second)
-    for y in (*found, *expected[:1]):
-        assert torch.equal(y, expected[0])
-        assert y.stride() == expected[0].stride()
-    assert torch.equal(last, expected[1])
+        for y in (*found, *expected[:1]):
+            assert torch.equal(y, expected[0])
+            assert y.stride() == expected[0].stride()
+        assert torch.equal(last, expected[1])
+        with torch.autocast("cpu", torch.bfloat16):
+            narrow = [model(first) for _ in range(3)]
+        assert len(listed(model)) == (1 if backend == "auto" else 2)
+        assert torch.equal(narrow[2], narrow[0])
+        assert not torch.equal(narrow[0], expected[0])
+        assert torch.equal(model(first), expected[0])
     with torch.inference_mode():
         assert torch.equal(model(second), expected[1])
     assert model(first).requires_grad
 
 
-def test_a_network_that_is_another_is_not_taken_for_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_network_that_is_another_is_not_taken_for_what_it_was(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After each change a network that has a list does what it does without, and then has one again, unless something
     unknown is in it."""
     monkeypatch.setattr(fastunet.models, "followed", plan.followed)
@@ -538,11 +555,11 @@ def test_a_network_that_is_another_is_not_taken_for_what_it_was(monkeypatch: pyt
         "removed": (lambda m: m.get_submodule(relu).__delattr__("forward"), True),
         "one that writes to the picture": (
             lambda m: setattr(m, "inc", nn.Sequential(nn.LeakyReLU(0.5, inplace=True), m.inc)),
-            False,
+            backend == "torch",  # to a copy in the weights' layout
         ),
         "something unknown": (lambda m: m.down2.maxpool_conv.append(nn.Tanh()), False),
     }
-    model = fastunet.UNet(3, 2, base_c=4).eval()
+    model = fastunet.UNet(3, 2, base_c=4, backend=backend).eval()
     with torch.no_grad():
         for name, (change, has_list) in changes.items():
             for _ in range(4):
@@ -562,12 +579,19 @@ def test_a_network_that_is_another_is_not_taken_for_what_it_was(monkeypatch: pyt
                 assert torch.equal(given, like), name
                 assert len(seen) == 2 * calls, name
             assert (bodies < 4) == has_list, name
-    seen.clear()
+
+
+def test_who_listens_or_replaces_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks on all modules, a comparison that raises, a mode, wrong shapes in place and patched classes."""
+    monkeypatch.setattr(fastunet.models, "followed", plan.followed)
+    monkeypatch.setattr(plan, "_LONGEST", 1)
+    x = torch.randn(2, 3, 64, 48)
+    seen: list[nn.Module] = []
     model = fastunet.UNet(3, 2, base_c=4).eval()
     with torch.no_grad():
         for _ in range(3):
             model(x)
-        handle = nn.modules.module.register_module_forward_hook(hook)
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
         model(x)
         handle.remove()
         assert len(seen) > 60
@@ -581,7 +605,7 @@ def test_a_network_that_is_another_is_not_taken_for_what_it_was(monkeypatch: pyt
         with Halving():
             assert not torch.equal(model(x), expected)
         assert torch.equal(model(x), expected)
-        bias = model.get_submodule(norm).bias
+        bias = model.inc.double_conv[1].bias
         for wrong in (torch.ones(1), torch.ones(5)):
             for _ in range(3):
                 bias.data = torch.ones(4)

@@ -259,3 +259,14 @@ def test_blocks_are_copied_and_divide_by_their_stride() -> None:
     assert halving(ConvSequence(block.conv[0], nn.PReLU(), nn.AvgPool2d(2))) == 4
     x = torch.randn(1, 3, 4, 6)
     torch.testing.assert_close(copy.deepcopy(block)(x), block(x), rtol=0, atol=0)
+
+
+def test_kernels_are_launched_by_a_list(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the operators of an inference's second time; what norms the last layer by sample is part of its result."""
+    pytest.importorskip("triton")
+    model = fastunet.UNet(2, 2, base_c=2, norm="group", backend="triton").eval().to(device)
+    first, second = (torch.randn(1, 2, 17, 18, device=device) for _ in range(2))
+    with torch.no_grad():
+        expected = [model(x) for x in (first, second)]
+        monkeypatch.setattr(fastunet.UNet, "_body", None)
+        assert torch.equal(model(first), expected[0])
