@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
+import json
 import platform
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -508,6 +511,28 @@ def test_the_third_inference_is_a_list_of_operations(
     with torch.inference_mode():
         assert torch.equal(model(second), expected[1])
     assert model(first).requires_grad
+
+
+def most_memory(call: Callable[[], object], file: Path) -> int:
+    """The most bytes that tensors made by ``call`` have at a time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    profile.export_chrome_trace(str(file))
+    events = [event for event in json.loads(file.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    return max(itertools.accumulate(event["args"]["Bytes"] for event in events))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_list_takes_less_memory(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What calls a layer holds what it was given; a list does not: no more than a layer's input, its output and skip
+    connections."""
+    monkeypatch.setattr(fastunet.models, "followed", plan.followed)
+    model = fastunet.UNet(3, 2, base_c=8, backend=backend).eval()
+    x = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        first, _, third = (most_memory(lambda: model(x), tmp_path / "trace.json") for _ in range(3))
+    assert third < 0.95 * first
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])

@@ -20,6 +20,7 @@ from test_models import EXACT, assert_same_step
 from torch import Tensor, nn
 
 import fastunet
+from benchmarks.nnunet import FastNnUNet
 from benchmarks.trace import trace
 from fastunet import reference
 from fastunet.activation import Activation, Config, Placed
@@ -264,9 +265,9 @@ def test_blocks_are_copied_and_divide_by_their_stride() -> None:
 def test_kernels_are_launched_by_a_list(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the operators of an inference's second time; what norms the last layer by sample is part of its result."""
     pytest.importorskip("triton")
-    model = fastunet.UNet(2, 2, base_c=2, norm="group", backend="triton").eval().to(device)
-    first, second = (torch.randn(1, 2, 17, 18, device=device) for _ in range(2))
+    model = FastNnUNet(2, 2, [16, 16], backend="triton").eval().to(device, torch.float16)
+    first, second = (torch.randn(1, 2, 16, 18, device=device).half() for _ in range(2))
     with torch.no_grad():
         expected = [model(x) for x in (first, second)]
-        monkeypatch.setattr(fastunet.UNet, "_body", None)
+        monkeypatch.setattr(FastNnUNet, "_body", None)
         assert torch.equal(model(first), expected[0])
