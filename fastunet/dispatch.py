@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch._library.utils import get_layout_constraint_tag
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from fastunet.architecture import pretended
 from fastunet.backend import deciding, repeating, requested, serving
@@ -395,6 +395,25 @@ def run(operator: Operator, *args: Any) -> Any:
             raise
 
 
+class Listener(TorchDispatchMode):
+    """A mode that sees what its thread calls and changes nothing of it.
+
+    PyTorch's own tell all threads by one flag, which two that listen at the same time would leave set; and the first
+    that is entered imports Dynamo, to keep it away, which takes seconds.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __enter__(self) -> Listener:
+        _push_mode(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _pop_mode()
+
+
 class _Noting(threading.local):
     modes = 0
 
@@ -403,8 +422,8 @@ _noting = _Noting()
 
 
 @contextmanager
-def noted_by(mode: TorchDispatchMode) -> Iterator[None]:
-    """Inside, ``mode`` sees what is called and changes nothing of it: to be :func:`unwatched` by others is enough."""
+def noted_by(mode: Listener) -> Iterator[None]:
+    """Inside, ``mode`` sees what is called: to be :func:`unwatched` by others is enough."""
     with mode:
         _noting.modes += 1
         try:

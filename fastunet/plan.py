@@ -11,7 +11,6 @@ settings, parameters and buffers, and nobody listening. Numbers may change: wher
 from __future__ import annotations
 
 import operator
-import threading
 from collections.abc import Callable, Hashable, Iterator
 from functools import partial
 from itertools import chain
@@ -21,13 +20,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, dtype, nn
 from torch.nn.modules import module as _torch_module
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastunet import folding
 from fastunet.activation import Activation
 from fastunet.blocks import known
-from fastunet.dispatch import noted_by, run
+from fastunet.dispatch import Listener, noted_by, run
 
 aten = torch.ops.aten
 _MOST = 8  # lists of a network; for more shapes of pictures all are noted anew
@@ -49,7 +47,6 @@ _SHORTER: dict[Any, Any] = {
     aten.batch_norm.default: torch.batch_norm,
 }
 
-_one_at_a_time = threading.Lock()
 _entries: WeakKeyDictionary[nn.Module, dict[Hashable, _Entry]] = WeakKeyDictionary()
 
 
@@ -77,12 +74,8 @@ def followed(network: nn.Module, x: Tensor, about: Hashable, function: Callable[
                 each.forget()
     elif entry.waiting > 0:
         entry.waiting -= 1
-    # A mode that is entered and left in one thread while it is in another leaves PyTorch's flags behind.
-    elif _one_at_a_time.acquire(blocking=False):
-        try:
-            return entry.note(network, x, function)
-        finally:
-            _one_at_a_time.release()
+    else:
+        return entry.note(network, x, function)
     return function()
 
 
@@ -215,7 +208,7 @@ class _Result(NamedTuple):
     headed: bool
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(Listener):
     """Notes the operations that are called inside."""
 
     def __init__(self, x: Tensor, held: list[Any]) -> None:

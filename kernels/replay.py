@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastunet.dispatch import Listener
 
 MOST_RECORDED = 4096  # calls: a network has a hundred, each step the same
 MOST_MAPS = 64  # of a launch: layers of the same sizes share its recording
@@ -177,7 +178,7 @@ class _About(NamedTuple):
     bytes: int
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Listener):
     """Collects what a call does as steps on a list of values: its arguments, and what is made or given by number."""
 
     def __init__(self, args: Sequence[Any], like: int):
@@ -196,19 +197,6 @@ class Recorder(TorchDispatchMode):
         for i, x in enumerate(args):
             if isinstance(x, Tensor):
                 self._is(x, i)
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """No: PyTorch imports Dynamo to keep it away, which takes seconds, and nothing here is compiled."""
-        return False
-
-    # A mode's own tell all threads by one flag, which two that record at the same time would leave set.
-    def __enter__(self) -> Recorder:
-        _push_mode(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _pop_mode()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
