@@ -55,6 +55,16 @@ def launching_nothing(architecture: str = "sm_90") -> Iterator[None]:
         yield
 
 
+@contextmanager
+def recording_nothing() -> Iterator[None]:
+    """Inside, neither an operator's call nor an inference is made again by what an earlier one did."""
+    with (
+        mock.patch("fastunet.dispatch.repeating", lambda *_: None),  # noqa: PT008 - as above
+        mock.patch("fastunet.models.followed", lambda network, x, about, function: function()),  # noqa: PT008
+    ):
+        yield
+
+
 def milliseconds(step: Callable[[], Any], seconds: float) -> tuple[float, int]:
     """The least time of ``step()``, since other processes can only add to it; and its launches."""
     for _ in range(3):  # shapes become known
@@ -111,14 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with launching_nothing():
         for network in NETWORKS:
             for name, step in steps(network):
-                with mock.patch("fastunet.dispatch.repeating", lambda *_: None):  # noqa: PT008 - as above
+                with recording_nothing():
                     first, launches = milliseconds(step, options.seconds)
                 again, same = milliseconds(step, options.seconds)
                 assert same == launches
                 lines.append((network, name, f"{first:.2f}", f"{again:.2f}", str(launches)))
     print(
         f"networks of {BASE} channels on {BATCH}×3×{SIZE}×{SIZE}, bf16 by autocast, on one CPU core, launches that do "
-        "nothing; recorded: as from the third step of a shape on"
+        "nothing; recorded: as from the third step of a shape on, which does again what an earlier one did"
     )
     print(traffic.aligned(lines))
     return 0
