@@ -60,7 +60,7 @@ def recording_nothing() -> Iterator[None]:
     """Inside, neither an operator's call nor an inference is made again by what an earlier one did."""
     with (
         mock.patch("fastunet.dispatch.repeating", lambda *_: None),  # noqa: PT008 - as above
-        mock.patch("fastunet.models.followed", lambda network, x, about, function: function()),  # noqa: PT008
+        mock.patch("fastunet.models.followed", lambda network, x, about, function: function()),
     ):
         yield
 
