@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -32,7 +32,6 @@ _LONGEST = 1024  # inferences until a network that changed is noted again
 _HELD = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FORM = operator.attrgetter("shape", "dtype", "is_cpu")
-_STRIDES = operator.methodcaller("stride")
 # Functions that call an operation in less time than it takes itself to read its arguments from Python.
 _SHORTER: dict[Any, Any] = {
     aten.maximum.default: torch.maximum,
@@ -116,15 +115,18 @@ class _State:
         modules = [*network.modules()]
         self._own = network.__dict__
         self._inner = modules[1:]  # hooks of the network itself run around all this
-        self._values = [[*value] if type(value) is list else value for value in self._attributes()]
+        attributes = self._attributes()
+        self._values = [[*value] if type(value) is list else value for value in attributes]
         dicts: list[dict[str, Any]] = [module.__dict__[name] for module in modules for name in _HELD]
-        self._filled = [each for each in dicts if each]
         self._empty = [each for each in dicts if not each]
         self._empty += [module.__dict__[name] for module in self._inner for name in _HOOKS]
-        self._sizes = [*map(len, self._filled)]
+        filled = [each for each in dicts if each]
+        places = {id(value): i for i, value in enumerate(attributes)}
+        self._places = [places[id(each)] for each in filled]
+        self._sizes, self._names = [*map(len, filled)], [*chain.from_iterable(filled)]
         self._kinds: list[Any] = [*map(type, self._inner)]
         self._calls = self._called()
-        self.held = [*self._holding()]
+        self.held = [*_holding(filled)]
         self._tensors = [t for t in self.held if isinstance(t, Tensor)]
         self._forms = self._formed()
 
@@ -142,35 +144,39 @@ class _State:
     def unchanged(self) -> bool:
         """Whether it is what it was; numbers in its tensors may be others."""
         try:
+            attributes = self._attributes()
+            filled = [*map(attributes.__getitem__, self._places)]  # others perhaps, which are only equal
             return (
-                [*map(len, self._filled)] == self._sizes
-                and all(map(operator.is_, self._holding(), self.held))
+                [*map(len, filled)] == self._sizes
+                and [*chain.from_iterable(filled)] == self._names
+                and all(map(operator.is_, _holding(filled), self.held))
                 and not any(self._empty)
-                and self._attributes() == self._values
+                and attributes == self._values
                 and self._formed() == self._forms
                 and not _torch_module._has_any_global_hook()
                 and [*map(type, self._inner)] == self._kinds
                 and self._called() == self._calls
             )
-        except (RuntimeError, TypeError, ValueError):  # of tensors or arrays that are compared
+        except Exception:  # what somebody made an attribute may not be compared, nor have a length
             return False
 
     def _attributes(self) -> list[Any]:
         """The attributes of all modules in turn: much is looked at here that no cache holds, so it is kept little."""
         return [*chain.from_iterable(map(dict.values, (self._own, *map(vars, self._inner))))]
 
-    def _holding(self) -> Iterator[Any]:
-        return chain.from_iterable(map(dict.values, self._filled))
-
     def _formed(self) -> list[Any]:
         """What a tensor may become where it is: ATen checks it in operations whose parts are listed."""
         tensors = self._tensors
-        return [*map(type, tensors), *map(_FORM, tensors), *map(_STRIDES, tensors)]
+        return [*map(type, tensors), *map(_FORM, tensors), *map(Tensor.stride, tensors)]
 
     def _called(self) -> list[Any]:
         """The methods that somebody may replace in their classes."""
         forwards = (kind.forward for kind in dict.fromkeys(self._kinds))
         return [nn.Conv2d._conv_forward, nn.Module.__call__, nn.Module._call_impl, *forwards]
+
+
+def _holding(filled: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(dict.values, filled))
 
 
 def _is_plain(value: Any) -> bool:
