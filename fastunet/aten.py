@@ -14,7 +14,7 @@ them a leaky ReLU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -235,7 +235,7 @@ def _pixel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean.to(x.dtype), var.to(x.dtype)
 
 
-def _pixel_dots(blocks: list[Tensor], gradients: Iterable[Tensor], centre: Tensor) -> tuple[Tensor, Tensor]:
+def _pixel_dots(blocks: list[Tensor], gradients: list[Tensor], centre: Tensor) -> tuple[Tensor, Tensor]:
     """Σ dz·(x − centre) and Σ dz over the pixels, per channel, of the blocks of x and of dz."""
     channels = centre.numel()
     centres = centre.repeat(blocks[0].shape[1] // channels)
@@ -257,7 +257,7 @@ def batch_norm_act(
     """A batch norm in training and act, of a slope from 0 on, of float32 channels_last memory: (z, mean, biased
     variance)."""
     mean, var = _pixel_stats(x)
-    z, _, _ = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)
+    z = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
     return activate(z, slope, inplace=True), mean, var
 
 

@@ -111,13 +111,14 @@ def dense(z: Tensor) -> Tensor:
 
 
 def _many_pixels(y: Tensor, norm: nn.BatchNorm2d) -> bool:
-    """Whether ATen's batch norm of y would lose digits, and ``norm`` is of the usual kind."""
+    """Whether ATen's batch norm of y would lose digits, and ``norm`` is of the usual kind and fits y."""
     if y.numel() < _FEW_PIXELS * y.shape[1] or y.dtype != torch.float32 or not aten.adds_one_by_one(y):
         return False
     buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
     tracked = norm.momentum is not None and all(t is not None for t in buffers)
     usual = tracked or all(t is None for t in buffers)
-    return usual and all(t is None or t.dtype == y.dtype for t in (norm.weight, norm.bias, *buffers[:2]))
+    of_y = (y.dtype, y.shape[1:2])
+    return usual and all(t is None or (t.dtype, t.shape) == of_y for t in (norm.weight, norm.bias, *buffers[:2]))
 
 
 def _batch_norm(y: Tensor, norm: nn.BatchNorm2d, slope: float) -> Tensor:

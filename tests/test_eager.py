@@ -417,6 +417,17 @@ def test_what_does_not_fit_is_refused_by_the_modules_name(train: bool, grad: boo
             pytest.raises(RuntimeError, match=rf"{part} should contain 4 elements not 1"),
         ):
             model(x)
+    many = torch.randn(1, 3, 384, 384)
+    for part in ("weight", "bias", "running_mean", "running_var") if train else ():
+        model = models()[0]
+        first = model.inc.double_conv[1]
+        wrong = torch.ones(3)  # behind which ATen's parts would read whatever is there
+        setattr(first, part, wrong if part.startswith("running") else nn.Parameter(wrong))
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(RuntimeError, match=rf"{part} should contain 4 elements not 3"),
+        ):
+            model(many)
     block = fastunet.blocks.ConvSequence(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(1)).train(train)
     with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="batch norm of 4 features, got one of 1"):
         block(x)
