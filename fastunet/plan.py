@@ -102,7 +102,7 @@ class _Entry:
             y = function()
         register = recorder.registers.get(y)
         if recorder.sound and register is not None and was.unchanged():
-            self.listed = _List(was, _Kept(recorder.compared), recorder.steps, register)
+            self.listed = _List(was, _Compared(recorder.compared), recorder.steps, register)
         else:
             self.forget()
         return y
@@ -161,7 +161,8 @@ class _State:
             return False
 
     def _attributes(self) -> list[Any]:
-        """The attributes of all modules in turn: much is looked at here that no cache holds, so it is kept little."""
+        """The attributes of all modules in turn. The caches have lost them since the last inference, so that reading
+        takes time: no more is read than has to be."""
         return [*chain.from_iterable(map(dict.values, (self._own, *map(vars, self._inner))))]
 
     def _formed(self) -> list[Any]:
@@ -264,17 +265,17 @@ def _written(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
 
-class _Kept:
-    """Copies of numbers by which a network was noted, and the tensors that are to be equal to them still."""
+class _Compared:
+    """Copies of numbers that a network had when it was noted, and its tensors, which still have to be equal to them."""
 
     def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         vectors = [pair for pair in pairs if pair[0].dim() == 1]
         self._pairs = [pair for pair in pairs if pair[0].dim() != 1]
-        self._vectors = [now for _, now in vectors]  # so many and so small that to join them takes less time
+        self._vectors = [now for _, now in vectors]  # so many and so small that joining them first takes less time
         self._joined = torch.cat([kept for kept, _ in vectors]) if vectors else None
 
     def unchanged(self) -> bool:
-        """Whether they are, where their forms are what they were."""
+        """Whether they are. Ask only where shapes and dtypes are what they were."""
         same = self._joined is None or torch.equal(self._joined, torch.cat(self._vectors))
         return same and all(torch.equal(kept, now) for kept, now in self._pairs)
 
@@ -282,8 +283,8 @@ class _Kept:
 class _List:
     """The operations of a network, as long as it is what it was."""
 
-    def __init__(self, state: _State, kept: _Kept, steps: list[_Step], result: int) -> None:
-        self._state, self._kept, self._result = state, kept, result
+    def __init__(self, state: _State, compared: _Compared, steps: list[_Step], result: int) -> None:
+        self._state, self._compared, self._result = state, compared, result
         self._steps: list[tuple[_Step, list[int]]] = []  # and which registers nobody reads behind it
         needed = {result}
         for step in reversed(steps):
@@ -300,7 +301,7 @@ class _List:
         registers: list[Any] = [None] * self._count
         registers[0] = x
         try:
-            if not (self._state.unchanged() and self._kept.unchanged()):
+            if not (self._state.unchanged() and self._compared.unchanged()):
                 return None
             for (function, given, places, options, result), done in self._steps:
                 arguments = given.copy()
