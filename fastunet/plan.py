@@ -63,7 +63,7 @@ def followed(network: nn.Module, x: Tensor, about: Hashable, function: Callable[
             entries.clear()
         entry = entries[key] = _Entry()
     if (listed := entry.listed) is not None:
-        y = listed.run(x)
+        y = listed.run(network, x)
         if y is not None:
             entry.pause = max(entry.pause - 1, 1)
             return y
@@ -94,14 +94,14 @@ class _Entry:
 
     def note(self, network: nn.Module, x: Tensor, function: Callable[[], Tensor]) -> Tensor:
         was = _State(network)
-        if not was.known():
+        if not was.known(network):
             self.forget()
             return function()
         recorder = _Recorder(x, was.held)
         with noted_by(recorder):
             y = function()
         register = recorder.registers.get(y)
-        if recorder.sound and register is not None and was.unchanged():
+        if recorder.sound and register is not None and was.unchanged(network):
             self.listed = _List(was, _Compared(recorder.compared), recorder.steps, register)
         else:
             self.forget()
@@ -113,9 +113,8 @@ class _State:
 
     def __init__(self, network: nn.Module) -> None:
         modules = [*network.modules()]
-        self._own = network.__dict__
         self._inner = modules[1:]  # hooks of the network itself run around all this
-        attributes = self._attributes()
+        attributes = self._attributes(network)
         self._values = [[*value] if type(value) is list else value for value in attributes]
         dicts: list[dict[str, Any]] = [module.__dict__[name] for module in modules for name in _HELD]
         self._empty = [each for each in dicts if not each]
@@ -130,21 +129,21 @@ class _State:
         self._tensors = [t for t in self.held if isinstance(t, Tensor)]
         self._forms = self._formed()
 
-    def known(self) -> bool:
+    def known(self, network: nn.Module) -> bool:
         """Whether nothing in it may do something else another time, or refer to the network."""
         plain = all(type(t) in (nn.Parameter, Tensor) for t in self._tensors) and all(
             _is_plain(value)
-            for own in (self._own, *map(vars, self._inner))
+            for own in map(vars, (network, *self._inner))
             for name, value in own.items()
             if name not in _HELD
         )
         lasting = not any(module.training and any(True for _ in module.buffers(False)) for module in self._inner)
         return plain and lasting and all(map(known, self._inner))
 
-    def unchanged(self) -> bool:
+    def unchanged(self, network: nn.Module) -> bool:
         """Whether it is what it was; numbers in its tensors may be others."""
         try:
-            attributes = self._attributes()
+            attributes = self._attributes(network)
             filled = [*map(attributes.__getitem__, self._places)]  # others perhaps, which are only equal
             return (
                 [*map(len, filled)] == self._sizes
@@ -160,10 +159,10 @@ class _State:
         except Exception:  # what somebody made an attribute may not be compared, nor have a length
             return False
 
-    def _attributes(self) -> list[Any]:
+    def _attributes(self, network: nn.Module) -> list[Any]:
         """The attributes of all modules in turn. The caches have lost them since the last inference, so that reading
         takes time: no more is read than has to be."""
-        return [*chain.from_iterable(map(dict.values, (self._own, *map(vars, self._inner))))]
+        return [*chain.from_iterable(map(dict.values, map(vars, (network, *self._inner))))]
 
     def _formed(self) -> list[Any]:
         """What a tensor may become where it is: ATen checks it in operations whose parts are listed."""
@@ -296,12 +295,12 @@ class _List:
         self._steps.reverse()
         self._count = 1 + max(needed)
 
-    def run(self, x: Tensor) -> Tensor | None:
+    def run(self, network: nn.Module, x: Tensor) -> Tensor | None:
         """What comes of x; None if the list is no longer true."""
         registers: list[Any] = [None] * self._count
         registers[0] = x
         try:
-            if not (self._state.unchanged() and self._compared.unchanged()):
+            if not (self._state.unchanged(network) and self._compared.unchanged()):
                 return None
             for (function, given, places, options, result), done in self._steps:
                 arguments = given.copy()

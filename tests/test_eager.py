@@ -34,7 +34,7 @@ layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, CL], ids=[
 
 def followed_thrice(network: nn.Module, x: Tensor, about: Hashable, function: Callable[[], Tensor]) -> Tensor:
     """What comes of the list of operations that an inference makes at its second time, in the tests' first."""
-    if not plan._State(network).known():
+    if not plan._State(network).known(network):
         return plan.followed(network, x, about, function)
     first, *others = (plan.followed(network, x, about, function) for _ in range(3))
     for y in others:
@@ -574,6 +574,10 @@ def test_a_network_that_is_another_is_not_taken_for_what_it_was(monkeypatch: pyt
         "one that writes to the picture": (
             lambda m: setattr(m, "inc", nn.Sequential(nn.LeakyReLU(0.5, inplace=True), m.inc)),
             False,
+        ),
+        "all that another holds": (
+            lambda m: setattr(m, "__dict__", fastunet.UNet(3, 2, base_c=4).eval().__dict__),
+            True,
         ),
         "something unknown": (lambda m: m.down2.maxpool_conv.append(nn.Tanh()), False),
     }
