@@ -90,8 +90,12 @@ def measured(row: Row) -> Iterator[Message]:
     torch.set_num_threads(row.threads)
     calls = steps(row.base, row.size, row.batch, row.bilinear, row.layout, row.mode)
 
-    def repeated(call: Callable[[], Any]) -> Callable[[], Any]:
-        return lambda: [call() for _ in range(RUN)]
+    def repeated(call: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(RUN):
+                call()  # whose result is freed at once
+
+        return run
 
     runs = {name: repeated(call) for name, call in calls.items()}
     for run in runs.values():

@@ -14,7 +14,7 @@ them a leaky ReLU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +199,8 @@ def adds_one_by_one(x: Tensor) -> bool:
 
 
 def _blocks(x: Tensor, rows: int) -> list[Tensor]:
-    """channels_last memory as blocks (rows, pixels · C, 1, 1): many pixels to a row, and one in what is left over.
+    """channels_last memory as blocks (up to ``rows``, pixels · C, 1, 1), views of it: many pixels to a row, and one in
+    what is left over.
 
     A batch norm of a block, with every pixel of a row as channels of its own, has short sums and long vectors.
     """
@@ -224,7 +225,7 @@ def _pixel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     found = [torch.batch_norm_update_stats(block, None, None, 0.0) for block in blocks]
     joined = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
     means, variances = (each.view(-1, channels) for each in joined)
-    if len({len(block) for block in blocks}) == 1:  # sums of as many pixels
+    if len({len(block) for block in blocks}) == 1:  # every sum is of as many pixels
         mean = means.mean(0)
         between = means.sub_(mean)
         return mean, variances.addcmul_(between, between).mean(0)
@@ -235,7 +236,7 @@ def _pixel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean.to(x.dtype), var.to(x.dtype)
 
 
-def _pixel_dots(blocks: list[Tensor], gradients: Iterable[Tensor], centre: Tensor) -> tuple[Tensor, Tensor]:
+def _pixel_dots(blocks: list[Tensor], gradients: list[Tensor], centre: Tensor) -> tuple[Tensor, Tensor]:
     """Σ dz·(x − centre) and Σ dz over the pixels, per channel, of the blocks of x and of dz."""
     channels = centre.numel()
     centres = centre.repeat(blocks[0].shape[1] // channels)
@@ -257,7 +258,7 @@ def batch_norm_act(
     """A batch norm in training and act, of a slope from 0 on, of float32 channels_last memory: (z, mean, biased
     variance)."""
     mean, var = _pixel_stats(x)
-    z, _, _ = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps)
+    z = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
     return activate(z, slope, inplace=True), mean, var
 
 

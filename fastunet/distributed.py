@@ -41,12 +41,12 @@ def joined() -> Iterator[None]:
 
 @contextmanager
 def group(backend: str, **options: Any) -> Iterator[None]:
-    """Inside, there is the default group of processes; behind it none of gloo's threads, unless something holds it.
+    """Inside, there is the default group of processes; afterwards none of gloo's threads, unless something holds it.
 
-    Such a thread may be about to free a tensor, for which it needs the interpreter: if that is ending just then, the
-    process is aborted. The threads end with the last reference to the group.
+    The threads end with the last reference to the group. One that is left may be about to free a tensor, for which it
+    needs the interpreter: if the interpreter is ending just then, the process is aborted.
     """
-    importlib.import_module("torch.distributed.nn")  # imported later, as DDP does, it would hold the group for good
+    importlib.import_module("torch.distributed.nn")  # if it is first imported inside, as by DDP, it holds the group
     dist.init_process_group(backend, **options)
     try:
         yield

@@ -30,10 +30,11 @@ def enter(x: Tensor) -> Tensor:
 
 @functools.cache
 def _keep_memory() -> None:
-    """Let glibc keep 64 MB that are freed: a small network's next call would find them cleared by the system, page by
-    page, which takes a third as long as the network.
+    """Let glibc keep up to 64 MB that are freed. Otherwise it returns them to the system, which clears each page anew
+    for the next call, and for a small network that takes a third as long as the network.
 
-    It keeps twice the largest block up to 32 MB that it had from the system alone: one is freed, of untouched pages.
+    It keeps twice the size of the largest block so far, up to 32 MB, that was mapped on its own and freed. So one is
+    allocated here and freed; as no page of it is touched, it costs no memory.
     """
     np.empty(32 * 10**6, np.uint8)
 
@@ -111,13 +112,14 @@ def dense(z: Tensor) -> Tensor:
 
 
 def _many_pixels(y: Tensor, norm: nn.BatchNorm2d) -> bool:
-    """Whether ATen's batch norm of y would lose digits, and ``norm`` is of the usual kind."""
+    """Whether ATen's batch norm of y would lose digits, and ``norm`` is of the usual kind and fits y."""
     if y.numel() < _FEW_PIXELS * y.shape[1] or y.dtype != torch.float32 or not aten.adds_one_by_one(y):
         return False
     buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
     tracked = norm.momentum is not None and all(t is not None for t in buffers)
     usual = tracked or all(t is None for t in buffers)
-    return usual and all(t is None or t.dtype == y.dtype for t in (norm.weight, norm.bias, *buffers[:2]))
+    of_y = (y.dtype, y.shape[1:2])
+    return usual and all(t is None or (t.dtype, t.shape) == of_y for t in (norm.weight, norm.bias, *buffers[:2]))
 
 
 def _batch_norm(y: Tensor, norm: nn.BatchNorm2d, slope: float) -> Tensor:

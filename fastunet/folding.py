@@ -107,9 +107,9 @@ def by_kept(parts: list[Tensor], conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.
         return None
     try:
         for before, now in zip(kept.numbers, numbers, strict=True):
-            if before is not now and not torch.equal(before, now):  # type: ignore[arg-type]
+            if before is not now and not (before.dtype is now.dtype and torch.equal(before, now)):  # type: ignore[union-attr,arg-type]
                 return None
-    except (RuntimeError, TypeError):  # another dtype or device, or nothing
+    except (RuntimeError, AttributeError):  # another device, or nothing
         return None
     return _run(parts, kept)
 
@@ -201,13 +201,13 @@ def _keep(parts: list[Tensor], conv: nn.Conv2d, layer: _Layer, norm: nn.Module |
     if len(parts) == 2 and 4 * (parts[0].numel() + parts[1].numel()) < _LARGE:
         parts = [joined(parts)]
     widths, settings = tuple(z.shape[1] for z in parts), (conv.padding, conv.stride, (1, 1), 1)
-    weight, bias = _folded(layer, 0)
+    copies = [None if t is None else t.detach().clone() for t in layer[:-1]]
+    weight, bias = _folded(_Layer._make([*copies, layer.eps]), 0)  # of dense memory, for which oneDNN takes a bias's
     weights = [
         _ONEDNN.reorder(w.contiguous().to_mkldnn(), *settings, z.shape)
         for w, z in zip(weight.split(widths, 1), parts, strict=True)
     ]
-    given = layer[:2] if norm is None else layer[:-1]
-    numbers = tuple(t.detach().clone() if isinstance(t, Tensor) else None for t in given)
+    numbers = tuple(copies[:2] if norm is None else copies)
     key, others = id(conv), _kept
     reference = ref(conv, lambda _: others.pop(key, None))
     kept = _kept[key] = _Kept(reference, type(norm), numbers, layer.eps, settings, widths, weights, bias)

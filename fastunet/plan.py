@@ -11,7 +11,7 @@ settings, parameters and buffers, and nobody listening. Numbers may change: wher
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -34,7 +34,6 @@ _HELD = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _NAMESPACES = ("aten", "fastunet", "mkldnn")  # what is called in others may know of more than its arguments
 _FORM = operator.attrgetter("shape", "dtype", "is_cpu")
-_STRIDES = operator.methodcaller("stride")
 # Functions that call an operation in less time than it takes itself to read its arguments from Python.
 _SHORTER: dict[Any, Any] = {
     aten.maximum.default: torch.maximum,
@@ -65,7 +64,7 @@ def followed(network: nn.Module, x: Tensor, about: Hashable, function: Callable[
             entries.clear()
         entry = entries[key] = _Entry()
     if (listed := entry.listed) is not None:
-        y = listed.run(x)
+        y = listed.run(network, x)
         if y is not None:
             entry.pause = max(entry.pause - 1, 1)
             return y
@@ -92,7 +91,7 @@ class _Entry:
 
     def note(self, network: nn.Module, x: Tensor, function: Callable[[], Activation]) -> Activation:
         was = _State(network)
-        if not was.known():
+        if not was.known(network):
             self.forget()
             return function()
         recorder = _Recorder(x, was.held)
@@ -100,9 +99,9 @@ class _Entry:
             y = function()
         x_at: int = recorder.registers.get(y.x, -1)
         affine_at: int | None = None if y.affine is None else recorder.registers.get(y.affine, -1)
-        if recorder.sound and -1 not in (x_at, affine_at) and was.unchanged():
+        if recorder.sound and -1 not in (x_at, affine_at) and was.unchanged(network):
             result = _Result(x_at, affine_at, y.slope, y.headed)
-            self.listed = _List(was, _Kept(recorder.compared), recorder.steps, result)
+            self.listed = _List(was, _Compared(recorder.compared), recorder.steps, result)
         else:
             self.forget()
         return y
@@ -113,63 +112,70 @@ class _State:
 
     def __init__(self, network: nn.Module) -> None:
         modules = [*network.modules()]
-        self._own = network.__dict__
         self._inner = modules[1:]  # hooks of the network itself run around all this
-        self._values = [[*value] if type(value) is list else value for value in self._attributes()]
+        attributes = self._attributes(network)
+        self._values = [[*value] if type(value) is list else value for value in attributes]
         dicts: list[dict[str, Any]] = [module.__dict__[name] for module in modules for name in _HELD]
-        self._filled = [each for each in dicts if each]
         self._empty = [each for each in dicts if not each]
         self._empty += [module.__dict__[name] for module in self._inner for name in _HOOKS]
-        self._sizes = [*map(len, self._filled)]
+        filled = [each for each in dicts if each]
+        places = {id(value): i for i, value in enumerate(attributes)}
+        self._places = [places[id(each)] for each in filled]
+        self._sizes, self._names = [*map(len, filled)], [*chain.from_iterable(filled)]
         self._kinds: list[Any] = [*map(type, self._inner)]
         self._calls = self._called()
-        self.held = [*self._holding()]
+        self.held = [*_holding(filled)]
         self._tensors = [t for t in self.held if isinstance(t, Tensor)]
         self._forms = self._formed()
 
-    def known(self) -> bool:
+    def known(self, network: nn.Module) -> bool:
         """Whether nothing in it may do something else another time, or refer to the network."""
         plain = all(type(t) in (nn.Parameter, Tensor) for t in self._tensors) and all(
             _is_plain(value)
-            for own in (self._own, *map(vars, self._inner))
+            for own in map(vars, (network, *self._inner))
             for name, value in own.items()
             if name not in _HELD
         )
         lasting = not any(module.training and any(True for _ in module.buffers(False)) for module in self._inner)
         return plain and lasting and all(type(m) is nn.ModuleList or known(m) for m in self._inner)
 
-    def unchanged(self) -> bool:
+    def unchanged(self, network: nn.Module) -> bool:
         """Whether it is what it was; numbers in its tensors may be others."""
         try:
+            attributes = self._attributes(network)
+            filled = [*map(attributes.__getitem__, self._places)]  # others perhaps, which are only equal
             return (
-                [*map(len, self._filled)] == self._sizes
-                and all(map(operator.is_, self._holding(), self.held))
+                [*map(len, filled)] == self._sizes
+                and [*chain.from_iterable(filled)] == self._names
+                and all(map(operator.is_, _holding(filled), self.held))
                 and not any(self._empty)
-                and self._attributes() == self._values
+                and attributes == self._values
                 and self._formed() == self._forms
                 and not _torch_module._has_any_global_hook()
                 and [*map(type, self._inner)] == self._kinds
                 and self._called() == self._calls
             )
-        except (RuntimeError, TypeError, ValueError):  # of tensors or arrays that are compared
+        except Exception:  # what somebody made an attribute may not be compared, nor have a length
             return False
 
-    def _attributes(self) -> list[Any]:
-        """The attributes of all modules in turn: much is looked at here that no cache holds, so it is kept little."""
-        return [*chain.from_iterable(map(dict.values, (self._own, *map(vars, self._inner))))]
-
-    def _holding(self) -> Iterator[Any]:
-        return chain.from_iterable(map(dict.values, self._filled))
+    def _attributes(self, network: nn.Module) -> list[Any]:
+        """The attributes of all modules in turn. The caches have lost them since the last inference, so that reading
+        takes time: no more is read than has to be."""
+        return [*chain.from_iterable(map(dict.values, map(vars, (network, *self._inner))))]
 
     def _formed(self) -> list[Any]:
         """What a tensor may become where it is: ATen checks it in operations whose parts are listed."""
         tensors = self._tensors
-        return [*map(type, tensors), *map(_FORM, tensors), *map(_STRIDES, tensors)]
+        return [*map(type, tensors), *map(_FORM, tensors), *map(Tensor.stride, tensors)]
 
     def _called(self) -> list[Any]:
         """The methods that somebody may replace in their classes."""
         forwards = (kind.forward for kind in dict.fromkeys(self._kinds))
         return [nn.Conv2d._conv_forward, nn.Module.__call__, nn.Module._call_impl, *forwards]
+
+
+def _holding(filled: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    return chain.from_iterable(map(dict.values, filled))
 
 
 def _is_plain(value: Any) -> bool:
@@ -279,17 +285,17 @@ def _written(argument: Any) -> bool:
     return argument.alias_info is not None and argument.alias_info.is_write
 
 
-class _Kept:
-    """Copies of numbers by which a network was noted, and the tensors that are to be equal to them still."""
+class _Compared:
+    """Copies of numbers that a network had when it was noted, and its tensors, which still have to be equal to them."""
 
     def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         vectors = [pair for pair in pairs if pair[0].dim() == 1]
         self._pairs = [pair for pair in pairs if pair[0].dim() != 1]
-        self._vectors = [now for _, now in vectors]  # so many and so small that to join them takes less time
+        self._vectors = [now for _, now in vectors]  # so many and so small that joining them first takes less time
         self._joined = torch.cat([kept for kept, _ in vectors]) if vectors else None
 
     def unchanged(self) -> bool:
-        """Whether they are, where their forms are what they were."""
+        """Whether they are. Ask only where shapes and dtypes are what they were."""
         same = self._joined is None or torch.equal(self._joined, torch.cat(self._vectors))
         return same and all(torch.equal(kept, now) for kept, now in self._pairs)
 
@@ -297,8 +303,8 @@ class _Kept:
 class _List:
     """The operations of a network, as long as it is what it was."""
 
-    def __init__(self, state: _State, kept: _Kept, steps: list[_Step], result: _Result) -> None:
-        self._state, self._kept, self._result = state, kept, result
+    def __init__(self, state: _State, compared: _Compared, steps: list[_Step], result: _Result) -> None:
+        self._state, self._compared, self._result = state, compared, result
         self._steps: list[tuple[_Step, list[int]]] = []  # and which registers nobody reads behind it
         needed = {register for register in result[:2] if register is not None}
         for step in reversed(steps):
@@ -309,12 +315,12 @@ class _List:
         self._steps.reverse()
         self._count = 1 + max(needed)
 
-    def run(self, x: Tensor) -> Activation | None:
+    def run(self, network: nn.Module, x: Tensor) -> Activation | None:
         """What comes of x; None if the list is no longer true."""
         registers: list[Any] = [None] * self._count
         registers[0] = x
         try:
-            if not (self._state.unchanged() and self._kept.unchanged()):
+            if not (self._state.unchanged(network) and self._compared.unchanged()):
                 return None
             for (function, given, places, options, results, several), done in self._steps:
                 arguments = given.copy()

@@ -38,7 +38,7 @@ layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, CL], ids=[
 
 def followed_thrice(network: nn.Module, x: Tensor, about: Hashable, function: Callable[[], Activation]) -> Activation:
     """What comes of the list of operations that an inference makes at its second time, in the tests' first."""
-    if not plan._State(network).known():
+    if not plan._State(network).known(network):
         return plan.followed(network, x, about, function)
     first, *others = (plan.followed(network, x, about, function) for _ in range(3))
     for y in others:
@@ -277,6 +277,13 @@ def test_weights_that_change_are_noticed(known: bool, monkeypatch: pytest.Monkey
         model.inc.double_conv[4] = nn.BatchNorm2d(4, affine=False).eval()
         model.up1.conv.double_conv[1] = nn.Identity()
     same()
+    for model in pair:
+        model.inc.double_conv[4] = nn.Identity()
+        model.inc.double_conv[3].bias = nn.Parameter(torch.zeros(4))
+    for stride in (2, 3):  # of the bias, for which oneDNN takes 1
+        for model in pair:
+            model.inc.double_conv[3].bias.data = torch.arange(4.0).repeat_interleave(stride)[::stride]
+        same()
     del model, write
     pair.clear()
     gc.collect()
@@ -286,9 +293,10 @@ def test_weights_that_change_are_noticed(known: bool, monkeypatch: pytest.Monkey
 def test_what_onednn_would_not_refuse_is_refused() -> None:
     """What was kept of a layer serves no input and no parameters that do not fit it."""
     block = fastunet.blocks.ConvSequence(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)).eval()
-    x = torch.randn(2, 3, 32, 32)
+    x = torch.randn(2, 3, 32, 32).contiguous(memory_format=CL)
     with torch.no_grad():
         block(x)
+        assert (id(block[0]) in folding._kept) == (folding._ONEDNN is not None)
         for wrong in (x[:, :2], torch.cat([x, x], 1)):
             with pytest.raises(ValueError, match="expected 3 channels"):
                 block(wrong)
@@ -298,6 +306,7 @@ def test_what_onednn_would_not_refuse_is_refused() -> None:
         for name, part in (
             ("0.bias", torch.zeros(1)),
             ("0.bias", torch.zeros(4).double()),
+            ("0.bias", block[0].bias.double()),  # the same numbers
             ("1.weight", torch.ones(1)),
         ):
             owner, _, attribute = name.partition(".")
@@ -306,6 +315,7 @@ def test_what_onednn_would_not_refuse_is_refused() -> None:
             with pytest.raises(RuntimeError):
                 block(x)
             setattr(block[int(owner)], attribute, kept)
+            block(x)
 
 
 def test_tangents_go_through_a_large_concatenation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,6 +421,17 @@ def test_what_does_not_fit_is_refused_by_the_modules_name(train: bool, grad: boo
             pytest.raises(RuntimeError, match=rf"{part} should contain 4 elements not 1"),
         ):
             model(x)
+    many = torch.randn(1, 3, 384, 384)
+    for part in ("weight", "bias", "running_mean", "running_var") if train else ():
+        model = models()[0]
+        first = model.inc.double_conv[1]
+        wrong = torch.ones(3)  # behind which ATen's parts would read whatever is there
+        setattr(first, part, wrong if part.startswith("running") else nn.Parameter(wrong))
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(RuntimeError, match=rf"{part} should contain 4 elements not 3"),
+        ):
+            model(many)
     block = fastunet.blocks.ConvSequence(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(1)).train(train)
     with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="batch norm of 4 features, got one of 1"):
         block(x)
@@ -553,6 +574,17 @@ def test_a_network_that_is_another_is_not_taken_for_what_it_was(backend: str, mo
     def hook(module: nn.Module, *_: object) -> None:
         seen.append(type(module).__name__)
 
+    def swapped(block: nn.Module) -> dict[str, nn.Module]:
+        """The first two ReLUs and norms of a block exchanged: a dict that is equal to what was."""
+        conv, norm, relu, *rest = block.double_conv._modules.items()
+        return dict([conv, relu, norm, *rest])
+
+    def renamed(tensors: dict[str, Any]) -> None:
+        """In the same order, a weight is called bias now and a bias weight."""
+        weight, bias = tensors.values()
+        tensors.clear()
+        tensors.update(bias=weight, weight=bias)
+
     def without_hooks(model: nn.Module) -> None:
         for module in model.modules():
             module._forward_hooks.clear()
@@ -572,6 +604,9 @@ def test_a_network_that_is_another_is_not_taken_for_what_it_was(backend: str, mo
         "a bias more": (lambda m: setattr(m.up1.conv.double_conv[0], "bias", nn.Parameter(torch.ones(32))), True),
         "a number": (lambda m: setattr(m.get_submodule(norm), "eps", 0.5), True),
         "a module": (lambda m: setattr(m.inc.double_conv, "2", nn.LeakyReLU(0.2)), True),
+        "modules in another order": (lambda m: m.inc.double_conv.__dict__.update(_modules=swapped(m.inc)), True),
+        "and back": (lambda m: m.inc.double_conv.__dict__.update(_modules=swapped(m.inc)), True),
+        "tensors under each other's names": (lambda m: renamed(m.get_submodule(norm)._parameters), True),
         "a slope": (lambda m: setattr(m.get_submodule(relu), "negative_slope", 0.4), True),
         "a module less": (lambda m: m.down1.maxpool_conv[1].double_conv.__delitem__(5), True),
         "a class": (lambda m: setattr(m.get_submodule(relu), "__class__", nn.ReLU), True),
@@ -584,6 +619,10 @@ def test_a_network_that_is_another_is_not_taken_for_what_it_was(backend: str, mo
         "one that writes to the picture": (
             lambda m: setattr(m, "inc", nn.Sequential(nn.LeakyReLU(0.5, inplace=True), m.inc)),
             backend == "torch",  # to a copy in the weights' layout
+        ),
+        "all that another holds": (
+            lambda m: setattr(m, "__dict__", fastunet.UNet(3, 2, base_c=4).eval().__dict__),
+            True,
         ),
         "something unknown": (lambda m: m.down2.maxpool_conv.append(nn.Tanh()), False),
     }
@@ -623,6 +662,10 @@ def test_who_listens_or_replaces_is_heard(monkeypatch: pytest.MonkeyPatch) -> No
         model(x)
         handle.remove()
         assert len(seen) > 60
+        model.note = None
+        for _ in range(4):
+            model(x)
+        assert listed(model)
         model.note = nothing_equals = type("Odd", (), {"__eq__": lambda *_: [].missing})()
         for _ in range(4):
             model(x)
