@@ -278,22 +278,23 @@ class StatsLoss(nn.Module):
         settings = self._settings(logits.shape[1], logits.device)
         mode, ignore_index = settings.pop("mode"), settings.pop("ignore_index")
         _check(logits.shape, logits.device, labels, mode, ignore_index, pixel_weight)
-        pixel_weight, excess = self._emphasis(labels, pixel_weight, logits.dtype)
+        pixel_weight, total = self._emphasis(labels, pixel_weight, logits.dtype)
         wanted = list(settings.values())
-        return _less(_stats(logits, labels, pixel_weight, mode, ignore_index, wanted, self.backend), excess)
+        return _totalled(_stats(logits, labels, pixel_weight, mode, ignore_index, wanted, self.backend), total)
 
     def _emphasis(
         self, labels: Tensor, pixel_weight: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor | None]:
-        """``pixel_weight`` times ``pos_weight`` where the label is 1, and what that adds to each sample's sum."""
+        """``pixel_weight`` times ``pos_weight`` where the label is 1, and each sample's sum of weights without that."""
         if self.pos_weight is None:
             return pixel_weight, None
         plane = labels[:, 0] if labels.dim() == 4 else labels
-        positive = ((plane == 1) if self.ignore_index != 1 else torch.zeros_like(plane)).to(stats_dtype(dtype))
-        added = positive * (self.pos_weight - 1)
+        # In 64 bits: uint8 would wrap a negative ignore_index around.
+        kept = plane.to(torch.int64) != (NEVER if self.ignore_index is None else self.ignore_index)
+        weight = kept.to(stats_dtype(dtype))
         if pixel_weight is not None:
-            added = added * pixel_weight
-        return added + (1 if pixel_weight is None else pixel_weight), added.flatten(1).sum(1)
+            weight = pixel_weight.to(weight.dtype).masked_fill(~kept, 0)
+        return torch.where(plane == 1, weight * self.pos_weight, weight), weight.flatten(1).sum(1)
 
     def head_stats(
         self,
@@ -315,9 +316,9 @@ class StatsLoss(nn.Module):
         shape = (act.x.shape[0], weight.shape[0], act.x.shape[2], act.x.shape[3])
         _check(shape, act.x.device, labels, mode, ignore_index, pixel_weight)
         ignored = NEVER if ignore_index is None else ignore_index
-        pixel_weight, excess = self._emphasis(labels, pixel_weight, act.x.dtype)
+        pixel_weight, total = self._emphasis(labels, pixel_weight, act.x.dtype)
         wanted = list(settings.values())
-        return _less(head_stats(act, weight, bias, labels, pixel_weight, mode, ignored, wanted, backend), excess)
+        return _totalled(head_stats(act, weight, bias, labels, pixel_weight, mode, ignored, wanted, backend), total)
 
     def _settings(self, classes: int, device: torch.device) -> dict[str, Any]:
         """The arguments of :func:`softmax_stats` for logits of so many classes on ``device``."""
@@ -366,12 +367,12 @@ class StatsLoss(nn.Module):
         return classes == 1 if self.sigmoid is None else self.sigmoid
 
 
-def _less(stats: Tensor, excess: Tensor | None) -> Tensor:
-    """Statistics whose sums of weights are less by ``excess`` (N,): a mean is over weights without pos_weight."""
-    if excess is None:
+def _totalled(stats: Tensor, total: Tensor | None) -> Tensor:
+    """Statistics whose sums of weights are ``total`` (N,): a mean is over weights without pos_weight, and the digits of
+    a sum with it do not hold theirs."""
+    if total is None:
         return stats
-    total = stats[..., 5:6] - excess.view(-1, 1, 1)
-    return torch.cat([stats[..., :5], total, stats[..., 6:]], -1)
+    return torch.cat([stats[..., :5], total.view(-1, 1, 1), stats[..., 6:]], -1)
 
 
 # Arguments of MONAI's losses that these do not have, and why.

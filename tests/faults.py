@@ -541,9 +541,16 @@ FOUND = [
     Fault(
         "pos_weight is no weight of the mean",
         "fastunet/losses.py",
-        "return added + (1 if pixel_weight is None else pixel_weight), added.flatten(1).sum(1)",
-        "return added + (1 if pixel_weight is None else pixel_weight), None",
+        "return torch.where(plane == 1, weight * self.pos_weight, weight), weight.flatten(1).sum(1)",
+        "return torch.where(plane == 1, weight * self.pos_weight, weight), None",
         "tests/test_losses.py::test_pos_weight_is_pytorchs",
+    ),
+    Fault(
+        "pos_weight multiplies infinite weights of ignored pixels",
+        "fastunet/losses.py",
+        "weight = pixel_weight.to(weight.dtype).masked_fill(~kept, 0)",
+        "weight = pixel_weight.to(weight.dtype) * kept",
+        "tests/test_losses.py::test_a_large_pos_weight_costs_no_digits_of_the_mean",
     ),
     Fault(
         "class weights in float64 are rounded",
