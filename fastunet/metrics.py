@@ -212,7 +212,8 @@ class ConfusionMatrix(nn.Module):
         elif has_values(wrong) and bool(wrong):
             check_labels(labels, self.num_classes, self.ignore_index)
             self._refuse(prediction, labels)
-        self.matrix += counts[:-1].to(self.matrix.device)
+        # Not in place: one that was made in inference mode counts outside it too.
+        self.matrix = self.matrix + counts[:-1].to(self.matrix.device)
 
     def _count(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(C + 1, C) counts; the last row is for labels that are no class."""
@@ -251,7 +252,7 @@ class ConfusionMatrix(nn.Module):
 
     def reset(self) -> None:
         """Forget every batch."""
-        self.matrix.zero_()
+        self.matrix = torch.zeros_like(self.matrix)
 
     def all_reduce(self) -> ConfusionMatrix:
         """A new matrix with the counts of all processes of ``torch.distributed``; a copy where it is not initialised.

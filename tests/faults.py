@@ -546,6 +546,13 @@ FOUND = [
         "tests/test_losses.py::test_pos_weight_is_pytorchs",
     ),
     Fault(
+        "a program exported without gradients cannot be called with them",
+        "fastunet/dispatch.py",
+        "_FUNCTIONS[operator] = _underivable(operator)",
+        "return operator",
+        "tests/test_models.py::test_a_program_exported_without_gradients_is_called_with_them",
+    ),
+    Fault(
         "pos_weight multiplies infinite weights of ignored pixels",
         "fastunet/losses.py",
         "weight = pixel_weight.to(weight.dtype).masked_fill(~kept, 0)",
