@@ -265,17 +265,18 @@ class StatsLoss(nn.Module):
         self.backend = backend
         self.register_buffer("weight", weight)
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
         """Loss of logits (N, C, H, W) and labels as in :func:`softmax_stats`, which see for errors.
 
-        In float32 (float64 for float64 logits); a scalar unless reduction is "none".
+        In float32 (float64 for float64 logits); a scalar unless reduction is "none". ``pixel_weight`` (N, H, W) weighs
+        the cross-entropy, for instance :func:`unet_weight_map`; a loss that has none refuses it.
         """
-        return self.from_stats(self.stats(logits, labels))
+        return self.from_stats(self.stats(logits, labels, pixel_weight))
 
     def stats(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
         """The statistics (N, C, 7) that :meth:`from_stats` needs."""
         _check_logits(logits)
-        settings = self._settings(logits.shape[1], logits.device)
+        settings = self._settings(logits.shape[1], logits.device, pixel_weight)
         mode, ignore_index = settings.pop("mode"), settings.pop("ignore_index")
         _check(logits.shape, logits.device, labels, mode, ignore_index, pixel_weight)
         pixel_weight, total = self._emphasis(labels, pixel_weight, logits.dtype)
@@ -306,13 +307,8 @@ class StatsLoss(nn.Module):
         backend: str,
     ) -> Tensor:
         """:meth:`stats` of the logits that a 1×1 convolution makes of an activation; the logits are never stored."""
-        settings = self._settings(weight.shape[0], act.x.device)
+        settings = self._settings(weight.shape[0], act.x.device, pixel_weight)
         mode, ignore_index = settings.pop("mode"), settings.pop("ignore_index")
-        if pixel_weight is not None and not settings["entropy"]:
-            raise ValueError(
-                f"expected no pixel_weight with {type(self).__name__}, which has no cross-entropy to weigh, got one; "
-                "leave it out or take DiceCELoss"
-            )
         shape = (act.x.shape[0], weight.shape[0], act.x.shape[2], act.x.shape[3])
         _check(shape, act.x.device, labels, mode, ignore_index, pixel_weight)
         ignored = NEVER if ignore_index is None else ignore_index
@@ -320,8 +316,13 @@ class StatsLoss(nn.Module):
         wanted = list(settings.values())
         return _totalled(head_stats(act, weight, bias, labels, pixel_weight, mode, ignored, wanted, backend), total)
 
-    def _settings(self, classes: int, device: torch.device) -> dict[str, Any]:
+    def _settings(self, classes: int, device: torch.device, pixel_weight: Tensor | None) -> dict[str, Any]:
         """The arguments of :func:`softmax_stats` for logits of so many classes on ``device``."""
+        if pixel_weight is not None and not self._wanted()["entropy"]:
+            raise ValueError(
+                f"expected no pixel_weight with {type(self).__name__}, which has no cross-entropy to weigh, got one; "
+                "leave it out or take DiceCELoss"
+            )
         for name, buffer in self._buffers.items():
             if buffer is not None and buffer.device != device:
                 raise ValueError(
@@ -647,10 +648,6 @@ class CrossEntropyLoss(StatsLoss):
         self.label_smoothing = label_smoothing
         self.pos_weight = pos_weight
 
-    def forward(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
-        """A scalar; ``pixel_weight`` is (N, H, W). Shapes, dtypes and errors as in :func:`softmax_stats`."""
-        return self.from_stats(self.stats(logits, labels, pixel_weight))
-
     def from_stats(self, stats: Tensor) -> Tensor:
         """The loss of statistics (N, C, 7) as :func:`softmax_stats` returns them."""
         return _cross_entropy(self, stats, self.label_smoothing)
@@ -721,13 +718,6 @@ class DiceCELoss(DiceLoss):
         self.lambda_ce = lambda_ce
         self.label_smoothing = label_smoothing
 
-    def forward(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
-        """A scalar; ``pixel_weight`` (N, H, W) weighs the cross-entropy, for instance :func:`unet_weight_map`.
-
-        Shapes, dtypes and errors as in :func:`softmax_stats`.
-        """
-        return self.from_stats(self.stats(logits, labels, pixel_weight))
-
     def from_stats(self, stats: Tensor) -> Tensor:
         """The loss of statistics (N, C, 7) as :func:`softmax_stats` returns them."""
         entropy = _cross_entropy(self, stats, self.label_smoothing)
@@ -756,9 +746,9 @@ class GlobalLoss(StatsLoss):
             raise TypeError(f"expected a loss of fastunet.losses, got {said(loss)}; construct one of those")
         self.local = loss
 
-    def forward(self, logits: Tensor, labels: Tensor, *pixel_weight: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
         """The loss, the same in every process; arguments as ``loss`` takes them."""
-        return self.from_stats(self.local.stats(logits, labels, *pixel_weight))
+        return self.from_stats(self.local.stats(logits, labels, pixel_weight))
 
     def from_stats(self, stats: Tensor) -> Tensor:
         """The loss of statistics (N, C, 7) here and those of the other processes."""
