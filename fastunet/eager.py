@@ -114,21 +114,22 @@ def _many_pixels(y: Tensor, norm: nn.BatchNorm2d) -> bool:
     """Whether ATen's batch norm of y would lose digits, and ``norm`` is of the usual kind."""
     if y.numel() < _FEW_PIXELS * y.shape[1] or y.dtype != torch.float32 or not aten.adds_one_by_one(y):
         return False
-    buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    tracked = norm.momentum is not None and all(t is not None for t in buffers)
-    usual = tracked or all(t is None for t in buffers)
-    return usual and all(t is None or t.dtype == y.dtype for t in (norm.weight, norm.bias, *buffers[:2]))
+    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return all(t is None or t.dtype == y.dtype for t in tensors)
 
 
 def _batch_norm(y: Tensor, norm: nn.BatchNorm2d, slope: float) -> Tensor:
     z, mean, var = ops.batch_norm_act(y, norm.weight, norm.bias, norm.eps, slope)
-    if norm.training and norm.track_running_stats and norm.running_mean is not None:
-        assert norm.num_batches_tracked is not None
-        assert norm.running_var is not None
-        assert norm.momentum is not None
-        norm.num_batches_tracked.add_(1)
-        count = y.numel() // y.shape[1]
-        aten.update_running_stats(norm.running_mean, norm.running_var, mean, var, count, norm.momentum)
+    if norm.training and norm.track_running_stats:
+        momentum, batches = norm.momentum, norm.num_batches_tracked
+        if batches is not None:
+            batches.add_(1)
+            if momentum is None:  # the mean of all batches, as torch.optim.swa_utils.update_bn asks for
+                momentum = 1 / float(batches)
+        if norm.running_mean is not None:
+            assert norm.running_var is not None
+            count = y.numel() // y.shape[1]
+            aten.update_running_stats(norm.running_mean, norm.running_var, mean, var, count, momentum or 0.0)
     return z
 
 

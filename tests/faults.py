@@ -458,9 +458,16 @@ TORCH = [
     Fault(
         "batches are not counted",
         "fastunet/eager.py",
-        "        norm.num_batches_tracked.add_(1)\n",
-        "",
+        "            batches.add_(1)\n            if momentum is None:  # the mean",
+        "            if momentum is None:  # the mean",
         "tests/test_eager.py::test_a_large_picture_trains_as_the_reference",
+    ),
+    Fault(
+        "cumulative batch norms of many pixels are ATen's",
+        "fastunet/eager.py",
+        "    return all(t is None or t.dtype == y.dtype for t in tensors)\n",
+        "    return norm.momentum is not None and all(t is None or t.dtype == y.dtype for t in tensors)\n",
+        "tests/test_eager.py::test_unusual_batch_norms_over_many_pixels",
     ),
     Fault(
         "checkpointing moves statistics twice",

@@ -139,6 +139,24 @@ def test_a_layer_over_many_pixels_is_as_exact_as_pytorchs(backend: str, layout: 
         assert worst(f, t) <= 2 * worst(e, t) + 2e-7  # two units of float32's last place
 
 
+@pytest.mark.parametrize("what", ["cumulative", "uncounted", "cumulative-uncounted", "counted-alone"])
+def test_unusual_batch_norms_over_many_pixels(what: str) -> None:
+    """Running statistics as exact as elsewhere, also those that torch.optim.swa_utils.update_bn makes."""
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, momentum=None if "cum" in what else 0.1))
+    if "uncounted" in what:
+        plain[1].num_batches_tracked = None
+    if what == "counted-alone":
+        plain[1].running_mean = plain[1].running_var = None
+    ours, truth = fastunet.blocks.ConvSequence(*copy.deepcopy(plain)), copy.deepcopy(plain).double()
+    with torch.no_grad():
+        for _ in range(2):
+            x = channels_last(torch.randn(2, 3, 512, 512) + 1)
+            torch.testing.assert_close(ours(x).double(), truth(x.double()), rtol=1e-5, atol=1e-5)
+    assert dict(ours[1].named_buffers()).keys() == dict(truth[1].named_buffers()).keys()
+    for found, expected in zip(ours[1].buffers(), truth[1].buffers(), strict=True):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.usefixtures("threads")
 @layouts
 def test_statistics_over_many_pixels(layout: torch.memory_format) -> None:
