@@ -74,6 +74,8 @@ def layer(
             if slope >= 0:
                 return _batch_norm(y, norm, slope)
             y = _batch_norm(y, norm, 1.0)
+        elif context.precise and type(norm) is nn.GroupNorm and _loses_digits(y):
+            y = layout.channels_last(norm(y.contiguous()))
         else:
             y = norm(y)
     return aten.activate(y, slope, inplace=True)
@@ -110,12 +112,15 @@ def dense(z: Tensor) -> Tensor:
     return z
 
 
+def _loses_digits(y: Tensor) -> bool:
+    """Whether ATen's batch or group norm of y would lose digits."""
+    return y.numel() >= _FEW_PIXELS * y.shape[1] and y.dtype == torch.float32 and aten.adds_one_by_one(y)
+
+
 def _many_pixels(y: Tensor, norm: nn.BatchNorm2d) -> bool:
     """Whether ATen's batch norm of y would lose digits, and ``norm`` is of the usual kind."""
-    if y.numel() < _FEW_PIXELS * y.shape[1] or y.dtype != torch.float32 or not aten.adds_one_by_one(y):
-        return False
     tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    return all(t is None or t.dtype == y.dtype for t in tensors)
+    return _loses_digits(y) and all(t is None or t.dtype == y.dtype for t in tensors)
 
 
 def _batch_norm(y: Tensor, norm: nn.BatchNorm2d, slope: float) -> Tensor:

@@ -139,6 +139,22 @@ def test_a_layer_over_many_pixels_is_as_exact_as_pytorchs(backend: str, layout: 
         assert worst(f, t) <= 2 * worst(e, t) + 2e-7  # two units of float32's last place
 
 
+def test_a_group_norm_over_many_pixels_is_as_exact_as_pytorchs() -> None:
+    """Values and gradients: ATen's adds up what lies in channels_last memory one by one."""
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU())
+    ours, exact = fastunet.blocks.ConvSequence(*copy.deepcopy(plain)), copy.deepcopy(plain).double()
+    x, direction = channels_last(torch.randn(1, 3, 512, 512) + 1), torch.rand(1, 4, 512, 512)
+    results = []
+    for model, leaf in ((exact, x.double()), (plain, x.contiguous()), (ours, x)):
+        y = model(leaf.requires_grad_())
+        gradients = torch.autograd.grad(y, [leaf, model[0].weight], direction.to(y))
+        with torch.no_grad():
+            torch.testing.assert_close(model(leaf), y, rtol=1e-5, atol=1e-5)
+        results.append([y.detach(), *gradients])
+    for t, e, f in zip(*results, strict=True):
+        assert worst([f], [t]) <= 2 * worst([e], [t]) + 2e-7  # two units of float32's last place
+
+
 @pytest.mark.parametrize("what", ["cumulative", "uncounted", "cumulative-uncounted", "counted-alone"])
 def test_unusual_batch_norms_over_many_pixels(what: str) -> None:
     """Running statistics as exact as elsewhere, also those that torch.optim.swa_utils.update_bn makes."""
