@@ -58,6 +58,7 @@ for _name in (
     "test_whole_network_through_the_kernels",
     "test_sibling_networks_forward_through_the_kernels",
     "test_export",
+    "test_a_program_exported_without_gradients_is_called_with_them",
     "test_second_derivatives_are_refused_not_wrong",
     "test_default_sizes_are_the_published_ones",
     "test_same_state_dict",
