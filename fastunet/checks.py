@@ -25,9 +25,11 @@ def said(value: Any) -> str:
 
 
 def check_tensor(name: str, x: Any) -> None:
-    """Raise TypeError if ``x`` is no tensor."""
+    """Raise TypeError if ``x`` is no tensor in dense memory."""
     if not isinstance(x, Tensor):
         raise TypeError(f"expected {name} as a torch.Tensor, got {type(x).__name__}; convert it with torch.as_tensor")
+    if x.layout is not torch.strided:
+        raise TypeError(f"expected {name} as a dense tensor, got {x.layout}; convert it with .to_dense()")
 
 
 def check_number(name: str, value: Any) -> None:

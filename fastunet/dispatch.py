@@ -59,10 +59,12 @@ def register(
     """
     names = _names(_C.parse_schema(schema))
     operator = _define(schema, _bound(fake, names), None if check is None else _bound(check, names))
-    if backward is not None:
+    if backward is None:
+        _FUNCTIONS[operator] = _underivable(operator)
+    else:
         assert results is not None
         _FUNCTIONS[operator] = _derivative(operator, backward, results)
-        _LIBRARY.impl(operator._opname, lambda *args: _differentiable(operator, *args), "Autograd")
+    _LIBRARY.impl(operator._opname, lambda *args: _differentiable(operator, *args), "Autograd")
     return operator
 
 
@@ -270,6 +272,26 @@ def _derivative(
 
     Derivative.__name__ = Derivative.__qualname__ = operator._opname
     return Derivative
+
+
+def _underivable(operator: Operator) -> type[torch.autograd.Function]:
+    """``operator``, which has no derivative: a program that was exported without gradients may be called with them, but
+    nobody gets one that is missing a part."""
+
+    class Underivable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            return run(operator, *args)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            raise RuntimeError(
+                f"expected no gradient through fastunet::{operator._opname}, which has no derivative, got a backward; "
+                "export or trace the network with gradients enabled, where it is not called"
+            )
+
+    Underivable.__name__ = Underivable.__qualname__ = operator._opname
+    return Underivable
 
 
 def refuse_second_derivative() -> None:

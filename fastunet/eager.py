@@ -75,6 +75,8 @@ def layer(
             if slope >= 0:
                 return _batch_norm(y, norm, slope)
             y = _batch_norm(y, norm, 1.0)
+        elif context.precise and type(norm) is nn.GroupNorm and _loses_digits(y):
+            y = layout.channels_last(norm(y.contiguous()))
         else:
             y = norm(y)
     return aten.activate(y, slope, inplace=True)
@@ -111,26 +113,29 @@ def dense(z: Tensor) -> Tensor:
     return z
 
 
+def _loses_digits(y: Tensor) -> bool:
+    """Whether ATen's batch or group norm of y would lose digits."""
+    return y.numel() >= _FEW_PIXELS * y.shape[1] and y.dtype == torch.float32 and aten.adds_one_by_one(y)
+
+
 def _many_pixels(y: Tensor, norm: nn.BatchNorm2d) -> bool:
     """Whether ATen's batch norm of y would lose digits, and ``norm`` is of the usual kind and fits y."""
-    if y.numel() < _FEW_PIXELS * y.shape[1] or y.dtype != torch.float32 or not aten.adds_one_by_one(y):
-        return False
-    buffers = (norm.running_mean, norm.running_var, norm.num_batches_tracked)
-    tracked = norm.momentum is not None and all(t is not None for t in buffers)
-    usual = tracked or all(t is None for t in buffers)
-    of_y = (y.dtype, y.shape[1:2])
-    return usual and all(t is None or (t.dtype, t.shape) == of_y for t in (norm.weight, norm.bias, *buffers[:2]))
+    tensors, of_y = (norm.weight, norm.bias, norm.running_mean, norm.running_var), (y.dtype, y.shape[1:2])
+    return _loses_digits(y) and all(t is None or (t.dtype, t.shape) == of_y for t in tensors)
 
 
 def _batch_norm(y: Tensor, norm: nn.BatchNorm2d, slope: float) -> Tensor:
     z, mean, var = ops.batch_norm_act(y, norm.weight, norm.bias, norm.eps, slope)
-    if norm.training and norm.track_running_stats and norm.running_mean is not None:
-        assert norm.num_batches_tracked is not None
-        assert norm.running_var is not None
-        assert norm.momentum is not None
-        norm.num_batches_tracked.add_(1)
-        count = y.numel() // y.shape[1]
-        aten.update_running_stats(norm.running_mean, norm.running_var, mean, var, count, norm.momentum)
+    if norm.training and norm.track_running_stats:
+        momentum, batches = norm.momentum, norm.num_batches_tracked
+        if batches is not None:
+            batches.add_(1)
+            if momentum is None:  # the mean of all batches, as torch.optim.swa_utils.update_bn asks for
+                momentum = 1 / float(batches)
+        if norm.running_mean is not None:
+            assert norm.running_var is not None
+            count = y.numel() // y.shape[1]
+            aten.update_running_stats(norm.running_mean, norm.running_var, mean, var, count, momentum or 0.0)
     return z
 
 

@@ -106,6 +106,11 @@ def conv_bn_relu(
             f"expected weight of shape (K, {x.shape[1]}, 3, 3) or (K, {x.shape[1]}, 1, 1) for an x of shape "
             f"{tuple(x.shape)}, got {tuple(weight.shape)}; change one of them"
         )
+    if 0 in x.shape[1:] or filters == 0:
+        raise ValueError(
+            f"expected an x with channels and pixels and a weight with filters, got {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}; pass larger ones"
+        )
     if stride != 1 and (stride != 2 or kernel != [3, 3]):
         raise ValueError(
             f"expected stride 1, or 2 for a 3×3 weight, got stride {stride} and a {kernel[0]}×{kernel[1]} one; pass "
@@ -182,8 +187,10 @@ def upsample_pad_concat(
         raise ValueError(f"expected x and skip of one batch size, got {x.shape[0]} and {skip.shape[0]}; pass as many")
     if x.dtype != skip.dtype:
         raise TypeError(f"expected x and skip of one dtype, got {x.dtype} and {skip.dtype}; convert one of them")
-    if 0 in x.shape[2:]:
-        raise ValueError(f"expected an x with pixels to upsample, got shape {tuple(x.shape)}; pass a larger one")
+    if 0 in x.shape[1:]:
+        raise ValueError(
+            f"expected an x with channels and pixels to upsample, got shape {tuple(x.shape)}; pass a larger one"
+        )
     cat: Tensor = ops.upsample_concat(x, None, 1.0, skip, None, 1.0, align_corners, skip_first, backend)
     return cat.contiguous(memory_format=memory_format(x, skip))
 

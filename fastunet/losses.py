@@ -265,35 +265,37 @@ class StatsLoss(nn.Module):
         self.backend = backend
         self.register_buffer("weight", weight)
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
         """Loss of logits (N, C, H, W) and labels as in :func:`softmax_stats`, which see for errors.
 
-        In float32 (float64 for float64 logits); a scalar unless reduction is "none".
+        In float32 (float64 for float64 logits); a scalar unless reduction is "none". ``pixel_weight`` (N, H, W) weighs
+        the cross-entropy, for instance :func:`unet_weight_map`; a loss that has none refuses it.
         """
-        return self.from_stats(self.stats(logits, labels))
+        return self.from_stats(self.stats(logits, labels, pixel_weight))
 
     def stats(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
         """The statistics (N, C, 7) that :meth:`from_stats` needs."""
         _check_logits(logits)
-        settings = self._settings(logits.shape[1], logits.device)
+        settings = self._settings(logits.shape[1], logits.device, pixel_weight)
         mode, ignore_index = settings.pop("mode"), settings.pop("ignore_index")
         _check(logits.shape, logits.device, labels, mode, ignore_index, pixel_weight)
-        pixel_weight, excess = self._emphasis(labels, pixel_weight, logits.dtype)
+        pixel_weight, total = self._emphasis(labels, pixel_weight, logits.dtype)
         wanted = list(settings.values())
-        return _less(_stats(logits, labels, pixel_weight, mode, ignore_index, wanted, self.backend), excess)
+        return _totalled(_stats(logits, labels, pixel_weight, mode, ignore_index, wanted, self.backend), total)
 
     def _emphasis(
         self, labels: Tensor, pixel_weight: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor | None, Tensor | None]:
-        """``pixel_weight`` times ``pos_weight`` where the label is 1, and what that adds to each sample's sum."""
+        """``pixel_weight`` times ``pos_weight`` where the label is 1, and each sample's sum of weights without that."""
         if self.pos_weight is None:
             return pixel_weight, None
         plane = labels[:, 0] if labels.dim() == 4 else labels
-        positive = ((plane == 1) if self.ignore_index != 1 else torch.zeros_like(plane)).to(stats_dtype(dtype))
-        added = positive * (self.pos_weight - 1)
+        # In 64 bits: uint8 would wrap a negative ignore_index around.
+        kept = plane.to(torch.int64) != (NEVER if self.ignore_index is None else self.ignore_index)
+        weight = kept.to(stats_dtype(dtype))
         if pixel_weight is not None:
-            added = added * pixel_weight
-        return added + (1 if pixel_weight is None else pixel_weight), added.flatten(1).sum(1)
+            weight = pixel_weight.to(weight.dtype).masked_fill(~kept, 0)
+        return torch.where(plane == 1, weight * self.pos_weight, weight), weight.flatten(1).sum(1)
 
     def head_stats(
         self,
@@ -305,22 +307,22 @@ class StatsLoss(nn.Module):
         backend: str,
     ) -> Tensor:
         """:meth:`stats` of the logits that a 1×1 convolution makes of an activation; the logits are never stored."""
-        settings = self._settings(weight.shape[0], act.x.device)
+        settings = self._settings(weight.shape[0], act.x.device, pixel_weight)
         mode, ignore_index = settings.pop("mode"), settings.pop("ignore_index")
-        if pixel_weight is not None and not settings["entropy"]:
+        shape = (act.x.shape[0], weight.shape[0], act.x.shape[2], act.x.shape[3])
+        _check(shape, act.x.device, labels, mode, ignore_index, pixel_weight)
+        ignored = NEVER if ignore_index is None else ignore_index
+        pixel_weight, total = self._emphasis(labels, pixel_weight, act.x.dtype)
+        wanted = list(settings.values())
+        return _totalled(head_stats(act, weight, bias, labels, pixel_weight, mode, ignored, wanted, backend), total)
+
+    def _settings(self, classes: int, device: torch.device, pixel_weight: Tensor | None) -> dict[str, Any]:
+        """The arguments of :func:`softmax_stats` for logits of so many classes on ``device``."""
+        if pixel_weight is not None and not self._wanted()["entropy"]:
             raise ValueError(
                 f"expected no pixel_weight with {type(self).__name__}, which has no cross-entropy to weigh, got one; "
                 "leave it out or take DiceCELoss"
             )
-        shape = (act.x.shape[0], weight.shape[0], act.x.shape[2], act.x.shape[3])
-        _check(shape, act.x.device, labels, mode, ignore_index, pixel_weight)
-        ignored = NEVER if ignore_index is None else ignore_index
-        pixel_weight, excess = self._emphasis(labels, pixel_weight, act.x.dtype)
-        wanted = list(settings.values())
-        return _less(head_stats(act, weight, bias, labels, pixel_weight, mode, ignored, wanted, backend), excess)
-
-    def _settings(self, classes: int, device: torch.device) -> dict[str, Any]:
-        """The arguments of :func:`softmax_stats` for logits of so many classes on ``device``."""
         for name, buffer in self._buffers.items():
             if buffer is not None and buffer.device != device:
                 raise ValueError(
@@ -366,12 +368,12 @@ class StatsLoss(nn.Module):
         return classes == 1 if self.sigmoid is None else self.sigmoid
 
 
-def _less(stats: Tensor, excess: Tensor | None) -> Tensor:
-    """Statistics whose sums of weights are less by ``excess`` (N,): a mean is over weights without pos_weight."""
-    if excess is None:
+def _totalled(stats: Tensor, total: Tensor | None) -> Tensor:
+    """Statistics whose sums of weights are ``total`` (N,): a mean is over weights without pos_weight, and the digits of
+    a sum with it do not hold theirs."""
+    if total is None:
         return stats
-    total = stats[..., 5:6] - excess.view(-1, 1, 1)
-    return torch.cat([stats[..., :5], total, stats[..., 6:]], -1)
+    return torch.cat([stats[..., :5], total.view(-1, 1, 1), stats[..., 6:]], -1)
 
 
 # Arguments of MONAI's losses that these do not have, and why.
@@ -646,10 +648,6 @@ class CrossEntropyLoss(StatsLoss):
         self.label_smoothing = label_smoothing
         self.pos_weight = pos_weight
 
-    def forward(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
-        """A scalar; ``pixel_weight`` is (N, H, W). Shapes, dtypes and errors as in :func:`softmax_stats`."""
-        return self.from_stats(self.stats(logits, labels, pixel_weight))
-
     def from_stats(self, stats: Tensor) -> Tensor:
         """The loss of statistics (N, C, 7) as :func:`softmax_stats` returns them."""
         return _cross_entropy(self, stats, self.label_smoothing)
@@ -720,13 +718,6 @@ class DiceCELoss(DiceLoss):
         self.lambda_ce = lambda_ce
         self.label_smoothing = label_smoothing
 
-    def forward(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
-        """A scalar; ``pixel_weight`` (N, H, W) weighs the cross-entropy, for instance :func:`unet_weight_map`.
-
-        Shapes, dtypes and errors as in :func:`softmax_stats`.
-        """
-        return self.from_stats(self.stats(logits, labels, pixel_weight))
-
     def from_stats(self, stats: Tensor) -> Tensor:
         """The loss of statistics (N, C, 7) as :func:`softmax_stats` returns them."""
         entropy = _cross_entropy(self, stats, self.label_smoothing)
@@ -755,9 +746,9 @@ class GlobalLoss(StatsLoss):
             raise TypeError(f"expected a loss of fastunet.losses, got {said(loss)}; construct one of those")
         self.local = loss
 
-    def forward(self, logits: Tensor, labels: Tensor, *pixel_weight: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
         """The loss, the same in every process; arguments as ``loss`` takes them."""
-        return self.from_stats(self.local.stats(logits, labels, *pixel_weight))
+        return self.from_stats(self.local.stats(logits, labels, pixel_weight))
 
     def from_stats(self, stats: Tensor) -> Tensor:
         """The loss of statistics (N, C, 7) here and those of the other processes."""

@@ -212,7 +212,8 @@ class ConfusionMatrix(nn.Module):
         elif has_values(wrong) and bool(wrong):
             check_labels(labels, self.num_classes, self.ignore_index)
             self._refuse(prediction, labels)
-        self.matrix += counts[:-1].to(self.matrix.device)
+        self._writable()
+        self.matrix += counts[:-1].to(self.matrix.device)  # in place: a CUDA graph may hold it
 
     def _count(self, logits: Tensor, labels: Tensor) -> Tensor:
         """(C + 1, C) counts; the last row is for labels that are no class."""
@@ -251,7 +252,13 @@ class ConfusionMatrix(nn.Module):
 
     def reset(self) -> None:
         """Forget every batch."""
+        self._writable()
         self.matrix.zero_()
+
+    def _writable(self) -> None:
+        """Nobody may write to what was made in inference mode outside it: then the counts are a copy."""
+        if not torch.compiler.is_compiling() and self.matrix.is_inference() and not torch.is_inference_mode_enabled():
+            self.matrix = self.matrix.clone()
 
     def all_reduce(self) -> ConfusionMatrix:
         """A new matrix with the counts of all processes of ``torch.distributed``; a copy where it is not initialised.

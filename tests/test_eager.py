@@ -62,6 +62,7 @@ for _name in (
     "test_whole_network_through_the_kernels",
     "test_sibling_networks_forward_through_the_kernels",
     "test_export",
+    "test_a_program_exported_without_gradients_is_called_with_them",
     "test_second_derivatives_are_refused_not_wrong",
     "test_default_sizes_are_the_published_ones",
     "test_same_state_dict",
@@ -141,6 +142,40 @@ def test_a_layer_over_many_pixels_is_as_exact_as_pytorchs(backend: str, layout: 
     truth, expected, found = results
     for t, e, f in zip(truth, expected, found, strict=True):
         assert worst(f, t) <= 2 * worst(e, t) + 2e-7  # two units of float32's last place
+
+
+def test_a_group_norm_over_many_pixels_is_as_exact_as_pytorchs() -> None:
+    """Values and gradients: ATen's adds up what lies in channels_last memory one by one."""
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU())
+    ours, exact = fastunet.blocks.ConvSequence(*copy.deepcopy(plain)), copy.deepcopy(plain).double()
+    x, direction = channels_last(torch.randn(1, 3, 512, 512) + 1), torch.rand(1, 4, 512, 512)
+    results = []
+    for model, leaf in ((exact, x.double()), (plain, x.contiguous()), (ours, x)):
+        y = model(leaf.requires_grad_())
+        gradients = torch.autograd.grad(y, [leaf, model[0].weight], direction.to(y))
+        with torch.no_grad():
+            torch.testing.assert_close(model(leaf), y, rtol=1e-5, atol=1e-5)
+        results.append([y.detach(), *gradients])
+    for t, e, f in zip(*results, strict=True):
+        assert worst([f], [t]) <= 2 * worst([e], [t]) + 2e-7  # two units of float32's last place
+
+
+@pytest.mark.parametrize("what", ["cumulative", "uncounted", "cumulative-uncounted", "counted-alone"])
+def test_unusual_batch_norms_over_many_pixels(what: str) -> None:
+    """Running statistics as exact as elsewhere, also those that torch.optim.swa_utils.update_bn makes."""
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4, momentum=None if "cum" in what else 0.1))
+    if "uncounted" in what:
+        plain[1].num_batches_tracked = None
+    if what == "counted-alone":
+        plain[1].running_mean = plain[1].running_var = None
+    ours, truth = fastunet.blocks.ConvSequence(*copy.deepcopy(plain)), copy.deepcopy(plain).double()
+    with torch.no_grad():
+        for _ in range(2):
+            x = channels_last(torch.randn(2, 3, 512, 512) + 1)
+            torch.testing.assert_close(ours(x).double(), truth(x.double()), rtol=1e-5, atol=1e-5)
+    assert dict(ours[1].named_buffers()).keys() == dict(truth[1].named_buffers()).keys()
+    for found, expected in zip(ours[1].buffers(), truth[1].buffers(), strict=True):
+        torch.testing.assert_close(found.double(), expected.double(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.usefixtures("threads")

@@ -465,6 +465,20 @@ def test_pos_weight_is_pytorchs(form: str, weighted: bool, reduction: str, backe
     torch.testing.assert_close(mine, theirs, **CLOSE)
 
 
+def test_a_large_pos_weight_costs_no_digits_of_the_mean() -> None:
+    """In float32, of weights in float64 too; an ignored pixel's is of no account."""
+    logits, labels = torch.randn(3, 1, 33, 41), torch.randint(0, 2, (3, 33, 41), dtype=torch.uint8)
+    labels[:, 0], weight = 255, torch.rand(3, 33, 41, dtype=torch.float64)
+    terms = F.binary_cross_entropy_with_logits(
+        logits[:, 0, 1:].double(), labels[:, 1:].double(), pos_weight=torch.tensor(1e5), reduction="none"
+    )
+    weight[:, 0] = torch.inf
+    loss = CrossEntropyLoss(sigmoid=True, pos_weight=1e5, ignore_index=255)
+    for given, w in ((None, torch.ones_like(terms)), (weight, weight[:, 1:]), (weight.float(), weight.float()[:, 1:])):
+        expected = (terms * w).sum() / w.sum()
+        torch.testing.assert_close(loss(logits, labels, given), expected.float(), rtol=3e-6, atol=0)
+
+
 def test_pos_weight_leaves_dice_alone() -> None:
     logits, labels = torch.randn(3, 1, 5, 6, dtype=torch.float64), torch.randint(0, 2, (3, 5, 6))
     both = DiceCELoss(sigmoid=True, pos_weight=3.5)(logits, labels)

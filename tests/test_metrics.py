@@ -85,6 +85,17 @@ def test_batches_add_up_and_reset_forgets() -> None:
     assert parts.accuracy.isnan()
 
 
+def test_a_matrix_made_in_inference_mode_counts_outside_it() -> None:
+    logits, labels = torch.randn(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
+    with torch.inference_mode():
+        matrix = ConfusionMatrix(2)
+        matrix.update(logits, labels)
+    matrix.update(logits, labels)
+    assert matrix.all_reduce().matrix.sum() == 32
+    matrix.reset()
+    assert matrix.matrix.sum() == 0
+
+
 def test_scores_follow_their_definitions() -> None:
     matrix = ConfusionMatrix(4)
     #   truth 0: 3 right, 1 taken for 1; truth 1: 2 right; truth 2: both taken for 0; 3 occurs nowhere

@@ -866,6 +866,19 @@ def test_export(case: Case) -> None:
     assert any("fastunet.conv2d" in name for name in names)
 
 
+def test_a_program_exported_without_gradients_is_called_with_them() -> None:
+    """It holds an operator that has no derivative: the result is the same, and a backward is refused, not cut off."""
+    fast, plain = (model.eval() for model in twins(CASES["unet-smallest"]))
+    x = picture(CASES["unet-smallest"])
+    with torch.no_grad():
+        program = torch.export.export(fast, (x,))
+    assert any("fastunet.conv2d_act" in str(node.target) for node in program.graph.nodes)
+    y = program.module()(x)
+    torch.testing.assert_close(y.detach(), plain(x).detach(), **EXACT)
+    with pytest.raises(RuntimeError, match="expected no gradient through fastunet::conv2d_act, which has"):
+        y.sum().backward()
+
+
 # ---- the kernels -------------------------------------------------------------------------------------------------
 
 
