@@ -48,6 +48,7 @@ __all__ = [
     "LAYOUTS",
     "MASK_ENDINGS",
     "MAX_CLASSES",
+    "MAX_CROP",
     "MAX_PIXELS",
     "MIN_CROP",
     "MIN_SIZE",
@@ -69,6 +70,7 @@ __all__ = [
 ]
 
 MIN_SIZE = 16  # the U-Net halves four times
+MAX_CROP = math.isqrt(MAX_PIXELS)
 MIN_CROP = 2 * MIN_SIZE  # at 16 the deepest level is one pixel, which has no variance to normalise by
 LAYOUTS = ("folders", "voc", "msrc", "cells")
 

@@ -57,7 +57,7 @@ def find_pairs(images: Path, masks: Path, options: tuple[str, str] = ("--images"
         DataError: a folder is missing or empty, or a file has no partner or several; ``options`` are what the folders
             are called in such a message.
     """
-    image_files, mask_files = _originals(pictures_in(images, options[0])), pictures_in(masks, options[1])
+    image_files, mask_files = originals(pictures_in(images, options[0])), pictures_in(masks, options[1])
     if images.resolve() == masks.resolve():
         mask_files = [path for path in mask_files if _without_ending(_stem(path)) is not None]
         image_files = [path for path in image_files if path not in mask_files]
@@ -101,7 +101,7 @@ def find_pairs(images: Path, masks: Path, options: tuple[str, str] = ("--images"
 OUTPUT_ENDINGS = ("_OUT", "_OVERLAY")
 
 
-def _originals(paths: Sequence[Path]) -> list[Path]:
+def originals(paths: Sequence[Path]) -> list[Path]:
     """Without what ``predict`` leaves beside its pictures: a_OUT.png, where there is an a.png."""
     stems = {_stem(path) for path in paths}
     return [
@@ -128,19 +128,33 @@ def _without_ending(stem: str) -> str | None:
 
 
 def pictures_in(folder: Path, option: str) -> list[Path]:
-    """The files in ``folder`` that are named as pictures are, in order; ``option`` is what a message calls it."""
+    """The files in ``folder`` that are named as pictures are, in order; ``option`` is what a message calls it.
+
+    Raises:
+        DataError: there are none, or the folder cannot be listed.
+    """
     called = f"{option} {folder}".strip()
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"{called} {problem}: give the folder that holds the pictures")
     try:
-        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
+        found = files_of(folder, SUFFIXES)
     except OSError as error:
         raise DataError(f"{called} cannot be listed ({error.strerror}): check its permissions") from error
     if not found:
         kinds = ", ".join(suffix[1:] for suffix in SUFFIXES)
         raise DataError(f"{called} holds no pictures: expected files of type {kinds} in the folder itself")
     return found
+
+
+def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """What in ``folder`` has one of the ``suffixes`` and is not hidden, in order; also links to files that are gone.
+
+    Raises:
+        OSError: of the system.
+    """
+    named = (p for p in folder.iterdir() if p.suffix.lower() in suffixes and p.name[0] != ".")
+    return sorted(p for p in named if p.is_file() or (p.is_symlink() and not p.exists()))
 
 
 # ---- lists of names ----------------------------------------------------------------------------------------------
