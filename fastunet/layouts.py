@@ -175,7 +175,18 @@ def chosen(pairs: Pairs, names: Sequence[str], path: Path) -> Pairs:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(f"{path} lists {missing[0]}{more}, which has no image and mask here: add or unlist it")
-    return [by_name[_composed(Path(name).name)] for name in names]
+    found = [by_name[_composed(Path(name).name)] for name in names]
+    check_once([image.name for image, _ in found], path)
+    return found
+
+
+def check_once(names: Sequence[str], path: Path) -> None:
+    """Refuse a list in which a picture stands twice: one of the two could be learnt and the other held out."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise DataError(f"{path} lists {name} twice: list each picture once")
+        seen.add(name)
 
 
 def read_text(path: Path) -> str:
@@ -230,6 +241,7 @@ def voc_pairs(root: Path, split: str | Path | None) -> Pairs:
         inside = root / "ImageSets" / "Segmentation" / f"{split}.txt"
         where = inside if inside.is_file() else Path(split)
         names = [Path(name).stem for name in listed(where)]
+        check_once(names, where)
     for name in names:
         if name not in masks or name not in images:
             kind = "image" if name in masks else "mask"

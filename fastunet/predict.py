@@ -181,7 +181,7 @@ def _outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> list[Path]:
     given: list[Path] | None = args.output
     if given is None:
         outputs = [path.with_name(f"{path.stem}_OUT{suffix}") for path in inputs]
-    elif len(given) == 1 and (given[0].is_dir() or given[0].suffix == ""):
+    elif len(given) == 1 and (given[0].is_dir() or given[0].suffix.lower() not in (*SUFFIXES, ".npy")):
         if not given[0].is_dir():
             if not given[0].parent.is_dir():
                 raise UserError(

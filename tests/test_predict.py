@@ -129,9 +129,9 @@ def test_pictures_of_another_depth_and_names_as_ours(
     np.save(tmp_path / "wide.npy", np.full((3, 32, 32), 60000, np.uint16))
     np.save(tmp_path / "unit.npy", np.full((3, 32, 32), 0.5, np.float32))
     model = ["-m", str(folder / "model.pth"), *CPU]
-    assert cli.main(["predict", *model, "-i", str(tmp_path), "-o", str(tmp_path / "out")]) == 0
-    found = ["a_OUT.png", "check_OUT_OUT.png", "unit_OUT.png", "wide_OUT.png"]
-    assert sorted(os.listdir(tmp_path / "out")) == found
+    output = tmp_path / "run-1.5"  # a folder, whatever its dot
+    assert cli.main(["predict", *model, "-i", str(tmp_path), "-o", str(output)]) == 0
+    assert sorted(os.listdir(output)) == ["a_OUT.png", "check_OUT_OUT.png", "unit_OUT.png", "wide_OUT.png"]
     told = "numbers up to {} for a network that was trained on numbers up to 255"
     assert capsys.readouterr().err.splitlines() == [
         f"odd      {tmp_path / 'unit.npy'}: float32 {told.format(0.5)}",

@@ -852,6 +852,8 @@ COMMANDS: list[Row] = [
      UserError, "argument -v/--validation: expected a number between 0 and 100, got 100"),
     ("a scale of nothing", lambda folder: train(folder, "-s", 0),
      UserError, "argument -s/--scale: expected a number above 0 and up to 1, got 0"),
+    ("a picture that is listed twice", lambda folder: train(folder, "--split", [(folder / "list.txt").write_text("a\nb\na.png\n"), folder / "list.txt"][1]),
+     UserError, "<folder>/list.txt lists a.png twice: list each picture once"),
     ("a rate of nan", lambda folder: train(folder, "-l", "nan"),
      UserError, "argument -l/--learning-rate/--lr: expected a number above 0 and below 3.4e38, got nan"),
     ("a rate that float32 does not hold", lambda folder: train(folder, "-l", "1e39"),
