@@ -902,6 +902,8 @@ COMMANDS: list[Row] = [
      UserError, "<folder>/w.npy holds <U1 (1,): save numbers as (C, H, W)"),
     ("an array with NaN", lambda folder: predict(folder, "-i", [np.save(folder / "w.npy", np.full((20, 24), np.nan)), folder / "w.npy"][1]),
      UserError, "<folder>/w.npy holds NaN or infinite pixels: replace them"),
+    ("an array in which nothing was measured", lambda folder: predict(folder, "-i", [np.save(folder / "w.npy", np.full((20, 24), -3.4028235e38, np.float32)), folder / "w.npy"][1]),
+     UserError, "<folder>/w.npy holds pixels of -3.4e+38, as if nothing was measured there: replace them"),
     ("an unknown value of masks", lambda folder: evaluate(folder, [write(folder / "masks" / "a.png", stripes(0, 77)), "--tta"][1]),
      UserError, "the masks hold 77, which the network was not trained on: it knows 0, 255; take masks of the same kind"),
     ("an unknown kind of program", lambda folder: used("export", folder, "-o", folder / "m.xyz"),
