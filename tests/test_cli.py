@@ -321,6 +321,16 @@ def test_what_is_printed_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err == f"fastunet: error: {said}\n"
 
 
+def test_a_folder_that_may_not_be_searched(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def shut(_: object) -> int:
+        raise PermissionError(13, "Permission denied", "shut/last.pth")
+
+    monkeypatch.setattr(info, "run", shut)
+    assert cli.main(["info"]) == 2
+    said = "shut/last.pth cannot be reached (Permission denied): check its name and permissions"
+    assert capsys.readouterr().err == f"fastunet: error: {said}\n"
+
+
 def test_memory_that_is_not_there_is_a_sentence() -> None:
     def asked(call: Callable[[], object]) -> None:
         with enough_memory("cpu", "take less"):
