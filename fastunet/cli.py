@@ -1,6 +1,7 @@
 """The command line: ``python -m fastunet COMMAND``, also installed as ``fastunet``.
 
-A mistake in the arguments or in the user's files is one sentence on stderr and exit status 2; Ctrl-C is status 130.
+A mistake in the arguments or in the user's files is one sentence on stderr and exit status 2; Ctrl-C is status 130, and
+141 that nobody reads any more what is printed.
 """
 
 from __future__ import annotations
@@ -8,8 +9,11 @@ from __future__ import annotations
 import argparse
 import codecs
 import importlib
+import io
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from fastunet import __version__
 from fastunet.errors import UserError
@@ -28,8 +32,27 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 2 is a mistake in the input, 130 an interruption."""
+    _open_what_is_closed()
     _let_everything_be_printed()
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        status = _status(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except OSError as error:
+        if error.filename is not None:  # a folder that may not be searched, a name that is too long
+            told = f"{error.filename} cannot be reached ({error.strerror}): check its name and permissions"
+        elif not _is_unprintable():
+            raise
+        elif isinstance(error, BrokenPipeError):  # as head leaves it, which has read enough
+            return 141
+        else:
+            told = f"what is printed cannot be written ({error.strerror}): send it elsewhere"
+        with suppress(OSError):
+            print(f"fastunet: error: {told}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _status(arguments: list[str]) -> int:
     try:
         args = _parser(arguments).parse_args(arguments)
         return int(args.run(args))
@@ -39,6 +62,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"fastunet: error: {error}", file=sys.stderr)
         return 2
+
+
+def _open_what_is_closed() -> None:
+    """Give a process that was started without stdin, stdout or stderr empty ones, or files would take their places."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115 - open while the process runs
+
+
+def _is_unprintable() -> bool:
+    """Whether stdout or stderr takes nothing any more; what it has kept is dropped, or Python would complain last."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+            os.write(stream.fileno(), b"\n")  # it has not kept anything where it is not buffered
+        except io.UnsupportedOperation:  # no file
+            continue
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+            return True
+    return False
 
 
 def _let_everything_be_printed() -> None:

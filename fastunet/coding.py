@@ -246,7 +246,7 @@ def code_masks(
     ordered = sorted(label)
     coding = Coding(kind, np.array(ordered, np.int64), np.array([label[code] for code in ordered], np.uint8))
     in_colour = kind == "colours"
-    colours = tuple(colour_of(value) if in_colour else None for value in values)
+    colours = tuple(colour_of(value) for value in values) if in_colour else _painted(values, kind, found)
     stands = tuple(colour_of(value) if in_colour else value for value in values)
     return Coded(coding, tuple(named), colours, stands, tuple(odd))
 
@@ -284,6 +284,14 @@ def _meant(value: int | Colour, kind: str, found: Sequence[Found], rows: Sequenc
     meant = {code_of(row.colour) for row in rows if row.value == value and row.colour is not None}
     meant |= {colours[value] for colours in palettes if value in colours}
     return meant | {value * _GREY} if len(palettes) < len(found) else meant
+
+
+def _painted(values: Sequence[int], kind: str, found: Sequence[Found]) -> tuple[Colour | None, ...]:
+    """What the palettes show for each value, where they agree and tell the values apart; else None."""
+    shown = [{each.colours[v] for each in found if kind == "values" and v in each.colours} for v in values]
+    if any(len(colours) != 1 for colours in shown) or len(set.union(*shown)) < len(values):
+        return (None,) * len(values)
+    return tuple(colour_of(code) for colours in shown for code in colours)
 
 
 def _named(code: int, kind: str) -> str:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fastunet.checks import check_integer
 from fastunet.coding import IGNORE_INDEX, MAX_CLASSES, Coding, Found, code_cells, code_masks, found_in
-from fastunet.decode import MAX_PIXELS, DataError, Decoded, decode
+from fastunet.decode import MAX_PIXELS, DataError, Decoded, check_numbers, decode
 from fastunet.generated import draw_cells
 from fastunet.layouts import (
     MASK_ENDINGS,
@@ -48,6 +48,7 @@ __all__ = [
     "LAYOUTS",
     "MASK_ENDINGS",
     "MAX_CLASSES",
+    "MAX_CROP",
     "MAX_PIXELS",
     "MIN_CROP",
     "MIN_SIZE",
@@ -69,6 +70,7 @@ __all__ = [
 ]
 
 MIN_SIZE = 16  # the U-Net halves four times
+MAX_CROP = math.isqrt(MAX_PIXELS)
 MIN_CROP = 2 * MIN_SIZE  # at 16 the deepest level is one pixel, which has no variance to normalise by
 LAYOUTS = ("folders", "voc", "msrc", "cells")
 
@@ -534,8 +536,7 @@ def _upright(image_path: Path, image: Decoded, mask_path: Path, mask: Decoded) -
 def _channels(path: Path, image: Decoded) -> Array:
     """(C, H, W): one channel if the picture is grey, whatever its mode; a palette's colours."""
     pixels = image.pixels
-    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-        raise DataError(f"{path} holds NaN or infinite pixels: replace them")
+    check_numbers(path, pixels)
     if image.palette is not None:
         palette = np.zeros((256, 3), np.uint8)
         palette[: len(image.palette)] = image.palette[:256]

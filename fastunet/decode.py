@@ -26,6 +26,7 @@ from fastunet.errors import UserError
 
 MAX_PIXELS = 1 << 26  # of a picture: decoded 200 MB in colour, 800 MB in float32
 MAX_BYTES = 1 << 30  # of a decoded picture of many bands or wide numbers
+MAX_NUMBER = 1e30  # of a pixel: its square is still a number of float64, and it a number of float32
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "TIFF", "GIF", "WEBP", "PPM")  # what the suffixes of pictures stand for
 
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such files begin
@@ -95,6 +96,23 @@ def decode(path: Path) -> Decoded:
         if start[:3] == b"\xff\xd8\xff" and (frame := _jpeg_frame(path)) is not None and frame[0] != 8:
             return _wide_jpeg(path, *frame)
         return _by_pillow(path)
+
+
+def check_numbers(path: Path, pixels: Array) -> None:
+    """Refuse floating-point pixels with which nothing can be computed.
+
+    Raises:
+        DataError: NaN or infinite ones, or what formats put where nothing was measured, such as -3.4e38.
+    """
+    if pixels.dtype.kind != "f":
+        return
+    if not np.isfinite(pixels).all():
+        raise DataError(f"{path} holds NaN or infinite pixels: replace them")
+    low, high = float(pixels.min()), float(pixels.max())
+    if max(-low, high) > MAX_NUMBER:
+        raise DataError(
+            f"{path} holds pixels of {low if -low > high else high:.3g}, as if nothing was measured there: replace them"
+        )
 
 
 @contextmanager

@@ -18,12 +18,12 @@ from tqdm import tqdm
 import fastunet
 from fastunet import pictures
 from fastunet.backend import interpreting, resolve_backend
-from fastunet.data import IGNORE_INDEX, MIN_CROP, Pictures, generated, open_dataset, random_crops, unseen
+from fastunet.data import IGNORE_INDEX, MAX_CROP, MIN_CROP, Pictures, generated, open_dataset, random_crops, unseen
 from fastunet.errors import UserError
 from fastunet.losses import DiceCELoss
 from fastunet.metrics import ConfusionMatrix
 from fastunet.models import UNet
-from fastunet.options import at_least, chosen_device, share
+from fastunet.options import MAX_CHANNELS, at_least, chosen_device, enough_memory, share
 from fastunet.training import Batch, History, evaluate, fit, predict
 
 
@@ -49,7 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=at_least(1), default=4, metavar="N", help="crops in a step (%(default)s)"
     )
     training.add_argument(
-        "--crop", type=at_least(MIN_CROP), default=128, metavar="N", help="side of a crop in pixels (%(default)s)"
+        "--crop",
+        type=at_least(MIN_CROP, MAX_CROP),
+        default=128,
+        metavar="N",
+        help="side of a crop in pixels (%(default)s)",
     )
     training.add_argument(
         "--lr", type=share, default=2e-3, metavar="RATE", help="peak learning rate of Adam (%(default)s)"
@@ -62,7 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     network = parser.add_argument_group("network")
     network.add_argument(
-        "--base-c", type=at_least(1), default=16, metavar="N", help="channels of the first level (%(default)s)"
+        "--base-c",
+        type=at_least(1, MAX_CHANNELS),
+        default=16,
+        metavar="N",
+        help="channels of the first level (%(default)s)",
     )
     network.add_argument("--bilinear", action="store_true", help="upsample bilinearly, not by transposed convolutions")
     parser.add_argument("--json", action="store_true", help="print the scores as one JSON object")
@@ -83,18 +91,18 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     train, held_out = data.split(args.holdout, rng)
-    model = UNet(data.channels, len(data.classes), args.bilinear, args.base_c).to(device)
+    advice = "lower --batch-size, --crop or --base-c"
+    with enough_memory(str(device), advice):
+        model = UNet(data.channels, len(data.classes), args.bilinear, args.base_c).to(device)
     if not args.json:
         _introduce(args, device, train, held_out, sum(p.numel() for p in model.parameters()), found)
 
     start = time.perf_counter()
-    try:
+    with enough_memory(str(device), advice):
         history = _train(args, model, random_crops(train, args.crop, args.batch_size, rng))
         matrix = evaluate(model, tqdm(held_out, desc="scoring", unit="picture"), len(data.classes))
         shown = held_out[0]
         prediction = predict(model, shown.image)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"{device} ran out of memory: lower --batch-size, --crop or --base-c") from error
     seconds = time.perf_counter() - start
 
     scores = _scores(data, matrix, history)

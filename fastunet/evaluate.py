@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastunet import pictures
 from fastunet.data import Dataset
 from fastunet.errors import UserError
 from fastunet.metrics import ConfusionMatrix
-from fastunet.options import add_data_arguments, opened_data
+from fastunet.options import add_data_arguments, enough_memory, opened_data
 from fastunet.predict import add_model_arguments, opened
 from fastunet.trained import Trained
 
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
         pictures.check_writable(args.output, [f for f in (args.images, args.masks) if f is not None])
     network = opened(args)
     data = opened_data(args)
-    matrix = counted(network, data, args)
+    with enough_memory(str(next(network.model.parameters()).device), "lower --tile or --scale"):
+        matrix = counted(network, data, args)
     names = [f"{index} ({label.name})" for index, label in enumerate(network.classes)]
     if args.output is not None:
         title = f"{args.model}: {len(data)} pictures, mean IoU {float(matrix.miou):.3f}"
@@ -67,6 +69,8 @@ def counted(network: Trained, data: Dataset, args: argparse.Namespace) -> Confus
     matrix = ConfusionMatrix(len(network.classes), data.ignore_index)
     for sample in tqdm(data, desc="scoring", unit="picture", delay=2.0):
         pixels = np.broadcast_to(sample.image.numpy(), (network.channels, *sample.labels.shape))
+        if odd := network.odd(pixels):
+            print(f"odd      {sample.name}: {odd}", file=sys.stderr)
         truth, row = torch.from_numpy(table[sample.labels.numpy()]), 0
         for band in network.bands(pixels, tile=args.tile, overlap=args.overlap, symmetries=args.tta):
             labels = network.labels(band, args.mask_threshold)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fastunet.decode import MAX_BYTES, TIFF, Array, DataError, explained, large_page, silent
+from fastunet.decode import MAX_BYTES, TIFF, Array, DataError, check_numbers, explained, large_page, silent
 
 _ROWS = 64  # of a strip, where any number of them can be read
 
@@ -127,8 +127,7 @@ class LargeTiff:
 
     def _coloured(self, part: Array) -> Array:
         """(C, rows, columns) of the picture's channels."""
-        if part.dtype.kind == "f" and not np.isfinite(part).all():
-            raise DataError(f"{self._path} holds NaN or infinite pixels: replace them")
+        check_numbers(self._path, part)
         if self._palette is not None:
             part = self._palette[part[..., 0]]
         coloured: Array = (~part if self._inverted else part).transpose(2, 0, 1)

@@ -57,7 +57,7 @@ def find_pairs(images: Path, masks: Path, options: tuple[str, str] = ("--images"
         DataError: a folder is missing or empty, or a file has no partner or several; ``options`` are what the folders
             are called in such a message.
     """
-    image_files, mask_files = _originals(pictures_in(images, options[0])), pictures_in(masks, options[1])
+    image_files, mask_files = originals(pictures_in(images, options[0])), pictures_in(masks, options[1])
     if images.resolve() == masks.resolve():
         mask_files = [path for path in mask_files if _without_ending(_stem(path)) is not None]
         image_files = [path for path in image_files if path not in mask_files]
@@ -101,7 +101,7 @@ def find_pairs(images: Path, masks: Path, options: tuple[str, str] = ("--images"
 OUTPUT_ENDINGS = ("_OUT", "_OVERLAY")
 
 
-def _originals(paths: Sequence[Path]) -> list[Path]:
+def originals(paths: Sequence[Path]) -> list[Path]:
     """Without what ``predict`` leaves beside its pictures: a_OUT.png, where there is an a.png."""
     stems = {_stem(path) for path in paths}
     return [
@@ -128,19 +128,33 @@ def _without_ending(stem: str) -> str | None:
 
 
 def pictures_in(folder: Path, option: str) -> list[Path]:
-    """The files in ``folder`` that are named as pictures are, in order; ``option`` is what a message calls it."""
+    """The files in ``folder`` that are named as pictures are, in order; ``option`` is what a message calls it.
+
+    Raises:
+        DataError: there are none, or the folder cannot be listed.
+    """
     called = f"{option} {folder}".strip()
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
         raise DataError(f"{called} {problem}: give the folder that holds the pictures")
     try:
-        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and p.is_file())
+        found = files_of(folder, SUFFIXES)
     except OSError as error:
         raise DataError(f"{called} cannot be listed ({error.strerror}): check its permissions") from error
     if not found:
         kinds = ", ".join(suffix[1:] for suffix in SUFFIXES)
         raise DataError(f"{called} holds no pictures: expected files of type {kinds} in the folder itself")
     return found
+
+
+def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """What in ``folder`` has one of the ``suffixes`` and is not hidden, in order; also links to files that are gone.
+
+    Raises:
+        OSError: of the system.
+    """
+    named = (p for p in folder.iterdir() if p.suffix.lower() in suffixes and p.name[0] != ".")
+    return sorted(p for p in named if p.is_file() or (p.is_symlink() and not p.exists()))
 
 
 # ---- lists of names ----------------------------------------------------------------------------------------------
@@ -161,7 +175,18 @@ def chosen(pairs: Pairs, names: Sequence[str], path: Path) -> Pairs:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(f"{path} lists {missing[0]}{more}, which has no image and mask here: add or unlist it")
-    return [by_name[_composed(Path(name).name)] for name in names]
+    found = [by_name[_composed(Path(name).name)] for name in names]
+    check_once([image.name for image, _ in found], path)
+    return found
+
+
+def check_once(names: Sequence[str], path: Path) -> None:
+    """Refuse a list in which a picture stands twice: one of the two could be learnt and the other held out."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise DataError(f"{path} lists {name} twice: list each picture once")
+        seen.add(name)
 
 
 def read_text(path: Path) -> str:
@@ -216,6 +241,7 @@ def voc_pairs(root: Path, split: str | Path | None) -> Pairs:
         inside = root / "ImageSets" / "Segmentation" / f"{split}.txt"
         where = inside if inside.is_file() else Path(split)
         names = [Path(name).stem for name in listed(where)]
+        check_once(names, where)
     for name in names:
         if name not in masks or name not in images:
             kind = "image" if name in masks else "mask"

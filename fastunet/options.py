@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,9 +15,12 @@ from fastunet.backend import resolve_backend
 from fastunet.data import LAYOUTS, Colour, Dataset, open_dataset
 from fastunet.errors import UserError
 
+MAX_INTEGER = (1 << 63) - 1  # of PyTorch's
+MAX_CHANNELS = 1 << 16  # of a network's first level: sixteen times as many are still numbers that PyTorch multiplies
 
-def at_least(least: int) -> Callable[[str], int]:
-    """A whole number of at least ``least``."""
+
+def at_least(least: int, most: int = MAX_INTEGER) -> Callable[[str], int]:
+    """A whole number of at least ``least``, and at most ``most``."""
 
     def parse(text: str) -> int:
         try:
@@ -24,6 +29,8 @@ def at_least(least: int) -> Callable[[str], int]:
             value = least - 1
         if value < least:
             raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at most {most}, got {text}")
         return value
 
     return parse
@@ -58,9 +65,9 @@ def percent(text: str) -> float:
 
 
 def positive(text: str) -> float:
-    """A finite number above 0."""
-    if not 0 < _number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    """A number above 0 that float32 holds, or an optimiser could not compute with it."""
+    if not 0 < _number(text) <= torch.finfo(torch.float32).max:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and below 3.4e38, got {text}")
     return float(text)
 
 
@@ -73,7 +80,9 @@ def chosen_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.zeros(1, device=name).device
+        tried = torch.zeros(1, device=name)
+        tried.item()  # of "meta" there is no number
+        device = tried.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
             f"--device {name} is not available here: take cpu or a device that 'fastunet info' lists"
@@ -83,6 +92,22 @@ def chosen_device(name: str) -> torch.device:
     except ValueError as error:
         raise UserError(str(error)) from error
     return device
+
+
+@contextmanager
+def enough_memory(where: str, advice: str) -> Iterator[None]:
+    """What runs out of the memory of a GPU or of the machine is a sentence: ``where`` it did, and what to do.
+
+    Raises:
+        UserError: it ran out.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        told = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not told and not re.search("allocate memory|not enough memory", str(error)):  # of the machine: no class
+            raise
+        raise UserError(f"{where} ran out of memory: {advice}") from error
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

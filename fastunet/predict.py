@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import glob
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from fastunet import pictures, tiling, trained
 from fastunet.data import SUFFIXES
 from fastunet.errors import UserError
 from fastunet.files import written_whole
-from fastunet.layouts import OUTPUT_ENDINGS
-from fastunet.options import at_least, chosen_device, factor, share
+from fastunet.layouts import files_of, originals
+from fastunet.options import at_least, chosen_device, enough_memory, factor, share
 from fastunet.png import PngWriter
 from fastunet.preparation import Array, Pixels, Preparation
 from fastunet.trained import Trained
@@ -62,10 +62,8 @@ def run(args: argparse.Namespace) -> int:
     outputs = _outputs(args, inputs)
     device = next(network.model.parameters()).device
     for path, output in tqdm(list(zip(inputs, outputs, strict=True)), desc="predicting", unit="picture", delay=2.0):
-        try:
+        with enough_memory(f"{device}, at {path},", "lower --tile or --scale"):
             predict(network, path, output, args)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"{device} ran out of memory at {path}: lower --tile or --scale") from error
         if not args.no_save:
             print(f"{path} → {output}")
     return 0
@@ -98,6 +96,8 @@ def predict(network: Trained, path: Path, output: Path, args: argparse.Namespace
     _, height, width = pixels.shape
     if network.preparation.square and not isinstance(pixels, np.ndarray):
         raise UserError(f"{path} has {width}×{height} pixels, too many for a square of one picture: cut it")
+    if odd := network.odd(pixels):
+        print(f"odd      {path}: {odd}", file=sys.stderr)
     colours = pictures.class_colours(network.classes)
     table = np.array(colours, np.uint8)
     row = 0
@@ -111,8 +111,7 @@ def predict(network: Trained, path: Path, output: Path, args: argparse.Namespace
                 else:
                     mask = PngWriter(file, width, height, colours if args.kind == "index" else None)
             if args.viz:
-                beside = output.with_name(f"{output.stem.removesuffix('_OUT')}_OVERLAY.png")
-                overlay = PngWriter(stack.enter_context(written_whole(beside)), width, height)
+                overlay = PngWriter(stack.enter_context(written_whole(_overlay(output))), width, height)
                 levels = _contrast(pixels)
             for band in network.bands(pixels, tile=args.tile, overlap=args.overlap, symmetries=args.tta):
                 labels = network.labels(band, args.mask_threshold).numpy()
@@ -134,6 +133,11 @@ def predict(network: Trained, path: Path, output: Path, args: argparse.Namespace
                     writer.close()
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror or error}): choose another --output") from error
+
+
+def _overlay(output: Path) -> Path:
+    """Where the overlay of a picture lies whose mask is ``output``."""
+    return output.with_name(f"{output.stem.removesuffix('_OUT')}_OVERLAY.png")
 
 
 def _contrast(pixels: Pixels) -> tuple[float, float]:
@@ -159,10 +163,10 @@ def _inputs(given: Sequence[str]) -> list[Path]:
     for name in given:
         path = Path(name)
         if path.is_dir():
-            found = sorted(
-                p for p in path.iterdir() if p.suffix.lower() in suffixes and p.is_file() and p.name[0] != "."
-            )
-            found = [p for p in found if not p.stem.endswith(OUTPUT_ENDINGS)]
+            try:
+                found = originals(files_of(path, suffixes))
+            except OSError as error:
+                raise UserError(f"--input {name} cannot be listed ({error.strerror}): check its permissions") from error
         else:
             found = [path] if path.is_file() else sorted(map(Path, glob.glob(name, recursive=True)))
         if not found:
@@ -177,7 +181,7 @@ def _outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> list[Path]:
     given: list[Path] | None = args.output
     if given is None:
         outputs = [path.with_name(f"{path.stem}_OUT{suffix}") for path in inputs]
-    elif len(given) == 1 and (given[0].is_dir() or given[0].suffix == ""):
+    elif len(given) == 1 and (given[0].is_dir() or given[0].suffix.lower() not in (*SUFFIXES, ".npy")):
         if not given[0].is_dir():
             if not given[0].parent.is_dir():
                 raise UserError(
@@ -199,12 +203,13 @@ def _outputs(args: argparse.Namespace, inputs: Sequence[Path]) -> list[Path]:
         wrong = next((path for path in outputs if path.suffix.lower() != suffix), None)
         if wrong is not None:
             raise UserError(f"--output {wrong} is not the name of a file of --kind {args.kind}: let it end in {suffix}")
-    originals = {path.resolve() for path in inputs}
-    for output in outputs:
+    given_ones = {path.resolve() for path in inputs}
+    written = [*outputs, *map(_overlay, outputs)] if args.viz else outputs
+    for output in written:
         if not output.parent.is_dir():
             raise UserError(f"--output {output} cannot be written: {output.parent} is not a folder, create it first")
-        if outputs.count(output) > 1:
+        if written.count(output) > 1:
             raise UserError(f"two pictures would be written to {output}: give --output a name for each")
-        if output.resolve() in originals:
+        if output.resolve() in given_ones:
             raise UserError(f"--output {output} is one of the pictures: give another name")
     return outputs

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -35,13 +36,24 @@ import fastunet
 from fastunet import distributed, pictures, tiling
 from fastunet.augment import Augmentation
 from fastunet.checkpoint import read_checkpoint, save_checkpoint
-from fastunet.data import IGNORE_INDEX, MIN_CROP, ClassName, Dataset, Sample, unseen
+from fastunet.data import IGNORE_INDEX, MAX_CROP, MIN_CROP, ClassName, Dataset, Sample, unseen
 from fastunet.errors import UserError
-from fastunet.files import written_whole
+from fastunet.files import alone_in, written_whole
 from fastunet.layouts import voc_colour
 from fastunet.losses import GlobalLoss, StatsLoss, unet_weight_map
 from fastunet.metrics import ConfusionMatrix
-from fastunet.options import add_data_arguments, at_least, chosen_device, factor, opened_data, percent, positive, share
+from fastunet.options import (
+    MAX_CHANNELS,
+    add_data_arguments,
+    at_least,
+    chosen_device,
+    enough_memory,
+    factor,
+    opened_data,
+    percent,
+    positive,
+    share,
+)
 from fastunet.preparation import Array, white
 from fastunet.recipes import LOSSES, RECIPES, Recipe
 from fastunet.trained import ENTRY, Trained
@@ -71,9 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     usual.add_argument("-c", "--classes", type=at_least(1), metavar="N", help="of the masks; 1 for a sigmoid")
     more = parser.add_argument_group("training")
     more.add_argument("--loss", choices=[name for name in LOSSES if name != "bce"], help="in place of the recipe's")
-    more.add_argument("--crop", type=at_least(MIN_CROP), metavar="N", help="train on random squares of this side")
+    more.add_argument(
+        "--crop", type=at_least(MIN_CROP, MAX_CROP), metavar="N", help="train on random squares of this side"
+    )
     more.add_argument("--augment", choices=AUGMENTS, help="symmetries of the square, or the paper's, by kornia")
-    more.add_argument("--base-c", type=at_least(1), metavar="N", help="channels of the first level (64)")
+    more.add_argument("--base-c", type=at_least(1, MAX_CHANNELS), metavar="N", help="channels of the first level (64)")
     more.add_argument("--accumulate", type=at_least(1), metavar="N", help="batches in a step of the optimiser (1)")
     more.add_argument("--clip", type=positive, metavar="NORM", help="largest norm of the gradient")
     more.add_argument("--ema", type=share, metavar="DECAY", help="validate and keep a running average of the weights")
@@ -104,7 +118,7 @@ CHANGEABLE = ("epochs", "patience")  # when a run is resumed
 
 def run(args: argparse.Namespace) -> int:
     """Train; everything the user can get wrong is checked before the first step."""
-    with distributed.joined():
+    with distributed.joined(), enough_memory("the device", "lower --batch-size, --crop, --base-c or --scale"):
         return _run(args)
 
 
@@ -160,8 +174,10 @@ def _saved(args: argparse.Namespace) -> dict[str, Any] | None:
         if not last.is_file():
             raise UserError(f"--resume found no {last}: give the --output of the run to go on with")
         rest = read_checkpoint(last).rest
-        if "run" not in rest or "settings" not in rest:
-            raise UserError(f"{last} holds no run that can be resumed: begin one from its weights with --load {last}")
+        if any(not isinstance(rest.get(name), kind) for name, kind in _SAVED.items()):
+            raise _no_run(last)
+        if rest["settings"].get("recipe") not in RECIPES:
+            raise _no_run(last)
         return rest
     if last.exists():
         raise UserError(f"{last} is there already: go on with --resume, or give another --output")
@@ -170,9 +186,16 @@ def _saved(args: argparse.Namespace) -> dict[str, Any] | None:
     return None
 
 
+_SAVED = {"run": dict, "settings": dict, "rows": list, "loss": float, "pictures": list, ENTRY: dict}
+
+
+def _no_run(last: Path) -> UserError:
+    return UserError(f"{last} holds no run that can be resumed: begin one from its weights with --load {last}")
+
+
 def _check_same(saved: dict[str, Any], learnt: Dataset, held_out: Dataset, trained: Trained) -> None:
     """Refuse to go on with other pictures, or with masks that are read otherwise, than the run began with."""
-    if saved["pictures"] != _contents(learnt, held_out) or saved[ENTRY]["classes"] != trained.facts()["classes"]:
+    if saved["pictures"] != _contents(learnt, held_out) or saved[ENTRY].get("classes") != trained.facts()["classes"]:
         raise UserError(
             "--resume found other pictures or classes than the run began with: give the same folders, --layout, "
             "--table, --split and --ignore"
@@ -569,23 +592,36 @@ class Session:
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Go on where ``saved`` was written."""
-        self.run.load_state_dict(saved["run"])
+        try:
+            self.run.load_state_dict(saved["run"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise _no_run(self.output / LAST) from error
         self.rows, self.loss = saved["rows"], saved["loss"]
 
     def train(self) -> int:
         """Train, and return the exit status."""
-        if self.first:
-            try:
-                self.output.mkdir(exist_ok=True)
-                _cut(self.output / "steps.csv", self.run.steps)
-                for name in (LAST, BEST):  # what a killed run was writing
-                    for unfinished in self.output.glob(f".{Path(name).stem}-*.pth"):
-                        unfinished.unlink()
-            except OSError as error:
-                raise UserError(
-                    f"--output {self.output} cannot be written ({error.strerror or error}): choose another folder"
-                ) from error
-            self._introduce()
+        with ExitStack() as stack:
+            if self.first:
+                self._take(stack)
+                self._introduce()
+            return self._train()
+
+    def _take(self, stack: ExitStack) -> None:
+        """Have the folder for this run alone, as it was when ``self.run`` was saved, until the ``stack`` is unwound."""
+        try:
+            self.output.mkdir(exist_ok=True)
+            if not stack.enter_context(alone_in(self.output)):
+                raise UserError(f"another process is training into {self.output}: let it end, or give another --output")
+            _cut(self.output / "steps.csv", self.run.steps)
+            for name in (LAST, BEST):  # what a killed run was writing
+                for unfinished in self.output.glob(f".{Path(name).stem}-*.pth"):
+                    unfinished.unlink()
+        except OSError as error:
+            raise UserError(
+                f"--output {self.output} cannot be written ({error.strerror or error}): choose another folder"
+            ) from error
+
+    def _train(self) -> int:
         self.writer = None
         if self.writer_class is not None:
             self.writer = self.writer_class(str(self.output / "tensorboard"), purge_step=self.run.steps)
@@ -607,10 +643,8 @@ class Session:
             raise UserError(
                 f"{self.output} cannot be written ({error.strerror or error}): make room, then go on with --resume"
             ) from error
-        except torch.OutOfMemoryError as error:
-            raise UserError("the device ran out of memory: lower --batch-size, --crop or --scale") from error
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            if "DataLoader worker" not in str(error) or str(error).startswith("Caught "):  # an exception of its own
                 raise
             why = str(error).partition(". ")[0].rstrip(".")
             raise UserError(f"a process that reads pictures ended ({why}): give fewer --workers") from error

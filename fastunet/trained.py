@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastunet import large_tiff, pictures, tiling
 from fastunet.checkpoint import CheckpointError, load_checkpoint, read_checkpoint
 from fastunet.data import ClassName, read_image
+from fastunet.decode import check_numbers
 from fastunet.errors import UserError
 from fastunet.models import BrainUNet, PlainUNet, UNet
 from fastunet.preparation import Array, Pixels, Preparation
@@ -64,6 +65,21 @@ class Trained:
                 )
             table[label] = own.index(value)
         return table
+
+    def odd(self, pixels: Pixels) -> str | None:
+        """What says that the numbers of a picture (C, H, W) mean something else than in training; None if nothing does.
+
+        Of a TIFF that is read in parts only the type is looked at.
+        """
+        full, dtype = self.preparation.full, pixels.dtype
+        if self.preparation.values != "unit":  # which makes all alike
+            return None
+        known = isinstance(pixels, np.ndarray)
+        highest = float(pixels[:].max()) if known else full
+        if highest > 2 * full or (dtype == np.uint8 and full > 255) or (dtype.kind == "f" and highest <= 1 < full):
+            found = f"{dtype} numbers up to {highest:g}" if known else f"{dtype} numbers"
+            return f"{found} for a network that was trained on numbers up to {full:g}"
+        return None
 
     def facts(self) -> dict[str, Any]:
         """All but the network, as numbers and strings for its checkpoint."""
@@ -141,6 +157,8 @@ def load(path: str | Path) -> Trained:
         CheckpointError: as :func:`fastunet.checkpoint.load_checkpoint`.
     """
     model = load_checkpoint(path)
+    if not all(bool(x.isfinite().all()) for x in model.state_dict().values()):
+        raise CheckpointError(f"{path} holds weights that are NaN or infinite: take one from before training diverged")
     checkpoint = read_checkpoint(path)
     values = tuple(checkpoint.mask_values or range(max(checkpoint.architecture.classes, 2)))
     facts = checkpoint.rest.get(ENTRY)
@@ -177,6 +195,8 @@ def read(path: Path, channels: int) -> Pixels:
         pixels = array = loaded[None] if loaded.ndim == 2 else loaded
         if array.ndim != 3 or array.dtype.kind not in "iuf" or 0 in array.shape:
             raise UserError(f"{path} holds {array.dtype} {array.shape}: save numbers as (C, H, W)")
+        for row in range(0, array.shape[1], 64):
+            check_numbers(path, array[:, row : row + 64])
     else:
         pixels = large_tiff.opened(path, channels) or read_image(path)
     if isinstance(pixels, np.ndarray) and len(pixels) == 1 < channels:

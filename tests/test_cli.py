@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,7 @@ import fastunet
 from fastunet import cli, demo, info, pictures
 from fastunet.data import ClassName
 from fastunet.errors import UserError
+from fastunet.options import enough_memory
 
 QUICK = ["--steps", "2", "--batch-size", "2", "--crop", "32", "--base-c", "2", "--device", "cpu"]
 
@@ -287,3 +289,55 @@ def test_python_dash_m_runs_the_command_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("fastunet: error: --images nowhere does not exist")
     assert "Traceback" not in done.stderr
+
+
+# ---- what is around a command ------------------------------------------------------------------------------------
+
+
+def test_it_runs_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert cli.main(["info"]) == 0
+    for name in ("stdin", "stdout", "stderr"):
+        getattr(sys, name).close()
+
+
+@pytest.mark.parametrize("buffering", [1, -1], ids=["line", "block"])
+def test_nobody_listens(buffering: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", buffering) as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.main(["info"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_what_is_printed_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["info"]) == 2
+    said = "what is printed cannot be written (No space left on device): send it elsewhere"
+    assert capsys.readouterr().err == f"fastunet: error: {said}\n"
+
+
+def test_a_folder_that_may_not_be_searched(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def shut(_: object) -> int:
+        raise PermissionError(13, "Permission denied", "shut/last.pth")
+
+    monkeypatch.setattr(info, "run", shut)
+    assert cli.main(["info"]) == 2
+    said = "shut/last.pth cannot be reached (Permission denied): check its name and permissions"
+    assert capsys.readouterr().err == f"fastunet: error: {said}\n"
+
+
+def test_memory_that_is_not_there_is_a_sentence() -> None:
+    def asked(call: Callable[[], object]) -> None:
+        with enough_memory("cpu", "take less"):
+            call()
+
+    for empty in (lambda: torch.empty(1 << 55, dtype=torch.uint8), lambda: np.empty(1 << 55, np.uint8)):
+        with pytest.raises(UserError, match=r"^cpu ran out of memory: take less$"):
+            asked(empty)
+    with pytest.raises(RuntimeError, match=r"size mismatch|inconsistent"):  # a bug is not dressed up
+        asked(lambda: torch.zeros(2) @ torch.zeros(3))

@@ -199,6 +199,11 @@ def test_colour_masks_keep_their_colours(folders: tuple[Path, Path]) -> None:
     for name in "ab":
         _write(folders[1] / f"{name}.png", _halves(_RED, _BLUE))
     assert [c.colour for c in open_folders(*folders).classes] == [_BLUE, _RED]
+    for name, other in (("a", 1), ("b", 2)):
+        _write(folders[1] / f"{name}.png", _palette(_halves(0, other), _BLACK, _RED, _BLUE))
+    assert [c.colour for c in open_folders(*folders).classes] == [_BLACK, _RED, _BLUE]
+    _write(folders[1] / "b.png", _palette(_halves(1, 2), _BLACK, _RED, _RED))  # does not tell 1 from 2
+    assert [c.colour for c in open_folders(*folders).classes] == [None] * 3
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +118,25 @@ def test_patterns_names_and_colours(
     assert 0 < (plain != turned).any(-1).mean() < 0.7
     assert cli.main([*model, "-i", "0.png", "-n", "-v"]) == 0
     assert "0_OVERLAY.png" in os.listdir()
+
+
+def test_pictures_of_another_depth_and_names_as_ours(
+    colours: tuple[Path, fastunet.UNet], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = colours
+    for name in ("a.png", "a_OUT.png", "check_OUT.png"):  # the second is what an earlier call would have left
+        shutil.copy(folder / "images" / "0.png", tmp_path / name)
+    np.save(tmp_path / "wide.npy", np.full((3, 32, 32), 60000, np.uint16))
+    np.save(tmp_path / "unit.npy", np.full((3, 32, 32), 0.5, np.float32))
+    model = ["-m", str(folder / "model.pth"), *CPU]
+    output = tmp_path / "run-1.5"  # a folder, whatever its dot
+    assert cli.main(["predict", *model, "-i", str(tmp_path), "-o", str(output)]) == 0
+    assert sorted(os.listdir(output)) == ["a_OUT.png", "check_OUT_OUT.png", "unit_OUT.png", "wide_OUT.png"]
+    told = "numbers up to {} for a network that was trained on numbers up to 255"
+    assert capsys.readouterr().err.splitlines() == [
+        f"odd      {tmp_path / 'unit.npy'}: float32 {told.format(0.5)}",
+        f"odd      {tmp_path / 'wide.npy'}: uint16 {told.format(60000)}",
+    ]
 
 
 def test_a_single_channel_has_a_threshold(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import fastunet
 from fastunet import cli, recipes, reference, train
 from fastunet.checkpoint import read_checkpoint
 from fastunet.data import open_dataset
+from fastunet.files import alone_in
 from fastunet.losses import DiceCELoss, GlobalLoss, unet_weight_map
 from fastunet.training import Objective, Run
 
@@ -394,6 +396,47 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(
     assert "run cannot be written (No space left on device): make room" in capsys.readouterr().err
     assert os.listdir(tmp_path / "run") == ["steps.csv"]
     assert not elsewhere.exists()
+
+
+def test_a_folder_is_trained_into_by_one_process(
+    pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, command = tmp_path / "run", ["train", *pictures, *CPU, "--crop", "32", "-e", "1"]
+    assert cli.main([*command, "-o", str(output)]) == 0
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    again = [*command[:-1], "2", "-o", str(output), "--resume"]
+    with alone_in(output) as alone:
+        assert alone
+        assert cli.main(again) == 2
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+            worker = os.fork()
+        if worker == 0:  # as one that reads pictures: the lock is not its
+            time.sleep(60)
+            os._exit(0)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"fastunet: error: another process is training into {output}: let it end, or give another --output"
+    )
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert cli.main(again) == 0
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+
+
+def test_a_run_that_is_damaged_is_not_resumed(
+    pictures: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, command = tmp_path / "run", ["train", *pictures, *CPU, "--crop", "32"]
+    assert cli.main([*command, "-o", str(output), "-e", "1"]) == 0
+    saved = torch.load(output / "last.pth", weights_only=True)
+    optimizer = saved["run"]["optimizer"]
+    for damaged in (
+        {**saved, "rows": 7}, {**saved, "run": {}}, {**saved, "fastunet": None},
+        {**saved, "run": {**saved["run"], "optimizer": {**optimizer, "state": {999: {}}}}},
+    ):  # fmt: skip
+        torch.save(damaged, output / "last.pth")
+        assert cli.main([*command, "-o", str(output), "-e", "2", "--resume"]) == 2
+        assert "last.pth holds no run that can be resumed: begin one from" in capsys.readouterr().err
 
 
 def test_what_goes_wrong_where_pictures_are_read_is_a_sentence(

@@ -813,6 +813,13 @@ def train(folder: Path, *arguments: object) -> None:
     command("train", folder / "images", folder / "masks", "-o", folder / "run", "--base-c", 1, *arguments)
 
 
+def diverged() -> nn.Module:
+    """A network with a weight that is NaN."""
+    model = fastunet.UNet(1, 2, base_c=1)
+    nn.init.constant_(model.outc.conv.bias, math.nan)
+    return model
+
+
 def used(name: str, folder: Path, *arguments: object) -> None:
     """A command with a checkpoint of a grey U-Net of two classes, 0 and 255."""
     fastunet.save_checkpoint(folder / "m.pth", fastunet.UNet(1, 2, base_c=1), mask_values=[0, 255])
@@ -861,8 +868,20 @@ COMMANDS: list[Row] = [
      UserError, "argument -v/--validation: expected a number between 0 and 100, got 100"),
     ("a scale of nothing", lambda folder: train(folder, "-s", 0),
      UserError, "argument -s/--scale: expected a number above 0 and up to 1, got 0"),
+    ("a picture that is listed twice", lambda folder: train(folder, "--split", [(folder / "list.txt").write_text("a\nb\na.png\n"), folder / "list.txt"][1]),
+     UserError, "<folder>/list.txt lists a.png twice: list each picture once"),
     ("a rate of nan", lambda folder: train(folder, "-l", "nan"),
-     UserError, "argument -l/--learning-rate/--lr: expected a number above 0, got nan"),
+     UserError, "argument -l/--learning-rate/--lr: expected a number above 0 and below 3.4e38, got nan"),
+    ("a rate that float32 does not hold", lambda folder: train(folder, "-l", "1e39"),
+     UserError, "argument -l/--learning-rate/--lr: expected a number above 0 and below 3.4e38, got 1e39"),
+    ("a seed of more than 64 bits", lambda folder: train(folder, "--seed", 1 << 64),
+     UserError, f"argument --seed: expected a whole number of at most {(1 << 63) - 1}, got {1 << 64}"),
+    ("crops beyond all pictures", lambda folder: train(folder, "--crop", 8193),
+     UserError, "argument --crop: expected a whole number of at most 8192, got 8193"),
+    ("a device without memory", lambda folder: train(folder, "--device", "meta"),
+     UserError, "--device meta is not available here: take cpu or a device that 'fastunet info' lists"),
+    ("a run of nothing", lambda folder: train(folder, [(folder / "run").mkdir(), fastunet.save_checkpoint(folder / "run" / "last.pth", unet(), run={}, settings={}), "--resume"][2]),
+     UserError, "<folder>/run/last.pth holds no run that can be resumed: begin one from its weights with --load <folder>/run/last.pth"),
     ("a value of a mask to ignore", lambda folder: train(folder, "--ignore", "1,2"),
      UserError, "argument --ignore: expected a number or a colour r,g,b, got 1,2"),
     ("no checkpoint", lambda folder: command("predict", "-i", folder / "images", "-m", folder / "m.pth"),
@@ -879,6 +898,12 @@ COMMANDS: list[Row] = [
      UserError, "--output <folder>/images/a.png is one of the pictures: give another name"),
     ("an output in no folder, of two", lambda folder: predict(folder, "-o", folder / "no" / "a.png", folder / "x.png"),
      UserError, "--output <folder>/no/a.png cannot be written: <folder>/no is not a folder, create it first"),
+    ("a picture as an overlay", lambda folder: predict(folder, "-v", "-i", folder / "images" / "a.png", [write(folder / "images" / "a_OVERLAY.png", stripes(0)), folder / "images" / "a_OVERLAY.png"][1]),
+     UserError, "--output <folder>/images/a_OVERLAY.png is one of the pictures: give another name"),
+    ("a link to a picture that is gone", lambda folder: predict(folder, [(folder / "images" / "c.png").symlink_to("gone.png"), "-v"][1]),
+     UserError, "cannot read <folder>/images/c.png (No such file or directory): replace it, or take it and its partner away"),
+    ("weights of a training that diverged", lambda folder: command("predict", "-i", folder / "images", "-m", [fastunet.save_checkpoint(folder / "m.pth", diverged()), folder / "m.pth"][1]),
+     UserError, "<folder>/m.pth holds weights that are NaN or infinite: take one from before training diverged"),
     ("another number of classes than the checkpoint's", lambda folder: predict(folder, "-c", 3),
      UserError, "--classes 3 is not what <folder>/m.pth has, 2: leave it out"),
     ("a checkpoint that is not bilinear", lambda folder: predict(folder, "--bilinear"),
@@ -889,6 +914,10 @@ COMMANDS: list[Row] = [
      UserError, "<folder>/c.png has 3 channels and the network takes 1: convert it"),
     ("words as an array", lambda folder: predict(folder, "-i", [np.save(folder / "w.npy", np.array(["a"])), folder / "w.npy"][1]),
      UserError, "<folder>/w.npy holds <U1 (1,): save numbers as (C, H, W)"),
+    ("an array with NaN", lambda folder: predict(folder, "-i", [np.save(folder / "w.npy", np.full((20, 24), np.nan)), folder / "w.npy"][1]),
+     UserError, "<folder>/w.npy holds NaN or infinite pixels: replace them"),
+    ("an array in which nothing was measured", lambda folder: predict(folder, "-i", [np.save(folder / "w.npy", np.full((20, 24), -3.4028235e38, np.float32)), folder / "w.npy"][1]),
+     UserError, "<folder>/w.npy holds pixels of -3.4e+38, as if nothing was measured there: replace them"),
     ("an unknown value of masks", lambda folder: evaluate(folder, [write(folder / "masks" / "a.png", stripes(0, 77)), "--tta"][1]),
      UserError, "the masks hold 77, which the network was not trained on: it knows 0, 255; take masks of the same kind"),
     ("an unknown kind of program", lambda folder: used("export", folder, "-o", folder / "m.xyz"),
