@@ -417,6 +417,11 @@ def run(operator: Operator, *args: Any) -> Any:
             raise
 
 
+def runner(operation: Any) -> Callable[..., Any]:
+    """What calls an operation, anybody's, without a derivative: :func:`run`, if it is one of those that it knows."""
+    return partial(run, operation) if operation in _IMPLEMENTATIONS else operation
+
+
 class Listener(TorchDispatchMode):
     """A mode that sees what its thread calls and changes nothing of it.
 

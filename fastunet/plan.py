@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -25,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastunet import folding
 from fastunet.activation import Activation
 from fastunet.blocks import known
-from fastunet.dispatch import Listener, noted_by, run
+from fastunet.dispatch import Listener, noted_by, runner
 
 aten = torch.ops.aten
 _MOST = 8  # lists of a network; for more shapes of pictures all are noted anew
@@ -310,7 +309,8 @@ class _List:
         for step in reversed(steps):
             if not needed.isdisjoint(step.results) or step.writes():
                 last = step.read().union(step.results)
-                self._steps.append((step._replace(function=_called(step.function)), [*last - needed]))
+                function = _SHORTER.get(step.function) or runner(step.function)
+                self._steps.append((step._replace(function=function), [*last - needed]))
                 needed |= last
         self._steps.reverse()
         self._count = 1 + max(needed)
@@ -340,10 +340,3 @@ class _List:
             return None
         y, affine, slope, headed = self._result
         return Activation(registers[y], None if affine is None else registers[affine], slope, headed=headed)
-
-
-def _called(operation: Any) -> Callable[..., Any]:
-    """What calls an operation soonest."""
-    if operation.namespace == "fastunet":
-        return partial(run, operation)
-    return _SHORTER.get(operation, operation)  # type: ignore[no-any-return]

@@ -569,6 +569,9 @@ def test_the_third_inference_is_a_list_of_operations(
         assert torch.equal(model(first), expected[0])
     with torch.inference_mode():
         assert torch.equal(model(second), expected[1])
+        same = copy.deepcopy(model)
+        assert all(torch.equal(same(second), expected[1]) for _ in range(3))  # listed here: other operations
+    assert len(listed(same)) == 1
     assert model(first).requires_grad
 
 
