@@ -1,8 +1,8 @@
 """What runs in the interpreter, and how it is judged: each operation beside ATen in the same dtype, and float64.
 
-An error may be twice PyTorch's own and some roundings of float32, in any dtype: four of the largest error, one and a
-half of the root of the mean square. In TF32 PyTorch's own is what it errs on a CPU if its products are made as tensor
-cores make them, of operands cut off to TF32: a CPU has no TF32, and errs less.
+An error may be twice PyTorch's own and some roundings of float32, in any dtype: four of the largest error, one of the
+root of the mean square. In TF32 PyTorch's own is what it errs on a CPU if its products are made as tensor cores make
+them, of operands cut off to TF32: a CPU has no TF32, and errs less.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ aten_ops = torch.ops.aten
 FACTOR = 2  # how many times PyTorch's own error is allowed
 ROUNDING = torch.finfo(torch.float32).eps
 # Roundings of float32 granted beyond that, in any dtype, to the largest error and to the typical one: sums of hundreds
-# of products in another order than PyTorch's. Cases in float32 need 3.4 and 1.4, those in bfloat16 0.8 and 0.8.
-LARGEST, TYPICAL = 4, 1.5
+# of products in another order than PyTorch's. All cases in float32 need 3.4 and 0.9, those in bfloat16 0.8 and 0.8.
+LARGEST, TYPICAL = 4, 1
 MULTIPLY = ("conv2d", "conv2d_act", "conv_transpose2d", "head_stats", "head_predict")  # operations with products
 
 
@@ -45,7 +45,7 @@ def quick(dtype: str) -> list[Case]:
         Case("conv2d", (1, 64, 3, 20), x, filters=32),
         Case("conv2d", (2, 5, 5, 7), x, filters=7, bias=True),
         Case("conv2d", (1, 16, 6, 10), x, filters=16, skip=16, pool=True),
-        Case("conv2d", (1, 16, 5, 12), x, filters=16, skip=16, doubled=True),  # a skip of one row more
+        Case("conv2d", (1, 16, 7, 16), x, filters=16, skip=16, doubled=True),  # a skip of one row more
         Case("conv2d", (1, 3, 6, 20), x, filters=16, affine=False, image=True),
         Case("conv2d", (1, 32, 5, 6), x, filters=24, stride=2),
         # LeakyReLU, and products by ATen
