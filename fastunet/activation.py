@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastunet import folding, ops
 from fastunet.aten import MANY_PIXELS, activate, update_running_stats
 from fastunet.backend import check_backend, requested, resolve_backend
-from fastunet.dispatch import call, replaced, transformed, unwatched
+from fastunet.dispatch import call, free, unwatched
 from fastunet.distributed import SyncBatchNorm, merged
 from fastunet.layout import BATCH, NOTHING, SAMPLES, frame, memory_format, stats_dtype
 
@@ -53,7 +53,7 @@ class Config(NamedTuple):
         context = Context(*self, memory_format(x, _telling_weight(module)) == torch.channels_last)
         tuned = unwatched()
         if not (x.device.type == "cpu" and requested(self.backend) == "auto" and context.stores(x)):
-            return context._replace(listed=tuned and not (torch.is_grad_enabled() or transformed() or replaced()))
+            return context._replace(listed=tuned and free())
         precise, kept = tuned and x.numel() >= MANY_PIXELS * x.shape[1], tuned and folding.allowed()
         return context._replace(eager=True, tuned=tuned, precise=precise, kept=kept, listed=kept)
 

@@ -489,6 +489,12 @@ def replaced() -> bool:
     return bool(_C._len_torch_function_stack())
 
 
+def free() -> bool:
+    """Whether other operations with the same results may be called: gradients are off, and nobody takes or replaces
+    what is called (:func:`transformed`, :func:`replaced`)."""
+    return not (torch.is_grad_enabled() or transformed() or replaced())
+
+
 def _unseen() -> bool:
     """Whether nobody sees an operator's call: no mode, transform, tracer, profiler or forward-mode derivative."""
     return not (_intercepted() or replaced() or _C._autograd._profiler_enabled() or forward_ad._current_level >= 0)

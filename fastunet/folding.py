@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastunet.dispatch import replaced, transformed
+from fastunet.dispatch import free
 
 _MANY = 2  # values that a layer must compute for each weight: below, to fold and to keep it costs more than it saves
 _LARGE = 4 << 20  # bytes of a concatenation from where on it takes longer than a second convolution that adds
@@ -85,9 +85,7 @@ def allowed() -> bool:
     """Whether oneDNN's own operators may be called at all: they have no derivatives, and neither autocast nor a mode
     that replaces functions sees them."""
     return (
-        _ONEDNN is not None
-        and bool(torch.backends.mkldnn.enabled)
-        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or transformed() or replaced())
+        _ONEDNN is not None and bool(torch.backends.mkldnn.enabled) and free() and not torch.is_autocast_enabled("cpu")
     )
 
 
